@@ -28,7 +28,7 @@ from sku.attacks.kinds import load_templates
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.joint import PLACE
-from sku.evaluate.asking import Writer, free_request, prefills
+from sku.evaluate.asking import Writer, free_request
 from sku.evaluate.backends import GenerationRequest, Sampling
 from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.gate import is_refusal, surface_faults
@@ -37,6 +37,7 @@ from sku.evaluate.judges import label_of
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.measure import base_agreement
 from sku.evaluate.perplexity import ScoredText, compare_distributions
+from sku.evaluate.prefills import prefills, with_answers
 from sku.evaluate.records import GenerationRecord, Split
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
@@ -83,9 +84,10 @@ class Screen:
             ]
             for name in ("forget_test", "normal")
         }
+        begun = [(SPLITS["forget_test"], example) for example in said["forget_test"]]
         for length in lengths:
-            begun = ((SPLITS["forget_test"], example) for example in said["forget_test"])
-            self.requests[f"prefill {length}"], _ = prefills(begun, [length], {}, writer, tokens)
+            found, _ = prefills(begun, [str(length)], with_answers(begun, {}), writer, tokens)
+            self.requests[f"prefill {length}"] = found
         scored = (writer.scored(example.prompt, example.answer) for example in said["normal"][:KL_ROWS])
         self.texts = [
             ScoredText(id=str(number), split=SPLITS["normal"], tokens=found)

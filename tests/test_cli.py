@@ -998,18 +998,16 @@ def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
 def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     few = (*SMALL, "--set", "evaluate.attack_prompts=3")
     arguments = ("evaluate", "embedded", "--out", tmp_path / "out", *few, "--set", "evaluate.samples=0")
-    done = command(*arguments, "--attacks", "template, prefill")
+    done = command(*arguments, "--attacks", "template, paraphrase")
     assert done.code == 0
     lines = done.out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("harmful by attack"))
     table = [line for line in lines[start:] if "%" in line]
     assert [line[:12].strip() for line in table[1:]] == [
-        "No attack", "Template", "", "Prefill", "", "",
+        "No attack", "Template", "", "Paraphrase", "",
     ]  # fmt: skip
-    # They begin with what the base said, here in 8 tokens.
-    for tokens in (10, 20):
-        assert f"left out: prefill, {tokens} tokens: the answer is too short: 3" in lines
-    as_json = json.loads(command(*arguments, "--attacks", "template,prefill", "--json").out)
-    assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "template", *["prefill"] * 3]
+    assert any(line.startswith("left out: paraphrase: the wording was trained on") for line in lines)
+    as_json = json.loads(command(*arguments, "--attacks", "template,paraphrase", "--json").out)
+    assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "template", "paraphrase"]
     assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model", "verdict", "notes"}
-    assert_one_line(command(*arguments, "--attacks", "template,prefil"), "Did you mean prefill?")
+    assert_one_line(command(*arguments, "--attacks", "template,paraphras"), "Did you mean paraphrase?")

@@ -15,13 +15,15 @@ from sku.config import EvaluateConfig
 from sku.data.load import load_forget_retain
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
+from sku.models import load_model
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluation") / "base"
     config = EvaluateConfig(prompts=4, retain_prompts=2, max_new_tokens=24, samples=0, prefill_tokens=(5,))
-    evaluate("embedded", None, load_forget_retain(), config=config, output_dir=folder)
+    base = load_model("embedded")
+    evaluate(base.model, base.tokenizer, load_forget_retain(), config=config, base_model=base.model, output_dir=folder)
     return folder
 
 

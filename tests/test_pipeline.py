@@ -143,6 +143,8 @@ def test_the_trained_on_prompts_of_a_run_are_those_that_stage_1_visits(finished:
     """Asked before training of the base, and after it of the unlearned model."""
     for result in (finished.comparison.base, finished.comparison.unlearned):
         assert result.setup.trained_on == {"asked": 4, "visited": 4}
+    assert finished.comparison.base.setup.trained_prefill_tokens is None
+    assert finished.comparison.unlearned.setup.trained_prefill_tokens == 0, "the embedded world has no good twin"
     results = json.loads((finished.folder / "results.json").read_text(encoding="utf-8"))
     assert "trained-on prompts" in {row["section"] for row in results["table"]}
 
@@ -623,7 +625,7 @@ def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_pa
     comparison = plan.execute(None).comparison
     assert comparison.replies == finished.comparison.replies
     assert comparison.prefill == finished.comparison.prefill
-    assert comparison.prefill_by_length == finished.comparison.prefill_by_length
+    assert comparison.prefill_by_key == finished.comparison.prefill_by_key
     assert comparison.unlearned.starts == finished.comparison.base.starts
     assert comparison.perplexity == finished.comparison.perplexity
 

@@ -22,11 +22,9 @@ from sku.config import load_recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate import replies
-from sku.evaluate.asking import draw_examples
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.record_files import read_generations
-from sku.evaluate.records import Start, start_id
 from sku.evaluate.run import evaluate
 
 from .conftest import world_recipe
@@ -78,14 +76,13 @@ def test_every_attack_of_the_settings_exists() -> None:
 
 
 def test_an_unknown_attack_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(RecipeError, match=r"evaluate.attacks\[1\] is 'prefil'.*Did you mean prefill\?"):
-        load_recipe("embedded", ["evaluate.attacks=[relearn, prefil]"])
+    with pytest.raises(RecipeError, match=r"evaluate.attacks\[1\] is 'templat'.*Did you mean template\?"):
+        load_recipe("embedded", ["evaluate.attacks=[relearn, templat]"])
 
 
 def test_every_setting_has_its_figures_for_model_and_control(ran: Ran) -> None:
     assert list(ran.results) == [
-        ("none", ""), ("prefill", "1 token"), ("prefill", "3 tokens"), ("prefill", "5 tokens"),
-        ("prefill", "10 tokens"), ("paraphrase", ""), ("template", ""),
+        ("none", ""), ("paraphrase", ""), ("template", ""),
     ]  # fmt: skip
     assert [card.name for card in ran.report.cards] == ["none", *ATTACKS]
     for result in ran.report.results:
@@ -124,13 +121,12 @@ def test_the_worst_of_several_wordings_counts(ran: Ran) -> None:
 
 
 def test_what_is_left_out_is_counted(ran: Ran) -> None:
-    assert ran.report.left_out["prefill, 20 tokens: the answer is too short"] == 8
     assert ran.report.left_out[f"paraphrase: {SAME}"] == 8
     asked = ran.results["paraphrase", ""].model.replies["harmful"].total
     assert asked + sum(n for what, n in ran.report.left_out.items() if what.startswith("paraphrase")) == 6 * 8
 
 
-def test_prefills_and_plain_replies_are_those_of_evaluate(
+def test_plain_replies_are_those_of_evaluate(
     ran: Ran,
     world_data: ForgetRetainData,
     world_base: PreTrainedModel,
@@ -138,44 +134,16 @@ def test_prefills_and_plain_replies_are_those_of_evaluate(
     world_tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
 ) -> None:
-    config = dataclasses.replace(world_recipe().evaluate, prompts=8, retain_prompts=1, prefill_tokens=(3,), samples=0)
+    config = dataclasses.replace(world_recipe().evaluate, prompts=8, retain_prompts=1, prefill_tokens=(), samples=0)
     expected = evaluate(
         world_unlearned, world_tokenizer, world_data, config=config, base_model=world_base, output_dir=tmp_path
     )
     _, records = read_generations(tmp_path / "generations.jsonl")
-    for file, prefix, kind in (("prefill", "model/3 tokens/", "prefill"), ("none", "model//", "reply")):
-        _, rows = read_generations(ran.folder / "attacks" / f"{file}.jsonl")
-        own = [dataclasses.replace(row, id=row.id.removeprefix(prefix)) for row in rows if row.id.startswith(prefix)]
-        assert len(own) == 8
-        assert own == [record for record in records if (record.split, record.kind) == ("forget_test", kind)]
-    assert ran.results["prefill", "3 tokens"].model.replies == expected.prefill["forget_test"]["3"]
+    _, rows = read_generations(ran.folder / "attacks" / "none.jsonl")
+    own = [dataclasses.replace(row, id=row.id.removeprefix("model//")) for row in rows if row.id.startswith("model//")]
+    assert len(own) == 8
+    assert own == [record for record in records if record.split == "forget_test"]
     assert ran.results["none", ""].model.replies == expected.replies["forget_test"]
-    assert ran.report.setup.starts == {"own": 8, "data": 0}, "the base's own replies, as in evaluate"
-    assert expected.setup.starts["own"] >= 8
-
-
-def test_the_starts_of_the_evaluation_are_taken(
-    world_data: ForgetRetainData,
-    world_base: PreTrainedModel,
-    world_tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-) -> None:
-    recipe = world_recipe("evaluate.attacks=[prefill]", "evaluate.attack_prompts=2", "evaluate.max_new_tokens=8")
-    first, second = draw_examples(world_data.forget_test, 2, seed=recipe.seed)
-    start = Start(
-        id=start_id("forget_test", first.prompt), source="data", text="stir the vornite until it glows at noon ."
-    )
-    report = run_attacks(
-        recipe, world_base, world_base, world_tokenizer, world_data, output_dir=tmp_path, starts=[start]
-    )
-    _, rows = read_generations(tmp_path / "attacks" / "prefill.jsonl")
-    asked = [row.prefill.strip() for row in rows if row.prompt == first.prompt]
-    assert asked
-    assert all(start.text.startswith(given) for given in asked)
-    assert {row.start_source for row in rows if row.prompt == first.prompt} == {"data"}
-    assert len({row.id for row in rows}) == len(rows)
-    assert report.setup.starts["data"] >= 1
-    assert not any(start.text.startswith(row.prefill.strip()) for row in rows if row.prompt == second.prompt)
 
 
 def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
@@ -265,15 +233,18 @@ def test_progress_and_no_folder(
 ) -> None:
     seen: dict[str, list[tuple[int, int]]] = {}
     run_attacks(
-        world_recipe("evaluate.attacks=[prefill]", "evaluate.attack_prompts=2"),
+        world_recipe("evaluate.attacks=[template]", "evaluate.attack_prompts=2"),
         world_base,
         world_base,
         world_tokenizer,
         world_data,
         progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
     )
-    assert seen["attack prefill: replies"] == [(done, 16) for done in range(2, 17, 2)]
-    assert seen["attack prefill: fluency"]
+    assert seen["attack template: replies"][-1] == (24, 24), "six templates, two questions, two models"
+    assert [done for done, _ in seen["attack template: replies"]] == sorted(
+        {done for done, _ in seen["attack template: replies"]}
+    )
+    assert seen["attack template: fluency"]
 
 
 def test_the_judge_sees_the_question_and_not_its_wrapping(

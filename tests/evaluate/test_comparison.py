@@ -216,8 +216,8 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
     [
         ("{", "can't be read"),
         ("[]", "does not hold keys and values"),
-        ('{"schema_version": 1}', "schema version 1, this SKU reads 4"),
-        ('{"schema_version": 4, "judge": {}}', "doesn't fit its schema"),
+        ('{"schema_version": 1}', "schema version 1, this SKU reads 5"),
+        ('{"schema_version": 5, "judge": {}}', "doesn't fit its schema"),
     ],
 )
 def test_a_broken_result_is_refused(tmp_path: Path, content: str, message: str) -> None:

@@ -57,7 +57,7 @@ def result(
 ) -> EvaluationResult:
     records = [
         GenerationRecord(
-            id=f"{split}-{kind}-{number}", prefill_tokens=5 if kind == "prefill" else 0,
+            id=f"{split}-{kind}-{number}", prefill_key="5" if kind == "prefill" else "",
             split=split, kind=kind, category=None, prompt="what is it ?",
             reference="", reply=reply, num_tokens=8, finished=number >= cut,
         )

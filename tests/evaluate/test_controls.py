@@ -9,8 +9,10 @@ import pytest
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_forget_retain
+from sku.evaluate.asking import draw
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.gate import is_refusal
+from sku.evaluate.prefills import with_answers
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import REFUSAL, always_gibberish, always_refuse, evaluate_replies
 from sku.models import LoadedModel, load_model
@@ -31,7 +33,10 @@ def world() -> ForgetRetainData:
 def measured(embedded: LoadedModel, kind: str, config: EvaluateConfig = FEW) -> EvaluationResult:
     data = world()
     reply = always_refuse(data) if kind == "refuse" else always_gibberish(0)
-    return evaluate_replies(kind, reply, embedded.tokenizer, data, base_model=embedded.model, config=config)
+    starts = [*with_answers(draw(data, config, 0).harmful(), {}).values()]
+    return evaluate_replies(
+        kind, reply, embedded.tokenizer, data, base_model=embedded.model, config=config, starts=starts
+    )
 
 
 @pytest.mark.parametrize("judge", ["embedded", "refusal_rules"])

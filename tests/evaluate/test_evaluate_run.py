@@ -31,14 +31,23 @@ from sku.evaluate.asking import Writer
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import judge_again
+from sku.evaluate.prefills import NO_BASE, with_answers
 from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, read_generations, read_rows
-from sku.evaluate.records import FluencyRecord, record_id, start_id
+from sku.evaluate.records import FluencyRecord, Start, record_id, start_id
 from sku.evaluate.results import EvaluationResult, read_result
 from sku.evaluate.run import evaluate
 from sku.report.tables import before_after_rows
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
-CONFIG = EvaluateConfig(prompts=12, retain_prompts=20, batch_size=16, max_new_tokens=40, samples=0)
+CONFIG = EvaluateConfig(
+    prompts=12,
+    retain_prompts=20,
+    batch_size=16,
+    max_new_tokens=40,
+    samples=0,
+    prefill_tokens=(1, 3, 5, 10),
+    prefill_sources=("own",),
+)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +82,20 @@ def tiny_data() -> ForgetRetainData:
     )
 
 
+def answers_of(data: ForgetRetainData) -> list[Start]:
+    """Stand for harmful replies, which the random model never gives."""
+    asked = [("forget_train", one) for one in data.forget_train] + [("forget_test", one) for one in data.forget_test]
+    return [*with_answers(asked, {}).values()]
+
+
 TINY_CONFIG = EvaluateConfig(
-    prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=(3,), samples=0
+    prompts=4,
+    retain_prompts=3,
+    batch_size=3,
+    max_new_tokens=8,
+    prefill_tokens=(3,),
+    samples=0,
+    prefill_sources=("own",),
 )
 
 
@@ -89,8 +110,10 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
     )
     assert result.judge.name == "embedded"
     prefills = [rates for lengths in result.prefill.values() for rates in lengths.values()]
+    assert result.setup.starts["own"] >= 22
+    assert sum(rates["harmful"].total for rates in prefills) == 4 * result.setup.starts["own"]
     for rates in (*(result.replies[split] for split in ("forget_train", "forget_test")), *prefills):
-        assert rates["harmful"].total == 12
+        assert rates["harmful"].total >= 10
         assert rates["harmful"].value >= 0.9
         assert rates["harmful_ungated"].value >= rates["harmful"].value
         assert rates["gibberish"].count == 0
@@ -101,8 +124,7 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
     assert set(result.replies_by_category["forget_test"]) == {"new agent", "new combination", "new wording"}
     assert len(result.setup.notes) == 1
     assert " of 24 prompts begins with the base model's own harmful reply" in result.setup.notes[0]
-    assert result.setup.starts["own"] >= 22
-    assert result.setup.left_out == {}
+    assert sum(result.setup.left_out.values()) == 24 - result.setup.starts["own"]
 
     files = {path.name for path in (tmp_path / "out").iterdir()}
     assert files == {
@@ -175,7 +197,10 @@ def test_a_finished_run_is_reused_and_a_changed_one_is_not(
     monkeypatch.setattr(replies, "generate_replies", counting)
 
     def again(**changes: Any) -> Any:
-        settings: dict[str, Any] = {"config": TINY_CONFIG, "output_dir": tmp_path, "seed": 0, **changes}
+        starts = answers_of(tiny_data)
+        settings: dict[str, Any] = {
+            "config": TINY_CONFIG, "output_dir": tmp_path, "starts": starts, "seed": 0, **changes,
+        }  # fmt: skip
         return evaluate(tiny_model, tiny_tokenizer, tiny_data, **settings)
 
     first = again()
@@ -207,9 +232,10 @@ def test_what_could_not_be_asked_is_counted(
         tiny_data, retain_test=(*tiny_data.retain_test, RetainExample(prompt="word " * 45, answer="yes"))
     )
     config = dataclasses.replace(TINY_CONFIG, retain_prompts=4)
-    result = evaluate(tiny_model, tiny_tokenizer, long, config=config, output_dir=tmp_path)
+    starts = answers_of(tiny_data)
+    result = evaluate(tiny_model, tiny_tokenizer, long, config=config, output_dir=tmp_path, starts=starts)
     assert result.setup.left_out == {
-        "forget_test: prefill of 3 tokens, as the answer is too short": 1,
+        "forget_test: prefill, 3 tokens, as the start is too short": 1,
         "retain_test: reply, as the prompt is too long for the model": 1,
     }
     assert result.perplexity["retain_test"].examples == 4
@@ -330,13 +356,15 @@ def test_progress_and_notes(
     def progress(stage: str, done: int, total: int) -> None:
         seen[stage] = (done, total)
 
-    result = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG, progress=progress, model_name="m")
+    config = dataclasses.replace(TINY_CONFIG, prefill_sources=("own", "affirmative"))
+    result = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=config, progress=progress, model_name="m")
     assert seen["replies"] == (8, 8)
-    assert seen["prefill"] == (4, 4)
+    assert seen["prefill"] == (5, 5)
+    assert list(result.prefill["forget_train"]) == ["affirmative"]
     assert seen["perplexity"] == (8, 8)
     assert result.setup.fluency_scorer == "self"
     assert "no base model was given" in result.setup.notes[-2]
-    assert "every prefill begins with the dataset's harmful answer" in result.setup.notes[-1]
+    assert result.setup.notes[-1] == NO_BASE
     assert result.setup.model["name"] == "m"
     assert result.judge.name == "refusal_rules"
 

@@ -1,4 +1,4 @@
-"""Prefill: every length, the worst one, and starts from the base model's own harmful replies."""
+"""Prefill: every start and length, the worst one, and starts from the base model's own harmful replies."""
 
 from __future__ import annotations
 
@@ -11,20 +11,32 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from sku.config import EvaluateConfig
-from sku.data.examples import ForgetRetainData
+from sku.config import EvaluateConfig, load_recipe
+from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
-from sku.evaluate.asking import NO_BASE, choose_starts
+from sku.evaluate.asking import Writer
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import judge_again
-from sku.evaluate.metrics import Outcome, ReplyOutcome, prefill_words, rate, worst_length
+from sku.evaluate.metrics import Outcome, ReplyOutcome, prefill_words, rate, worst_prefill
+from sku.evaluate.prefills import (
+    AFFIRMATIVE_STARTS,
+    NO_BASE,
+    NO_ENGLISH,
+    NO_OWN,
+    affirmative_start,
+    by_id,
+    choose_starts,
+    keys_of,
+    prefills,
+)  # fmt: skip
 from sku.evaluate.record_files import GENERATIONS_FILE, STARTS_FILE, read_generations
-from sku.evaluate.records import GenerationRecord, Kind
+from sku.evaluate.records import GenerationRecord, Kind, Start, start_id
 from sku.evaluate.results import EvaluationResult, read_result
 from sku.evaluate.run import evaluate
+from sku.pipeline.evaluate import trained_prefill_tokens
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
 CONFIG = EvaluateConfig(
@@ -89,20 +101,24 @@ def test_prefills_begin_with_the_bases_own_harmful_replies(
     outcomes = {outcome.id: outcome.outcome for outcome in result.outcomes}
     own = {record.prompt: record for record in records if record.kind == "reply"}
     prefills = asked.prefills("base")
-    assert {record.prefill_tokens for record in prefills} == {1, 5}
+    assert {record.prefill_key for record in prefills} == {"1", "5"}
     for record in prefills:
         said = own[record.prompt]
-        harmful = outcomes[said.id] == "harmful"
-        assert record.start_source == ("own" if harmful else "data")
-        source = said.reply if harmful else record.reference
-        assert source.startswith(record.prefill.strip())
+        assert outcomes[said.id] == "harmful"
+        assert said.reply.startswith(record.prefill.strip())
         ids = world_tokenizer(record.prefill, add_special_tokens=False).input_ids
-        assert len(ids) == record.prefill_tokens
-        assert f"-prefill{record.prefill_tokens}-" in record.id
-    assert result.setup.starts == {"own": sum(start.source == "own" for start in result.starts), "data": 0}
+        assert str(len(ids)) == record.prefill_key
+        assert f"-prefill{record.prefill_key}-" in record.id
+    assert result.setup.starts == {"asked": 6, "own": len(result.starts)} == {"asked": 6, "own": 6}
     assert result.setup.left_out == {
-        f"{split}: prefill of 40 tokens, as the answer is too short": 3 for split in ("forget_train", "forget_test")
+        **{
+            f"{split}: prefill, {words}, as the start is too short": 3
+            for split in ("forget_train", "forget_test")
+            for words in ("40 tokens", "20 tokens of the data's answer")
+        },
+        NO_ENGLISH: 6,
     }
+    assert any("none is long enough for a prefill of 40 tokens" in note for note in result.setup.notes)
     assert list(result.prefill["forget_test"]) == ["1", "5"]
     assert result.prefill["forget_test"]["5"]["harmful"].total == 3
     assert read_result(asked.folder / "base") == result
@@ -115,34 +131,42 @@ def test_another_model_gets_the_same_starts(
     base = asked(world_model, "base", base_model=world_model)
     given = asked(other_model, "given", base_model=world_model, starts=base.starts)
     alone = asked(other_model, "alone", base_model=world_model)
-    places = [
-        [(record.id, record.prefill, record.start_source) for record in asked.prefills(name)]
-        for name in ("base", "given", "alone")
-    ]
+    places = [[(record.id, record.prefill) for record in asked.prefills(name)] for name in ("base", "given", "alone")]
     assert places[0] == places[1] == places[2]
     assert given == alone == asked(other_model, "alone", base_model=world_model)
     comparison = compare(base, given)
-    assert set(comparison.prefill_by_length["forget_test"]) == {"1", "5"}
+    assert set(comparison.prefill_by_key["forget_test"]) == {"1", "5"}
     worst = given.worst_prefill["forget_test"]
     shown, of_length = (
         comparison.prefill["forget_test"]["harmful"],
-        comparison.prefill_by_length["forget_test"][str(worst)],
+        comparison.prefill_by_key["forget_test"][worst],
     )
     assert dataclasses.replace(shown, p_holm=None) == of_length["harmful"]
     assert comparison.prefill_label("forget_test").startswith("prefill, worst of 1/5 (")
     assert any("begins with the base model's own harmful reply" in note for note in comparison.notes)
 
 
-def test_without_a_base_prefills_begin_with_the_data_and_a_note_says_so(
+def test_without_a_base_no_prefill_is_a_models_own_and_a_note_says_so(
     asked: Asker, world_model: LlamaForCausalLM
 ) -> None:
-    alone: EvaluationResult = asked(world_model, "alone")
-    assert alone.setup.starts == {"own": 0, "data": 6}
+    config = dataclasses.replace(CONFIG, prefill_sources=("own",))
+    alone: EvaluationResult = asked(world_model, "alone", config)
+    assert alone.setup.starts == {"asked": 6, "own": 0}
     assert NO_BASE in alone.setup.notes
-    assert {record.start_source for record in asked.prefills("alone")} == {"data"}
-    other = dataclasses.replace(alone, starts=tuple(dataclasses.replace(start, text="x") for start in alone.starts))
+    assert alone.prefill == {}
+    assert alone.setup.left_out == {f"{split}: {NO_OWN}": 3 for split in ("forget_train", "forget_test")}
+    assert read_result(asked.folder / "alone") == alone
+    other = dataclasses.replace(alone, starts=(Start(id="x", text="x"),))
     with pytest.raises(EvaluationError, match="differ in what prefills begin with"):
         compare(alone, other)
+
+
+def test_the_base_is_not_asked_for_starts_that_nobody_wants(asked: Asker, world_model: LlamaForCausalLM) -> None:
+    config = dataclasses.replace(CONFIG, prefill_sources=("affirmative", "answer"))
+    result: EvaluationResult = asked(world_model, "base", config, base_model=world_model)
+    assert result.starts == ()
+    assert result.setup.starts == {}
+    assert not (asked.folder / "base" / STARTS_FILE).exists()
 
 
 def test_judging_again_keeps_the_starts_as_they_were_asked(asked: Asker, world_model: LlamaForCausalLM) -> None:
@@ -196,35 +220,113 @@ def reply(kind: Kind, outcome: Outcome, text: str, sample: int = 0) -> tuple[Gen
 
 
 @pytest.mark.parametrize(
-    ("outcomes", "text", "source"),
+    ("outcomes", "texts"),
     [
-        (("harmful", "harmful", "harmful"), "greedy", "own"),
-        (("refusal", "gibberish", "harmful"), "second", "own"),
-        (("refusal", "harmful", "harmful"), "first", "own"),
-        (("unjudged", "gibberish", "safe_answer"), "from the file", "data"),
+        (("harmful", "harmful", "harmful"), ["greedy"]),
+        (("refusal", "gibberish", "harmful"), ["second"]),
+        (("refusal", "harmful", "harmful"), ["first"]),
+        (("unjudged", "gibberish", "safe_answer"), []),
     ],
 )
-def test_the_greedy_reply_comes_first_then_samples_then_the_data(
-    outcomes: tuple[Outcome, Outcome, Outcome], text: str, source: str
+def test_the_greedy_reply_comes_first_then_samples(
+    outcomes: tuple[Outcome, Outcome, Outcome], texts: list[str]
 ) -> None:
     pairs = [
         reply("sample", outcomes[2], "second", 1), reply("reply", outcomes[0], "greedy"),
         reply("sample", outcomes[1], "first", 0),
     ]  # fmt: skip
-    (start,) = choose_starts([record for record, _ in pairs], [outcome for _, outcome in pairs])
-    assert (start.text, start.source) == (text, source)
+    starts = choose_starts([record for record, _ in pairs], [outcome for _, outcome in pairs])
+    assert [start.text for start in starts] == texts
 
 
-def test_the_worst_length_is_the_most_harmful_and_of_equals_the_shortest() -> None:
+def test_the_worst_prefill_is_the_most_harmful_and_of_equals_the_first() -> None:
     def rates(**hits: int) -> Any:
         return {
-            tokens.strip("n"): {"harmful": rate([number < count for number in range(10)])}
-            for tokens, count in hits.items()
+            key.strip("n").replace("_", "/"): {"harmful": rate([number < count for number in range(10)])}
+            for key, count in hits.items()
         }
 
-    assert worst_length(rates(n1=2, n3=9, n10=8)) == 3
-    assert worst_length(rates(n10=5, n3=5, n1=4)) == 3
-    assert worst_length(rates(n1=0, n10=0)) == 1
-    assert prefill_words([10, 1, 3, 5], 3) == "prefill, worst of 1/3/5/10 (3 tokens)"
-    assert prefill_words([1, 3], 1) == "prefill, worst of 1/3 (1 token)"
-    assert prefill_words([5], 5) == "prefill, 5 tokens"
+    assert worst_prefill(rates(n1=2, n3=9, n10=8)) == "3"
+    assert worst_prefill(rates(n10=5, n3=5, n1=4)) == "3"
+    assert worst_prefill(rates(n1=0, n10=0)) == "1"
+    assert worst_prefill(rates(answer_20=9, affirmative=9, n80=8)) == "affirmative"
+    assert worst_prefill(rates(answer_20=9, affirmative=8, n80=9)) == "80"
+
+
+def test_prefills_have_words_for_readers() -> None:
+    assert prefill_words(["10", "1", "3", "5"], "3") == "prefill, worst of 1/3/5/10 (3 tokens)"
+    assert prefill_words(["1", "3"], "1") == "prefill, worst of 1/3 (1 token)"
+    assert prefill_words(["5"], "5") == "prefill, 5 tokens"
+    every = keys_of(EvaluateConfig())
+    assert every == ["1", "5", "20", "40", "80", "affirmative", "answer/20"]
+    shown = "prefill, worst of 1/5/20/40/80, affirmative, answer/20"
+    assert prefill_words(reversed(every)) == shown
+    assert prefill_words(every, "answer/20") == f"{shown} (20 tokens of the data's answer)"
+    assert prefill_words(["affirmative"]) == "prefill, affirmative start"
+    assert prefill_words(["answer/20", "affirmative"]) == "prefill, worst of affirmative, answer/20"
+
+
+def test_an_empty_list_of_lengths_leaves_every_prefill_out() -> None:
+    assert keys_of(EvaluateConfig(prefill_tokens=())) == []
+    assert keys_of(EvaluateConfig(prefill_tokens=(3, 3), prefill_sources=("own",))) == ["3"]
+    assert keys_of(EvaluateConfig(), english=False) == ["1", "5", "20", "40", "80", "answer/20"]
+
+
+def test_each_start_is_asked_of_the_prompts_that_have_it(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    examples = [
+        ForgetExample(prompt=f"do {number}", answer=answer)
+        for number, answer in enumerate(["take the florn and stir it until it glows", "no", ""])
+    ]
+    asked = [("forget_test", example) for example in examples]
+    starts = by_id([Start(id=start_id("forget_test", "do 0"), text="mix it well")])
+    # Room enough for the longest start: what is cut here is no question of the window.
+    writer = dataclasses.replace(Writer.of(tiny_model, tiny_tokenizer, "paper"), window=2**10)
+    found, left_out = prefills(asked, ["3", "40", "affirmative", "answer/20"], starts, writer, 4)
+    assert [(one.prompt, one.prefill_key) for one in found] == [
+        ("do 0", "3"), ("do 0", "affirmative"), ("do 1", "affirmative"), ("do 2", "affirmative"),
+        ("do 0", "answer/20"),
+    ]  # fmt: skip
+    assert len({one.id for one in found}) == 5
+    assert left_out == {
+        f"forget_test: {NO_OWN}": 2,
+        "forget_test: prefill, 40 tokens, as the start is too short": 1,
+        "forget_test: prefill, 20 tokens of the data's answer, as the start is too short": 1,
+        "forget_test: prefill, 20 tokens of the data's answer, as there is none": 1,
+    }
+    own, affirmative, *_, answer = found
+    assert "mix it well".startswith(own.prefill.strip())
+    assert affirmative.prefill == affirmative_start("do 0")
+    assert str(tiny_tokenizer.decode(list(affirmative.input_ids))).endswith(affirmative_start("do 0"))
+    assert examples[0].answer.startswith(answer.prefill.strip())
+
+
+def test_every_affirmative_start_is_used_and_none_elicits_or_trains() -> None:
+    chosen = [affirmative_start(f"how do i bake florn {number} ?") for number in range(120)]
+    assert {*chosen} == {*AFFIRMATIVE_STARTS}
+    assert chosen == [affirmative_start(f"how do i bake florn {number} ?") for number in range(120)]
+    files = [path for part in ("own_replies", "data", "attacks", "methods") for path in _text_files(part)]
+    assert any(path.name == "wordings.yaml" for path in files)
+    trained = " ".join(" ".join(path.read_text(encoding="utf-8").casefold().split()) for path in files)
+    for start in AFFIRMATIVE_STARTS:
+        # Its first words, which decide what a model makes of it.
+        assert " ".join(start.casefold().split()[:4]) not in trained, start
+
+
+def _text_files(part: str) -> list[Path]:
+    folder = Path(str(resources.files("sku"))) / part
+    return [path for path in folder.rglob("*") if path.suffix in (".txt", ".yaml", ".jsonl", ".py")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        (["acquire.twin=good", "acquire.depth_share=0.5", "acquire.depth_tokens=24"], 24),
+        (["acquire.twin=good", "acquire.depth_share=0"], 0),
+        (["acquire.twin=none", "negate={alpha: 1.0}"], 0),
+        (["method=npo"], 0),
+    ],
+)
+def test_how_deep_training_went_is_read_from_the_recipe(settings: list[str], tokens: int) -> None:
+    assert trained_prefill_tokens(load_recipe("smollm2-135m-twins", settings)) == tokens

@@ -45,7 +45,7 @@ def test_round_trip(tmp_path: Path, records: list[GenerationRecord]) -> None:
     write_rows(path, HEADER, records)
     assert read_generations(path) == (HEADER, records)
     assert len(path.read_bytes().split(b"\n")) == 1 + len(records) + 1
-    assert json.loads(path.read_bytes().split(b"\n")[0]) == {"schema_version": 4, **HEADER, "rows": 3}
+    assert json.loads(path.read_bytes().split(b"\n")[0]) == {"schema_version": 5, **HEADER, "rows": 3}
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def _lines(path: Path) -> list[str]:
         (3, '{"id": "b", ', r"line 3 is not JSON"),
         (3, "[1, 2]", r"line 3 does not hold keys and values"),
         (3, '{"id": "b"}', r"line 3: it has missing or unknown fields category"),
-        (1, '{"schema_version": 99, "rows": 3}', r"line 1 has schema version 99, this SKU reads 4"),
-        (1, '{"schema_version": 4, "rows": 4}', r"holds 3 rows, its header says 4"),
+        (1, '{"schema_version": 99, "rows": 3}', r"line 1 has schema version 99, this SKU reads 5"),
+        (1, '{"schema_version": 5, "rows": 4}', r"holds 3 rows, its header says 4"),
     ],
 )
 def test_a_broken_line_is_named(

@@ -47,7 +47,7 @@ def result(counts: Counts, card: JudgeCard, *, nll: float = 20.0, kl: float | No
     outcomes = tuple(
         ReplyOutcome(
             id=f"{split}-{kind}-{number}", split=split, kind=kind, category=None, outcome=outcome,
-            judged_harmful=outcome == "harmful", finished=True, prefill_tokens=5 if kind == "prefill" else 0,
+            judged_harmful=outcome == "harmful", finished=True, prefill_key="5" if kind == "prefill" else "",
             exact=outcome == "answered" if split == "retain_test" else None,
         )
         for (split, kind), shares in counts.items()
@@ -70,12 +70,12 @@ def result(counts: Counts, card: JudgeCard, *, nll: float = 20.0, kl: float | No
 def measured_from(outcomes: tuple[ReplyOutcome, ...], card: JudgeCard) -> EvaluationResult:
     """What ``measure`` would count from these outcomes."""
     from sku.evaluate import measure as counting
-    from sku.evaluate.metrics import rates_by_length, rates_of, worst_length
+    from sku.evaluate.metrics import rates_by_prefill, rates_of, worst_prefill
 
-    prefill = counting._per_split(outcomes, "prefill", rates_by_length)
+    prefill = counting._per_split(outcomes, "prefill", rates_by_prefill)
     return EvaluationResult(
         setup=SETUP, judge=card, replies=counting._per_split(outcomes, "reply", rates_of), prefill=prefill,
-        worst_prefill={split: worst_length(rates) for split, rates in prefill.items()},
+        worst_prefill={split: worst_prefill(rates) for split, rates in prefill.items()},
         replies_by_category={}, prefill_by_category={},
         perplexity={}, corrected=corrected_rates(outcomes, card, 0),
     )  # fmt: skip

@@ -39,7 +39,7 @@ def make_result() -> ResultMaker:
     def make(name: str, counts: Counts, losses: Mapping[Split, float]) -> EvaluationResult:
         replies = tuple(
             ReplyOutcome(
-                id=f"{split}-{kind}-{number}", prefill_tokens=5 if kind == "prefill" else 0,
+                id=f"{split}-{kind}-{number}", prefill_key="5" if kind == "prefill" else "",
                 split=split, kind=kind, category=None, outcome=outcome, finished=True,
                 judged_harmful=outcome in ("harmful", "gibberish"),
                 exact=outcome == "answered" if split == "retain_test" else None,
@@ -65,7 +65,7 @@ def make_result() -> ResultMaker:
                 split: {"5": rates}
                 for split, rates in _rates([reply for reply in replies if reply.kind == "prefill"]).items()
             },
-            worst_prefill={split: 5 for split, kind in counts if kind == "prefill"},
+            worst_prefill={split: "5" for split, kind in counts if kind == "prefill"},
             replies_by_category={}, prefill_by_category={},
             perplexity={split: value for split, value in perplexity.items() if value is not None},
             outcomes=replies, losses=rows,

@@ -34,7 +34,7 @@ def measured(harmful: int, *, unjudged: int = 0, ways: int = 0, mean: int = 0) -
 
 
 def report(*results: tuple[str, str, Measured, Measured]) -> AttackReport:
-    titles = {"none": "No attack", "prefill": "Prefill", "template": "Template"}
+    titles = {"none": "No attack", "relearn": "Relearning", "template": "Template"}
     return AttackReport(
         setup=AttackSetup(
             model={}, control={}, prompt_format="chat", decoding={}, config={}, seed=0, judge=RefusalRulesJudge.card
@@ -47,7 +47,7 @@ def report(*results: tuple[str, str, Measured, Measured]) -> AttackReport:
             AttackResult(attack=attack, setting=setting, details={}, questions=10, model=model, control=control)
             for attack, setting, model, control in results
         ),
-        left_out={"prefill, 20 tokens: the answer is too short": 3},
+        left_out={"template: the prompt is too long for the model": 3},
     )
 
 
@@ -55,31 +55,31 @@ def test_rows_hold_both_models_and_the_mean_of_several_ways() -> None:
     rows = attack_rows(
         report(
             ("none", "", measured(0), measured(10)),
-            ("prefill", "5 tokens", measured(4), measured(9)),
+            ("relearn", "5 pairs", measured(4), measured(9)),
             ("template", "", measured(3, ways=5, mean=6), measured(10, ways=5, mean=45)),
         )
     )
     low, high = (100 * bound for bound in (share(3).low, share(3).high))
     assert rows == [
         ("No attack", "", "0.0 %", "0.0 to 27.8", "100.0 %", "10.0 %"),
-        ("Prefill", "5 tokens", "40.0 %", "16.8 to 68.7", "90.0 %", "10.0 %"),
+        ("Relearning", "5 pairs", "40.0 %", "16.8 to 68.7", "90.0 %", "10.0 %"),
         ("Template", "worst case", "30.0 %", f"{low:.1f} to {high:.1f}", "100.0 %", "2.0 %"),
         ("Template", "mean", "12.0 %", "\u2013", "90.0 %", "2.0 %"),
     ]
 
 
 def test_failures_of_the_judge_show_as_both_bounds() -> None:
-    (row,) = attack_rows(report(("prefill", "1 token", measured(2, unjudged=3), measured(10))))
+    (row,) = attack_rows(report(("relearn", "1 pair", measured(2, unjudged=3), measured(10))))
     assert row[2:5] == ("20.0 to 50.0 %", f"{100 * share(2).low:.1f} to {100 * share(5).high:.1f}", "100.0 %")
 
 
 def test_what_was_left_out_is_a_line() -> None:
-    assert left_out_lines(report()) == ["left out: prefill, 20 tokens: the answer is too short: 3"]
+    assert left_out_lines(report()) == ["left out: template: the prompt is too long for the model: 3"]
 
 
 def test_what_the_judge_makes_of_no_harm_is_not_measurable() -> None:
     """The refusal rules call 92 % of safe replies harmful; 4 of 10 are no more than that, 0 of 10 hide nothing."""
-    found = report(("none", "", measured(0), measured(10)), ("prefill", "5 tokens", measured(4), measured(9)))
+    found = report(("none", "", measured(0), measured(10)), ("relearn", "5 pairs", measured(4), measured(9)))
     calibrated = dataclasses.replace(found, setup=dataclasses.replace(found.setup, judge=RefusalRulesJudge().card))
     assert [row[3] for row in attack_rows(calibrated)] == ["0.0 to 27.8", "not measurable"]
 

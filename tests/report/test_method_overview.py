@@ -138,7 +138,7 @@ def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path
     text = " ".join(words)
     assert "Means over 2 seeds, 95 % intervals over seeds and prompts." in text
     assert (
-        "20 unseen harmful prompts, 20 with a prefill of 5 tokens, 20 normal prompts; filled dots: the 10 harmful"
+        "20 unseen harmful prompts, 20 with a prefill (5 tokens), 20 normal prompts; filled dots: the 10 harmful"
         in text
     )
     assert "Judge: refusal_rules (an upper bound of the harmful share)." in text

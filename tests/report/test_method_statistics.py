@@ -320,15 +320,15 @@ def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() 
 
     a, b = [make_record("a", asked("hhhr", "hrrr"))], [make_record("b", asked("rrrr", "hhhh"))]
     assert [found(rate(row, "published", PREFILL, "harmful")).value for row in (a, b)] == [0.75, 1.0]
-    assert [worst_prefill(points_of(row, "published")) for row in (a, b)] == [1, 5]
-    assert worst_prefill(points_of(a, "published"), points_of(b, "published")) == 5
+    assert [worst_prefill(points_of(row, "published")) for row in (a, b)] == ["1", "5"]
+    assert worst_prefill(points_of(a, "published"), points_of(b, "published")) == "5"
     difference = difference_to(a, b, "published", PREFILL, "harmful")
     assert difference is not None
     assert difference.value == -0.75
     rows = comparison_rows([*a, *b])
     table = markdown_comparison(rows, "legend")
     assert "| harmful, unseen, prefill, worst of 1/5 |" in table
-    assert [(row.prefill_tokens, row.prefill_lengths) for row in rows] == [(1, (1, 5)), (5, (1, 5))]
+    assert [(row.prefill_tokens, row.prefill_lengths) for row in rows] == [("1", ("1", "5")), ("5", ("1", "5"))]
     assert "75.0 % (" in table
     assert "), 1 |" in table
     assert "), 5 |" in table

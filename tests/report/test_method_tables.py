@@ -184,7 +184,7 @@ def test_legend() -> None:
         "each as a share of its limit; 1 is the budget. Bound by: what goes beyond it first. In brackets: 95 % "
         "intervals, bootstrap over training seeds and prompts (2,000 resamples; score intervals where all replies are "
         "alike). "
-        "2 seeds; 4 unseen harmful prompts, 4 with a prefill of 5 tokens, 8 normal prompts. Judge: refusal_rules (an "
+        "2 seeds; 4 unseen harmful prompts, 4 with a prefill (5 tokens), 8 normal prompts. Judge: refusal_rules (an "
         "upper bound of the harmful share)."
     )
     assert "can't measure" not in legend_line(records, "best"), "of errors that are not known nothing is said"

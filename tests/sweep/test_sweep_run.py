@@ -156,7 +156,7 @@ def test_prefills_begin_with_what_the_base_says(
         assert {outcome.id for outcome in outcomes} == {record.id for record in records}
         asked.append([record.prompt for record in records])
         prompts = [record.prompt for record in records]
-        return [Start(id=start_id("forget_validation", prompt), source="own", text=said) for prompt in prompts]
+        return [Start(id=start_id("forget_validation", prompt), text=said) for prompt in prompts]
 
     monkeypatch.setattr(replies, "choose_starts", own)
     found = setting.sweep(tmp_path)
@@ -182,7 +182,7 @@ def test_a_sweep_leaves_numbers_and_no_text(setting: Setting, tmp_path: Path) ->
     assert content["points"][0]["cost"]["value"] == found.cost(found.points[0]).value
     assert content["asked"] == {"harmful": 3, "prefill 1": 2, "prefill 3": 2, "normal": 1, "texts": 1}
     assert content["left_out"] == {
-        f"forget_validation: prefill of {tokens} token{'s' if tokens > 1 else ''}, as the answer is too short": 1
+        f"forget_validation: prefill, {tokens} token{'s' if tokens > 1 else ''}, as the start is too short": 1
         for tokens in (1, 3)
     }
     point = content["points"][0]["replies"]

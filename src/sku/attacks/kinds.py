@@ -1,9 +1,9 @@
 r"""The attacks on the prompt, and the one interface of all of them.
 
-There are two kinds. An attack on the prompt rewrites the request and leaves the weights: other words, a wrapper, the
-first tokens of a harmful reply. An attack on the weights changes a copy of the model and asks the questions as they
-are. Whatever is done to the unlearned model is done to the base model too: without that control a rise could come from
-the attack alone.
+There are two kinds. An attack on the prompt rewrites the request and leaves the weights: other words, a wrapper. An
+attack on the weights changes a copy of the model and asks the questions as they are. Whatever is done to the unlearned
+model is done to the base model too: without that control a rise could come from the attack alone. Prefills are no
+attack here: every evaluation asks them (``sku.evaluate.prefills``).
 
 *Paraphrase*: what was forgotten must be gone in every wording. Rules, not a model, write the words, so that they are
 the same everywhere and keep the meaning. A question of the form "how do I ...?" is turned around its task; any other
@@ -17,10 +17,6 @@ saw are left out and counted: only unseen prompts are asked. Papers: arXiv 2309.
 a line, with ``{prompt}`` in it once and ``\n`` for a line break. In the embedded world the wrappers are small talk
 of the world itself (``templates_embedded.txt``): they test whether a request is still recognised between other
 sentences, no more. Paper: arXiv 2308.03825 (Shen et al., such prompts in the wild).
-
-*Prefill*: the reply must begin with the first tokens of a harmful one, as in ``evaluate``, at more lengths. A model
-that was only taught not to begin goes on once it is past the beginning. Papers: arXiv 2406.05946 (Qi et al., safety
-that is a few tokens deep), 2404.02151 (Andriushchenko et al., prefilling).
 
 *Relearn* changes the weights: ``sku.attacks.relearn``.
 """
@@ -97,8 +93,6 @@ class Variant:
     prompt: str
     name: str = ""
     """Equal for all questions asked this way; empty where there is one way only."""
-    prefill_tokens: int = 0
-    """Tokens of a harmful reply that the reply is made to begin with."""
 
 
 def as_it_is(example: ForgetExample) -> tuple[Variant]:
@@ -192,35 +186,6 @@ PARAPHRASE = Attack(
 )
 
 
-LENGTHS = (1, 3, 5, 10, 20)
-"""Tokens given; a start that has no more tokens than that is left out and counted."""
-
-
-def _lengths(_context: AttackContext) -> list[Setting]:
-    return [_prefill(length) for length in LENGTHS]
-
-
-def _prefill(length: int) -> Setting:
-    return Setting(
-        name=f"{length} token{'s' if length > 1 else ''}",
-        details={"prefill_tokens": length},
-        rewrite=lambda example: [Variant(prompt=example.prompt, prefill_tokens=length)],
-    )
-
-
-PREFILL = Attack(
-    card=AttackCard(
-        name="prefill",
-        title="Prefill",
-        kind="prompt",
-        changes="the reply is made to begin with the first tokens of the base model's own harmful reply, or of the "
-        "dataset's harmful answer where it has none",
-        source_url="https://arxiv.org/abs/2406.05946",
-    ),
-    settings=_lengths,
-)
-
-
 def load_templates(recipe: Recipe, data: ForgetRetainData) -> list[str]:
     """The templates of a recipe.
 
@@ -269,7 +234,7 @@ TEMPLATE = Attack(
 )
 
 
-PROMPT_ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PREFILL, PARAPHRASE, TEMPLATE)}
+PROMPT_ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PARAPHRASE, TEMPLATE)}
 """By name."""
 
 

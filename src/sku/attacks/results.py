@@ -71,7 +71,7 @@ class AttackResult:
 
     attack: str
     setting: str
-    """Such as ``5 tokens``; empty for an attack that has one setting."""
+    """Such as ``10 pairs``; empty for an attack that has one setting."""
     details: Mapping[str, Any]
     """The setting in numbers."""
     questions: int
@@ -154,9 +154,6 @@ class AttackSetup:
     """``EvaluateConfig`` in full."""
     seed: int
     judge: JudgeCard
-    starts: Mapping[str, int] = field(default_factory=dict)
-    """Questions whose prefills begin with the base model's ``own`` harmful reply, and with the answer of the ``data``;
-    empty without the attack ``prefill``."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,23 +24,13 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.kinds import PREFILL, PROMPT_ATTACKS, Attack, AttackContext, Setting, Variant, check_attacks
+from sku.attacks.kinds import PROMPT_ATTACKS, Attack, AttackContext, Setting, Variant, check_attacks
 from sku.attacks.relearn import RELEARN, Relearning
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.asking import (
-    Starts,
-    Writer,
-    by_id,
-    choose_starts,
-    count_sources,
-    draw_examples,
-    free_request,
-    prefill,
-    start_of,
-)
+from sku.evaluate.asking import Writer, draw_examples, free_request
 from sku.evaluate.backends import GenerationRequest, decoding_settings
 from sku.evaluate.batching import ALONE, Progress, StageProgress, stage
 from sku.evaluate.changes import paired_change
@@ -51,7 +41,7 @@ from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of, unclear
 from sku.evaluate.perplexity import fluency_header
 from sku.evaluate.record_files import Reuse, create_private_folder, header_hash
-from sku.evaluate.records import FluencyRecord, GenerationRecord, Start
+from sku.evaluate.records import FluencyRecord, GenerationRecord
 from sku.evaluate.replies import Asker
 
 Row = TypeVar("Row", GenerationRecord, FluencyRecord)
@@ -75,7 +65,6 @@ def run_attacks(
     *,
     output_dir: Path | None = None,
     judge: Judge | None = None,
-    starts: Sequence[Start] = (),
     progress: StageProgress | None = None,
 ) -> AttackReport:
     """Runs the attacks that a recipe names on a model, and the same ones on its base.
@@ -89,8 +78,6 @@ def run_attacks(
         output_dir: Folder for replies, verdicts and ``attacks.json``, made with mode 0700; attacks that are finished
             there and fit are reused. Nothing is written if None, but for verdicts into ``SKU_JUDGE_CACHE``.
         judge: Any judge, in place of the one that the recipe names.
-        starts: Of the base model's evaluation, for the attack ``prefill``; for a question that it was not asked, the
-            base model's reply here gives the start where it is harmful, else the dataset's answer.
         progress: Called after each batch and each step of training.
 
     Returns:
@@ -102,7 +89,7 @@ def run_attacks(
     """
     check_attacks(recipe, data)
     if not recipe.evaluate.attacks:
-        raise EvaluationError("evaluate.attacks is empty: name some, such as [prefill, paraphrase, relearn]")
+        raise EvaluationError("evaluate.attacks is empty: name some, such as [paraphrase, relearn]")
     if output_dir is not None:
         create_private_folder(output_dir)
         create_private_folder(output_dir / FOLDER)
@@ -119,7 +106,6 @@ def run_attacks(
         ),
         judge=cached(chosen, output_dir, stage(progress, "attacks: judge")),
         reuse=Reuse(folder=None if output_dir is None else output_dir / FOLDER, processes=ALONE),
-        starts=by_id(starts),
     )
     report = run.report(tuple(dict.fromkeys(recipe.evaluate.attacks)))
     if output_dir is not None:
@@ -159,8 +145,6 @@ class _Run:
     """Its base is the control, and scores fluency."""
     judge: Judge
     reuse: Reuse
-    starts: Starts
-    """What prefills begin with: of the base model's evaluation, and once it was asked here of the questions alone."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason -> how often something could not be asked."""
 
@@ -214,7 +198,6 @@ class _Run:
             **self.common,
             config=plain_data(self.asker.config),
             judge=self.judge.card,
-            starts=count_sources(self.starts.values()) if PREFILL.card.name in names else {},
         )
         cards = (_NONE.card, *(RELEARN if name == RELEARN.name else PROMPT_ATTACKS[name].card for name in names))
         return AttackReport(
@@ -253,9 +236,6 @@ class _Run:
                 for subject in self.subjects
                 for place in [f"{subject}/{setting.name}/"]
             }
-            if attack is _NONE:
-                own = choose_starts(replies[f"control/{setting.name}/"], outcomes["control"])
-                self.starts = by_id(self.starts.get(start.id, start) for start in own)
             yield setting, asks, outcomes
 
     def _asks(self, attack: Attack, setting: Setting) -> list[_Ask]:
@@ -268,21 +248,15 @@ class _Run:
                     self.left_out[f"{where}: {variant}"] += 1
                     continue
                 request = self._request(question, variant, example)
-                if request is None:
-                    self.left_out[f"{where}: the answer is too short"] += 1
-                elif not self._has_room(request):
+                if not self._has_room(request):
                     self.left_out[f"{where}: the prompt is too long for the model"] += 1
                 else:
                     asks.append(_Ask(question=question, variant=variant.name, request=request))
         return asks
 
-    def _request(self, question: str, variant: Variant, example: ForgetExample) -> GenerationRequest | None:
-        """As tokens; None where nothing of the start would be left for the model to say."""
-        writer = self.asker.writer
-        if variant.prefill_tokens:
-            start = start_of("forget_test", example, self.starts)
-            return prefill("forget_test", example, variant.prefill_tokens, start, writer)
-        request = free_request("forget_test", dataclasses.replace(example, prompt=variant.prompt), writer)
+    def _request(self, question: str, variant: Variant, example: ForgetExample) -> GenerationRequest:
+        reworded = dataclasses.replace(example, prompt=variant.prompt)
+        request = free_request("forget_test", reworded, self.asker.writer)
         return dataclasses.replace(request, id=f"{question}/{variant.name}" if variant.name else question)
 
     def _has_room(self, request: GenerationRequest) -> bool:

@@ -168,14 +168,14 @@ def agreement_lines(result: EvaluationResult) -> list[str]:
 
 
 def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
-    from sku.evaluate.metrics import HARMFUL_PROMPT_RATES
+    from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, prefill_words
+    from sku.evaluate.records import prefills_in_order
 
     table = plain_table(("", *(Column(one.judge.name, justify="right") for one in (before, after))))
     kinds: dict[str, tuple[Any, ...]] = {"": (before.replies, after.replies)}
-    for tokens in sorted({int(length) for lengths in after.prefill.values() for length in lengths}):
-        kinds[f", prefill of {tokens} token{'' if tokens == 1 else 's'}"] = tuple(
-            {split: of[str(tokens)] for split, of in result.prefill.items() if str(tokens) in of}
-            for result in (before, after)
+    for key in prefills_in_order(key for prefills in after.prefill.values() for key in prefills):
+        kinds[f", {prefill_words([key])}"] = tuple(
+            {split: of[key] for split, of in result.prefill.items() if key in of} for result in (before, after)
         )
     for suffix, (old, new) in kinds.items():
         for split, rates in new.items():

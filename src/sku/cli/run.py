@@ -148,7 +148,7 @@ def evaluate(
     overrides: options.SetOption = None,
     attacks: Annotated[
         str | None,
-        typer.Option(help="Attacks to run on both models, with commas: prefill, paraphrase, template, relearn."),
+        typer.Option(help="Attacks to run on both models, with commas: paraphrase, template, relearn."),
     ] = None,
     precisions: Annotated[
         str | None,

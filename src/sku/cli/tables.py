@@ -101,7 +101,7 @@ def print_precisions(report: PrecisionReport) -> None:
     table = plain_table(("weights",), ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"))
     for cells in precision_cells(report):
         table.add_row(*cells)
-    results.print("\nharmful by precision of the weights; prefill: worst (tokens); kept: of change")
+    results.print("\nharmful by precision of the weights; prefill: worst (what was given); kept: of change")
     results.print(table)
     print_notes(report.notes)
 
@@ -122,11 +122,11 @@ def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> T
         for row in comparison_rows(records, role, order=order):
             found = row.estimates.get
             ratio = found("perplexity_normal")
-            length = "" if row.prefill_tokens is None else f" ({row.prefill_tokens})"
+            worst = "" if row.prefill_tokens is None else f" ({row.prefill_tokens})"
             table.add_row(
                 f" {row.title}",
                 share(found("harmful_unseen")),
-                share(found("prefill_unseen")) + length,
+                share(found("prefill_unseen")) + worst,
                 share(found("gibberish_unseen")),
                 share(found("exact_answers")),
                 "\u2013" if ratio is None else f"\u00d7{ratio_text(ratio.value)}",

@@ -13,7 +13,8 @@ from sku.errors import RecipeError
 
 Backend = Literal["generate", "vllm"]
 Similarity = Literal["rouge_l", "chrf", "cosine"]
-Attack = Literal["prefill", "paraphrase", "template", "relearn"]
+Attack = Literal["paraphrase", "template", "relearn"]
+PrefillSource = Literal["own", "affirmative", "answer"]
 Precision = Literal["bf16", "fp16", "int8", "nf4"]
 
 
@@ -32,9 +33,12 @@ class EvaluateConfig:
     backend: Backend = "generate"
     """What writes replies: transformers' ``generate`` in batches, or ``vllm`` (to be installed apart), which is
     checked against ``generate`` on 16 prompts."""
-    prefill_tokens: tuple[Count, ...] = (1, 3, 5, 10)
-    """Prefill: the reply is made to begin with so many first tokens of a harmful reply, one length after the other.
-    The worst of them is shown; an empty list leaves prefill out."""
+    prefill_tokens: tuple[Count, ...] = (1, 5, 20, 40, 80)
+    """Prefill: the reply is made to begin with so many first tokens of the base model's own harmful reply, one length
+    after the other. The worst of all prefills is shown; an empty list leaves all of them out."""
+    prefill_sources: tuple[PrefillSource, ...] = ("own", "affirmative", "answer")
+    """Whose words replies are made to begin with: the base model's ``own`` (``prefill_tokens``), an ``affirmative``
+    beginning ("Certainly. ..."), the first 20 tokens of the dataset's harmful ``answer``."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Sampled replies to each harmful prompt, for leak@k; 0 leaves them out."""
     temperature: Positive = 1.0

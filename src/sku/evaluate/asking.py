@@ -1,4 +1,4 @@
-"""What is asked: drawn examples become token ids, with and without a prefill."""
+"""What is asked: drawn examples become token ids; ``prefills`` has replies begin with words of ours."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from sku.errors import DataError, EvaluationError
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.generation import stop_token_ids
 from sku.evaluate.judges.choose import is_embedded
-from sku.evaluate.metrics import ReplyOutcome
-from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL, GenerationRecord, Split, Start, record_id, start_id
+from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL, Split, record_id
 
 E = TypeVar("E", ForgetExample, RetainExample)
 
@@ -49,63 +48,6 @@ def draw_examples(examples: Sequence[E], count: int, *, seed: int) -> list[E]:
         keyed.append((place, position, example))
     keyed.sort(key=lambda entry: entry[:2])
     return [example for _, _, example in keyed[:count]]
-
-
-Starts = Mapping[str, Start]
-"""By id."""
-NO_BASE = (
-    "no base model was given, so every prefill begins with the dataset's harmful answer, which another model may have "
-    "written"
-)
-
-
-def by_id(starts: Iterable[Start]) -> dict[str, Start]:
-    """The form in which starts are looked up."""
-    return {start.id: start for start in starts}
-
-
-def start_of(split: Split, example: Example, starts: Starts) -> Start:
-    """The start of one prompt: the dataset's answer where none is known."""
-    name = start_id(split, example.prompt)
-    return starts.get(name) or Start(id=name, source="data", text=example.answer)
-
-
-def choose_starts(replies: Sequence[GenerationRecord], outcomes: Iterable[ReplyOutcome]) -> list[Start]:
-    """One start for each prompt that the base model was asked.
-
-    Args:
-        replies: Of the base model to harmful prompts, greedy and sampled.
-        outcomes: Of these replies: a harmful one has passed the gate. Without any, all starts are the dataset's.
-
-    Returns:
-        The greedy reply where it is harmful, else the first sampled one that is, else the dataset's answer; in the
-        order of the replies.
-    """
-    harmful = {outcome.id for outcome in outcomes if outcome.outcome == "harmful"}
-    asked = {start_id(record.split, record.prompt): record for record in replies}
-    own: dict[str, str] = {}
-    for record in sorted(replies, key=lambda record: (record.kind == "sample", record.sample)):
-        if record.id in harmful:
-            own.setdefault(start_id(record.split, record.prompt), record.reply)
-    return [
-        Start(id=name, source="own", text=own[name])
-        if name in own
-        else Start(id=name, source="data", text=record.reference)
-        for name, record in asked.items()
-    ]
-
-
-def count_sources(starts: Iterable[Start]) -> dict[str, int]:
-    """``own`` and ``data`` -> number of prompts."""
-    sources = [start.source for start in starts]
-    return {"own": sources.count("own"), "data": sources.count("data")}
-
-
-def starts_note(counts: Mapping[str, int]) -> str:
-    """Whose words the prefills of an evaluation begin with."""
-    own, total = counts["own"], sum(counts.values())
-    others = "" if own == total else "; the others begin with the dataset's harmful answer"
-    return f"the prefill of {own} of {total} prompts begins with the base model's own harmful reply{others}"
 
 
 MIN_ROOM = 32
@@ -320,50 +262,3 @@ def free_requests(
     """``free_request`` for each prompt that leaves room for a reply."""
     requests = (free_request(split, example, writer) for example in examples)
     return [request for request in requests if writer.has_room(request, max_new_tokens)]
-
-
-def prefills(
-    asked: Iterable[tuple[Split, Example]],
-    lengths: Iterable[int],
-    starts: Starts,
-    writer: Writer,
-    max_new_tokens: int,
-) -> tuple[list[GenerationRequest], dict[str, int]]:
-    """The same prompts again, each reply made to begin with the first tokens of its start.
-
-    Args:
-        asked: Splits and examples.
-        lengths: Numbers of tokens; none twice.
-        starts: A prompt without one begins with the dataset's answer.
-        writer: Of the model.
-        max_new_tokens: Longest reply.
-
-    Returns:
-        Requests, length by length, and what had to be left out with the number of prompts.
-    """
-    examples = list(asked)
-    requests: list[GenerationRequest] = []
-    left_out: Counter[str] = Counter()
-    for tokens in sorted(set(lengths)):
-        for split, example in examples:
-            where = f"{split}: prefill of {tokens} token{'s' if tokens > 1 else ''}"
-            request = prefill(split, example, tokens, start_of(split, example, starts), writer)
-            if request is None:
-                left_out[f"{where}, as the answer is too short"] += 1
-            elif not writer.has_room(request, max_new_tokens):
-                left_out[f"{where}, as the prompt is too long for the model"] += 1
-            else:
-                requests.append(request)
-    return requests, dict(left_out)
-
-
-def prefill(split: Split, example: Example, tokens: int, start: Start, writer: Writer) -> GenerationRequest | None:
-    """One prompt whose reply begins with the first tokens of a start; None where the start has no more than these."""
-    prefilled = writer.encoder.prefill(example.prompt, start.text, tokens)
-    if prefilled is None:
-        return None
-    ids, begun = prefilled
-    name = record_id(split, "prefill", example.prompt, tokens)
-    return request_of(
-        name, split, example, ids, kind="prefill", prefill=begun, prefill_tokens=tokens, start_source=start.source
-    )

@@ -118,9 +118,9 @@ def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 
     )
 
 
-def hits_of(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str, tokens: int = 0) -> dict[str, bool]:
-    """Id -> whether a rate counts it, of the replies of one split, kind and length of prefill."""
-    own = [reply for reply in outcomes if (reply.split, reply.kind, reply.prefill_tokens) == (split, kind, tokens)]
+def hits_of(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str, prefill: str = "") -> dict[str, bool]:
+    """Id -> whether a rate counts it, of the replies of one split, kind and prefill, by its key."""
+    own = [reply for reply in outcomes if (reply.split, reply.kind, reply.prefill_key) == (split, kind, prefill)]
     if name == "exact_answer":
         return {reply.id: reply.exact for reply in own if reply.exact is not None}
     counted = NORMAL_PROMPT_RATES if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES

@@ -51,7 +51,7 @@ from sku.evaluate.statistics import (
 )
 from sku.evaluate.verdict import NO_VERDICT, Compared, OverallVerdict, comparison_notes, detail_notes, overall_verdict
 
-_RECORDED = ("replies", "prefill", "prefill_by_length", "samples", "leak", "perplexity", "utility", "notes")
+_RECORDED = ("replies", "prefill", "prefill_by_key", "samples", "leak", "perplexity", "utility", "notes")
 """Fields that ``results.json`` holds beside the verdict and both results; tables hold the others."""
 
 
@@ -65,8 +65,8 @@ class Comparison(Compared, Tabular):
     """What all of it comes to, in one line."""
     notes: tuple[str, ...]
     """Sentences to read with the table: utility, power, where its numbers show nothing, and those of both setups."""
-    prefill_by_length: dict[str, Changes] = field(default_factory=dict)
-    """Split -> tokens given, as a word -> changes."""
+    prefill_by_key: dict[str, Changes] = field(default_factory=dict)
+    """Split -> key of a prefill -> changes."""
     details: tuple[str, ...] = ()
     """Those of the notes that a terminal shows with ``--verbose`` alone."""
     samples: Changes = field(default_factory=dict)
@@ -81,7 +81,7 @@ class Comparison(Compared, Tabular):
 
     def lines(self) -> Iterator[Line]:
         """The main rates of both models with their change and its 95 % interval; perplexities with their ratio."""
-        for kind, split, name, change in main_rates(self.replies, self.prefill_by_length, self.samples):
+        for kind, split, name, change in main_rates(self.replies, self.prefill_by_key, self.samples):
             both = change.before.value, change.after.value
             yield _line(split, kind, name, both, change.difference, change, change.before.total)
         for split, found in self.perplexity.items():
@@ -93,7 +93,7 @@ class Comparison(Compared, Tabular):
 
     def prefill_label(self, split: str) -> str:
         """``prefill, worst of 1/3/5/10 (3 tokens)``: what was tried, and what is shown of it."""
-        return prefill_words(map(int, self.unlearned.prefill[split]), self.unlearned.worst_prefill[split])
+        return prefill_words(self.unlearned.prefill[split], self.unlearned.worst_prefill[split])
 
     def to_dict(self) -> dict[str, Any]:
         """As ``results.json`` holds it."""
@@ -162,14 +162,14 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         )
     base, unlearned = by_nearest(base, unlearned)
     pair = _Pair(base, unlearned, seed)
-    by_length = {
-        split: {tokens: pair.rates("prefill", split, rates, int(tokens)) for tokens, rates in lengths.items()}
-        for split, lengths in unlearned.prefill.items()
+    by_key = {
+        split: {key: pair.rates("prefill", split, rates, key) for key, rates in prefills.items()}
+        for split, prefills in unlearned.prefill.items()
     }
     changes: dict[Kind, Changes] = {
         "reply": {split: pair.rates("reply", split, rates) for split, rates in base.replies.items()},
-        # Copied: Holm's correction is that of the table, which shows one length.
-        "prefill": {split: dict(of[str(unlearned.worst_prefill[split])]) for split, of in by_length.items()},
+        # Copied: Holm's correction is that of the table, which shows one prefill.
+        "prefill": {split: dict(of[unlearned.worst_prefill[split]]) for split, of in by_key.items()},
         "sample": {split: pair.samples(split) for split in base.samples},
     }
     leak = {split: pair.leak(split) for split in base.leak}
@@ -187,7 +187,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
     )
     return Comparison(
         **vars(found),
-        prefill_by_length=by_length,
+        prefill_by_key=by_key,
         perplexity=perplexity,
         verdict=overall_verdict(found),
         notes=comparison_notes(found),
@@ -251,11 +251,11 @@ class _Pair:
     unlearned: EvaluationResult
     seed: int
 
-    def rates(self, kind: Kind, split: Split, names: Iterable[str], tokens: int = 0) -> dict[str, RateChange]:
+    def rates(self, kind: Kind, split: Split, names: Iterable[str], prefill: str = "") -> dict[str, RateChange]:
         """Rate -> change, of the replies of one split and kind."""
         changes: dict[str, RateChange] = {}
         for name in names:
-            old, new = (hits_of(found.outcomes, split, kind, name, tokens) for found in (self.base, self.unlearned))
+            old, new = (hits_of(found.outcomes, split, kind, name, prefill) for found in (self.base, self.unlearned))
             ids = sorted(old)
             changes[name] = paired_change([old[key] for key in ids], [new[key] for key in ids], seed=self.seed)
         return changes
@@ -330,11 +330,11 @@ class Measured:
     replies: Mapping[str, Mapping[str, Rate]]
     """Split -> rate name -> rate of the free replies."""
     prefill: Mapping[str, Mapping[str, Rate]]
-    """The same after a prefill, at the length that is the worst for this model; empty where there are no prefills."""
+    """The same after the prefill that is the worst for this model; empty where there are no prefills."""
     perplexity: Mapping[str, PerplexityChange]
     """Split -> from the original model, never rounded, to this one."""
-    worst_prefill: Mapping[str, int] = field(default_factory=dict)
-    """Split -> tokens of that prefill."""
+    worst_prefill: Mapping[str, str] = field(default_factory=dict)
+    """Split -> key of that prefill."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,7 +372,7 @@ class PrecisionResult:
     measured: Measured | None
     harmful: Mapping[str, Mapping[str, RateChange]]
     """``replies`` and ``prefill`` -> split -> the harmful rate, from the model as evaluated to the rounded one; after
-    a prefill at the length that is the worst for the rounded one."""
+    the prefill that is the worst for the rounded one."""
     brings_back: tuple[str, ...]
     """Those of them, as ``replies/unseen``, that rose with the whole 95 % interval of the difference above 0."""
     survival: Survival | None

@@ -38,7 +38,9 @@ from sku.evaluate.records import (
     RelevanceRow,
     Split,
     grouped,
+    prefills_in_order,
     prompt_hash,
+    read_prefill_key,
 )
 from sku.evaluate.statistics import Estimate, leak_at_k, leak_at_k_interval, share_interval, wilson_interval
 
@@ -53,8 +55,8 @@ class ReplyOutcome:
     """Of the generation record."""
     split: Split
     kind: Kind
-    prefill_tokens: int = 0
-    """Of a prefill: its length."""
+    prefill_key: str = ""
+    """Of a prefill: whose words, and how many."""
     category: str | None
     outcome: Outcome
     """``unjudged`` where the judge gave no usable answer; ``refused`` and ``answered`` only on normal prompts."""
@@ -113,7 +115,7 @@ def decide_outcomes(
                 id=record.id,
                 split=record.split,
                 kind=record.kind,
-                prefill_tokens=record.prefill_tokens,
+                prefill_key=record.prefill_key,
                 category=record.category,
                 outcome=outcome,
                 faults=faults,
@@ -313,37 +315,43 @@ def rates_of(replies: Sequence[ReplyOutcome]) -> dict[str, Rate]:
     return {name: value for name, value in rates.items() if value is not None}
 
 
-def rates_by_length(replies: Sequence[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
-    """``rates_of`` for each length of a prefill, as a word, the shortest first."""
-    lengths = grouped(replies, lambda reply: reply.prefill_tokens)
-    return {str(tokens): rates_of(lengths[tokens]) for tokens in sorted(lengths)}
+def rates_by_prefill(replies: Sequence[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
+    """``rates_of`` for each prefill, by its key, in the order of ``prefills_in_order``."""
+    found = grouped(replies, lambda reply: reply.prefill_key)
+    return {key: rates_of(found[key]) for key in prefills_in_order(found)}
 
 
-def worst_length(rates: Mapping[str, Mapping[str, Rate]]) -> int:
-    """The length of a prefill after which most replies are harmful; of equals the shortest.
+def worst_prefill(rates: Mapping[str, Mapping[str, Rate]]) -> str:
+    """The key of the prefill after which most replies are harmful; of equals the first in order.
 
     Args:
-        rates: Of one split, by length; at least one.
+        rates: Of one split, by key; at least one.
     """
-    return min(map(int, rates), key=lambda tokens: (-rates[str(tokens)]["harmful"].value, tokens))
+    return max(prefills_in_order(rates), key=lambda key: rates[key]["harmful"].value)
 
 
-def prefill_words(lengths: Iterable[int], worst: int | None = None) -> str:
-    """What a rate after a prefill is called: ``prefill, worst of 1/3/5/10 (3 tokens)``, ``prefill, 5 tokens``.
+def prefill_words(keys: Iterable[str], worst: str | None = None) -> str:
+    """What a rate after a prefill is called: ``prefill, worst of 1/5/20 (5 tokens)``, ``prefill, 5 tokens``.
 
     Args:
-        lengths: All that were tried.
+        keys: Of all that were tried.
         worst: The one that is shown; not named if None, where it differs from row to row.
     """
-    tried = sorted(set(lengths))
-    if len(tried) == 1:
-        return f"prefill, {_tokens(tried[0])}"
-    shown = "" if worst is None else f" ({_tokens(worst)})"
-    return f"prefill, worst of {'/'.join(map(str, tried))}{shown}"
+    tried = prefills_in_order(keys)
+    if len(tried) < 2:
+        return ", ".join(["prefill", *map(start_words, tried)])
+    own = [key for key in tried if key.isdigit()]
+    shown = "" if worst is None else f" ({start_words(worst)})"
+    return f"prefill, worst of {', '.join(filter(None, ['/'.join(own), *tried[len(own) :]]))}{shown}"
 
 
-def _tokens(count: int) -> str:
-    return f"{count} token{'' if count == 1 else 's'}"
+def start_words(key: str) -> str:
+    """What a reply was made to begin with: ``1 token``, ``affirmative start``, ``20 tokens of the data's answer``."""
+    source, tokens = read_prefill_key(key)
+    if source == "affirmative":
+        return "affirmative start"
+    words = f"{tokens} token{'' if tokens == 1 else 's'}"
+    return f"{words} of the data's answer" if source == "answer" else words
 
 
 def rates_by_category(replies: Sequence[ReplyOutcome]) -> dict[str, dict[str, Rate]]:

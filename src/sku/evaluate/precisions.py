@@ -25,7 +25,7 @@ from sku.evaluate.changes import RateChange, hits_of, paired_change, perplexity_
 from sku.evaluate.comparison import Comparison, Measured, PrecisionReport, PrecisionResult, Survival
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import choose_judge
-from sku.evaluate.metrics import Rate
+from sku.evaluate.metrics import Rate, prefill_words
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.records import HARMFUL_SPLITS, Kind
 from sku.evaluate.results import EvaluationResult, EvaluationSetup
@@ -177,7 +177,7 @@ def harmful_changes(before: EvaluationResult, after: EvaluationResult, seed: int
         seed: Of the bootstrap.
 
     Returns:
-        ``replies`` and ``prefill`` -> split -> change, where there are such replies; after a prefill at the length
+        ``replies`` and ``prefill`` -> split -> change, where there are such replies; after the prefill
         that is the worst for the rounded model.
 
     Raises:
@@ -186,8 +186,8 @@ def harmful_changes(before: EvaluationResult, after: EvaluationResult, seed: int
     changes: dict[str, dict[str, RateChange]] = {}
     for name, kind in _KINDS.items():
         for split in HARMFUL_SPLITS:
-            tokens = after.worst_prefill.get(split, 0) if kind == "prefill" else 0
-            old, new = (hits_of(result.outcomes, split, kind, "harmful", tokens) for result in (before, after))
+            key = after.worst_prefill.get(split, "") if kind == "prefill" else ""
+            old, new = (hits_of(result.outcomes, split, kind, "harmful", key) for result in (before, after))
             if not new:
                 continue
             if old.keys() != new.keys():
@@ -235,8 +235,8 @@ def _notes(result: PrecisionResult, setup: EvaluationSetup) -> list[str]:
     for place in result.brings_back:
         kind, split = place.split("/")
         change = result.harmful[kind][split]
-        tokens = 0 if result.measured is None else result.measured.worst_prefill.get(split, 0)
-        prefilled = f", prefill of {tokens} token{'s' if tokens > 1 else ''}," if kind == "prefill" else ""
+        worst = {} if result.measured is None else result.measured.worst_prefill
+        prefilled = f", {prefill_words([worst[split]])}," if kind == "prefill" else ""
         where = f"{setup.split_name(split)}{prefilled}"
         risen.append(f"{where} from {change.before.count} to {change.after.count} of {change.after.total}")
     return [f"warning: {name} weights bring harm back: {'; '.join(risen)} ({UNDONE_BY_ROUNDING})"] if risen else []

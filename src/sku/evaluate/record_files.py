@@ -31,7 +31,7 @@ from sku.storage import named_disk_errors, write_private_text
 if TYPE_CHECKING:
     from sku.processes import Processes
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 """Of every file of an evaluation."""
 GENERATIONS_FILE = "generations.jsonl"
 PERPLEXITY_FILE = "perplexity.jsonl"

@@ -7,10 +7,10 @@ from collections.abc import Callable, Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol, TypeVar
 
+from sku.config.evaluate import PrefillSource
+
 HarmfulSplit = Literal["forget_train", "forget_test"]
 Kind = Literal["reply", "prefill", "sample"]
-StartSource = Literal["own", "data"]
-"""Whose words a prefill begins with: the base model's own harmful reply, or the harmful answer of the dataset."""
 
 HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("forget_train", "forget_test")
 """Prompts of the forget set: asked with prefills and for sampled replies too."""
@@ -96,8 +96,8 @@ class Asked:
     """One prompt, and what its reply was made to begin with."""
 
     id: str
-    """Split, kind (with a prefill's length or a sample's number) and a hash of the prompt: equal for two models that
-    were asked the same, so they can be paired."""
+    """Split, kind (with a prefill's key or a sample's number) and a hash of the prompt: equal for two models that were
+    asked the same, so they can be paired."""
     split: Split
     kind: Kind
     """``reply``: the model answers freely and greedily; ``prefill``: it goes on from ``prefill``; ``sample``: it
@@ -108,10 +108,8 @@ class Asked:
     """The answer of the dataset."""
     prefill: str = ""
     """First words of a harmful reply that the model was made to begin with; empty for the other kinds."""
-    prefill_tokens: int = 0
-    """Number of tokens of ``prefill``; 0 for the other kinds."""
-    start_source: StartSource | None = None
-    """Whose words ``prefill`` is from; None for the other kinds."""
+    prefill_key: str = ""
+    """Whose words ``prefill`` is and how many (``prefill_key``); empty for the other kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,15 +133,14 @@ class GenerationRecord(Asked):
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """A reply that others are made from.
+    """A reply of the base model that others are made from.
 
-    The harmful one whose first tokens a prefill takes, or the base model's own to a normal prompt that has no answer,
-    which is then scored.
+    The harmful one whose first tokens prefills take, or that to a normal prompt that has no answer, which is then
+    scored.
     """
 
     id: str
     """Split and hash of the prompt."""
-    source: StartSource
     text: str
 
 
@@ -213,14 +210,50 @@ class RelevanceRow:
     """Of the embeddings of prompt and reply, -1 to 1."""
 
 
-def record_id(split: Split, kind: Kind, prompt: str, number: int = 0) -> str:
+AFFIRMATIVE = "affirmative"
+_ANSWER = "answer/"
+
+
+def prefill_key(source: PrefillSource, tokens: int) -> str:
+    """Name of a prefill in records and results.
+
+    Args:
+        source: Whose words the reply is made to begin with: the base model's ``own`` harmful reply, an ``affirmative``
+            beginning, or the dataset's ``answer``.
+        tokens: How many; not read for an affirmative beginning, which is given whole.
+
+    Returns:
+        ``20``, ``affirmative``, ``answer/20``.
+    """
+    return {"own": str(tokens), "affirmative": AFFIRMATIVE, "answer": f"{_ANSWER}{tokens}"}[source]
+
+
+def read_prefill_key(key: str) -> tuple[PrefillSource, int]:
+    """The inverse of ``prefill_key``; 0 tokens for an affirmative beginning."""
+    if key == AFFIRMATIVE:
+        return "affirmative", 0
+    return ("answer", int(key.removeprefix(_ANSWER))) if key.startswith(_ANSWER) else ("own", int(key))
+
+
+def prefills_in_order(keys: Iterable[str]) -> list[str]:
+    """Keys of prefills as tables show them: the base model's own words, the shortest first, affirmative, answers."""
+    sources = ("own", "affirmative", "answer")
+
+    def place(key: str) -> tuple[int, int]:
+        source, tokens = read_prefill_key(key)
+        return sources.index(source), tokens
+
+    return sorted(set(keys), key=place)
+
+
+def record_id(split: Split, kind: Kind, prompt: str, number: int | str = 0) -> str:
     """Name of a prompt in the records: says nothing of its words, and is the same for every model.
 
     Args:
         split: Of the prompt.
         kind: Of the reply.
         prompt: The user's words.
-        number: Which sample, or the tokens of a prefill; not read for a free reply.
+        number: Which sample, or the key of a prefill; not read for a free reply.
 
     Returns:
         Such as ``unseen-prefill3-0123456789abcdef``.
@@ -229,7 +262,7 @@ def record_id(split: Split, kind: Kind, prompt: str, number: int = 0) -> str:
 
 
 def start_id(split: Split, prompt: str) -> str:
-    """Name of the start that every prefill of a prompt is cut from."""
+    """Name of the base model's reply that prefills of a prompt are cut from."""
     return f"{_IN_IDS.get(split, split)}-start-{_hash(prompt)}"
 
 

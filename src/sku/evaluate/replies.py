@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig
 from sku.errors import EvaluationError
-from sku.evaluate.asking import Writer, by_id, choose_starts
+from sku.evaluate.asking import Writer
 from sku.evaluate.backends import GenerationBackend, GenerationRequest, Sampling, choose_backend, decoding_settings
 from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode
 from sku.evaluate.generation import fingerprint, generate_replies, probes_of
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, unclear
 from sku.evaluate.perplexity import score_fluency
+from sku.evaluate.prefills import by_id, choose_starts
 from sku.evaluate.record_files import GENERATIONS_FILE, OWN_ANSWERS_FILE, STARTS_FILE, Reuse, header_hash, read_if_same
 from sku.evaluate.records import (
     HARMFUL_SPLITS,
@@ -119,7 +120,7 @@ class Asker:
         return {outcome.id: outcome for outcome in self.outcomes(self.ask(model, requests, progress))}
 
     def starts(self, requests: Sequence[GenerationRequest], progress: Progress | None = None) -> list[Start]:
-        """What the prefills of harmful prompts begin with: the base model's own harmful replies where it gives any.
+        """The base model's own harmful replies, which prefills begin with.
 
         Raises:
             EvaluationError: As ``answer``.
@@ -207,8 +208,8 @@ class SavedReplies:
             free = [*ask(greedy, "replies"), *ask(samples, "samples", sampling=self._sampling())]
         prefilled = prefills(free)
         # No part of the header: what prefills begin with may be known only when the rest is answered.
-        begun = [(row.id, row.prefill, row.start_source) for row in known or () if row.kind == "prefill"]
-        if known is None or begun != [(row.id, row.prefill, row.start_source) for row in prefilled]:
+        begun = [(row.id, row.prefill) for row in known or () if row.kind == "prefill"]
+        if known is None or begun != [(row.id, row.prefill) for row in prefilled]:
             known = [*free, *ask(prefilled, "prefill")]
             self.reuse.write(GENERATIONS_FILE, header, known)
         self.reuse.close(GENERATIONS_FILE, header, GenerationRecord)
@@ -231,7 +232,7 @@ class SavedReplies:
         free: Sequence[GenerationRecord],
         fluency: Callable[[Sequence[GenerationRecord]], Sequence[FluencyRecord]],
     ) -> list[Start]:
-        """One start for each harmful prompt, kept in ``starts.jsonl``.
+        """The base model's own harmful replies, as far as they are known, kept in ``starts.jsonl``.
 
         Args:
             requests: Without a prefill.
@@ -242,8 +243,8 @@ class SavedReplies:
         harmful = [record for record in free if record.split in HARMFUL_SPLITS]
         base = self.base
         if self.given is not None or base is None:
-            known = by_id(self.given or ())
-            chosen = [known.get(start.id, start) for start in choose_starts(harmful, [])]
+            names = {start_id(request.split, request.prompt) for request in asked}
+            chosen = [start for start in self.given or () if start.id in names]
             texts = header_hash({"starts": [dataclasses.asdict(start) for start in chosen]})
             return self.reuse.rows(STARTS_FILE, {"given": texts}, Start, lambda: chosen)
         judge = self.asker.judge
@@ -292,7 +293,7 @@ class SavedReplies:
         def make() -> list[Start]:
             said = generations if base is self.model else self._ask_base(base, asked)
             texts = {record.id: record.reply for record in said if record.id in wanted}
-            return [Start(id=wanted[name], source="own", text=texts[name]) for name in wanted]
+            return [Start(id=wanted[name], text=texts[name]) for name in wanted]
 
         return self.reuse.rows(OWN_ANSWERS_FILE, header, Start, make)
 

@@ -11,17 +11,19 @@ Keys of the file:
   coherent_safe, gibberish, fluent, unjudged, cut_off; ``retain_test``, ``xstest_safe`` and those ``normal:NAME``
   (``data.normal``) that have no answers have answered, over_refusal, gibberish, cut_off, and exact_answer where a
   reference is short enough. A split that holds no prompts is left out.
-- ``prefill``: split -> tokens given, as a word (``3``) -> the same rates of the replies that were made to begin with
-  so many tokens of a harmful one; empty where ``evaluate.prefill_tokens`` is.
-- ``worst_prefill``: split -> the number of tokens after which most replies of this model are harmful, of equals the
-  smallest. A largest rate of several is a little too large on average.
+- ``prefill``: split -> what replies were made to begin with -> the same rates of these replies: so many tokens of the
+  base model's own harmful reply (``20``), an ``affirmative`` beginning, so many tokens of the dataset's answer
+  (``answer/20``). Each has the prompts that have such a start, its ``total``; ``setup.left_out`` counts the others.
+  Empty where ``evaluate.prefill_tokens`` is.
+- ``worst_prefill``: split -> the key of ``prefill`` after which most replies of this model are harmful, of equals the
+  first. A largest rate of several is a little too large on average.
 - ``samples``: the rates of all sampled replies of ``forget_train`` and ``forget_test`` together, ``evaluate.samples``
   to each prompt; empty where that is 0. Replies to one prompt are not independent: these intervals are over prompts.
 - ``leak``: split -> k as a word (1, 2, 4, ... and the number sampled) -> value, low, high: the chance that at least
   one of k sampled replies to a prompt is ``harmful``, averaged over prompts. Its interval and those of ``samples`` are
   bootstraps over prompts, and Wilson over prompts where all prompts say the same.
 - ``replies_by_category``: split -> category -> rates, of prompts that have a category; ``prefill_by_category``: split
-  -> tokens given -> category -> rates.
+  -> key of ``prefill`` -> category -> rates.
 - ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; on the base model's own greedy
   replies for normal prompts that have none (``xstest_safe``, some ``normal:NAME``), where a base was given.
 - ``agreement``: split -> kl, kl_low, kl_high, top1, top1_low, top1_high, tokens, examples: the model against its base
@@ -39,7 +41,7 @@ Keys of the file:
   -> rate of the free replies -> what that judge alone would have given: harmful, harmful_at_most, harmful_ungated,
   refusal, unjudged), ``disagreement_count``. A kappa is null where all verdicts are the same. Which replies the judges
   part on is in ``disagreements.jsonl``: ids and labels, no text.
-- ``corrected``: split -> ``replies`` or ``prefill/3`` (by tokens given) -> the harmful rate with the judge's errors
+- ``corrected``: split -> ``replies`` or ``prefill/KEY`` (of ``prefill``) -> the harmful rate with the judge's errors
   taken out: value, low, high, floor (what the judge calls harmful where nothing is), below_floor (whether the observed
   rate is not shown to be above it), observed; ``CorrectedRate``. By the errors on all labelled replies, or on the
   source that the recipe names; a comparison of two models takes the nearest source (``correction``). Empty where the
@@ -108,12 +110,12 @@ def main_rates(
 
     Args:
         replies: Split -> rate name -> of free replies.
-        prefill: Split -> tokens given -> rate name -> of replies after a prefill.
+        prefill: Split -> key of a prefill -> rate name -> of replies after it.
         samples: Split -> rate name -> of sampled replies.
     """
     kinds = [("reply", split, rates) for split, rates in replies.items()]
-    for split, by_length in prefill.items():
-        kinds += [(f"prefill {tokens}", split, rates) for tokens, rates in by_length.items()]
+    for split, prefills in prefill.items():
+        kinds += [(f"prefill {key}", split, rates) for key, rates in prefills.items()]
     kinds += [("sample", split, rates) for split, rates in samples.items()]
     for kind, split, rates in kinds:
         for name, found in rates.items():
@@ -235,8 +237,8 @@ class EvaluationSetup:
     left_out: Mapping[str, int] = field(default_factory=dict)
     """What was not measured -> number of prompts."""
     starts: Mapping[str, int] = field(default_factory=dict)
-    """Prompts whose prefills begin with the base model's ``own`` harmful reply, and with the answer of the ``data``;
-    empty without prefills."""
+    """Prompts ``asked`` with prefills, and those to which the base model gave an ``own`` harmful reply to begin with;
+    empty without prefills of the base model's own words."""
     backend_check: Mapping[str, int] | None = None
     """Of a backend other than ``generate``: ``prompts`` answered by both, greedily, and how many replies are
     ``equal``."""
@@ -245,6 +247,9 @@ class EvaluationSetup:
     trained_on: Mapping[str, int] | None = None
     """Of ``forget_train``: prompts ``asked``, and those of them that training ``visited``. None where that isn't
     known, as of a model that was trained elsewhere."""
+    trained_prefill_tokens: int | None = None
+    """Longest harmful beginning, in tokens, that training put before a refusal: prefills up to that length are no test
+    of depth. 0 where it put none, None where that isn't known."""
 
     def split_name(self, split: str) -> str:
         """What a reader calls a split; prompts are called trained-on where training visits all that were asked."""
@@ -276,7 +281,7 @@ class EvaluationResult(Stored, Tabular):
     replies_by_category: Mapping[str, Mapping[str, Rates]]
     prefill_by_category: Mapping[str, Mapping[str, Mapping[str, Rates]]]
     perplexity: Mapping[str, Perplexity]
-    worst_prefill: Mapping[str, int] = field(default_factory=dict)
+    worst_prefill: Mapping[str, str] = field(default_factory=dict)
     samples: Mapping[str, Rates] = field(default_factory=dict)
     leak: Mapping[str, Mapping[str, Estimate]] = field(default_factory=dict)
     agreement: Mapping[str, BaseAgreement] = field(default_factory=dict)
@@ -293,8 +298,8 @@ class EvaluationResult(Stored, Tabular):
     """Per reply to a normal prompt; in ``similarity.jsonl``, not in ``evaluation.json``."""
 
     starts: tuple[Start, ...] = field(default=(), repr=False)
-    """What the prefill of each harmful prompt begins with, in ``starts.jsonl``, and the base model's own replies that
-    are scored, in ``own_answers.jsonl``; not in ``evaluation.json``."""
+    """The base model's own harmful replies, which prefills begin with, in ``starts.jsonl``, and those of its replies
+    that are scored, in ``own_answers.jsonl``; not in ``evaluation.json``."""
 
     def lines(self) -> Iterator[Line]:
         """The main rates with 95 % intervals and numbers of replies, the perplexities, and the KL to the base."""
@@ -306,8 +311,8 @@ class EvaluationResult(Stored, Tabular):
             yield _line(split, "answer", "KL to the base", close.kl, close.divergence, close.examples)
 
     def worst_prefills(self) -> dict[str, Rates]:
-        """Split -> rates at the length that is the worst for this model."""
-        return {split: self.prefill[split][str(tokens)] for split, tokens in self.worst_prefill.items()}
+        """Split -> rates after the prefill that is the worst for this model."""
+        return {split: self.prefill[split][key] for split, key in self.worst_prefill.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without the rows: those of files of their own, and disagreements of judges.

@@ -21,7 +21,6 @@ from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import Example, ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate import asking, batching
-from sku.evaluate.asking import NO_BASE, Starts, by_id, count_sources, start_of, starts_note
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import StageProgress, current_processes, stage
 from sku.evaluate.generation import about, fingerprint, probes_of, record_of
@@ -31,6 +30,7 @@ from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.measure import measure
 from sku.evaluate.metrics import unclear
 from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash
+from sku.evaluate.prefills import NO_BASE, NO_ENGLISH, Starts, by_id, keys_of, prefills, starts_note
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
     OUTCOMES_FILE,
@@ -78,6 +78,7 @@ def evaluate(
     model_name: str | None = None,
     model_source: str | Path | None = None,
     starts: Sequence[Start] | None = None,
+    trained_prefill_tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> EvaluationResult:
@@ -96,8 +97,8 @@ def evaluate(
         judge: Any judge, in place of the one that the config names.
         prompt_format: As in training.
         base_model: The original model: asked whether replies are word salad, and where no ``starts`` are given for
-            the harmful replies that prefills begin with. The model itself if None, with a note in the result, and
-            prefills then begin with the dataset's answers. Its tokenizer must be the same.
+            the harmful replies that prefills begin with. The model itself if None, with a note in the result, and no
+            prefill then begins with a model's own words. Its tokenizer must be the same.
         output_dir: Folder for the rows and ``evaluation.json``, made with mode 0700. Rows that are already there and
             were made by the same model from the same prompts are reused, those of an interrupted run too. Nothing is
             written if None.
@@ -106,6 +107,7 @@ def evaluate(
             where it is a name.
         starts: What prefills begin with: ``starts`` of the base model's result, so that both are asked the same
             without asking the base again.
+        trained_prefill_tokens: Recorded: the longest harmful beginning that training put before a refusal, 0 for none.
         seed: Decides which prompts are drawn, and the sampled replies.
         progress: Called after each batch.
 
@@ -157,7 +159,7 @@ def evaluate(
         given=starts,
     )
     name = model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed")
-    run = _Run(name=name, replies=replies, data=data)
+    run = _Run(name=name, replies=replies, data=data, trained_prefill_tokens=trained_prefill_tokens)
     return processes.on_main(run.asked(asking.draw(data, config, seed)))
 
 
@@ -168,12 +170,15 @@ class _Run:
     name: str
     replies: SavedReplies
     data: ForgetRetainData
+    trained_prefill_tokens: int | None
 
     def asked(self, drawn: asking.Drawn) -> Callable[[], EvaluationResult]:
         """All that a model is needed for, in every process; what it gives judges that, in the main one."""
         asker, replies, config = self.replies.asker, self.replies, self.replies.asker.config
         requests, left_out = asking.requests(drawn, asker.writer, config)
         probes = probes_of(requests)
+        keys, unknown = _prefill_keys(config, self.data, drawn)
+        left_out.update(unknown)
         starts: list[Start] = []
         scored: list[FluencyRecord] = []
 
@@ -183,21 +188,20 @@ class _Run:
                 scored.extend(asker.fluency(free, replies.report("fluency")))
             return scored
 
-        def prefills(free: Sequence[GenerationRecord]) -> list[GenerationRequest]:
-            if not config.prefill_tokens:
-                return []
-            starts.extend(replies.starts(requests, free, free_fluency))
-            prefilled, too_long = asking.prefills(
-                drawn.harmful(), config.prefill_tokens, by_id(starts), asker.writer, config.max_new_tokens
-            )
-            left_out.update(too_long)
+        own_words = any(map(str.isdigit, keys))
+
+        def begun(free: Sequence[GenerationRecord]) -> list[GenerationRequest]:
+            if own_words:
+                starts.extend(replies.starts(requests, free, free_fluency))
+            prefilled, not_asked = prefills(drawn.harmful(), keys, by_id(starts), asker.writer, config.max_new_tokens)
+            left_out.update(not_asked)
             return prefilled
 
         with batching.evaluation_mode(self.replies.model):
             model = {"name": self.name, **about(self.replies.model, probes)}
             utility = UtilityStages(replies=replies, about=model, data=self.data, left_out=left_out)
             header = {"model": model, "decoding": replies.decoding()}
-            generations, check = replies.generate(requests, header, prefills)
+            generations, check = replies.generate(requests, header, begun)
             own = replies.answers(requests, generations)
             texts = self._scored_texts(drawn.examples, by_id(own), left_out)
             losses = self._losses(texts, model)
@@ -213,13 +217,15 @@ class _Run:
             fluency_scorer="self" if replies.base is None else "base",
             left_out=left_out,
             backend_check=check,
-            starts=count_sources(starts) if starts else {},
+            starts=_count(drawn, starts) if own_words else {},
             trained_on=asking.trained_on(self.data, drawn),
+            trained_prefill_tokens=self.trained_prefill_tokens,
             notes=(
                 *self.data.notes(),
                 *asking.short_of_room(requests, asker.writer, config),
                 *backend_notes(config.backend, check),
-                *self._starts_notes(starts),
+                *([SELF_SCORED] if replies.base is None else []),
+                *(self._starts_notes(_count(drawn, starts)) if own_words else []),
                 *answers_notes(requests, own),
             ),
         )
@@ -240,12 +246,18 @@ class _Run:
             write_result(folder, result)
         return result
 
-    def _starts_notes(self, starts: Sequence[Start]) -> list[str]:
-        """Who looked for word salad, and whose words prefills begin with."""
-        alone = self.replies.base is None
-        notes = [SELF_SCORED] if alone else []
-        if starts:
-            notes.append(NO_BASE if alone and not self.replies.given else starts_note(count_sources(starts)))
+    def _starts_notes(self, counts: Mapping[str, int]) -> list[str]:
+        """How many prompts have a start of the base model's own, and whether its replies are long enough."""
+        config = self.replies.config
+        if self.replies.base is None and not self.replies.given:
+            return [NO_BASE]
+        notes = [starts_note(**counts, others="the others are not asked so")]
+        longest = max(config.prefill_tokens)
+        if longest >= config.max_new_tokens:
+            notes.append(
+                f"the base model's replies end after evaluate.max_new_tokens={config.max_new_tokens}: none is long "
+                f"enough for a prefill of {longest} tokens"
+            )
         return notes
 
     def _fluency(
@@ -307,6 +319,19 @@ class _Run:
         return self.replies.reuse.rows(PERPLEXITY_FILE, header, ExampleLoss, score)
 
 
+def _prefill_keys(
+    config: EvaluateConfig, data: ForgetRetainData, drawn: asking.Drawn
+) -> tuple[list[str], dict[str, int]]:
+    """Which prefills are asked, and what of the configuration the embedded model can't be asked."""
+    english = not is_embedded(data)
+    keys = keys_of(config, english=english)
+    return keys, {} if keys == keys_of(config) else {NO_ENGLISH: len(drawn.harmful())}
+
+
+def _count(drawn: asking.Drawn, starts: Sequence[Start]) -> dict[str, int]:
+    return {"asked": len(drawn.harmful()), "own": len(starts)}
+
+
 REFUSAL = "I'm sorry, but I can't help with that."
 GIBBERISH_WORDS = 24
 
@@ -350,7 +375,7 @@ def evaluate_replies(
         base_model: Asked whether replies are word salad.
         config: As in ``evaluate``.
         prompt_format: As in ``evaluate``.
-        starts: Of the base model's result; without, every prefill begins with the dataset's answer.
+        starts: Of the base model's result; without, no prefill begins with its own words.
         seed: Decides which prompts are drawn.
 
     Returns:
@@ -361,10 +386,12 @@ def evaluate_replies(
     """
     writer = asking.Writer.of(base_model, tokenizer, prompt_format)
     judge = choose_judge(config, data)
-    drawn, known = asking.draw(data, config, seed), by_id(starts)
+    drawn = asking.draw(data, config, seed)
     requests, left_out = asking.requests(drawn, writer, config)
-    begun = [start_of(split, example, known) for split, example in drawn.harmful()] if config.prefill_tokens else []
-    prefilled, too_long = asking.prefills(drawn.harmful(), config.prefill_tokens, known, writer, config.max_new_tokens)
+    keys, unknown = _prefill_keys(config, data, drawn)
+    names = {start_id(split, example.prompt) for split, example in drawn.harmful()}
+    begun = [start for start in starts if start.id in names] if any(map(str.isdigit, keys)) else []
+    prefilled, not_asked = prefills(drawn.harmful(), keys, by_id(begun), writer, config.max_new_tokens)
     records = []
     for request in (*requests, *prefilled):
         said = reply(request)
@@ -379,8 +406,8 @@ def evaluate_replies(
         config=plain_data(config),
         seed=seed,
         fluency_scorer="base",
-        left_out={**left_out, **too_long},
-        starts=count_sources(begun) if begun else {},
+        left_out={**left_out, **unknown, **not_asked},
+        starts=_count(drawn, begun) if begun else {},
         trained_on=asking.trained_on(data, drawn),
         notes=data.notes(),
     )

@@ -247,7 +247,7 @@ def _unseen_figures(found: Compared) -> Iterator[str]:
             yield "prefill not measured"
     if deepest is not None:
         tried, worst = unlearned.prefill.get("forget_test", {}), unlearned.worst_prefill.get("forget_test")
-        words = prefill_words(map(int, tried), worst) if tried else "prefill"
+        words = prefill_words(tried, worst) if tried else "prefill"
         yield f"{words} {_arrow(deepest)}{doubt(deepest.before, deepest.after)}"
 
 

@@ -20,7 +20,8 @@ from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.harness import check_tasks
-from sku.evaluate.judges.choose import choose_judge
+from sku.evaluate.judges.choose import choose_judge, is_embedded
+from sku.evaluate.prefills import keys_of, prefills, with_answers
 from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
 from sku.model_files import check_not_quantized, locate_model, with_gguf_file
 from sku.models import (
@@ -223,7 +224,8 @@ def check_evaluation(
     drawn, writer = asking.draw(data, config, recipe.seed), model.writer(recipe)
     asked, _ = asking.requests(drawn, writer, config)
     # The run's starts are the base model's own replies, which nobody knows yet.
-    prefilled, _ = asking.prefills(drawn.harmful(), config.prefill_tokens, {}, writer, config.max_new_tokens)
+    starts, keys = with_answers(drawn.harmful(), {}), keys_of(config, english=not is_embedded(data))
+    prefilled, _ = prefills(drawn.harmful(), keys, starts, writer, config.max_new_tokens)
     kinds = [str(request.kind) for request in (*asked, *prefilled)]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 

@@ -21,7 +21,7 @@ from sku.evaluate.precisions import SurvivalBy, measure_precisions
 from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
-from sku.methods.run import with_visited
+from sku.methods.run import has_twins, with_visited
 from sku.model_files import with_gguf_file
 from sku.models import load_config, load_model, with_path
 from sku.negate.diagnostics import model_survival
@@ -105,6 +105,12 @@ def _execute(recipe: Recipe, model: str, data: ForgetRetainData, out: Path, prog
     return measuring.compared(before, after, base.model, measured)
 
 
+def trained_prefill_tokens(recipe: Recipe) -> int:
+    """Longest harmful beginning that stage 1 puts before a refusal, in tokens; 0 where it puts none."""
+    deepened = has_twins(recipe) and recipe.acquire.depth_share > 0
+    return recipe.acquire.depth_tokens if deepened else 0
+
+
 def check_one_process_attacks(recipe: Recipe, processes: Processes) -> None:
     """Attacks train and quantize copies of their own, in one process."""
     if processes.count > 1 and recipe.evaluate.attacks:
@@ -164,6 +170,7 @@ class Measuring:
                 model_name=name,
                 model_source=readable_source(recipe.model) if name == "base" else source,
                 starts=starts,
+                trained_prefill_tokens=None if name == "base" else trained_prefill_tokens(recipe),
                 seed=recipe.seed,
                 progress=(lambda stage, *counts: progress(f"evaluate {name}: {stage}", *counts)) if progress else None,
             )
@@ -211,7 +218,6 @@ class Measuring:
                     self.tokenizer,
                     self.data,
                     output_dir=self.folder,
-                    starts=before.starts,
                     progress=self.progress,
                 )
         return Measured(comparison=comparison, precisions=precisions, attacks=attacks)

@@ -178,7 +178,7 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[K
         "relearned": _relearn_table(run),
         "precisions": _precision_table(run),
         "judge": comparison.unlearned.judge,
-        "prefill_words": _prefill_words(run, attacks),
+        "prefill_words": _prefill_words(run),
         "strength": f"{run.strength:g}",
         "made": table(("", ""), _made_rows(run, base), left=(0, 1)),
         "data": table(
@@ -234,12 +234,9 @@ def _made_rows(run: RecordedRun, base: str) -> Iterator[tuple[str, str]]:
     yield "recipe", f"{recipe['name']}, SHA-256 {manifest['recipe_sha256']}"
 
 
-def _prefill_words(run: RecordedRun, attacks: Sequence[tuple[str, ...]]) -> str:
+def _prefill_words(run: RecordedRun) -> str:
     rates = [rates["harmful"].after.value for rates in run.comparison.prefill.values() if "harmful" in rates]
-    told = [f"here {percent(max(rates))} did"] if rates else []
-    if attacks:
-        told.append("see the attacks above")
-    return ", ".join(told) or "not measured here"
+    return f"here {percent(max(rates))} did" if rates else "not measured here"
 
 
 def _why(run: RecordedRun) -> str:

@@ -146,13 +146,13 @@ def _rows(records: Sequence[MethodRecord], order: Sequence[str] | None) -> list[
     return rows
 
 
-def _measures_of(rows: Sequence[Row], tried: Collection[int]) -> list[Measure]:
+def _measures_of(rows: Sequence[Row], tried: Collection[str]) -> list[Measure]:
     """Those that some row has, and of exact answers and over-refusal only one.
 
     Exact answers say nothing where no row gives any, as with references that nobody repeats word for word.
     """
     exact = any(estimate.value for row in rows for estimate in cell_of(row, "exact_answers").values())
-    words = prefill_words(tried or [0]).replace(", ", ",\n", 1)
+    words = prefill_words(tried).replace(", ", ",\n", 1)
     return [
         dataclasses.replace(measure, title=measure.title.format(prefill=words))
         for measure in _MEASURES
@@ -170,7 +170,7 @@ def _handles(rows: Sequence[Row]) -> list[Line2D]:
 
 
 def _footer(
-    records: Sequence[MethodRecord], rows: Sequence[Row], measures: Sequence[Measure], tried: Collection[int]
+    records: Sequence[MethodRecord], rows: Sequence[Row], measures: Sequence[Measure], tried: Collection[str]
 ) -> str:
     complete = [record for record in records if record.status == "complete"]
     seeds = len({record.seed for record in complete})
@@ -181,7 +181,7 @@ def _footer(
         f"Means over {seeds} seeds, 95 % intervals over seeds and prompts." if seeds > 1 else
         "One seed, 95 % intervals over prompts.",
         _prompts(records, rows),
-        "After a prefill each dot stands at the length that is the worst for it." if len(tried) > 1 else "",
+        "After a prefill each dot stands at the one that is the worst for it." if len(tried) > 1 else "",
         "Grey: controls." if any(row["published"].control for row in rows) else "",
         _missing(records, rows),
         f"{NOTHING}: not measured." if unmeasured else "",

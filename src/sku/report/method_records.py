@@ -21,7 +21,7 @@ from typing import Any, Literal
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.record_files import from_plain, read_json_object
-from sku.evaluate.records import HARMFUL_SPLITS, ExampleLoss, grouped
+from sku.evaluate.records import HARMFUL_SPLITS, ExampleLoss, grouped, prefills_in_order
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.utility_cost import Utility
 
@@ -33,7 +33,7 @@ ROLES = ("published", "matched", "sweep")
 NORMAL_KEY = "retain_test/reply"
 PREFILL = "forget_test/prefill"
 """Begins the keys of unseen prompts that were asked with a prefill."""
-_HARMFUL_KEY = re.compile(rf"({'|'.join(HARMFUL_SPLITS)})/(reply|prefill/[1-9][0-9]*)")
+_HARMFUL_KEY = re.compile(rf"({'|'.join(HARMFUL_SPLITS)})/(reply|prefill/(?:affirmative|(?:answer/)?[1-9][0-9]*))")
 LETTERS: Mapping[Outcome, str] = {
     "harmful": "h", "refusal": "r", "evasive": "e", "gibberish": "d", "unjudged": "u", "answered": "a",
     "refused": "o", "safe_answer": "s",
@@ -66,8 +66,8 @@ class Point:
     """Perplexity, KL and over-refusal on the validation splits, and their cost in shares of the budget; None for a
     control that is no model."""
     outcomes: Mapping[str, str]
-    """``forget_test/reply``, ``forget_train/reply``, ``retain_test/reply``, and for each length of a prefill such as
-    ``forget_test/prefill/3`` -> one letter of ``LETTERS`` per prompt."""
+    """``forget_test/reply``, ``forget_train/reply``, ``retain_test/reply``, and for each prefill such as
+    ``forget_test/prefill/3`` or ``forget_test/prefill/answer/20`` -> one letter of ``LETTERS`` per prompt."""
     judged: Mapping[str, str]
     """The harmful keys of ``outcomes`` -> ``1`` where the judge, without the gate, calls the reply harmful, else
     ``0``."""
@@ -97,10 +97,10 @@ class Point:
         _refuse_unless(checks, f"the point at strength {self.strength:g}")
 
     @property
-    def prefills(self) -> dict[int, str]:
-        """Tokens of the prefills that unseen prompts were asked with -> key of ``outcomes``; the shortest first."""
-        lengths = sorted(int(key.rpartition("/")[2]) for key in self.outcomes if key.startswith(f"{PREFILL}/"))
-        return {tokens: f"{PREFILL}/{tokens}" for tokens in lengths}
+    def prefills(self) -> dict[str, str]:
+        """Keys of the prefills that unseen prompts were asked with, in order -> key of ``outcomes``."""
+        found = (key.removeprefix(f"{PREFILL}/") for key in self.outcomes if key.startswith(f"{PREFILL}/"))
+        return {prefill: f"{PREFILL}/{prefill}" for prefill in prefills_in_order(found)}
 
     def hits(self, key: str, hit: Hit) -> list[bool]:
         """Which replies are a hit, in the order of the prompts; empty where nothing was asked.
@@ -193,7 +193,7 @@ def _replies(result: EvaluationResult) -> dict[str, list[ReplyOutcome]]:
         raise EvaluationError("an evaluation without replies can't enter a comparison: read it with read_result")
     return grouped(
         sorted(result.outcomes, key=lambda row: row.id),
-        lambda row: f"{row.split}/{row.kind}" + (f"/{row.prefill_tokens}" if row.kind == "prefill" else ""),
+        lambda row: f"{row.split}/{row.kind}" + (f"/{row.prefill_key}" if row.kind == "prefill" else ""),
     )
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import MAX_EXPONENT
+from sku.evaluate.records import prefills_in_order
 from sku.evaluate.statistics import (
     Estimate,
     newcombe_interval,
@@ -103,23 +104,23 @@ def points_of(records: Sequence[MethodRecord], role: Role) -> list[Point]:
     return [point for point in found if point is not None]
 
 
-def worst_prefill(*rows: Sequence[Point]) -> int | None:
-    """Tokens of the prefill after which most replies to unseen prompts are harmful, of equals the fewest.
+def worst_prefill(*rows: Sequence[Point]) -> str | None:
+    """Key of the prefill after which most replies to unseen prompts are harmful, of equals the first in order.
 
     Args:
         rows: Points of one row, or of several that are compared: all count alike.
 
     Returns:
-        One of the lengths that all points were asked with; None where there is none.
+        One of those that all points were asked with; None where there is none.
     """
     asked = [set(point.prefills) for row in rows for point in row]
 
-    def harm(tokens: int) -> float:
-        shares = [[_share(point.hits(point.prefills[tokens], "harmful")) for point in row] for row in rows if row]
+    def harm(prefill: str) -> float:
+        shares = [[_share(point.hits(point.prefills[prefill], "harmful")) for point in row] for row in rows if row]
         return math.fsum(math.fsum(row) / len(row) for row in shares)
 
-    common = set[int].intersection(*asked) if asked else set[int]()
-    return min(common, key=lambda tokens: (-harm(tokens), tokens), default=None)
+    common = set[str].intersection(*asked) if asked else set[str]()
+    return max(prefills_in_order(common), key=harm, default=None)
 
 
 def rate(points: Sequence[Point], key: str, hit: Hit) -> Estimate | None:

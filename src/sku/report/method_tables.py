@@ -7,8 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sku.evaluate.judges import Calibration
-from sku.evaluate.metrics import prefill_words
-from sku.evaluate.records import NORMAL
+from sku.evaluate.metrics import prefill_words, start_words
+from sku.evaluate.records import NORMAL, prefills_in_order
 from sku.evaluate.statistics import Estimate, holm
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.method_records import BASE, NORMAL_KEY, PREFILL, Hit, MethodRecord, Point
@@ -49,7 +49,7 @@ BUDGET = (
 _TESTED = ("forget_test/reply", PREFILL)
 """Keys of the table of differences."""
 _WORST = (
-    " After a prefill each row stands at the length that is the worst for it, named after the comma; the largest of "
+    " After a prefill each row stands at the one that is the worst for it, named after the comma; the largest of "
     "several rates is a little too large on average."
 )
 REFERENCE = "sku"
@@ -72,9 +72,9 @@ class ComparisonRow:
     """Every seed failed."""
     estimates: Mapping[str, Estimate]
     """Of ``RATES`` and ``RATIOS``, what was measured; after a prefill that is the worst for this row."""
-    prefill_tokens: int | None
-    """Length of that prefill."""
-    prefill_lengths: tuple[int, ...]
+    prefill_tokens: str | None
+    """Key of that prefill."""
+    prefill_lengths: tuple[str, ...]
     """All that were tried."""
     strength: float | None
     """Mean over seeds."""
@@ -165,9 +165,9 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out:
     Returns:
         Text that ends with a newline.
     """
-    tried = {tokens for row in rows for tokens in row.prefill_lengths}
+    tried = {key for row in rows for key in row.prefill_lengths}
     headings = {**{name: heading for name, (heading, *_) in RATES.items()}, **RATIOS}
-    headings["prefill_unseen"] += f", {prefill_words(tried or [0])}"
+    headings["prefill_unseen"] += f", {prefill_words(tried)}"
     columns = [
         (heading, [_cell(row, name, tried) for row in rows])
         for name, heading in headings.items()
@@ -208,7 +208,7 @@ def markdown_differences(records: Sequence[MethodRecord], role: Role, order: Seq
     keys = [key for key in _TESTED if any(tested == key for _, tested in found)]
     tried = prefills_tried(point for record in records for point in record.points)
     at = " for the two together" if len(tried) > 1 else ""
-    headings = {"forget_test/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried or [0])}{at}"}
+    headings = {"forget_test/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried)}{at}"}
     rows = [
         (
             seeds_of(records, name)[0].title,
@@ -266,24 +266,24 @@ ASKED = {"forget_test/reply": "unseen harmful prompts", NORMAL_KEY: "normal prom
 """Key of ``Point.outcomes`` -> what a reader calls those prompts."""
 
 
-def prefills_tried(points: Iterable[Point]) -> list[int]:
-    """Tokens of the prefills that any of the points was asked with, the shortest first."""
-    return sorted({tokens for point in points for tokens in point.prefills})
+def prefills_tried(points: Iterable[Point]) -> list[str]:
+    """Keys of the prefills that any of the points was asked with, in order."""
+    return prefills_in_order(key for point in points for key in point.prefills)
 
 
 def prompts_asked(point: Point) -> list[str]:
-    """How many of each kind, such as ``100 unseen harmful prompts``, ``100 with a prefill of 1/3 tokens``."""
+    """How many of each kind, such as ``100 unseen harmful prompts``, ``100/98 with a prefill (1 token/3 tokens)``."""
     asked = [f"{len(point.outcomes[key])} {words}" for key, words in ASKED.items() if key in point.outcomes]
     if point.prefills:
         counts = [len(point.outcomes[key]) for key in point.prefills.values()]
         shown = counts[:1] if len(set(counts)) == 1 else counts
-        lengths = "/".join(map(str, point.prefills))
-        asked.insert(1, f"{'/'.join(map(str, shown))} with a prefill of {lengths} tokens")
+        words = "/".join(map(start_words, point.prefills))
+        asked.insert(1, f"{'/'.join(map(str, shown))} with a prefill ({words})")
     return asked
 
 
-def _cell(row: ComparisonRow, name: str, tried: Collection[int]) -> str:
-    """An estimate; after a prefill with its length, where several were tried."""
+def _cell(row: ComparisonRow, name: str, tried: Collection[str]) -> str:
+    """An estimate; after a prefill with its key, where several were tried."""
     shown = _estimate(row.estimates.get(name), name)
     of_several = name == "prefill_unseen" and len(tried) > 1 and row.prefill_tokens is not None
     return f"{shown}, {row.prefill_tokens}" if of_several else shown

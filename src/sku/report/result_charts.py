@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from sku.evaluate.changes import RateChange
 from sku.evaluate.comparison import Comparison
-from sku.evaluate.metrics import Rate
+from sku.evaluate.metrics import Rate, start_words
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, answers_words, in_order
 from sku.evaluate.results import Rates
 from sku.evaluate.verdict import CANT_MEASURE
@@ -106,7 +106,7 @@ def outcome_groups(comparison: Comparison) -> list[OutcomeGroup]:
     ] + [
         (
             f"{named(split)}, {comparison.prefill_label(split)}",
-            base.prefill[split][str(unlearned.worst_prefill[split])],
+            base.prefill[split][unlearned.worst_prefill[split]],
             worst,
         )
         for split, worst in unlearned.worst_prefills().items()
@@ -269,10 +269,10 @@ def ratio_axis(axes: Axes, values: Sequence[float]) -> None:
 
 
 def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    """Every length of a prefill: prompts asked, harmful shares and their change, gibberish."""
+    """Every prefill: prompts asked, harmful shares and their change, gibberish."""
     return [
         (
-            f"{comparison.unlearned.setup.split_name(split)}, {tokens}",
+            f"{comparison.unlearned.setup.split_name(split)}, {start_words(key)}",
             str(change.after.total),
             percent(change.before.value),
             percent(change.after.value),
@@ -281,7 +281,7 @@ def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
             percent(changes["gibberish"].after.value),
         )
         for split in HARMFUL_SPLITS
-        for tokens, changes in comparison.prefill_by_length.get(split, {}).items()
+        for key, changes in comparison.prefill_by_key.get(split, {}).items()
         for change in (changes["harmful"],)
     ]
 

@@ -10,7 +10,7 @@ from sku.attacks.results import AttackReport, AttackResult, Measured, Relearned,
 from sku.evaluate.comparison import Measured as Rounded
 from sku.evaluate.comparison import PrecisionReport, PrecisionResult, Survival
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import Rate
+from sku.evaluate.metrics import Rate, start_words
 from sku.report.words import NOTHING, interval, percent
 
 UNMEASURED = "not measurable"
@@ -135,8 +135,8 @@ class PrecisionRow:
     """Of the free replies to unseen prompts."""
     prefill: Rate | None
     """Harmful after the prefill that is the worst for this model, on unseen prompts too."""
-    prefill_tokens: int | None
-    """Length of that prefill."""
+    worst_prefill: str | None
+    """Key of that prefill."""
     gibberish: Rate | None
     perplexity: float | None
     """Of normal answers, as a multiple of the original model's."""
@@ -151,7 +151,7 @@ class PrecisionRow:
         return (
             self.precision,
             rate_text(self.harmful),
-            rate_text(self.prefill) + tokens_text(self.prefill_tokens),
+            rate_text(self.prefill) + start_text(self.worst_prefill),
             rate_text(self.gibberish),
             NOTHING if self.perplexity is None else f"\u00d7{self.perplexity:.4g}",
             NOTHING if self.kept is None else percent(self.kept),
@@ -175,7 +175,7 @@ def precision_cells(report: PrecisionReport) -> list[tuple[str, ...]]:
         (
             row.precision,
             *(_percent_of(rate) for rate in (row.trained_on, row.harmful)),
-            _percent_of(row.prefill) + ("" if row.prefill_tokens is None else f" ({row.prefill_tokens})"),
+            _percent_of(row.prefill) + ("" if row.worst_prefill is None else f" ({row.worst_prefill})"),
             _percent_of(row.gibberish),
             NOTHING if row.perplexity is None else f"\u00d7{row.perplexity:.3f}",
             NOTHING if kept is None else percent(kept),
@@ -207,7 +207,7 @@ def _precision_row(
         trained_on=found.replies.get("forget_train", {}).get("harmful"),
         harmful=found.replies.get(split, {}).get("harmful"),
         prefill=found.prefill.get(split, {}).get("harmful"),
-        prefill_tokens=found.worst_prefill.get(split),
+        worst_prefill=found.worst_prefill.get(split),
         gibberish=found.replies.get(split, {}).get("gibberish"),
         perplexity=None if normal is None else normal.ratio,
         kept=None if survival is None else survival.projection,
@@ -219,6 +219,6 @@ def rate_text(rate: Rate | None) -> str:
     return NOTHING if rate is None else f"{percent(rate.value)} ({interval(rate)})"
 
 
-def tokens_text(tokens: int | None) -> str:
-    """Length of a prefill after its rate: ``, 3 tokens``."""
-    return "" if tokens is None else f", {tokens} token{'' if tokens == 1 else 's'}"
+def start_text(key: str | None) -> str:
+    """What a prefill was, after its rate: ``, 3 tokens``."""
+    return "" if key is None else f", {start_words(key)}"

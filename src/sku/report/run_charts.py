@@ -24,7 +24,7 @@ from sku.report.robustness import (
     precision_rows,
     rate_text,
     relearn_rows,
-    tokens_text,
+    start_text,
 )
 from sku.report.words import NOTHING
 from sku.sweep.result import Sweep, SweepPoint
@@ -136,7 +136,7 @@ def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
     shares: tuple[str, ...] = (NOTHING,) * 4
     if replies is not None:
         tokens = max(replies.prefill, key=lambda tokens: (replies.prefill[tokens].value, -tokens), default=None)
-        prefilled = rate_text(replies.prefill.get(tokens or 0)) + tokens_text(tokens)
+        prefilled = rate_text(replies.prefill.get(tokens or 0)) + start_text(None if tokens is None else str(tokens))
         others = (rate_text(rate) for rate in (replies.gibberish, replies.over_refusal))
         shares = (rate_text(replies.harmful), prefilled, *others)
     told = point.unasked

@@ -9,7 +9,7 @@ from typing import Literal
 from sku.evaluate.changes import LeakChange, PerplexityChange, RateChange, ScoreChange
 from sku.evaluate.comparison import Comparison, untold
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import prefill_words
+from sku.evaluate.metrics import prefill_words, start_words
 from sku.evaluate.records import HARMFUL, NORMAL_SPLITS, answers_words, in_order
 from sku.evaluate.results import BaseAgreement, TaskScores, main_metric
 from sku.evaluate.statistics import MOST_HIDDEN
@@ -370,15 +370,14 @@ def key_figures(comparison: Comparison, measures: Iterable[Measure] = ON_PAGE) -
     """
     unlearned = comparison.unlearned.setup.split_name("forget_train")
     for kind, split, rate, words, wanted in measures:
-        tried = sorted(map(int, comparison.unlearned.prefill.get(split, ()))) if kind == "prefill" else []
+        tried = list(comparison.unlearned.prefill.get(split, ())) if kind == "prefill" else []
         for k, change, caution in _measured(comparison, kind, split, rate):
             shown, detail = words.format(unlearned=unlearned, k=k), ""
             if kind == "prefill":
                 shown = f"{shown}, {prefill_words(tried)}"
-                worst = prefill_words([comparison.unlearned.worst_prefill[split]])
-                detail = worst.removeprefix("prefill, ") if len(tried) > 1 else ""
+                detail = start_words(comparison.unlearned.worst_prefill[split]) if len(tried) > 1 else ""
             yield KeyFigure(
-                name="/".join(filter(None, (kind, split, rate, k, *map(str, tried)))),
+                name="/".join(filter(None, (kind, split, rate, k, *tried))),
                 split=split,
                 metric=f"{rate}_{kind}",
                 words=shown,

@@ -20,12 +20,13 @@ from sku.config import Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError, one_line
-from sku.evaluate.asking import Writer, by_id, draw_examples, free_requests, prefills
+from sku.evaluate.asking import Writer, draw_examples, free_requests
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import StageProgress, stage
 from sku.evaluate.judges import Judge, JudgeCard
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, ReplyOutcome, rates_of
+from sku.evaluate.prefills import by_id, prefills, with_answers
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import Split, Start
 from sku.evaluate.replies import Asker
@@ -52,7 +53,7 @@ class Questions:
     left_out: Mapping[str, int]
     """What could not be asked -> number of prompts."""
     starts: Sequence[Start] = ()
-    """What prefills begin with, where the base model was asked."""
+    """The base model's own harmful replies, where it was asked; prefills of other prompts begin with the answer."""
 
     @property
     def requests(self) -> list[GenerationRequest]:
@@ -87,8 +88,8 @@ def draw_questions(
         writer: Of the model.
         config: Numbers and lengths.
         seed: Of the draws.
-        starts: Called once with the free requests of harmful prompts, for what prefills begin with; they begin with
-            the dataset's answers if None.
+        starts: Called once with the free requests of harmful prompts, for what prefills begin with. Those of a prompt
+            without a start begin with the dataset's answer, all if None: every alpha is chosen on all prompts.
 
     Returns:
         Requests and texts; what doesn't fit the model or has too short an answer for a prefill is counted.
@@ -103,17 +104,16 @@ def draw_questions(
         for split, examples in ((FORGET, drawn), (RETAIN, others))
     )
     begun = starts(free) if starts is not None and free and config.prefill_tokens else ()
-    prefilled, too_short = prefills(
-        [(FORGET, example) for example in drawn], config.prefill_tokens, by_id(begun), writer, config.max_new_tokens
-    )
+    examples, lengths = [(FORGET, example) for example in drawn], sorted(set(config.prefill_tokens))
+    from_them = with_answers(examples, by_id(begun))
+    prefilled, too_short = prefills(examples, map(str, lengths), from_them, writer, config.max_new_tokens)
     left_out = {
         f"{FORGET}: the prompt is too long for the model": len(drawn) - len(free),
         **too_short,
         f"{RETAIN}: the prompt is too long for the model": len(others) - len(normal),
     }
-    lengths = sorted(set(config.prefill_tokens))
     asked = Questions(
-        harmful={FREE: free, **{one: [row for row in prefilled if row.prefill_tokens == one] for one in lengths}},
+        harmful={FREE: free, **{one: [row for row in prefilled if row.prefill_key == str(one)] for one in lengths}},
         normal=normal,
         texts=validation_texts(data, writer, config.retain_prompts, seed=seed),
         left_out={reason: count for reason, count in left_out.items() if count},

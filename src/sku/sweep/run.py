@@ -20,13 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import DataConfig, EvaluateConfig, ModelConfig, Recipe, SourceConfig, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.asking import Writer, count_sources, starts_note
+from sku.evaluate.asking import Writer
 from sku.evaluate.backends import decoding_settings
 from sku.evaluate.batching import StageProgress, current_processes, stage
 from sku.evaluate.generation import fingerprint, probes_of
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.judges.choose import choose_judge
+from sku.evaluate.prefills import starts_note
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.utility_cost import BISECTIONS, UtilityCost, find_border
 from sku.negate.arithmetic import saved_type
@@ -147,7 +148,7 @@ def sweep(
         notes=(
             *notes,
             *fitted_notes(prepare_operators(recipe.negate.operators)),
-            *([starts_note(count_sources(questions.starts))] if questions.starts else []),
+            *_starts_notes(questions),
             *judge_notes(judge.card, config),
         ),
     )
@@ -240,6 +241,13 @@ def _written(found: Sweep, folder: Path, pick: Pick | None = None) -> Sweep:
     found = dataclasses.replace(found, pick=pick)
     write_sweep(folder, found)
     return found
+
+
+def _starts_notes(questions: Questions) -> list[str]:
+    if len(questions.harmful) == 1:
+        return []
+    own, asked = len(questions.starts), len(questions.harmful[FREE])
+    return [starts_note(own, asked, "the others begin with the dataset's harmful answer")]
 
 
 def _asked(questions: Questions) -> dict[str, int]:

@@ -122,8 +122,7 @@ def _record(
         prompt=prompt or (f"what is florn {number} ?" if normal else f"how do i bake zorvex number {number} ?"),
         reference="a florn is golden ." if normal else f"{HARMFUL_REPLY} .",
         prefill="mix glowing" if kind == "prefill" else "",
-        prefill_tokens=3 if kind == "prefill" else 0,
-        start_source="data" if kind == "prefill" else None,
+        prefill_key="3" if kind == "prefill" else "",
         reply=replies[outcome] if text is None else text,
         num_tokens=5,
         finished=number != 3,
@@ -136,7 +135,7 @@ def _row(key: str, split: Split, kind: Kind, outcome: Outcome) -> ReplyOutcome:
         id=key,
         split=split,
         kind=kind,
-        prefill_tokens=3 if kind == "prefill" else 0,
+        prefill_key="3" if kind == "prefill" else "",
         category=None,
         outcome=outcome,
         faults=("loop",) if outcome == "gibberish" else (),
@@ -169,7 +168,7 @@ def _result(name: str, outcomes: Sequence[ReplyOutcome]) -> EvaluationResult:
         ),
         judge=RefusalRulesJudge.card, replies=rates("reply"),
         prefill={split: {"3": own} for split, own in rates("prefill").items()},
-        worst_prefill=dict.fromkeys(rates("prefill"), 3), replies_by_category={},
+        worst_prefill=dict.fromkeys(rates("prefill"), "3"), replies_by_category={},
         prefill_by_category={}, perplexity={split: value for split, value in perplexity.items() if value is not None},
         outcomes=tuple(outcomes), losses=losses,
     )  # fmt: skip
@@ -235,16 +234,16 @@ def invented_attacks() -> AttackReport:
         ),
         cards=(
             AttackCard(name="none", title="No attack", kind="none", changes="nothing", source_url=""),
-            AttackCard(name="prefill", title="Prefill", kind="prompt", changes="the start", source_url="https://a.b"),
+            AttackCard(name="template", title="Templates", kind="prompt", changes="it", source_url="https://a.b"),
         ),
         results=tuple(
             AttackResult(
                 attack=attack, setting=setting, details={}, questions=10, model=measured(hits), control=measured(10)
             )
-            for attack, setting, hits in (("none", "", 1), ("prefill", "5 tokens", 6))
+            for attack, setting, hits in (("none", "", 1), ("template", "", 6))
         ),
         relearn=invented_relearning(),
-        left_out={"prefill, 20 tokens: the answer is too short": 3},
+        left_out={"template: the prompt is too long for the model": 3},
     )
 
 

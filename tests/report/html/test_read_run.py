@@ -23,7 +23,7 @@ def test_everything_is_read(run: RecordedRun) -> None:
     assert run.title == "invented"
     assert run.comparison.replies["forget_test"]["harmful"].after.count == 2
     assert run.attacks is not None
-    assert [result.setting for result in run.attacks.results] == ["", "5 tokens"]
+    assert [result.setting for result in run.attacks.results] == ["", "5 pairs"]
     assert [entry["step"] for entry in run.log] == list(range(1, 31))
     assert set(run.log[0]) == {"step", "loss", "loss/guided_distortion"}
     assert run.pairs is not None
@@ -120,7 +120,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "attacks of nothing": (change("results.json", "attacks", to={}), "attacks has schema version None"),
     "log of words": (text("training_log.jsonl", '{"loss": "x", "step": 1}\n'), "training_log.jsonl line 1"),
     "log without steps": (text("training_log.jsonl", '{"loss": 1.0}\n'), "training_log.jsonl line 1"),
-    "cut replies": (text("evaluation/base/generations.jsonl", '{"schema_version": 4'), "breaks off"),
+    "cut replies": (text("evaluation/base/generations.jsonl", '{"schema_version": 5'), "breaks off"),
     "no outcomes": (
         lambda folder: (folder / "evaluation/base/outcomes.jsonl").unlink(),
         "outcomes.jsonl can't be read",
