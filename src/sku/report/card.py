@@ -229,7 +229,8 @@ def _made_rows(run: RecordedRun, base: str) -> Iterator[tuple[str, str]]:
 
 
 def _prefill_words(run: RecordedRun, attacks: Sequence[tuple[str, ...]]) -> str:
-    rates = [rates["harmful"].after.value for rates in run.comparison.prefill.values() if "harmful" in rates]
+    rate = run.comparison.rate
+    rates = [rates[rate].after.value for rates in run.comparison.prefill.values() if rate in rates]
     told = [f"here {percent(max(rates))} did"] if rates else []
     if attacks:
         told.append("see the attacks above")
