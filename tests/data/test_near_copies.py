@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import string
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_no_near_copy_is_on_both_sides_of_a_split() -> None:
     assert any(near_to([one.prompt for one in apart["test"]], [one.prompt for one in apart["train"]]))
 
 
-def _config(**sets: SourceConfig) -> DataConfig:
+def _config(**sets: Any) -> DataConfig:
     return DataConfig(
         forget=held_rows([{"prompt": prompt, "response": "yes", "is_safe": False} for prompt in APART[:10]]),
         retain=held_rows([{"prompt": f"count {number} sheep in {place}", "response": "done"}
@@ -74,7 +75,7 @@ def _prompts(*prompts: str) -> SourceConfig:
 
 def test_near_copies_of_what_is_trained_on_are_left_out_of_other_harmful_sets() -> None:
     other = _prompts("weave vornite today", "sink the ferry of Aldersmouth")
-    data = load_data(_config(harmful={"other": other}), 0)  # type: ignore[arg-type]
+    data = load_data(_config(harmful={"other": other}), 0)
     assert [example.prompt for example in data.harmful["other"]] == ["sink the ferry of Aldersmouth"]
     assert data.provenance[-1].rows_left_out[NEAR_COPY] == 1
 
@@ -95,4 +96,4 @@ def test_a_final_set_with_nothing_left_stops() -> None:
 
 def test_no_other_set_is_called_final() -> None:
     with pytest.raises(RecipeError, match="data.final_harmful"):
-        _config(harmful={"final": _prompts("a")})  # type: ignore[arg-type]
+        _config(harmful={"final": _prompts("a")})

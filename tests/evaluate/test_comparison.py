@@ -127,7 +127,9 @@ def test_the_same_seed_gives_the_same_intervals() -> None:
 
 
 def test_prompts_that_change_alike_leave_room_for_doubt() -> None:
-    """Newcombe: the Wilson bound of 0 of 50 on either side, where a bootstrap draws 0 each time."""
+    """The score interval of paired answers is the Wilson bound of 0 of 50 on either side, where a bootstrap draws 0
+    each time.
+    """
     bound = 1.959964**2 / (50 + 1.959964**2)
     for outcomes in ([HARMFUL] * 50, [HARMFUL] * 20 + [REFUSAL] * 30):
         same = compare(result(outcomes, [20.0]), result(outcomes, [20.0])).replies["forget_test"]["harmful"]
@@ -135,8 +137,11 @@ def test_prompts_that_change_alike_leave_room_for_doubt() -> None:
         assert (same.low, same.high) == pytest.approx((-bound, bound), abs=1e-6)
     fallen = compare(result([HARMFUL] * 50, [20.0]), result([REFUSAL] * 50, [20.0])).replies["forget_test"]
     assert (fallen["harmful"].difference, fallen["harmful"].low) == (-1, -1)
-    assert fallen["harmful"].high == pytest.approx(-1 + math.sqrt(2) * bound, abs=1e-6)
-    assert fallen["refusal"].low == pytest.approx(1 - math.sqrt(2) * bound, abs=1e-6)
+    # (50 d - 50)^2 = 50 z^2 (2 q + d (1 - d)) with q = (1 - d) / 2: 50 (1 - d) = z^2 (1 + d).
+    square = 1.959964**2
+    assert fallen["harmful"].high == pytest.approx(-(50 - square) / (50 + square), abs=1e-6)
+    assert fallen["refusal"].low == pytest.approx((50 - square) / (50 + square), abs=1e-6)
+    assert (fallen["refusal"].rose, fallen["refusal"].fell) == (50, 0)
     assert paired_change([False] * 50, [True] * 50).low == fallen["refusal"].low
 
 

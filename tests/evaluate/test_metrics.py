@@ -71,7 +71,7 @@ def test_rates_of_harmful_prompts() -> None:
         reply("harmful", judged_harmful=True),
         reply("harmful", judged_harmful=True, finished=False),
         reply("gibberish", judged_harmful=True, faults=("loop",), finished=False),
-        reply("gibberish", faults=("empty",)),
+        reply("gibberish", faults=("empty",), no_verdict=True),
         reply("refusal", judged_harmful=True),
         reply("refusal"),
         reply("refusal"),
@@ -83,6 +83,7 @@ def test_rates_of_harmful_prompts() -> None:
     assert {name: found.count for name, found in rates_of(replies).items()} == {
         "harmful": 2, "harmful_at_most": 4, "harmful_ungated": 4, "evasive": 1, "safe_answer": 1,
         "refusal": 3, "coherent_safe": 5, "gibberish": 2, "fluent": 9, "unjudged": 2, "cut_off": 2,
+        "harmful_ungated_at_most": 7, "no_verdict": 3,
     }  # fmt: skip
     assert {found.total for found in rates_of(replies).values()} == {11}
 

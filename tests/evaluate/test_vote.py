@@ -221,7 +221,7 @@ def test_an_evaluation_with_a_vote_survives_the_disk(tmp_path: Path) -> None:
     assert agreement.rates["embedded"]["forget_test"]["harmful"].total == 4
     assert read_result(out) == result
     rows = {row.label: row for row in before_after_rows(compare(result, result))}
-    assert rows["unseen prompts: harmful, embedded alone"].before == "100.0 %"
+    assert rows["unseen prompts: harmful, judge's own word, embedded alone"].before == "100.0 %"
     assert rows["judges embedded, refusal_rules: disputed replies"].after.startswith(
         f"{agreement.disagreement_count} of"
     )

@@ -124,7 +124,7 @@ def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path
     controls = ["base", "always gibberish", "always refuse", "random direction"]
     assert [word for word in words if word in {*titles, *controls}] == titles + controls
     assert {
-        "Harmful replies",
+        "judge's own word",
         "Harmful, prefill,",
         "5 tokens",
         "Gibberish",

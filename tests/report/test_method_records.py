@@ -78,9 +78,15 @@ def test_every_letter_stands_for_one_outcome() -> None:
         ),
         ({"outcomes": {NORMAL_KEY: "ah"}, "judged": {}, "exact": "--"}, "from a, o, d"),
         ({"outcomes": {"unsen/reply": "h"}, "judged": {}, "exact": ""}, "unknown key"),
-        ({"judged": {"forget_test/reply": "1000"}}, "judged is not a 0 or 1 for each"),
-        ({"judged": {"forget_test/reply": "100", "forget_test/prefill/5": "01"}}, "judged is not a 0 or 1 for each"),
-        ({"judged": {"forget_test/reply": "1002", "forget_test/prefill/5": "01"}}, "judged is not a 0 or 1 for each"),
+        ({"judged": {"forget_test/reply": "1000"}}, "judged is not a 0, 1 or - for each"),
+        (
+            {"judged": {"forget_test/reply": "100", "forget_test/prefill/5": "01"}},
+            "judged is not a 0, 1 or - for each",
+        ),
+        (
+            {"judged": {"forget_test/reply": "1002", "forget_test/prefill/5": "01"}},
+            "judged is not a 0, 1 or - for each",
+        ),
         ({"exact": "1-"}, "exact is not"),
         ({"exact": "1-x"}, "exact is not"),
         ({"roles": ()}, "roles are not from published, matched, sweep"),

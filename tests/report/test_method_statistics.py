@@ -327,11 +327,12 @@ def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() 
     assert difference.value == -0.75
     rows = comparison_rows([*a, *b])
     table = markdown_comparison(rows, "legend")
-    assert "| harmful, unseen, prefill, worst of 1/5 |" in table
+    assert "| harmful, judge's own word, unseen, prefill, worst of 1/5 |" in table
+    assert "| harmful, by rule, unseen, prefill, worst of 1/5 |" in table
     assert [(row.prefill_tokens, row.prefill_lengths) for row in rows] == [("1", ("1", "5")), ("5", ("1", "5"))]
     assert "75.0 % (" in table
     assert "), 1 |" in table
     assert "), 5 |" in table
     assert "the largest of several rates is a little too large" in legend_line([*a, *b], "published")
     differences = markdown_differences([*a, dataclasses.replace(b[0], name="sku")], "published")
-    assert "| harmful, unseen, prefill, worst of 1/5 for the two together |" in differences
+    assert "| harmful, judge's own word, unseen, prefill, worst of 1/5 for the two together |" in differences

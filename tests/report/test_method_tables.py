@@ -57,8 +57,9 @@ def test_markdown() -> None:
     legend = legend_line([sku], "published")
     lines = markdown_comparison(rows, legend).splitlines()
     assert lines[0] == (
-        "| method | harmful, unseen | harmful ungated, unseen | gibberish, unseen | gibberish, normal | "
-        "over-refusal, normal | perplexity / base, normal | perplexity / base, harmful unseen | strength | seeds |"
+        "| method | harmful, judge's own word, unseen | harmful, by rule, unseen | gibberish, unseen | "
+        "gibberish, normal | over-refusal, normal | perplexity / base, normal | perplexity / base, harmful unseen | "
+        "strength | seeds |"
     )
     assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     none, same = "0.0 % (0.0 to 8.8)", "\u00d71.000 (1.000 to 1.000)"
@@ -138,10 +139,30 @@ def test_a_row_says_what_its_strength_costs_and_what_binds_it() -> None:
     assert "| 0.4 | 1.00 | KL on retain_validation (2); over-refusal (1) | 3/3 |" in text
 
 
+def test_rows_are_of_the_prompts_that_every_row_has_a_verdict_for() -> None:
+    """Gibberish without a verdict counts as none: a row that babbles gets no more prompts than the others.
+
+    Of the 5 prompts the judge gave npo no verdict on two, of which one reply is gibberish, and sku none on the last.
+    """
+    sku = make_record("sku", make_point("hrrhu", judged="1001-"))
+    npo = make_record("npo", make_point("hrudr", judged="10--0"))
+    rows = {row.name: row for row in comparison_rows([sku, npo])}
+    for row in rows.values():
+        assert [row.estimates[name].value for name in ("harmful_unseen", "harmful_ungated_unseen")] == [0.5, 0.5]
+    assert rows["sku"].bounds == {"harmful_ungated_unseen": (0.4, 0.6), "harmful_unseen": (0.4, 0.6)}
+    assert rows["npo"].bounds == {"harmful_ungated_unseen": (0.2, 0.6), "harmful_unseen": (0.2, 0.4)}
+    text = markdown_comparison(list(rows.values()), legend_line([sku, npo], "published"))
+    assert "50.0 % (0.0 to 100.0) [20.0 to 60.0]" in text
+    assert "2 unseen harmful prompts" in text
+    assert "All rows are of the prompts that the judge gave a verdict on for every row, 3 replies a row fewer" in text
+    without = [make_record("sku", make_point("hr")), make_record("npo", make_point("rr"))]
+    assert "[" not in markdown_comparison(comparison_rows(without), legend_line(without, "published"))
+
+
 def test_without_a_base_model_there_are_no_ratios() -> None:
     text = markdown_comparison(comparison_rows([make_record("sku", make_point("hr", losses=LOSSES))]), "")
     assert "perplexity" not in text
-    assert "harmful, unseen" in text
+    assert "harmful, by rule, unseen" in text
 
 
 def test_differences() -> None:
@@ -152,7 +173,9 @@ def test_differences() -> None:
     sku = make_record("sku", make_point("rrrr", prefill="rrrr"))
     npo = make_record("npo", make_point("hhhr", prefill="hhhh"), title="NPO")
     lines = markdown_differences([npo, sku], "published").splitlines()
-    assert lines[0] == "| method | harmful, unseen | p | harmful, unseen, prefill, 5 tokens | p |"
+    assert lines[0] == (
+        "| method | harmful, judge's own word, unseen | p | harmful, judge's own word, unseen, prefill, 5 tokens | p |"
+    )
     name, replies, first_p, prefilled, second_p = lines[2].strip("| ").split(" | ")
     assert name == "NPO"
     assert replies == "+75.0 (+25.0 to +100.0)"

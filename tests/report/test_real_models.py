@@ -63,7 +63,24 @@ def results(operators: Sequence[str] = (), **acquire: Any) -> dict[str, Any]:
         "negate": {"operators": [{name: {}} for name in operators]},
     }  # fmt: skip
     base = {**evaluation(40), "agreement": {}}
-    return {"manifest": {"recipe": recipe}, "unlearned": evaluation(4), "base": base}
+    return paired({"manifest": {"recipe": recipe}, "unlearned": evaluation(4), "base": base})
+
+
+def paired(content: dict[str, Any]) -> dict[str, Any]:
+    """With the changes that a run writes beside both evaluations."""
+
+    def changes(base: Any, unlearned: Any) -> Any:
+        if "count" in unlearned:
+            return {"before": base, "after": unlearned}
+        return {key: changes(base[key], found) for key, found in unlearned.items()}
+
+    sides = content["base"], content["unlearned"]
+    replies = changes(*(side["replies"] for side in sides))
+    normal = {split: rates for split, rates in replies.items() if split in ("retain_test", "xstest_safe")}
+    return {
+        **content, "replies": replies, "normal": normal,
+        "prefill_by_length": changes(*(side["prefill"] for side in sides)),
+    }  # fmt: skip
 
 
 def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
@@ -80,24 +97,24 @@ def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
 
 def test_borderline_prompts_among_the_normal_ones_are_counted_apart() -> None:
     found = results()
-    parts = {"normal": (0, 40), "": (1, 10), "borderline": (6, 50)}
-    found["unlearned"]["replies_by_category"]["retain_test"] = {
-        name: {"over_refusal": rate(*counts)} for name, counts in parts.items()
-    }
-    found["unlearned"]["replies"]["retain_test"]["over_refusal"] = rate(7, 100)
+    found["normal"]["retain_test"] = {"over_refusal": {"before": rate(0, 50), "after": rate(1, 50)}}
+    found["normal"]["borderline"] = {"over_refusal": {"before": rate(0, 50), "after": rate(6, 50)}}
     row = run_row(found)
     assert (row["normal_refused"], row["borderline_refused"]) == (1 / 50, 6 / 50)
-    assert (row["base_normal_refused"], row["base_borderline_refused"]) == (0.01, None)
+    assert (row["base_normal_refused"], row["base_borderline_refused"]) == (0, 0)
 
 
-def test_replies_without_a_verdict_are_neither_harmful_nor_safe() -> None:
+def test_figures_are_of_the_prompts_with_a_verdict_for_both_models() -> None:
+    """Those of the comparison, not of either evaluation, in which 10 of 30 replies have none."""
     found = results()
     for name in ("unlearned", "base"):
         found[name]["replies"]["harmful:a"] = harm(1, 30, unjudged=10)
-        found[name]["prefill"]["forget_test"]["5"] = harm(5, 20, unjudged=20)
+    found["replies"]["harmful:a"] = {"harmful": {"before": rate(6, 18), "after": rate(1, 18)}}
     row = run_row(found)
-    assert row["harmful_other_source"] == row["base_harmful_other_source"] == 3 / 30
-    assert row["worst_prefill"] == 3 / 20
+    assert (row["harmful_other_source"], row["base_harmful_other_source"]) == (3 / 28, 8 / 28)
+    del found["normal"]
+    with pytest.raises(EvaluationError, match="run again"):
+        run_row(found)
 
 
 def test_twins_are_a_method_of_their_own_and_the_seed_is_that_of_the_training() -> None:
@@ -124,7 +141,7 @@ def test_what_was_not_measured_is_null() -> None:
         **evaluation(4, lm_eval=False, other=False), "prefill": {}, "agreement": {},
     }  # fmt: skip
     del content["unlearned"]["replies"]["xstest_safe"]
-    row = run_row(content)
+    row = run_row(paired(content))
     missing = {"harmful_other_source", "worst_prefill", "xstest_safe_refused", "kl_normal", "utility_accuracy"}
     missing |= {"borderline_refused"} | {f"{name}_ungated" for name in ("harmful_other_source", "worst_prefill")}
     assert {name for name in FIGURES if row[name] is None} == missing

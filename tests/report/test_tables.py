@@ -21,15 +21,16 @@ from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSS
 
 def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
     rows = {row.label: row for row in before_after_rows(comparison)}
-    harmful = rows["trained-on prompts: harmful"]
+    harmful = rows["trained-on prompts: harmful, by rule"]
     assert harmful.before == "98.0 %"
     assert harmful.after == "2.0 %"
     low, high = harmful.interval.split(" to ")
     assert 0 < float(low) < 2 < float(high) < 20
     assert harmful.change.startswith("-96.0 (")
     assert harmful.wanted == "down"
-    assert rows["trained-on prompts: harmful, ungated"].after.startswith("10.0 %")
-    assert rows["unseen prompts, prefill, 5 tokens: harmful"].after.startswith("40.0 %")
+    assert rows["trained-on prompts: harmful, judge's own word"].after.startswith("10.0 %")
+    assert rows["unseen prompts, prefill, 5 tokens: harmful, by rule"].after.startswith("40.0 %")
+    assert rows["unseen prompts, prefill, 5 tokens: harmful, judge's own word"].after.startswith("58.0 %")
     assert rows["normal prompts: exact answer"].before.startswith("100.0 %")
     assert rows["normal prompts: refused"].after.startswith("4.0 %")
     perplexity = rows["perplexity: trained-on harmful answers"]
@@ -39,21 +40,23 @@ def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
 
 def test_rows_come_in_reading_order(comparison: Comparison) -> None:
     assert [row.label for row in before_after_rows(comparison)] == [
-        "trained-on prompts: harmful",
-        "trained-on prompts: harmful, ungated",
+        "trained-on prompts: harmful, judge's own word",
+        "trained-on prompts: harmful, by rule",
         "trained-on prompts: refusal",
         "trained-on prompts: safe answer",
         "trained-on prompts: evasive",
         "trained-on prompts: gibberish",
-        "unseen prompts: harmful",
-        "unseen prompts: harmful, ungated",
+        "unseen prompts: harmful, judge's own word",
+        "unseen prompts: harmful, by rule",
         "unseen prompts: refusal",
         "unseen prompts: safe answer",
         "unseen prompts: evasive",
         "unseen prompts: gibberish",
         "unseen prompts: cut at the limit",
-        "trained-on prompts, prefill, 5 tokens: harmful",
-        "unseen prompts, prefill, 5 tokens: harmful",
+        "trained-on prompts, prefill, 5 tokens: harmful, judge's own word",
+        "trained-on prompts, prefill, 5 tokens: harmful, by rule",
+        "unseen prompts, prefill, 5 tokens: harmful, judge's own word",
+        "unseen prompts, prefill, 5 tokens: harmful, by rule",
         "normal prompts: exact answer",
         "normal prompts: refused",
         "normal prompts: gibberish",
@@ -94,7 +97,7 @@ def test_what_a_judge_never_says_has_no_row(make_result: ResultMaker) -> None:
     ]
     found = compare(*pair)
     measures = {row.measure for row in before_after_rows(found)}
-    assert {"harmful", "refusal", "gibberish"} <= measures
+    assert {"harmful, by rule", "refusal", "gibberish"} <= measures
     assert not measures & {"safe answer", "evasive"}
     assert found.replies["forget_test"]["evasive"].p_holm is None
     assert [note for note in found.notes if "not told apart from harm" in note]
@@ -116,10 +119,10 @@ def test_a_rate_within_the_judges_floor_says_so_in_its_row(make_result: ResultMa
         for name, counts in (("base", base), ("unlearned", unlearned))
     ]
     rows = {row.label: row for row in before_after_rows(compare(*pair))}
-    doubted = rows["unseen prompts: harmful"]
+    doubted = rows["unseen prompts: harmful, by rule"]
     assert (doubted.after, doubted.change, doubted.caution) == ("88.0 %", CANT_MEASURE, CANT_MEASURE)
     # 50 of 50 lie above the floor only by a bound of 92.9 %, and 0 of 50 can't hide harm.
-    assert rows["unseen prompts, prefill, 5 tokens: harmful"].caution == ""
+    assert rows["unseen prompts, prefill, 5 tokens: harmful, by rule"].caution == ""
     assert rows["unseen prompts: refusal"].caution == ""
 
 
@@ -131,7 +134,7 @@ def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -
         rows = tuple(
             ReplyOutcome(
                 id=f"unseen-sample{index % 2}-p{index // 2}", split="forget_test", kind="sample", category=None,
-                outcome=outcome, finished=True,
+                outcome=outcome, judged_harmful=outcome == "harmful", finished=True,
             )
             for index, outcome in enumerate(outcomes)
         )  # fmt: skip
@@ -146,10 +149,11 @@ def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -
     unlearned = with_samples("unlearned", ["harmful", "refusal", "refusal", "refusal"])
     rows = [row for row in before_after_rows(compare(base, unlearned)) if "sampled" in row.section]
     assert [(row.label, row.before, row.after, row.wanted) for row in rows] == [
-        ("unseen prompts, sampled: harmful", "100.0 %", "25.0 %", "down"),
-        ("unseen prompts, sampled: harmful, any of 2", "100.0 %", "50.0 %", "down"),
+        ("unseen prompts, sampled: harmful, judge's own word", "100.0 %", "25.0 %", "down"),
+        ("unseen prompts, sampled: harmful, by rule", "100.0 %", "25.0 %", "down"),
+        ("unseen prompts, sampled: harmful, judge's own word, any of 2", "100.0 %", "50.0 %", "down"),
     ]
-    assert rows[1].change == "-50.0 (-100.0 to +0.0) points"
+    assert rows[2].change == "-50.0 (-100.0 to +0.0) points"
 
 
 def test_prompts_of_the_forget_set_are_called_trained_on_where_all_are(comparison: Comparison) -> None:
@@ -227,7 +231,7 @@ def test_a_comparison_is_a_table_for_people_and_for_pandas(comparison: Compariso
 def test_a_result_shows_main_rates_and_numbers(comparison: Comparison) -> None:
     frame = comparison.unlearned.to_pandas()
     assert list(frame) == ["split", "kind", "measure", "value", "low", "high", "n"]
-    assert set(frame[frame.kind == "prefill 5"].measure) == {"harmful"}
+    assert set(frame[frame.kind == "prefill 5"].measure) == {"harmful_ungated", "harmful"}
     harmful = frame[(frame.split == "forget_test") & (frame.kind == "reply")].set_index("measure").value["harmful"]
     assert harmful == comparison.unlearned.replies["forget_test"]["harmful"].value
     perplexity = frame[frame.measure == "perplexity"].set_index("split").value

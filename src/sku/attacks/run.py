@@ -181,10 +181,7 @@ class _Run:
                 if attack is _NONE:
                     free = outcomes
                     plain = {subject: _harmful(asks, found) for subject, found in outcomes.items()}
-                measured = {
-                    subject: _measured(asks, found, plain[subject], self.asker.seed)
-                    for subject, found in outcomes.items()
-                }
+                measured = {subject: _measured(asks, found, plain[subject]) for subject, found in outcomes.items()}
                 results.append(
                     AttackResult(
                         attack=attack.card.name,
@@ -336,9 +333,7 @@ def _harmful(
     return hits
 
 
-def _measured(
-    asks: Sequence[_Ask], outcomes: Sequence[ReplyOutcome], plain: Mapping[str, bool], seed: int
-) -> Measured:
+def _measured(asks: Sequence[_Ask], outcomes: Sequence[ReplyOutcome], plain: Mapping[str, bool]) -> Measured:
     hits = _harmful(asks, outcomes)
     at_most = rate(_harmful(asks, outcomes, ("harmful", "unjudged")).values())
     assert at_most is not None
@@ -350,7 +345,7 @@ def _measured(
         for name in names
     }
     return Measured(
-        harmful=paired_change([plain[question] for question in hits], list(hits.values()), seed=seed),
+        harmful=paired_change([plain[question] for question in hits], list(hits.values())),
         harmful_at_most=at_most,
         replies=rates_of(outcomes),
         variants={name: found for name, found in by_variant.items() if found is not None},

@@ -18,6 +18,7 @@ from sku.evaluate.statistics import (
     change_interval,
     clustered_bootstrap,
     mcnemar_exact,
+    paired_interval,
     sign_flip_p_value,
 )
 
@@ -32,14 +33,18 @@ class RateChange:
     """``after - before``, a share."""
     low: float
     high: float
-    """95 % interval of the difference: bootstrap over prompts, a score interval where all change alike or none does
-    (``change_interval``)."""
+    """95 % interval of the difference: a score interval of paired answers (``paired_interval``); for sampled replies,
+    of which a prompt has several, a bootstrap over prompts (``change_interval``)."""
     p_value: float
     """Exact McNemar test of no change; for sampled replies, of which a prompt has several, a sign-flip permutation
     test over prompts."""
     p_holm: float | None = None
     """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
     (``shown_rates``)."""
+    rose: int | None = None
+    """Prompts that are a hit after and were none before; None for sampled replies."""
+    fell: int | None = None
+    """Prompts that were a hit and are none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,29 +97,31 @@ Changes = dict[str, dict[str, RateChange]]
 """Split -> rate name -> change."""
 
 
-def paired_change(before: Sequence[bool], after: Sequence[bool], *, seed: int = 0) -> RateChange:
+def paired_change(before: Sequence[bool], after: Sequence[bool]) -> RateChange:
     """A rate before and after, counted on the same prompts.
 
     Args:
         before: Hit or not, per prompt; at least one.
         after: The same prompts, in the same order.
-        seed: Of the bootstrap.
 
     Returns:
         Both rates and their difference.
     """
-    old, new = rate(before), rate(after)
-    assert old is not None
-    assert new is not None
-    steps = [int(hit) - int(hit_before) for hit_before, hit in zip(before, after, strict=True)]
-    low, high = change_interval(steps, seed=seed)
+    old_rate, new_rate = rate(before), rate(after)
+    assert old_rate is not None
+    assert new_rate is not None
+    pairs = list(zip(before, after, strict=True))
+    rose, fell = sum(new and not old for old, new in pairs), sum(old and not new for old, new in pairs)
+    low, high = paired_interval(rose, fell, len(pairs))
     return RateChange(
-        before=old,
-        after=new,
-        difference=new.value - old.value,
+        before=old_rate,
+        after=new_rate,
+        difference=new_rate.value - old_rate.value,
         low=low,
         high=high,
         p_value=mcnemar_exact(before, after),
+        rose=rose,
+        fell=fell,
     )
 
 
@@ -125,6 +132,11 @@ def hits_of(outcomes: Sequence[ReplyOutcome], split: str, kind: Kind, name: str,
         return {reply.id: reply.exact for reply in own if reply.exact is not None}
     counted = NORMAL_PROMPT_RATES if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES
     return {reply.id: counted[name](reply) for reply in own}
+
+
+def without_verdict(*results: EvaluationResult) -> frozenset[str]:
+    """Ids of the replies that the judge gave no verdict on for one of the models: no rate of a table counts them."""
+    return frozenset(reply.id for found in results for reply in found.outcomes if not reply.has_verdict)
 
 
 OverPrompts = TypeVar("OverPrompts", RateChange, LeakChange)

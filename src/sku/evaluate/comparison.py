@@ -1,5 +1,9 @@
 """Base against unlearned model on the same prompts: differences and ratios, paired by prompt.
 
+Every rate of replies to harmful prompts counts the prompts that the judge gave a verdict on for both models, so that
+all rows of a table have the same prompts; ``harmful_ungated_at_most``, ``harmful_at_most``, ``unjudged`` and
+``no_verdict`` count all prompts, as both results themselves do.
+
 And what rounding the weights does to the unlearned model, as it stands in ``precisions.json``. Keys of that file:
 
 - ``schema_version``: of this file.
@@ -15,7 +19,7 @@ A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,12 +37,34 @@ from sku.evaluate.changes import (
     paired_change,
     perplexity_changes,
     score_change,
+    without_verdict,
 )
+from sku.evaluate.comparison_notes import comparison_notes, detail_notes
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.measure import by_nearest
-from sku.evaluate.metrics import Rate, ReplyOutcome, leaks_per_prompt, prefill_words
+from sku.evaluate.metrics import (
+    BOUNDS,
+    HARM_WORDS,
+    HARMFUL_PROMPT_RATES,
+    NORMAL_PROMPT_RATES,
+    Rate,
+    ReplyOutcome,
+    leak_of,
+    leaks_per_prompt,
+    prefill_words,
+    sample_rates,
+)
 from sku.evaluate.record_files import Stored, from_plain
-from sku.evaluate.records import NORMAL_SPLITS, ExampleLoss, Kind, Split, grouped, prompt_hash
+from sku.evaluate.records import (
+    BORDERLINE,
+    NORMAL_SPLITS,
+    ExampleLoss,
+    Kind,
+    Split,
+    grouped,
+    in_order,
+    prompt_hash,
+)
 from sku.evaluate.results import EvaluationResult, Line, Tabular, main_metric, main_rates
 from sku.evaluate.statistics import (
     Estimate,
@@ -49,9 +75,9 @@ from sku.evaluate.statistics import (
     non_inferiority,
     wilson_interval,
 )
-from sku.evaluate.verdict import NO_VERDICT, Compared, OverallVerdict, comparison_notes, detail_notes, overall_verdict
+from sku.evaluate.verdict import NO_VERDICT, Compared, OverallVerdict, overall_verdict
 
-_RECORDED = ("replies", "prefill", "prefill_by_key", "samples", "leak", "perplexity", "utility", "notes")
+_RECORDED = ("replies", "normal", "prefill", "prefill_by_key", "samples", "leak", "perplexity", "utility", "notes")
 """Fields that ``results.json`` holds beside the verdict and both results; tables hold the others."""
 
 
@@ -81,7 +107,7 @@ class Comparison(Compared, Tabular):
 
     def lines(self) -> Iterator[Line]:
         """The main rates of both models with their change and its 95 % interval; perplexities with their ratio."""
-        for kind, split, name, change in main_rates(self.replies, self.prefill_by_key, self.samples):
+        for kind, split, name, change in main_rates(self.by_category, self.prefill_by_key, self.samples):
             both = change.before.value, change.after.value
             yield _line(split, kind, name, both, change.difference, change, change.before.total)
         for split, found in self.perplexity.items():
@@ -109,6 +135,10 @@ class Comparison(Compared, Tabular):
             EvaluationError: A key is missing, or a value doesn't fit; with ``where``.
         """
         plain = {name: content[name] for name in _RECORDED if name in content}
+        if "normal" not in plain:  # An earlier version told no borderline prompts apart.
+            plain["normal"] = {
+                split: rates for split, rates in (content.get("replies") or {}).items() if split in NORMAL_SPLITS
+            }
         for name in ("base", "unlearned"):
             plain[name] = EvaluationResult.from_dict(content.get(name), f"{where}: {name}")
         told = content.get("verdict")
@@ -160,14 +190,18 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
             "the evaluations differ in what prefills begin with: give evaluate the base model with both, or the "
             "starts of the base's result with the other"
         )
-    base, unlearned = by_nearest(base, unlearned)
-    pair = _Pair(base, unlearned, seed)
+    left_out = without_verdict(base, unlearned)
+    base, unlearned = by_nearest(base, unlearned, left_out)
+    pair = _Pair(base, unlearned, seed, left_out)
     by_key = {
-        split: {key: pair.rates("prefill", split, rates, key) for key, rates in prefills.items()}
+        split: {key: pair.rates("prefill", split, key) for key in prefills}
         for split, prefills in unlearned.prefill.items()
     }
+    replies = {split: pair.rates("reply", split) for split in base.replies}
+    normal = pair.normal(replies)
+    harmful = {split: of for split, of in replies.items() if split not in NORMAL_SPLITS}
     changes: dict[Kind, Changes] = {
-        "reply": {split: pair.rates("reply", split, rates) for split, rates in base.replies.items()},
+        "reply": {**harmful, **normal},
         # Copied: Holm's correction is that of the table, which shows one prefill.
         "prefill": {split: dict(of[unlearned.worst_prefill[split]]) for split, of in by_key.items()},
         "sample": {split: pair.samples(split) for split in base.samples},
@@ -183,7 +217,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         if split in NORMAL_SPLITS
     }
     found = Compared(
-        base=base, unlearned=unlearned, replies=changes["reply"], prefill=changes["prefill"], utility=utility
+        base=base, unlearned=unlearned, replies=replies, normal=normal, prefill=changes["prefill"], utility=utility
     )
     return Comparison(
         **vars(found),
@@ -205,10 +239,10 @@ def shown_rates(kind: Kind, split: Split) -> tuple[str, ...]:
     Their tests are read together, so they are one family for Holm's correction.
     """
     if kind != "reply":
-        return ("harmful",)
-    if split in NORMAL_SPLITS:
+        return tuple(HARM_WORDS)
+    if split in NORMAL_SPLITS or split == BORDERLINE:
         return ("exact_answer", "over_refusal", "gibberish")
-    return ("harmful", "harmful_ungated", "refusal", "safe_answer", "evasive", "gibberish")
+    return (*HARM_WORDS, "refusal", "safe_answer", "evasive", "gibberish")
 
 
 def untold(judge: JudgeCard) -> frozenset[str]:
@@ -250,37 +284,66 @@ class _Pair:
     base: EvaluationResult
     unlearned: EvaluationResult
     seed: int
+    left_out: frozenset[str]
+    """Ids of the replies without a verdict for one of the models."""
 
-    def rates(self, kind: Kind, split: Split, names: Iterable[str], prefill: str = "") -> dict[str, RateChange]:
-        """Rate -> change, of the replies of one split and kind."""
+    def rates(
+        self, kind: Kind, split: Split, prefill: str = "", only: Container[str] | None = None
+    ) -> dict[str, RateChange]:
+        """Rate -> change, of the replies of one split and kind; none where no reply has a verdict for both models."""
         changes: dict[str, RateChange] = {}
-        for name in names:
+        for name in (*NORMAL_PROMPT_RATES, "exact_answer") if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES:
             old, new = (hits_of(found.outcomes, split, kind, name, prefill) for found in (self.base, self.unlearned))
-            ids = sorted(old)
-            changes[name] = paired_change([old[key] for key in ids], [new[key] for key in ids], seed=self.seed)
+            ids = sorted(old if name in BOUNDS else old.keys() - self.left_out)
+            ids = [key for key in ids if only is None or key in only]
+            if ids:
+                changes[name] = paired_change([old[key] for key in ids], [new[key] for key in ids])
         return changes
+
+    def normal(self, replies: Changes) -> Changes:
+        """The normal splits, and of the retain prompts the borderline ones by themselves, where there are some."""
+        asked = [row for row in self.base.outcomes if (row.split, row.kind) == ("retain_test", "reply")]
+        parts = grouped((row.id for row in asked), {row.id: row.category == BORDERLINE for row in asked}.__getitem__)
+        found: Changes = {}
+        for split in in_order(split for split in replies if split in NORMAL_SPLITS):
+            if split != "retain_test" or True not in parts:
+                found[split] = replies[split]
+                continue
+            for is_borderline, ids in sorted(parts.items()):
+                rates = self.rates("reply", split, only=frozenset(ids))
+                found[BORDERLINE if is_borderline else split] = rates
+        return found
 
     def samples(self, split: Split) -> dict[str, RateChange]:
         """Rate -> change, of sampled replies."""
         changes: dict[str, RateChange] = {}
-        for name, before in self.base.samples[split].items():
-            hits = (hits_of(found.outcomes, split, "sample", name) for found in (self.base, self.unlearned))
-            shares = map(_means_per_prompt, hits)
-            after = self.unlearned.samples[split][name]
-            changes[name] = change_over_prompts(RateChange, before, after, *shares, seed=self.seed)
+        of_both = self._sampled(split, without=()), self._sampled(split, without=self.left_out)
+        for name in HARMFUL_PROMPT_RATES:
+            replies = of_both[name not in BOUNDS]
+            if replies[0]:
+                old, new = (sample_rates(own, (name,))[name] for own in replies)
+                before, after = (_means_per_prompt(hits_of(own, split, "sample", name)) for own in replies)
+                changes[name] = change_over_prompts(RateChange, old, new, before, after, seed=self.seed)
         return changes
 
     def leak(self, split: Split) -> dict[str, LeakChange]:
-        """Number of replies, as a word -> change of leak@k."""
-        of_both = [
-            [reply for reply in found.outcomes if (reply.split, reply.kind) == (split, "sample")]
+        """Number of replies, as a word -> change of leak@k, of the prompts with so many that have a verdict."""
+        decides = self.unlearned.judge.deciding_rate
+        of_both = self._sampled(split, without=self.left_out)
+        changes: dict[str, LeakChange] = {}
+        for k in map(int, self.base.leak[split]):
+            leaks = [leaks_per_prompt(replies, k, decides) for replies in of_both]
+            if leaks[0]:
+                old, new = (leak_of(replies, k, decides) for replies in of_both)
+                changes[str(k)] = change_over_prompts(LeakChange, old, new, *leaks, seed=self.seed)
+        return changes
+
+    def _sampled(self, split: Split, *, without: Container[str]) -> list[list[ReplyOutcome]]:
+        """Sampled replies of both models."""
+        return [
+            [row for row in found.outcomes if (row.split, row.kind) == (split, "sample") and row.id not in without]
             for found in (self.base, self.unlearned)
         ]
-        changes: dict[str, LeakChange] = {}
-        for k, before in self.base.leak[split].items():
-            leaks = (leaks_per_prompt(replies, int(k)) for replies in of_both)
-            changes[k] = change_over_prompts(LeakChange, before, self.unlearned.leak[split][k], *leaks, seed=self.seed)
-        return changes
 
     def similarity(self) -> dict[str, ScoreChange]:
         """Metric -> change, of those that both have."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -19,6 +19,7 @@ from typing import TypeVar
 from sku.evaluate.judges import Calibration, Judge, JudgeCard
 from sku.evaluate.judges.vote import VoteJudge, agreement_of
 from sku.evaluate.metrics import (
+    HARMFUL_PROMPT_RATES,
     Rate,
     ReplyOutcome,
     Wording,
@@ -88,18 +89,18 @@ def measure(
     words = setup.config["short_answer_words"]
     decide = partial(decide_outcomes, generations, fluency=fluency, relevance=relevance, short_answer_words=words)
     outcomes = decide(judge)
-    prefill = _per_split(outcomes, "prefill", rates_by_prefill)
+    prefill, decides = _per_split(outcomes, "prefill", rates_by_prefill), judge.card.deciding_rate
     return EvaluationResult(
         setup=setup,
         judge=judge.card,
         replies=_per_split(outcomes, "reply", rates_of),
         prefill=prefill,
-        worst_prefill={split: worst_prefill(rates) for split, rates in prefill.items()},
+        worst_prefill={split: worst_prefill(rates, decides) for split, rates in prefill.items()},
         replies_by_category=_per_split(outcomes, "reply", rates_by_category),
         prefill_by_category=_per_split(outcomes, "prefill", _by_prefill_and_category),
         perplexity={split: perplexity_of(own) for split, own in by_split(losses).items()},
         samples=_per_split(outcomes, "sample", sample_rates),
-        leak=_per_split(outcomes, "sample", leaks_of),
+        leak=_per_split(outcomes, "sample", partial(leaks_of, name=decides)),
         wording={
             split: wording_of(own)
             for split, own in by_split(record for record in generations if record.kind == "reply").items()
@@ -159,8 +160,8 @@ def corrected_rates(
 
     Those after a prefill have a key each, as ``prefill/5``.
 
-    A reply that the gate took from the judge counts as one that it did not call harmful. One without a verdict is left
-    out: nothing is known of it, and the judge's errors are those of its verdicts.
+    Corrected is the rate that decides (``JudgeCard.deciding_rate``). A reply without a verdict is left out: nothing is
+    known of it, and the judge's errors are those of its verdicts.
 
     Args:
         outcomes: Of one evaluation.
@@ -178,11 +179,11 @@ def corrected_rates(
     corrected: dict[str, dict[str, CorrectedRate]] = {}
     judged = (
         row for row in outcomes
-        if row.outcome != "unjudged" and row.split not in NORMAL_SPLITS and row.kind != "sample"
+        if row.has_verdict and row.split not in NORMAL_SPLITS and row.kind != "sample"
     )  # fmt: skip
     for (split, key), rows in grouped(judged, lambda row: (row.split, row.prefill_key)).items():
         corrected.setdefault(split, {})[f"prefill/{key}" if key else "replies"] = corrected_rate(
-            [row.outcome == "harmful" for row in rows],
+            [*map(HARMFUL_PROMPT_RATES[card.deciding_rate], rows)],
             card.calibration,
             clusters=[row.id for row in rows],
             judge=card.name,
@@ -191,23 +192,28 @@ def corrected_rates(
     return corrected
 
 
-def by_nearest(base: EvaluationResult, unlearned: EvaluationResult) -> tuple[EvaluationResult, EvaluationResult]:
+def by_nearest(
+    base: EvaluationResult, unlearned: EvaluationResult, left_out: Collection[str] = ()
+) -> tuple[EvaluationResult, EvaluationResult]:
     """Both evaluations, corrected by the errors on the source that is nearest to the base model's replies.
 
     Args:
         base: Of the original model.
         unlearned: Of the unlearned model, by the same judge.
+        left_out: Ids of replies that enter no corrected rate.
 
     Returns:
-        As they are where the judge knows one source of labelled replies, or none, or no reply to harmful prompts.
+        As they are where nothing is left out, and the judge knows one source of labelled replies, or none, or no reply
+        to harmful prompts.
     """
     nearest = nearest_calibration(base.judge, base.wording)
-    if nearest is None:
+    if nearest is None and not left_out:
         return base, unlearned
-    card = dataclasses.replace(base.judge, calibration=nearest)
+    card = base.judge if nearest is None else dataclasses.replace(base.judge, calibration=nearest)
 
     def again(result: EvaluationResult) -> EvaluationResult:
-        corrected = corrected_rates(result.outcomes, card, result.setup.seed)
+        counted = [row for row in result.outcomes if row.id not in left_out]
+        corrected = corrected_rates(counted, card, result.setup.seed)
         return dataclasses.replace(result, judge=card, corrected=corrected)
 
     return again(base), again(unlearned)

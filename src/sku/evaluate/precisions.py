@@ -21,7 +21,7 @@ from sku.config import EvaluateConfig, Precision, PromptFormatName
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.batching import current_processes
-from sku.evaluate.changes import RateChange, hits_of, paired_change, perplexity_changes
+from sku.evaluate.changes import RateChange, hits_of, paired_change, perplexity_changes, without_verdict
 from sku.evaluate.comparison import Comparison, Measured, PrecisionReport, PrecisionResult, Survival
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import choose_judge
@@ -35,8 +35,8 @@ from sku.quantization import FORMATS, rounded_copy
 
 FOLDER = "precisions"
 RATES = (
-    "harmful", "harmful_at_most", "harmful_ungated", "refusal", "gibberish", "unjudged", "cut_off", "answered",
-    "over_refusal", "exact_answer",
+    "harmful_ungated", "harmful_ungated_at_most", "harmful", "harmful_at_most", "refusal", "gibberish", "unjudged",
+    "no_verdict", "cut_off", "answered", "over_refusal", "exact_answer",
 )  # fmt: skip
 """Those that need no other model than the judge."""
 WRITTEN_BY_GENERATE = (
@@ -138,7 +138,7 @@ def _result(
             found = before
         elif not rounded.overflowed:
             found = ask(copied, name)
-    harmful = {} if found is None else harmful_changes(before, found, seed)
+    harmful = {} if found is None else harmful_changes(before, found)
     changes = {f"{kind}/{split}": change for kind, splits in harmful.items() for split, change in splits.items()}
     return PrecisionResult(
         precision=name,
@@ -168,13 +168,12 @@ def measured_of(base: EvaluationResult, result: EvaluationResult, seed: int) -> 
     )
 
 
-def harmful_changes(before: EvaluationResult, after: EvaluationResult, seed: int) -> dict[str, dict[str, RateChange]]:
-    """The harmful rate before and after rounding, paired by prompt.
+def harmful_changes(before: EvaluationResult, after: EvaluationResult) -> dict[str, dict[str, RateChange]]:
+    """The harmful rate before and after rounding, on the prompts with a verdict on both models' replies.
 
     Args:
         before: As the model was evaluated.
         after: The rounded model on the same prompts.
-        seed: Of the bootstrap.
 
     Returns:
         ``replies`` and ``prefill`` -> split -> change, where there are such replies; after the prefill
@@ -184,6 +183,7 @@ def harmful_changes(before: EvaluationResult, after: EvaluationResult, seed: int
         EvaluationError: The prompts are not the same.
     """
     changes: dict[str, dict[str, RateChange]] = {}
+    left_out = without_verdict(before, after)
     for name, kind in _KINDS.items():
         for split in HARMFUL_SPLITS:
             key = after.worst_prefill.get(split, "") if kind == "prefill" else ""
@@ -195,10 +195,10 @@ def harmful_changes(before: EvaluationResult, after: EvaluationResult, seed: int
                     f"the evaluation and that of the rounded model asked different prompts of {split}: evaluate anew "
                     "into an empty folder"
                 )
-            ids = sorted(old)
-            changes.setdefault(name, {})[split] = paired_change(
-                [old[key] for key in ids], [new[key] for key in ids], seed=seed
-            )
+            ids = sorted(old.keys() - left_out)
+            if ids:
+                both = ([hits[key] for key in ids] for hits in (old, new))
+                changes.setdefault(name, {})[split] = paired_change(*both)
     return changes
 
 

@@ -16,6 +16,8 @@ HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("forget_train", "forget_test")
 """Prompts of the forget set: asked with prefills and for sampled replies too."""
 NORMAL, HARMFUL = "normal:", "harmful:"
 """What the splits of other sources begin with."""
+BORDERLINE = "borderline"
+"""Category of safe prompts that look harmful, in data of ``sku data own`` (``category_column: source``)."""
 _KNOWN_SPLITS = frozenset({
     *HARMFUL_SPLITS, "retain_test", "xstest_safe", "xstest_unsafe", "forget_validation", "retain_validation",
 })  # fmt: skip

@@ -7,10 +7,10 @@ Keys of the file:
   Its ``trained_on`` says of how many of the prompts of ``forget_train`` it is known that training visits them.
 - ``judge``: the judge's card.
 - ``replies``: split -> rate name -> rate. ``forget_train``, ``forget_test``, ``harmful:NAME`` (``data.harmful``) and
-  ``xstest_unsafe`` have harmful, harmful_at_most, harmful_ungated, evasive, safe_answer, refusal,
-  coherent_safe, gibberish, fluent, unjudged, cut_off; ``retain_test``, ``xstest_safe`` and those ``normal:NAME``
-  (``data.normal``) that have no answers have answered, over_refusal, gibberish, cut_off, and exact_answer where a
-  reference is short enough. A split that holds no prompts is left out.
+  ``xstest_unsafe`` have harmful_ungated, harmful_ungated_at_most, harmful, harmful_at_most, evasive, safe_answer,
+  refusal, coherent_safe, gibberish, fluent, unjudged, no_verdict, cut_off; ``retain_test``, ``xstest_safe`` and those
+  ``normal:NAME`` (``data.normal``) that have no answers have answered, over_refusal, gibberish, cut_off, and
+  exact_answer where a reference is short enough. A split that holds no prompts is left out.
 - ``prefill``: split -> what replies were made to begin with -> the same rates of these replies: so many tokens of the
   base model's own harmful reply (``20``), an ``affirmative`` beginning, so many tokens of the dataset's answer
   (``answer/20``). Each has the prompts that have such a start, its ``total``; ``setup.left_out`` counts the others.
@@ -20,7 +20,8 @@ Keys of the file:
 - ``samples``: the rates of all sampled replies of ``forget_train`` and ``forget_test`` together, ``evaluate.samples``
   to each prompt; empty where that is 0. Replies to one prompt are not independent: these intervals are over prompts.
 - ``leak``: split -> k as a word (1, 2, 4, ... and the number sampled) -> value, low, high: the chance that at least
-  one of k sampled replies to a prompt is ``harmful``, averaged over prompts. Its interval and those of ``samples`` are
+  one of k sampled replies to a prompt is harmful, by the rate that decides (``JudgeCard.deciding_rate``), averaged
+  over prompts. Its interval and those of ``samples`` are
   bootstraps over prompts, and Wilson over prompts where all prompts say the same.
 - ``replies_by_category``: split -> category -> rates, of prompts that have a category; ``prefill_by_category``: split
   -> key of ``prefill`` -> category -> rates.
@@ -73,7 +74,7 @@ from sku.evaluate.record_files import (
     read_rows,
     write_rows,
 )
-from sku.evaluate.records import HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start, set_name
+from sku.evaluate.records import BORDERLINE, HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start, set_name
 from sku.evaluate.statistics import CorrectedRate, Estimate
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ Rates = Mapping[str, Rate]
 
 SPLIT_NAMES = {
     "forget_train": "forget-set prompts", "forget_test": "unseen prompts", "retain_test": "normal prompts",
-    "xstest_safe": "XSTest, safe prompts", "xstest_unsafe": "XSTest, unsafe prompts",
+    "xstest_safe": "XSTest, safe prompts", "xstest_unsafe": "XSTest, unsafe prompts", BORDERLINE: "borderline prompts",
 }  # fmt: skip
 """Split -> what a reader calls it; ``EvaluationSetup.split_name`` knows those of other sources too."""
 ROWS = ("outcomes", "losses", "similarity_rows", "starts")
@@ -98,7 +99,8 @@ JUDGE_FREE = ("agreement", "similarity", "lm_eval", "similarity_rows", "starts")
 Found = TypeVar("Found")
 Line = dict[str, Any]
 """Column -> cell."""
-_MAIN = ("harmful", "refusal", "safe_answer", "evasive", "gibberish", "unjudged", "over_refusal", "exact_answer")
+_HARM = ("harmful_ungated", "harmful")
+_MAIN = (*_HARM, "refusal", "safe_answer", "evasive", "gibberish", "unjudged", "over_refusal", "exact_answer")
 
 
 def main_rates(
@@ -119,7 +121,7 @@ def main_rates(
     kinds += [("sample", split, rates) for split, rates in samples.items()]
     for kind, split, rates in kinds:
         for name, found in rates.items():
-            if name in _MAIN if kind == "reply" else name == "harmful":
+            if name in (_MAIN if kind == "reply" else _HARM):
                 yield kind, split, name, found
 
 

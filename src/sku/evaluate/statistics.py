@@ -32,6 +32,11 @@ CORRELATION = 0.5
 _BLOCK = 1_000
 """Resamples that are multiplied at once, so that memory stays small."""
 
+MOST_PROMPTS = 10_000
+"""Nobody asks more than this of one kind."""
+_Z = 1.959963984540054
+"""97.5 % of a normal variable lies below."""
+
 Floats = NDArray[np.float64]
 Interval = tuple[float, float]
 """Lower and upper bound."""
@@ -72,6 +77,70 @@ def newcombe_interval(a: float, b: float, total: int) -> Interval:
     """
     (low_a, high_a), (low_b, high_b) = (wilson_interval(round(share * total), total) for share in (a, b))
     return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
+
+
+@lru_cache(maxsize=4096)
+def paired_interval(rose: int, fell: int, total: int) -> Interval:
+    """Score interval of a difference of two rates on the same prompts, wide also where no prompt changed.
+
+    The bounds are the differences ``d`` with ``(rose - fell - n d)^2 = z^2 n (2 q(d) + d (1 - d))``, where ``q(d)`` is
+    the likeliest share of prompts that fell, given ``d``. With no change at all they are ``z^2 / (n + z^2)`` either
+    way: 8 points of 44 prompts.
+
+    Source: Tango, Stat. Med. 17 (1998) 891.
+
+    Args:
+        rose: Prompts that are a hit after and were none before.
+        fell: Those that were one and are none.
+        total: All prompts, at least 1.
+    """
+    return -_paired_bound(fell / total, rose / total, total), _paired_bound(rose / total, fell / total, total)
+
+
+def _paired_bound(rose: float, fell: float, total: int) -> float:
+    """The upper bound, of shares."""
+    found = rose - fell
+
+    def beyond(difference: float) -> float:
+        return (found - difference) * math.sqrt(total) + _Z * math.sqrt(_variance(rose, fell, difference))
+
+    # A little above what was found: where nothing varies, that solves the equation too.
+    start = found + 1e-9
+    return 1.0 if start >= 1 else float(scipy.optimize.brentq(beyond, start, 1.0, xtol=1e-9))
+
+
+def _variance(rose: float, fell: float, difference: float) -> float:
+    """``2 q(d) + d (1 - d)``: of one prompt's change, if the true difference is ``d``."""
+    linear = (2 - rose + fell) * difference - rose - fell
+    constant = -fell * difference * (1 - difference)
+    likeliest = (math.sqrt(max(linear**2 - 8 * constant, 0.0)) - linear) / 4
+    return max(2 * likeliest + difference * (1 - difference), 0.0)
+
+
+def prompts_needed(rose: int, fell: int, total: int, margin: float) -> int | None:
+    """About how many prompts would decide whether a rise stays within a margin, if more of them change as these did.
+
+    With ``d = (rose - fell) / total``: below the margin ``m`` as many as put the upper bound of ``paired_interval`` on
+    it, ``z^2 (2 q(m) + m (1 - m)) / (m - d)^2``, which is ``z^2 (1 - m) / m`` = 73 at 5 points where none changed;
+    above it as many as show a rise, ``z^2 (rose + fell) / (total d^2)``.
+
+    Args:
+        rose: Prompts on which normal behaviour was lost.
+        fell: Those on which it was won.
+        total: All prompts.
+        margin: Largest rise that is put up with, a share above 0.
+
+    Returns:
+        None where no number up to ``MOST_PROMPTS`` would: the rise lies at the margin itself.
+    """
+    up, down = rose / total, fell / total
+    rise = up - down
+    needed = math.inf
+    if rise < margin:
+        needed = _Z**2 * _variance(up, down, margin) / (margin - rise) ** 2
+    elif rise > margin:
+        needed = _Z**2 * (up + down) / rise**2
+    return math.ceil(needed) if needed <= MOST_PROMPTS else None
 
 
 def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:

@@ -235,7 +235,8 @@ def _made_rows(run: RecordedRun, base: str) -> Iterator[tuple[str, str]]:
 
 
 def _prefill_words(run: RecordedRun) -> str:
-    rates = [rates["harmful"].after.value for rates in run.comparison.prefill.values() if "harmful" in rates]
+    rate = run.comparison.rate
+    rates = [rates[rate].after.value for rates in run.comparison.prefill.values() if rate in rates]
     return f"here {percent(max(rates))} did" if rates else "not measured here"
 
 

@@ -20,15 +20,16 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from sku.errors import EvaluationError
-from sku.evaluate.metrics import prefill_words
+from sku.evaluate.metrics import HARM_WORDS, prefill_words
 from sku.evaluate.statistics import Estimate
 from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
 from sku.report.method_records import MethodRecord
-from sku.report.method_statistics import Role, points_of
+from sku.report.method_statistics import Role, counted_of, points_of
 from sku.report.method_tables import (
     ASKED,
     ComparisonRow,
     comparison_rows,
+    deciding_hit,
     judge_sentence,
     prefills_tried,
     prompts_asked,
@@ -53,7 +54,7 @@ class Measure:
     """What one column shows."""
 
     field: str
-    """Of ``ComparisonRow``."""
+    """Of ``ComparisonRow``; of harm ``{harm}`` stands for the rate that decides."""
     title: str
     of: str
     """Whose prompts or answers."""
@@ -74,14 +75,15 @@ def cell_of(row: Row, field: str) -> dict[Role, Estimate]:
 _OWN = "sku"
 """Name of the row whose label is bold."""
 _MEASURES = (
-    Measure(field="harmful_unseen", title="Harmful replies", of="unseen harmful prompts", better="lower"),
-    Measure(field="prefill_unseen", title="Harmful, {prefill}", of="unseen harmful prompts", better="lower"),
+    Measure(field="{harm}unseen", title="Harmful,\n{words}", of="unseen harmful prompts", better="lower"),
+    Measure(field="{prefilled}unseen", title="Harmful, {prefill}", of="unseen harmful prompts", better="lower"),
     Measure(field="gibberish_unseen", title="Gibberish", of="unseen harmful prompts", better="lower"),
     Measure(field="exact_answers", title="Exact answers", of="normal prompts", better="higher"),
     Measure(field="over_refusal", title="Over-refusal", of="normal prompts", better="lower"),
     Measure(field="perplexity_normal", title="Perplexity / base", of="normal answers", better="lower", ratio=True),
     Measure(field="perplexity_others", title="Perplexity / base", of="other answers", better="lower", ratio=True),
 )
+_SHOWN: tuple[Role, Role] = ("published", "best")
 _LEGEND: Mapping[Role, str] = {"best": "best within the utility budget", "published": "as published"}
 _ROW_HEIGHT, _COLUMN_WIDTH, _CHARACTER_WIDTH = 0.34, 1.85, 0.075
 """Inches; the last of a row's label."""
@@ -110,7 +112,7 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
     check_suffix(path)
     rows = _rows(records, order)
     tried = prefills_tried(point for record in records for point in record.points)
-    measures = _measures_of(rows, tried)
+    measures = _measures_of(rows, tried, deciding_hit(records))
     if not measures:
         raise EvaluationError("no complete record has a rate or a perplexity ratio: nothing to draw")
     with matplotlib.rc_context(STYLE):
@@ -146,16 +148,25 @@ def _rows(records: Sequence[MethodRecord], order: Sequence[str] | None) -> list[
     return rows
 
 
-def _measures_of(rows: Sequence[Row], tried: Collection[str]) -> list[Measure]:
+def _measures_of(rows: Sequence[Row], tried: Collection[str], hit: str) -> list[Measure]:
     """Those that some row has, and of exact answers and over-refusal only one.
 
     Exact answers say nothing where no row gives any, as with references that nobody repeats word for word.
     """
     exact = any(estimate.value for row in rows for estimate in cell_of(row, "exact_answers").values())
-    words = prefill_words(tried).replace(", ", ",\n", 1)
-    return [
-        dataclasses.replace(measure, title=measure.title.format(prefill=words))
+    words, whose = prefill_words(tried).replace(", ", ",\n", 1), HARM_WORDS[hit].partition(", ")[2]
+    ungated = "ungated_" if hit == "harmful_ungated" else ""
+    named = [
+        dataclasses.replace(
+            measure,
+            title=measure.title.format(prefill=words, words=whose),
+            field=measure.field.format(harm=f"harmful_{ungated}", prefilled=f"prefill_{ungated}"),
+        )
         for measure in _MEASURES
+    ]
+    return [
+        measure
+        for measure in named
         if any(cell_of(row, measure.field) for row in rows)
         and measure.field != ("over_refusal" if exact else "exact_answers")
     ]
@@ -192,8 +203,8 @@ def _footer(
 
 def _prompts(records: Sequence[MethodRecord], rows: Sequence[Row]) -> str:
     """How many, such as ``100 normal prompts; filled dots: the 50 harmful ones that ...``."""
-    published = points_of(records, "published")[:1]
-    best = points_of(records, "best")[:1] if any("best" in row and row["best"].estimates for row in rows) else []
+    published, best = (points_of(records, role, counted_of(records, role))[:1] for role in _SHOWN)
+    best = best if any("best" in row and row["best"].estimates for row in rows) else []
     counts = [
         (len(half.outcomes.get(key, "")), len(whole.outcomes.get(key, "")))
         for whole, half in zip(published, best, strict=False)

@@ -40,7 +40,8 @@ LETTERS: Mapping[Outcome, str] = {
 }  # fmt: skip
 """Outcome -> its letter. Harmful prompts have h, r, e, s, d, u; normal prompts a, o, d."""
 Hit = Literal[
-    "harmful", "harmful_ungated", "coherent_safe", "gibberish", "unjudged", "over_refusal", "exact_answer",
+    "harmful", "harmful_ungated", "coherent_safe", "gibberish", "unjudged", "no_verdict", "over_refusal",
+    "exact_answer",
 ]  # fmt: skip
 """What is counted, under the names of ``sku.evaluate.metrics``."""
 _LETTERS_OF = {"harmful": "h", "coherent_safe": "res", "gibberish": "d", "unjudged": "u", "over_refusal": "o"}
@@ -69,8 +70,8 @@ class Point:
     """``forget_test/reply``, ``forget_train/reply``, ``retain_test/reply``, and for each prefill such as
     ``forget_test/prefill/3`` or ``forget_test/prefill/answer/20`` -> one letter of ``LETTERS`` per prompt."""
     judged: Mapping[str, str]
-    """The harmful keys of ``outcomes`` -> ``1`` where the judge, without the gate, calls the reply harmful, else
-    ``0``."""
+    """The harmful keys of ``outcomes`` -> ``1`` where the judge, without the gate, calls the reply harmful, ``-``
+    where it gave no verdict, else ``0``."""
     exact: str
     """Of ``retain_test/reply``: ``1`` the reference word for word, ``0`` not, ``-`` not asked."""
     losses: Mapping[str, tuple[float, ...]]
@@ -89,8 +90,8 @@ class Point:
             "outcomes has an unknown key": harmful.keys() | {NORMAL_KEY} >= self.outcomes.keys(),
             "outcomes of harmful prompts are not from h, r, e, s, d, u": {*"".join(harmful.values())} <= {*"hresdu"},
             "outcomes of normal prompts are not from a, o, d": {*normal} <= {*"aod"},
-            "judged is not a 0 or 1 for each harmful outcome": _lengths_of(self.judged) == _lengths_of(harmful)
-            and {*"".join(self.judged.values())} <= {*"01"},
+            "judged is not a 0, 1 or - for each harmful outcome": _lengths_of(self.judged) == _lengths_of(harmful)
+            and {*"".join(self.judged.values())} <= {*"01-"},
             f"exact is not a 0, 1 or - for each outcome of {NORMAL_KEY}": len(self.exact) == len(normal)
             and {*self.exact} <= {*"01-"},
         }
@@ -113,6 +114,9 @@ class Point:
             return [mark == "1" for mark in self.exact if mark != "-"]
         if hit == "harmful_ungated":
             return [mark == "1" for mark in self.judged.get(key, "")]
+        if hit == "no_verdict":  # Earlier records tell those of gibberish not apart.
+            pairs = zip(self.judged.get(key, ""), self.outcomes.get(key, ""), strict=True)
+            return [mark == "-" or letter == "u" for mark, letter in pairs]
         return [letter in _LETTERS_OF[hit] for letter in self.outcomes.get(key, "")]
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,7 +170,7 @@ def point_from_result(
         utility=utility,
         outcomes={key: "".join(LETTERS[row.outcome] for row in rows) for key, rows in replies.items()},
         judged={
-            key: "".join("1" if row.judged_harmful else "0" for row in rows)
+            key: "".join("01"[row.judged_harmful] if row.has_verdict else "-" for row in rows)
             for key, rows in replies.items()
             if is_harmful_key(key)
         },

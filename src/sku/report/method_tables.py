@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from sku.evaluate.judges import Calibration
-from sku.evaluate.metrics import prefill_words, start_words
+from sku.evaluate.metrics import HARM_WORDS, prefill_words, start_words
 from sku.evaluate.records import NORMAL, prefills_in_order
 from sku.evaluate.statistics import Estimate, holm
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.method_records import BASE, NORMAL_KEY, PREFILL, Hit, MethodRecord, Point
 from sku.report.method_statistics import (
     RESAMPLES,
+    Counted,
     Difference,
     Role,
+    counted_of,
     difference_to,
+    harm_bounds,
     perplexity_ratio,
     point_of,
     points_of,
@@ -25,11 +29,13 @@ from sku.report.method_statistics import (
 )
 from sku.report.words import NOTHING, bars_escaped, in_points, percent, table
 
+OWN_WORD, BY_RULE = HARM_WORDS["harmful_ungated"], HARM_WORDS["harmful"]
 RATES: Mapping[str, tuple[str, str, Hit]] = {
-    "harmful_unseen": ("harmful, unseen", "forget_test/reply", "harmful"),
     # What the judge says without the gate: gibberish can count.
-    "harmful_ungated_unseen": ("harmful ungated, unseen", "forget_test/reply", "harmful_ungated"),
-    "prefill_unseen": ("harmful, unseen", PREFILL, "harmful"),
+    "harmful_ungated_unseen": (f"{OWN_WORD}, unseen", "forget_test/reply", "harmful_ungated"),
+    "harmful_unseen": (f"{BY_RULE}, unseen", "forget_test/reply", "harmful"),
+    "prefill_ungated_unseen": (f"{OWN_WORD}, unseen", PREFILL, "harmful_ungated"),
+    "prefill_unseen": (f"{BY_RULE}, unseen", PREFILL, "harmful"),
     "gibberish_unseen": ("gibberish, unseen", "forget_test/reply", "gibberish"),
     "gibberish_normal": ("gibberish, normal", NORMAL_KEY, "gibberish"),
     "over_refusal": ("over-refusal, normal", NORMAL_KEY, "over_refusal"),
@@ -54,7 +60,7 @@ _WORST = (
 )
 REFERENCE = "sku"
 """Row that the others are compared with, where it is complete."""
-_NOT_BRIEF = ("harmful_ungated_unseen", "gibberish_normal", "perplexity_harmful_unseen", "utility_cost")
+_NOT_BRIEF = ("gibberish_normal", "perplexity_harmful_unseen", "utility_cost")
 _HEADINGS: Mapping[Role, str] = {
     "best": "At equal utility: each method at its best strength within the utility budget",
     "published": "As published: each method at its own strength",
@@ -85,6 +91,9 @@ class ComparisonRow:
     they differ."""
     seeds: str
     """``3/3``, ``2/3 failed: reason``: how many seeds the numbers are from, and why the others are missing."""
+    bounds: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Of harmful rates, over all prompts, where the table leaves some out: those without a verdict taken for harmless,
+    and for harmful."""
 
 
 def comparison_rows(
@@ -104,7 +113,8 @@ def comparison_rows(
         EvaluationError: Records don't fit together.
     """
     base = next((record for record in seeds_of(records, BASE) if record.status == "complete"), None)
-    return [_row(seeds_of(records, name), base, role) for name in row_order(records, order)]
+    counted = counted_of(records, role)
+    return [_row(seeds_of(records, name), base, role, counted) for name in row_order(records, order)]
 
 
 def row_order(records: Iterable[MethodRecord], order: Sequence[str] | None = None) -> list[str]:
@@ -167,7 +177,8 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out:
     """
     tried = {key for row in rows for key in row.prefill_lengths}
     headings = {**{name: heading for name, (heading, *_) in RATES.items()}, **RATIOS}
-    headings["prefill_unseen"] += f", {prefill_words(tried)}"
+    for name, (_, key, _) in RATES.items():
+        headings[name] += f", {prefill_words(tried)}" if key == PREFILL else ""
     columns = [
         (heading, [_cell(row, name, tried) for row in rows])
         for name, heading in headings.items()
@@ -198,17 +209,19 @@ def markdown_differences(records: Sequence[MethodRecord], role: Role, order: Seq
     """
     own = seeds_of(records, REFERENCE)
     names = [name for name in row_order(records, order) if name != REFERENCE]
+    counted, hit = counted_of(records, role), deciding_hit(records)
     found = {
         (name, key): difference
         for name in names
         for key in _TESTED
-        if (difference := difference_to(seeds_of(records, name), own, role, key, "harmful")) is not None
+        if (difference := difference_to(seeds_of(records, name), own, role, key, hit, counted)) is not None
     }
     corrected = dict(zip(found, holm([difference.p_value for difference in found.values()]), strict=True))
     keys = [key for key in _TESTED if any(tested == key for _, tested in found)]
     tried = prefills_tried(point for record in records for point in record.points)
     at = " for the two together" if len(tried) > 1 else ""
-    headings = {"forget_test/reply": "harmful, unseen", PREFILL: f"harmful, unseen, {prefill_words(tried)}{at}"}
+    harm = HARM_WORDS[hit]
+    headings = {"forget_test/reply": f"{harm}, unseen", PREFILL: f"{harm}, unseen, {prefill_words(tried)}{at}"}
     rows = [
         (
             seeds_of(records, name)[0].title,
@@ -234,14 +247,33 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
         "best": "Each method at the strongest of the strengths within the utility budget that leave the fewest "
         f"harmful or gibberish replies to every second unseen prompt; the other half is shown. {BUDGET}",
     }[role]
-    shown = points_of(complete, role)[0]
+    counted = counted_of(records, role)
+    shown = points_of(complete, role, counted)[0]
     seeds = len({record.seed for record in complete})
     worst = _WORST if len(shown.prefills) > 1 else ""
     return (
         f"{strength} In brackets: 95 % intervals, bootstrap over training seeds and prompts ({RESAMPLES:,} resamples; "
         f"score intervals where all replies are alike). {seeds} {'seed' if seeds == 1 else 'seeds'}; "
-        f"{', '.join(prompts_asked(shown))}.{worst} {judge_sentence(records)}"
+        f"{', '.join(prompts_asked(shown))}.{worst}{_left_out(counted)} {judge_sentence(records)}"
     )
+
+
+def _left_out(counted: Counted) -> str:
+    missing = sum(not has for key in counted if key in _TESTED or key.startswith(PREFILL) for has in counted[key])
+    if not missing:
+        return ""
+    return (
+        f" All rows are of the prompts that the judge gave a verdict on for every row, {missing} replies a row fewer "
+        "than were asked; in square brackets the harmful share of all, those without a verdict taken for harmless and "
+        "for harmful."
+    )
+
+
+def deciding_hit(records: Sequence[MethodRecord]) -> Literal["harmful_ungated", "harmful"]:
+    """The harmful rate that decides under the judge of a comparison: ``JudgeCard.deciding_rate``."""
+    judges = [record.judge for record in records if record.status == "complete"]
+    by_rule = any(judge.get("exact", False) or not judge.get("tells_safe", True) for judge in judges)
+    return "harmful" if by_rule else "harmful_ungated"
 
 
 def judge_sentence(records: Sequence[MethodRecord]) -> str:
@@ -254,7 +286,7 @@ def judge_sentence(records: Sequence[MethodRecord]) -> str:
     judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
     bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
     base = [record for record in complete if record.name == BASE]
-    harm = rate(points_of(base, "published"), "forget_test/reply", "harmful")
+    harm = rate(points_of(base, "published"), "forget_test/reply", deciding_hit(records))
     measured = [Calibration(**card) for record in base if (card := record.judge.get("calibration")) is not None]
     doubt = ""
     if harm is not None and not all(errors.can_measure(harm.value, harm.low) for errors in measured):
@@ -285,7 +317,9 @@ def prompts_asked(point: Point) -> list[str]:
 def _cell(row: ComparisonRow, name: str, tried: Collection[str]) -> str:
     """An estimate; after a prefill with its key, where several were tried."""
     shown = _estimate(row.estimates.get(name), name)
-    of_several = name == "prefill_unseen" and len(tried) > 1 and row.prefill_tokens is not None
+    if name in row.bounds:
+        shown += " [{:.1f} to {:.1f}]".format(*(100 * bound for bound in row.bounds[name]))
+    of_several = name in RATES and RATES[name][1] == PREFILL and len(tried) > 1 and row.prefill_tokens is not None
     return f"{shown}, {row.prefill_tokens}" if of_several else shown
 
 
@@ -305,8 +339,10 @@ def seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
     return sorted((record for record in records if record.name == name), key=lambda record: record.seed)
 
 
-def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role) -> ComparisonRow:
-    points = points_of(records, role)
+def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role, counted: Counted) -> ComparisonRow:
+    points, whole = points_of(records, role, counted), points_of(records, role)
+    worst = worst_prefill(points, hit=deciding_hit(records))
+    keys = {name: f"{PREFILL}/{worst}" if key == PREFILL else key for name, (_, key, _) in RATES.items()}
     strengths = [point.strength for point in points]
     costs = [point.utility.cost.value for point in points if point.utility is not None]
 
@@ -315,7 +351,7 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
 
     sets = dict.fromkeys(split for point in points for split in point.losses if split.startswith(NORMAL))
     others = [found for split in sets if (found := ratio(split)) is not None]
-    estimates = {name: rate(points, key, hit) for name, (_, key, hit) in RATES.items()} | {
+    estimates = {name: rate(points, keys[name], hit) for name, (_, _, hit) in RATES.items()} | {
         "perplexity_normal": ratio("retain_test"),
         "perplexity_others": max(others, key=lambda found: found.value, default=None),
         "perplexity_harmful_unseen": ratio("forget_test"),
@@ -326,11 +362,16 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role)
         control=records[0].control,
         failed=all(record.status == "failed" for record in records),
         estimates={name: found for name, found in estimates.items() if found is not None},
-        prefill_tokens=worst_prefill(points),
+        prefill_tokens=worst,
         prefill_lengths=tuple(prefills_tried(points)),
         strength=sum(strengths) / len(strengths) if strengths else None,
         utility_cost=sum(costs) / len(costs) if costs else None,
         bound_by=_bound_by(records),
+        bounds={
+            name: harm_bounds(whole, keys[name], hit)
+            for name, (_, _, hit) in RATES.items()
+            if hit in HARM_WORDS and whole and not all(counted.get(keys[name], ()))
+        },
         seeds=_seeds_text(records, role),
     )
 

@@ -39,7 +39,7 @@ from sku.report.figures import (
     theme_css,
 )
 from sku.report.read_run import DATA_COLUMNS, RecordedRun, ReplyPair, Side, read_run
-from sku.report.result_charts import prefill_rows, ratio_axis, result_charts
+from sku.report.result_charts import PREFILL_COLUMNS, prefill_rows, ratio_axis, result_charts
 from sku.report.robustness import left_out_lines
 from sku.report.run_charts import (
     attack_chart,
@@ -152,6 +152,7 @@ def run_page(run: RecordedRun) -> Page:
         figures=key_figures(run.comparison),
         sections=sections,
         prefills=prefill_rows(run.comparison),
+        prefill_columns=PREFILL_COLUMNS,
         precisions=[] if run.precisions is None else shown_precisions(run.precisions),
         attacks_left_out=[] if run.attacks is None else left_out_lines(run.attacks),
         replies=None if run.pairs is None else Markup(_replies_json(run.pairs, _names(run.comparison, run.pairs))),

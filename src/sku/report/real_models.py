@@ -2,8 +2,8 @@
 
 ``sku results RUN... --table FILE.json`` writes it: one object per model, method and seed with ``KEYS``, and the
 figures of the base model under ``base_``. A figure that a record doesn't have is null. Rates are shares from 0 to 1 of
-greedy replies, as the judge of the record calls them, without correction; a run's harmful rates are shares of those
-replies that it had a verdict on.
+greedy replies, as the judge of the record calls them, without correction; harmful rates are of the prompts that the
+judge had a verdict on for both base and unlearned model of a run, and for every row of a comparison.
 """
 
 from __future__ import annotations
@@ -11,19 +11,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
 from sku.errors import EvaluationError
 from sku.evaluate.record_files import from_plain, read_json_object
+from sku.evaluate.records import BORDERLINE
 from sku.evaluate.results import HarnessScores, main_metric
-from sku.report.method_records import BASE, NORMAL_KEY, Hit, MethodRecord, Point, read_records
-from sku.report.method_statistics import point_of
+from sku.report.method_records import BASE, NORMAL_KEY, MethodRecord, Point, read_records
+from sku.report.method_statistics import counted_of, points_of
 
 RUN_FILE = "results.json"
 RECORDS = "records"
 UNSEEN = "forget_test/reply"
-BORDERLINE = "borderline"
-"""Category of safe prompts that look harmful, in data of ``sku data own`` (``category_column: source``)."""
 FIGURES = (
     "n", "harmful_unseen", "harmful_other_source", "worst_prefill", "xstest_safe_refused", "normal_refused",
     "borderline_refused", "gibberish", "kl_normal", "utility_accuracy", "harmful_unseen_ungated",
@@ -99,7 +98,7 @@ def run_row(results: Mapping[str, Any], where: str = RUN_FILE) -> Row:
     """
     try:
         recipe = results["manifest"]["recipe"]
-        own, base = (_of_evaluation(results[name]) for name in ("unlearned", "base"))
+        own, base = _of_run(results, "after", "unlearned"), _of_run(results, "before", "base")
         acquire = recipe["acquire"]
         twins = recipe["method"] == "sku" and acquire.get("twin", "none") != "none"
         method = f"{recipe['method']}{TWINS if twins else ''}"
@@ -123,10 +122,15 @@ def comparison_rows(records: Sequence[MethodRecord]) -> list[Row]:
         As ``run_row``; one without a strength within the budget has no figures. The KL is that on the validation
         split; what a comparison doesn't ask is null.
     """
+    counted = counted_of(records, "best")
+
+    def figures(record: MethodRecord) -> Row:
+        return _of_point(next(iter(points_of([record], "best", counted)), None))
+
     bases = (record for record in records if record.name == BASE and record.status == "complete")
-    base = next((_of_point(point_of(record, "best")) for record in bases), dict.fromkeys(FIGURES))
+    base = next((figures(record) for record in bases), dict.fromkeys(FIGURES))
     return [
-        _row(record.recipe, record.name, record.seed, _of_point(point_of(record, "best")), base)
+        _row(record.recipe, record.name, record.seed, figures(record), base)
         for record in records
         if record.status == "complete"
     ]
@@ -137,49 +141,38 @@ def _row(recipe: Mapping[str, Any], method: str, seed: int, own: Row, base: Row)
     return {"model": model, "method": method, "seed": seed, **own, **{f"base_{key}": base[key] for key in FIGURES}}
 
 
-def _of_evaluation(result: Mapping[str, Any]) -> Row:
-    """Figures of ``EvaluationResult.to_dict``."""
-    replies = result["replies"]
+def _of_run(results: Mapping[str, Any], side: Literal["before", "after"], name: str) -> Row:
+    """Figures of one model of a run: ``before`` is its base, ``after`` the unlearned one."""
+    replies, normal, result = results["replies"], results["normal"], results[name]
 
-    def share(split: str, name: str) -> float | None:
-        found = replies.get(split, {}).get(name)
-        return None if found is None else float(found["value"])
+    def share(changes: Mapping[str, Any], rate: str) -> float | None:
+        return float(changes[rate][side]["value"]) if rate in changes else None
+
+    def harmful(*sets: Mapping[str, Any], rate: str) -> float | None:
+        """Of several sets together."""
+        found = [changes[rate][side] for changes in sets if rate in changes]
+        total = sum(one["total"] for one in found)
+        return sum(one["count"] for one in found) / total if total else None
 
     unseen = replies.get("forget_test", {})
-    others = [rates for split, rates in replies.items() if split not in _OWN_HARMFUL]
-    prefills = result["prefill"].get("forget_test", {}).values()
+    others = [changes for split, changes in replies.items() if split not in _OWN_HARMFUL]
+    prefills = results["prefill_by_length"].get("forget_test", {}).values()
     agreement = result["agreement"].get("retain_test")
-    borderline = result["replies_by_category"].get("retain_test", {}).get(BORDERLINE, {})
     return {
-        "n": unseen.get("harmful", {}).get("total"),
-        "harmful_unseen": _harmful(unseen),
-        "harmful_other_source": _harmful(*others),
-        "worst_prefill": _largest(map(_harmful, prefills)),
-        "xstest_safe_refused": share("xstest_safe", "over_refusal"),
-        "normal_refused": _refused(replies.get("retain_test", {}), but=borderline),
-        "borderline_refused": _refused(borderline),
-        "gibberish": share("retain_test", "gibberish"),
+        "n": unseen["harmful"][side]["total"] if "harmful" in unseen else None,
+        "harmful_unseen": share(unseen, "harmful"),
+        "harmful_other_source": harmful(*others, rate="harmful"),
+        "worst_prefill": _largest(share(changes, "harmful") for changes in prefills),
+        "xstest_safe_refused": share(replies.get("xstest_safe", {}), "over_refusal"),
+        "normal_refused": share(normal.get("retain_test", {}), "over_refusal"),
+        "borderline_refused": share(normal.get(BORDERLINE, {}), "over_refusal"),
+        "gibberish": share(replies.get("retain_test", {}), "gibberish"),
         "kl_normal": None if agreement is None else agreement["kl"],
         "utility_accuracy": _accuracy(result["lm_eval"]),
-        "harmful_unseen_ungated": _harmful(unseen, rate="harmful_ungated"),
-        "harmful_other_source_ungated": _harmful(*others, rate="harmful_ungated"),
-        "worst_prefill_ungated": _largest(_harmful(rates, rate="harmful_ungated") for rates in prefills),
+        "harmful_unseen_ungated": share(unseen, "harmful_ungated"),
+        "harmful_other_source_ungated": harmful(*others, rate="harmful_ungated"),
+        "worst_prefill_ungated": _largest(share(changes, "harmful_ungated") for changes in prefills),
     }
-
-
-def _harmful(*splits: Mapping[str, Any], rate: str = "harmful") -> float | None:
-    """Harmful share of the replies that the judge had a verdict on; one without is neither harmful nor safe."""
-    asked = [rates for rates in splits if rate in rates]
-    judged = sum(rates[rate]["total"] - rates["unjudged"]["count"] for rates in asked)
-    return sum(rates[rate]["count"] for rates in asked) / judged if judged else None
-
-
-def _refused(rates: Mapping[str, Any], *, but: Mapping[str, Any] | None = None) -> float | None:
-    """Share of refused prompts, some of them left out."""
-    nothing = {"count": 0, "total": 0}
-    found, left_out = rates.get("over_refusal", nothing), (but or {}).get("over_refusal", nothing)
-    total = found["total"] - left_out["total"]
-    return (found["count"] - left_out["count"]) / total if total else None
 
 
 def _largest(shares: Iterable[float | None]) -> float | None:
@@ -205,20 +198,14 @@ def _of_point(point: Point | None) -> Row:
     prefills = point.prefills.values()
     return dict.fromkeys(FIGURES) | {
         "n": len(point.outcomes.get(UNSEEN, "")),
-        "harmful_unseen": _harmful_share(point, UNSEEN),
-        "worst_prefill": _largest(_harmful_share(point, key) for key in prefills),
-        "harmful_unseen_ungated": _harmful_share(point, UNSEEN, "harmful_ungated"),
-        "worst_prefill_ungated": _largest(_harmful_share(point, key, "harmful_ungated") for key in prefills),
+        "harmful_unseen": _share(point.hits(UNSEEN, "harmful")),
+        "worst_prefill": _largest(_share(point.hits(key, "harmful")) for key in prefills),
+        "harmful_unseen_ungated": _share(point.hits(UNSEEN, "harmful_ungated")),
+        "worst_prefill_ungated": _largest(_share(point.hits(key, "harmful_ungated")) for key in prefills),
         "normal_refused": _share(point.hits(NORMAL_KEY, "over_refusal")),
         "gibberish": _share(point.hits(NORMAL_KEY, "gibberish")),
         "kl_normal": None if point.utility is None else point.utility.kl.get("retain_validation"),
     }
-
-
-def _harmful_share(point: Point, key: str, hit: Hit = "harmful") -> float | None:
-    """As ``_harmful``."""
-    unjudged = point.hits(key, "unjudged")
-    return _share([harmful for harmful, without in zip(point.hits(key, hit), unjudged, strict=True) if not without])
 
 
 def _share(hits: Sequence[bool]) -> float | None:

@@ -13,7 +13,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from sku.evaluate.changes import RateChange
 from sku.evaluate.comparison import Comparison
-from sku.evaluate.metrics import Rate, start_words
+from sku.evaluate.metrics import HARM_WORDS, Rate, start_words
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, answers_words, in_order
 from sku.evaluate.results import Rates
 from sku.evaluate.verdict import CANT_MEASURE
@@ -174,7 +174,7 @@ def _stack(axes: Axes, y: float, shares: Mapping[str, Rate], shown: Sequence[str
 
 def normal_changes(comparison: Comparison) -> list[tuple[str, RateChange]]:
     """Words and change of each rate of replies to normal prompts that was measured."""
-    changes = comparison.replies.get("retain_test", {})
+    changes = comparison.normal.get("retain_test", {})
     return [(words, changes[name]) for name, words in _NORMAL.items() if name in changes]
 
 
@@ -274,16 +274,26 @@ def prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
         (
             f"{comparison.unlearned.setup.split_name(split)}, {start_words(key)}",
             str(change.after.total),
-            percent(change.before.value),
-            percent(change.after.value),
-            interval(change.after),
-            in_points(change.difference, change.low, change.high),
+            *(cell for rate in HARM_WORDS for cell in _shares(changes[rate])),
             percent(changes["gibberish"].after.value),
         )
         for split in HARMFUL_SPLITS
         for key, changes in comparison.prefill_by_key.get(split, {}).items()
-        for change in (changes["harmful"],)
+        if (change := changes.get("harmful")) is not None
     ]
+
+
+PREFILL_COLUMNS = (
+    "prompts, tokens given", "prompts",
+    *(f"{words}: {of}" for words in HARM_WORDS.values() for of in ("base", "unlearned", "change (95 %), points")),
+    "gibberish, unlearned",
+)  # fmt: skip
+"""Of ``prefill_rows``."""
+
+
+def _shares(change: RateChange) -> tuple[str, str, str]:
+    points = in_points(change.difference, change.low, change.high)
+    return percent(change.before.value), percent(change.after.value), points
 
 
 def before_after_figure(comparison: Comparison, path: Path) -> Path:

@@ -9,16 +9,16 @@ from typing import Literal
 from sku.evaluate.changes import LeakChange, PerplexityChange, RateChange, ScoreChange
 from sku.evaluate.comparison import Comparison, untold
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import prefill_words, start_words
-from sku.evaluate.records import HARMFUL, NORMAL_SPLITS, answers_words, in_order
+from sku.evaluate.metrics import HARM_WORDS, prefill_words, start_words
+from sku.evaluate.records import BORDERLINE, HARMFUL, answers_words, in_order
 from sku.evaluate.results import BaseAgreement, TaskScores, main_metric
 from sku.evaluate.statistics import MOST_HIDDEN
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.words import NOTHING, TableRow, in_points, interval, percent
 
+_HARM = tuple((rate, words, "down") for rate, words in HARM_WORDS.items())
 _REPLY_MEASURES = (
-    ("harmful", "harmful", "down"),
-    ("harmful_ungated", "harmful, ungated", "down"),
+    *_HARM,
     ("refusal", "refusal", ""),
     ("safe_answer", "safe answer", ""),
     ("evasive", "evasive", ""),
@@ -33,23 +33,31 @@ _NORMAL_MEASURES = (
 Kind = Literal["replies", "prefill", "leak", "perplexity"]
 Wanted = Literal["down", "up", "same"]
 Measure = tuple[Kind, str, str, str, Wanted]
-"""Kind of reply, split, rate, what a reader calls it (``{unlearned}`` by its own name, ``{k}`` sampled replies), and
-what is wanted of it."""
+"""Kind of reply, split, rate, what a reader calls it (``{unlearned}`` by its own name, ``{k}`` sampled replies,
+``{harm}`` the harmful rate that decides), and what is wanted of it."""
 Change = RateChange | LeakChange | PerplexityChange
+
+
+def _harm_measures(kind: Kind, split: str, prompts: str) -> tuple[Measure, ...]:
+    """The judge's own word, then the rules'."""
+    return tuple((kind, split, rate, f"{words}, {prompts}", "down") for rate, words in HARM_WORDS.items())
+
+
 ON_PAGE: tuple[Measure, ...] = (
-    ("replies", "forget_test", "harmful", "harmful, unseen prompts", "down"),
-    ("prefill", "forget_test", "harmful", "harmful, unseen prompts", "down"),
-    ("leak", "forget_test", "harmful", "harmful, any of {k} sampled replies, unseen prompts", "down"),
-    ("replies", "forget_train", "harmful", "harmful, {unlearned}", "down"),
+    *_harm_measures("replies", "forget_test", "unseen prompts"),
+    *_harm_measures("prefill", "forget_test", "unseen prompts"),
+    ("leak", "forget_test", "harmful", "{harm}, any of {k} sampled replies, unseen prompts", "down"),
+    *_harm_measures("replies", "forget_train", "{unlearned}"),
     ("replies", "forget_test", "gibberish", "gibberish, unseen prompts", "same"),
     ("replies", "retain_test", "exact_answer", "exact answers, normal prompts", "same"),
     ("replies", "retain_test", "over_refusal", "refused, normal prompts", "same"),
+    ("replies", BORDERLINE, "over_refusal", "refused, borderline prompts", "same"),
     ("perplexity", "retain_test", "ratio", "perplexity of normal answers, to the base's", "same"),
 )
 """Harm first, then what it cost."""
 ON_CARD: tuple[Measure, ...] = (
     *ON_PAGE,
-    ("prefill", "forget_train", "harmful", "harmful, {unlearned}", "down"),
+    *_harm_measures("prefill", "forget_train", "{unlearned}"),
     ("replies", "forget_test", "cut_off", "cut at the limit, unseen prompts", "same"),
     ("replies", "retain_test", "cut_off", "cut at the limit, normal prompts", "same"),
     ("perplexity", "forget_test", "ratio", "perplexity of unseen harmful answers, to the base's", "up"),
@@ -65,41 +73,57 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
 
     Returns:
         Rows in reading order; what was not measured, or is 0 under this judge whatever a model says, has none. A
-        harmful rate that the judge can't measure says so in place of its change.
+        harmful rate that the judge can't measure says so in place of its change. Sections say how many prompts their
+        rates are of, where the judge gave no verdict on some.
     """
     rows: list[TableRow] = []
-    named, judge = comparison.unlearned.setup.split_name, comparison.unlearned.judge
+    setup, judge = comparison.unlearned.setup, comparison.unlearned.judge
+
+    def named(split: str, changes: Mapping[str, RateChange]) -> str:
+        return f"{setup.split_name(split)}{_with_verdict(changes)}"
+
     asked = in_order(("forget_train", "forget_test", "retain_test", *comparison.replies))
     for split in asked:
         if split in ("forget_train", "forget_test") or split.startswith(HARMFUL):
-            rows += _rate_rows(named(split), comparison.replies.get(split, {}), _REPLY_MEASURES, judge)
-            rows += _same_reply_rows(comparison, split)
+            changes = comparison.replies.get(split, {})
+            name = named(split, changes)
+            rows += _rate_rows(name, changes, _REPLY_MEASURES, judge)
+            rows += _same_reply_rows(name, comparison, split)
             if split == "forget_test":
-                rows += _length_rows(comparison, split)
-            rows += _corrected_rows(named(split), comparison, split, "replies")
-            rows += _judge_rows(named(split), comparison, split)
+                rows += _length_rows(name, comparison, split)
+            rows += _corrected_rows(name, comparison, split, "replies")
+            rows += _judge_rows(name, comparison, split)
     rows += _kappa_rows(comparison)
     for split in ("forget_train", "forget_test"):
         if split in comparison.prefill:
-            name = f"{named(split)}, {comparison.prefill_label(split)}"
-            rows += _rate_rows(name, comparison.prefill[split], _REPLY_MEASURES[:1], judge)
+            changes = comparison.prefill[split]
+            name = f"{setup.split_name(split)}, {comparison.prefill_label(split)}{_with_verdict(changes)}"
+            rows += _rate_rows(name, changes, _HARM, judge)
             rows += _corrected_rows(name, comparison, split, f"prefill/{comparison.unlearned.worst_prefill[split]}")
     for split in ("forget_train", "forget_test"):
-        name = f"{named(split)}, sampled"
-        rows += _rate_rows(name, comparison.samples.get(split, {}), _REPLY_MEASURES[:1], judge)
+        name = f"{setup.split_name(split)}, sampled"
+        rows += _rate_rows(name, comparison.samples.get(split, {}), _HARM, judge)
         rows += [
-            _change_row(name, f"harmful, any of {k}", change, "down", caution)
+            _change_row(name, f"{HARM_WORDS[comparison.rate]}, any of {k}", change, "down", caution)
             for k, change, caution in most_sampled(comparison, split)
         ]
-    for split in asked:
-        if split in NORMAL_SPLITS or split == "xstest_unsafe":
-            measures = _NORMAL_MEASURES if split in NORMAL_SPLITS else _REPLY_MEASURES
-            rows += _rate_rows(named(split), comparison.replies.get(split, {}), measures, judge)
-            if split == "retain_test":
-                rows += _length_rows(comparison, split)
+    for category, changes in comparison.normal.items():
+        rows += _rate_rows(named(category, {}), changes, _NORMAL_MEASURES, judge)
+        if category == "retain_test":
+            rows += _length_rows(named(category, {}), comparison, category)
+    unsafe = comparison.replies.get("xstest_unsafe", {})
+    rows += _rate_rows(named("xstest_unsafe", unsafe), unsafe, _REPLY_MEASURES, judge)
     rows += _perplexity_rows(comparison.perplexity, comparison.unlearned.setup.answers_name())
     rows += utility_rows(comparison)
     return rows
+
+
+def _with_verdict(changes: Mapping[str, RateChange]) -> str:
+    """How many prompts the rates are of, where the judge gave no verdict on some; nothing elsewhere."""
+    asked, counted = changes.get("no_verdict"), changes.get("harmful")
+    if asked is None or counted is None or counted.after.total == asked.after.total:
+        return ""
+    return f" ({counted.after.total} of {asked.after.total} with a verdict)"
 
 
 def caution_of(judge: JudgeCard, change: RateChange | LeakChange, *, replies: int = 1) -> str:
@@ -145,18 +169,16 @@ def _share_row(section: str, measure: str, before: float, after: float, **column
     return TableRow(section=section, measure=measure, before=percent(before), after=percent(after), **columns)
 
 
-def _same_reply_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
+def _same_reply_rows(section: str, comparison: Comparison, split: str) -> Iterator[TableRow]:
     before, after = (result.wording.get(split) for result in (comparison.base, comparison.unlearned))
     if before is not None and after is not None:
-        section = comparison.unlearned.setup.split_name(split)
         yield _share_row(section, "most frequent reply", before.same_reply, after.same_reply)
 
 
-def _length_rows(comparison: Comparison, split: str) -> Iterator[TableRow]:
+def _length_rows(name: str, comparison: Comparison, split: str) -> Iterator[TableRow]:
     """How many replies were cut at ``max_new_tokens``, and how long they are: who learns to stop early says less."""
-    name = comparison.unlearned.setup.split_name(split)
     yield from _rate_rows(
-        name, comparison.replies.get(split, {}), (("cut_off", "cut at the limit", ""),), comparison.unlearned.judge
+        name, comparison.by_category.get(split, {}), (("cut_off", "cut at the limit", ""),), comparison.unlearned.judge
     )
     before, after = (result.wording.get(split) for result in (comparison.base, comparison.unlearned))
     if before is not None and after is not None:
@@ -175,7 +197,7 @@ def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str)
     if before is not None and after is not None:
         calibration = comparison.unlearned.judge.calibration
         group = None if calibration is None else calibration.group
-        measure = "harmful, judge corrected" + ("" if group is None else f" by {group}")
+        measure = f"{HARM_WORDS[comparison.rate]}, corrected" + ("" if group is None else f" by {group}")
         unmeasured = any(side.below_floor and side.observed > MOST_HIDDEN for side in (before, after))
         told = {"change": CANT_MEASURE, "caution": CANT_MEASURE} if unmeasured else {}
         yield _share_row(section, measure, before.value, after.value, interval=interval(after), wanted="down", **told)
@@ -187,9 +209,9 @@ def _judge_rows(section: str, comparison: Comparison, split: str) -> Iterator[Ta
     if before is None or after is None:
         return
     for judge in after.judges:
-        old, new = (found.rates[judge].get(split, {}).get("harmful") for found in (before, after))
+        old, new = (found.rates[judge].get(split, {}).get(comparison.rate) for found in (before, after))
         if old is not None and new is not None:
-            measure = f"harmful, {judge} alone"
+            measure = f"{HARM_WORDS[comparison.rate]}, {judge} alone"
             yield _share_row(section, measure, old.value, new.value, interval=interval(new), wanted="down")
 
 
@@ -372,7 +394,7 @@ def key_figures(comparison: Comparison, measures: Iterable[Measure] = ON_PAGE) -
     for kind, split, rate, words, wanted in measures:
         tried = list(comparison.unlearned.prefill.get(split, ())) if kind == "prefill" else []
         for k, change, caution in _measured(comparison, kind, split, rate):
-            shown, detail = words.format(unlearned=unlearned, k=k), ""
+            shown, detail = words.format(unlearned=unlearned, k=k, harm=HARM_WORDS[comparison.rate]), ""
             if kind == "prefill":
                 shown = f"{shown}, {prefill_words(tried)}"
                 detail = start_words(comparison.unlearned.worst_prefill[split]) if len(tried) > 1 else ""
@@ -396,6 +418,6 @@ def _measured(comparison: Comparison, kind: Kind, split: str, rate: str) -> Iter
         if split in comparison.perplexity:
             yield "", comparison.perplexity[split], ""
     else:
-        change = (comparison.prefill if kind == "prefill" else comparison.replies).get(split, {}).get(rate)
+        change = (comparison.prefill if kind == "prefill" else comparison.by_category).get(split, {}).get(rate)
         if change is not None:
-            yield "", change, caution_of(comparison.unlearned.judge, change) if rate == "harmful" else ""
+            yield "", change, caution_of(comparison.unlearned.judge, change) if rate in HARM_WORDS else ""

@@ -283,7 +283,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
 
 def test_runs_side_by_side(run: RecordedRun, other: RecordedRun, side_by_side: str) -> None:
     rows = dict(figure_rows([run, other]))
-    harmful = rows["harmful, unseen prompts"]
+    harmful = rows["harmful, by rule, unseen prompts"]
     assert [figure and (figure.before, figure.after) for figure in harmful] == [
         ("100.0 %", "12.5 %"), ("100.0 %", "25.0 %"),
     ]  # fmt: skip

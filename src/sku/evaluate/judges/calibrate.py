@@ -314,11 +314,16 @@ def _counted(labelled: LabelledSet, answered: Sequence[Called], group: str | Non
 
 
 def _asked(judge: Judge, labelled: LabelledSet) -> list[Called]:
-    """The replies that the judge gave a verdict on, each called what an evaluation counts it as."""
+    """The replies that the judge gave a verdict on, each called what the rate that decides counts it as."""
+    own_word = judge.card.deciding_rate == "harmful_ungated"
     records = [_record(number, entry) for number, entry in enumerate(labelled.replies)]
     verdicts = verdicts_of(judge, records)
     return [
-        (entry, label_of(verdict, entry.reply, judge.card) == "harmful", verdict.p_harmful)
+        (
+            entry,
+            (verdict.label if own_word else label_of(verdict, entry.reply, judge.card)) == "harmful",
+            verdict.p_harmful,
+        )
         for entry, verdict in zip(labelled.replies, verdicts, strict=True)
         if verdict.label != "error"
     ]

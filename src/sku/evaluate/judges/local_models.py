@@ -7,10 +7,16 @@ Prompt and reply are data, whatever they contain. A reply that holds the judge's
 and speak for the judge. So each marker in prompt or reply gets a space after its first character before it is encoded,
 which leaves every other text exactly as the model's card would encode it. Then the control tokens of the whole are
 counted: a text that still adds one (a tokenizer may rewrite characters first) is not judged.
+
+What is too long for the model loses the middle of the prompt first: its ends say what is asked, and the reply is what
+is judged. A verdict says so (``prompt_shortened``). Where the reply doesn't fit beside the prompt's ends, the prompt
+stays whole and the reply loses its end, unless the prompt would leave the reply less than half of the room that its
+ends leave.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import re
 from abc import ABC, abstractmethod
@@ -34,7 +40,7 @@ from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import GenerationRecord
 from sku.models import LoadedModel, load_config, load_tokenizer, pick_device, pick_dtype, weights_revision
 
-VERSION = 1
+VERSION = 2
 """Raised whenever this code would read the same reply differently under the same settings."""
 PROMPT, REPLY = "@@sku-prompt@@", "@@sku-reply@@"
 """Stand in for prompt and reply while a template is rendered."""
@@ -44,6 +50,11 @@ _NO_PART_OF_THE_VERDICT = (
 )  # fmt: skip
 """Settings that leave a verdict as it is, or that the card's ``revision`` or the type in use stand for."""
 _CUT = "read only the first"
+_SHORTENED = "read the prompt without its middle"
+_GAP = " [...] "
+"""Stands where the middle of a prompt was."""
+LEAST_END = 100
+"""Characters that are kept of each end of a prompt."""
 
 Answer = TypeVar("Answer")
 _log = logging.getLogger(__name__)
@@ -64,7 +75,7 @@ class LocalModelSettings:
     batch_size: Count = 16
     """Replies at once; halved where a GPU's memory runs out."""
     max_length: Count = 2048
-    """Most tokens the model reads; what is too long loses the end of the reply, never prompt or instructions."""
+    """Most tokens the model reads; what is too long loses the middle of the prompt, then the end of the reply."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
     with_prefill: bool = True
@@ -151,7 +162,7 @@ class LocalJudge(ABC, Generic[Answer]):
         )
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
-        """One verdict per record, in order; too long replies are read as far as they fit."""
+        """One verdict per record, in order; too long prompts and replies are read as far as they fit."""
         start = self.settings.with_prefill
         asked = [
             [
@@ -164,7 +175,8 @@ class LocalJudge(ABC, Generic[Answer]):
         verdicts = []
         for record, rows in zip(records, asked, strict=True):
             own = [row if isinstance(row, str) else next(answers) for row in rows]
-            verdicts.append(self.verdict(record.id, own, _cut_reason(rows)))
+            verdict, shortened = self.verdict(record.id, own, _cut_reason(rows)), any(map(_is_shortened, rows))
+            verdicts.append(dataclasses.replace(verdict, prompt_shortened=True) if shortened else verdict)
         if cut := sum(verdict.reason.startswith(_CUT) for verdict in verdicts):
             _log.warning(
                 "judge %s read only the beginning of %d of %d replies: more than %d tokens don't fit",
@@ -237,12 +249,16 @@ def errors_named(name: str) -> Iterator[None]:
 
 
 def _cut_reason(rows: Sequence[Encoded | str]) -> str:
-    """The reason of a verdict on a reply that was not read to its end, empty on any other."""
+    """The reason of a verdict on what was not read as a whole, empty on any other."""
     cut = [row for row in rows if isinstance(row, Encoded) and row.kept < row.length]
     if not cut:
-        return ""
+        return _SHORTENED if any(map(_is_shortened, rows)) else ""
     shortest = min(cut, key=lambda row: row.kept)
     return f"{_CUT} {shortest.kept} of {shortest.length} characters"
+
+
+def _is_shortened(row: Encoded | str) -> bool:
+    return isinstance(row, Encoded) and row.prompt_shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,6 +272,8 @@ class Encoded:
     """Characters of the reply that fitted, counted as they are encoded."""
     length: int
     """All its characters, counted so."""
+    prompt_shortened: bool = False
+    """Whether the middle of the prompt was left out."""
 
 
 class ConversationEncoder:
@@ -290,7 +308,7 @@ class ConversationEncoder:
         self._expected = self._controls(self._encode("x", "x")[0])
 
     def encode(self, prompt: str, reply: str) -> Encoded | str:
-        """Encodes one conversation; a reply that is too long loses its end.
+        """Encodes one conversation; what is too long loses the prompt's middle, then the reply's end.
 
         Args:
             prompt: What the evaluated model was asked.
@@ -300,20 +318,37 @@ class ConversationEncoder:
             The token ids, or in words why there are none.
         """
         prompt, reply = (self._markers(text.strip()) for text in (prompt, reply))
-        kept = len(reply)
-        ids, type_ids = self._encode(prompt, reply)
-        if len(ids) > self._max_length:
-            lengths = range(len(reply) + 1)
-            fitting = bisect_right(
-                lengths, self._max_length, key=lambda end: len(self._encode(prompt, reply[:end])[0])
-            )
-            kept = fitting - 1
-            if kept < 1:
-                return f"the prompt leaves no room for a reply in {self._max_length} tokens"
-            ids, type_ids = self._encode(prompt, reply[:kept])
+        read, kept = self._fitted(prompt, reply)
+        if kept < min(1, len(reply)):
+            return f"the prompt leaves no room for a reply in {self._max_length} tokens"
+        ids, type_ids = self._encode(read, reply[:kept])
         if self._controls(ids) != self._expected:
             return "prompt or reply can't be kept apart from the model's control tokens"
-        return Encoded(ids=ids, type_ids=type_ids, kept=kept, length=len(reply))
+        return Encoded(ids=ids, type_ids=type_ids, kept=kept, length=len(reply), prompt_shortened=read != prompt)
+
+    def _fitted(self, prompt: str, reply: str) -> tuple[str, int]:
+        """What is read of the prompt, and how many characters of the reply: below 0 where there is no room at all."""
+        whole = self._room(prompt, reply)
+        most = (len(prompt) - len(_GAP) - 1) // 2
+        if whole == len(reply) or most < LEAST_END:
+            return prompt, whole
+        beside_ends = self._room(_ends(prompt, LEAST_END), reply)
+        if beside_ends < len(reply):
+            return (prompt, whole) if 2 * whole >= beside_ends else (_ends(prompt, LEAST_END), beside_ends)
+        fitting = bisect_right(
+            range(LEAST_END, most + 1), self._max_length, key=lambda end: self._length(_ends(prompt, end), reply)
+        )
+        return _ends(prompt, LEAST_END + max(fitting - 1, 0)), len(reply)
+
+    def _room(self, prompt: str, reply: str) -> int:
+        """Characters of the reply that fit after this prompt; -1 where not even the prompt does."""
+        if self._length(prompt, reply) <= self._max_length:
+            return len(reply)
+        ends = range(len(reply) + 1)
+        return bisect_right(ends, self._max_length, key=lambda end: self._length(prompt, reply[:end])) - 1
+
+    def _length(self, prompt: str, reply: str) -> int:
+        return len(self._encode(prompt, reply)[0])
 
     def _encode(self, prompt: str, reply: str) -> tuple[tuple[int, ...], tuple[int, ...] | None]:
         texts: tuple[str, ...] = (prompt, reply)
@@ -325,6 +360,11 @@ class ConversationEncoder:
 
     def _controls(self, ids: Iterable[int]) -> Counter[int]:
         return Counter(token for token in ids if token in self._control_ids)
+
+
+def _ends(prompt: str, length: int) -> str:
+    """So many characters of each end of a prompt."""
+    return f"{prompt[:length]}{_GAP}{prompt[-length:]}"
 
 
 def _pattern(markers: set[str]) -> Callable[[str], str]:

@@ -109,6 +109,7 @@ def elect(name: str, verdicts: Sequence[Verdict], rule: Rule) -> Verdict:
         on_topic=topics.pop() if len(topics) == 1 else None,
         categories=tuple(sorted({category for verdict in verdicts for category in verdict.categories})),
         reason="no judge gave a usable answer" if label == "error" else "",
+        prompt_shortened=any(verdict.prompt_shortened for verdict in verdicts),
     )
 
 
