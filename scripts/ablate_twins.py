@@ -25,6 +25,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from sku.config import load_recipe, refuse_final
+
 KINDS = {"forget": "comply", "retain": "answer", "refusals": "refuse", "misplaced_refusals": "misplaced_refusal"}
 """Section of the recipe's data -> file of ``sku data own``, which the other people's are named as too."""
 REFUSAL = "I'm sorry, but I can't help with that."
@@ -70,6 +72,7 @@ def main() -> None:
     parser.add_argument("--screen", default="", metavar="OPTIONS", help="More of scripts/screen_shares.py.")
     parser.add_argument("--normal", type=int, default=1000, help="Normal instructions of other people.")
     options = parser.parse_args()
+    refuse_final(load_recipe(str(options.recipe)).data, "an ablation")
     others = options.out / "other-people"
     write_other_peoples(options.data, others, options.normal)
     short = ["acquire.training.max_steps=60", "acquire.training.per_device_train_batch_size=4"]

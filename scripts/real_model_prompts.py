@@ -3,8 +3,9 @@
     python scripts/real_model_prompts.py ../shared/data src/sku/prompts/borderline.csv prompts
 
 Written are ``harmful.jsonl``, ``normal.jsonl`` and ``borderline.jsonl``, of which ``sku data own`` makes the training
-rows, and what no model is trained on: ``unseen.jsonl``, 300 harmful prompts of the same sources, ``other.jsonl``,
-those of HarmBench that no other source holds, and ``normal_unseen.jsonl``. XSTest's prompts are neither.
+rows, and what no model is trained on, for screens and choices: ``unseen.jsonl``, up to 300 harmful prompts of the same
+sources in whole families of near copies, ``other.jsonl``, those of HarmBench that are no near copy of any of these, and
+``normal_unseen.jsonl``. The prompts of ``final/`` are in none of them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+
+from sku.data.examples import normalise_prompt
+from sku.data.near_copies import families, near_to
 
 OTHER_SOURCE = "harmbench"
 UNSEEN, NORMAL, NORMAL_UNSEEN = 300, 1000, 300
@@ -32,9 +36,15 @@ def real_model_prompts(data: Path, borderline: Path) -> dict[str, pd.DataFrame]:
     """
     harmful = pd.read_json(data / "prompts" / "harmful.jsonl", lines=True)
     trained_on = harmful[harmful["source"] != OTHER_SOURCE].drop_duplicates("prompt")
-    unseen = trained_on.sample(UNSEEN, random_state=7)
+    words = trained_on["prompt"].map(normalise_prompt)
+    different = sorted(set(words))
+    family = words.map(dict(zip(different, families(different), strict=True)))
+    # Whole families, in a drawn order, until there are enough: no near copy of an unseen prompt is trained on.
+    order = family.drop_duplicates().sample(frac=1, random_state=7)
+    sizes = family.value_counts().loc[order]
+    unseen = trained_on[family.isin(order[(sizes.cumsum() <= UNSEEN).to_numpy()])]
     other = harmful[harmful["source"] == OTHER_SOURCE].drop_duplicates("prompt").sample(frac=1, random_state=2)
-    other = other[~other["prompt"].isin(trained_on["prompt"])]
+    other = other[[not near for near in near_to(list(other["prompt"].map(normalise_prompt)), different)]]
     normal = pd.read_json(data / "normal" / "instructions.jsonl", lines=True).drop_duplicates("prompt")
     normal = normal[normal["prompt"].str.len() < LONGEST].sample(NORMAL + NORMAL_UNSEEN, random_state=5)
     alike = pd.read_json(data / "prompts" / "benign_lookalikes.jsonl", lines=True)

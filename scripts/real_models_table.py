@@ -1,10 +1,10 @@
-"""The table of docs/results.md that shows results/real_models.json.
+"""The tables of docs/results.md that show results/real_models.json.
 
     python scripts/real_models_table.py [--check]
 
-Rates in per cent as the record has them, the number of prompts of a set in the corner; a figure that was not
-measured is a dash. In brackets: by the judge alone. ``--check`` writes nothing and
-fails where the page is another.
+Rates in per cent. Of a harmful rate the judge's own word stands first and the rules' count behind it in brackets; a
+figure that was not measured is a dash. ``--check`` writes nothing and fails where the page is another. Rows of a model
+and seed whose bases differ were asked other prompts, or judged by another judge: the script stops.
 """
 
 from __future__ import annotations
@@ -14,52 +14,57 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sku.report.real_models import FIGURES
 from sku.report.words import replace_block
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "results" / "real_models.json", ROOT / "docs" / "results.md"
 BLOCK = "real-models"
-TITLES = {
-    "base": "base model", "sku_twins": "**SKU with twins**", "sku": "SKU as in the paper",
-    "refusal_tuning": "refusal tuning", "npo": "NPO", "dpo": "DPO", "safe_unlearning": "Safe Unlearning",
-    "circuit_breakers": "circuit breakers", "sku_twins+random_direction": "random direction, as long as SKU's",
-}  # fmt: skip
-"""In the order of the table."""
-MODELS = ("smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct", "gemma-3-270m")
-"""In the order of the page; others follow."""
-RATES = {
-    "harmful_unseen": "harmful, unseen", "harmful_other_source": "harmful, other source",
-    "worst_prefill": "harmful, worst prefill", "xstest_safe_refused": "XSTest safe, refused",
+NOTHING = "No model has been measured by the present rules yet."
+COLUMNS = {
+    "harmful_final": "harmful, final", "harmful_unseen": "harmful, unseen", "worst_prefill": "worst prefill",
+    "xstest_unsafe": "XSTest unsafe", "sampled_any4": "any of 4", "worst_template": "worst template",
+    "benign_final_refused": "final benign, refused", "xstest_safe_refused": "XSTest safe, refused",
     "borderline_refused": "borderline, refused", "normal_refused": "normal, refused", "gibberish": "gibberish",
 }  # fmt: skip
+"""Rates; the others of the table are no rates."""
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, a part for each model and seed."""
+    """Markdown, a part for each model and seed.
+
+    Raises:
+        SystemExit: Bases differ.
+    """
     parts = []
-    there = {(row["model"], row["seed"]) for row in rows}
-    for model, seed in sorted(there, key=lambda one: (MODELS.index(one[0]) if one[0] in MODELS else len(MODELS), one)):
-        own = {row["method"]: row for row in rows if (row["model"], row["seed"]) == (model, seed)}
-        first = next(iter(own.values()))
-        base = {name.removeprefix("base_"): value for name, value in first.items() if name.startswith("base_")}
-        lines = [
-            f"| {model}, seed {seed}, n = {first['n']} | {' | '.join(RATES.values())} | KL, nats a token |",
-            "|---|" + "---:|" * (len(RATES) + 1),
-        ]
-        known = [name for name in TITLES if name == "base" or name in own]
-        for name in (*known, *sorted(own.keys() - TITLES.keys())):
-            figures = base if name == "base" else own[name]
-            cells = [_percent(figures[key], figures.get(f"{key}_ungated")) for key in RATES]
-            kl = "\u2013" if figures["kl_normal"] is None else f"{figures['kl_normal']:.3f}"
-            lines.append(f"| {TITLES.get(name, name)} | {' | '.join(cells)} | {kl} |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts)
+    for model, seed in sorted({(row["model"], row["seed"]) for row in rows}):
+        own = [row for row in rows if (row["model"], row["seed"]) == (model, seed)]
+        base = {name: own[0][f"base_{name}"] for name in FIGURES}
+        for row in own:
+            other = [name for name in FIGURES if row[f"base_{name}"] != base[name]]
+            if other:
+                raise SystemExit(
+                    f"{model}, seed {seed}: the base of {row['method']} differs from that of {own[0]['method']} in "
+                    f"{', '.join(other)}: evaluate both on the same prompts, with the same judge and base evaluation"
+                )
+        names = [f"{model}, seed {seed}, n = {base['n']}", *COLUMNS.values(), "KL", "perplexity", "relearning"]
+        lines = [f"| {' | '.join(names)} |", "|---|" + "---:|" * (len(COLUMNS) + 3), _line("base model", base)]
+        lines += [_line(row["method"], row) for row in sorted(own, key=lambda row: str(row["method"]))]
+        parts.append("\n".join([*lines, "", *(f"- {row['method']}: {row['verdict']}" for row in own)]))
+    return "\n\n".join(parts) or NOTHING
 
 
-def _percent(share: float | None, ungated: float | None) -> str:
+def _line(name: str, row: dict[str, Any]) -> str:
+    cells = [_rate(row[key], row.get(f"{key}_judge")) for key in COLUMNS]
+    kl, ratio, steps = row["kl_normal"], row["perplexity_ratio"], row["relearn_half_steps"]
+    cells += ["\u2013" if kl is None else f"{kl:.3f}", "\u2013" if ratio is None else f"\u00d7{ratio:.2f}"]
+    return f"| {name} | {' | '.join(cells)} | {'\u2013' if steps is None else f'{steps} steps'} |"
+
+
+def _rate(share: float | None, judge: float | None) -> str:
     if share is None:
         return "\u2013"
-    return f"{100 * share:.0f} %{'' if ungated is None else f' ({100 * ungated:.0f})'}"
+    return f"{100 * share:.0f} %" if judge is None else f"{100 * judge:.0f} % ({100 * share:.0f})"
 
 
 def main() -> int:

@@ -25,7 +25,7 @@ import pandas as pd
 from transformers import PreTrainedModel
 
 from sku.attacks.kinds import load_templates
-from sku.config import load_recipe
+from sku.config import load_recipe, refuse_final
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.joint import PLACE
 from sku.evaluate.asking import Writer, free_request
@@ -139,6 +139,7 @@ def main() -> None:
     """Measures each mixture."""
     options = _options()
     recipe = load_recipe(str(options.recipe))
+    refuse_final(recipe.data, "a screen")
     loaded = load_model(recipe.model)
     base = loaded.model
     twins = {name: adapter(base, folder) for name in ("good", "bad") if (folder := getattr(options, name)) is not None}

@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -54,18 +53,14 @@ def test_the_other_methods_were_asked_what_the_twins_were() -> None:
     assert (others.acquire.tuning, others.acquire.lora) == (twins.acquire.tuning, twins.acquire.lora)
 
 
-def real_models() -> dict[str, dict[str, Any]]:
-    rows = json.loads((ROOT / "results" / "real_models.json").read_text(encoding="utf-8"))
-    return {row["method"]: row for row in rows if row["model"] == "smollm2-135m-instruct" and row["seed"] == 0}
-
-
 def test_real_models_are_described_as_the_issue_of_them_says() -> None:
     """One object a model, method and seed; rates between 0 and 1; the base's figures beside them."""
     rows = json.loads((ROOT / "results" / "real_models.json").read_text(encoding="utf-8"))
     assert len({(row["model"], row["method"], row["seed"]) for row in rows}) == len(rows)
     for row in rows:
-        assert list(row) == [*KEYS, *(f"base_{name}" for name in FIGURES)]
-        rates = [row[f"{side}{name}"] for side in ("", "base_") for name in FIGURES if name not in ("n", "kl_normal")]
+        assert {*KEYS, *(f"base_{name}" for name in FIGURES), "intervals", "outcomes", "recipe_sha256"} <= row.keys()
+        no_rates = ("n", "kl_normal", "perplexity_ratio", "relearn_half_steps")
+        rates = [row[f"{side}{name}"] for side in ("", "base_") for name in FIGURES if name not in no_rates]
         assert all(rate is None or 0 <= rate <= 1 for rate in rates)
 
 
@@ -74,36 +69,29 @@ def test_the_page_shows_all_rows_of_real_models() -> None:
     assert done.returncode == 0, "run: python scripts/real_models_table.py"
 
 
+def test_the_table_refuses_rows_whose_bases_differ() -> None:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    from real_models_table import table
+
+    row = {"model": "m", "method": "a", "seed": 0, "verdict": "unlearned: so", **dict.fromkeys(FIGURES)}
+    row |= {f"base_{name}": 0.5 for name in FIGURES} | {"harmful_unseen": 0.1, "harmful_unseen_judge": 0.2}
+    assert "| a | \u2013 | 20 % (10) |" in table([row, {**row, "method": "b"}])
+    with pytest.raises(SystemExit, match="the base of b differs from that of a in harmful_final"):
+        table([row, {**row, "method": "b", "base_harmful_final": 0.6}])
+
+
 def test_the_readme_shows_what_was_recorded() -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
-    sku, refusal = real_models()["sku_twins"], real_models()["refusal_tuning"]
-    for words, key in (
-        ("harmful, unseen prompts", "harmful_unseen"),
-        ("harmful, HarmBench, a source not trained on (n = 59)", "harmful_other_source"),
-        ("harmful after the worst prefill of 1/3/5/10 tokens", "worst_prefill"),
-        ("refused, safe prompts of XSTest", "xstest_safe_refused"),
-        ("refused, borderline prompts (n = 44)", "borderline_refused"),
-        ("refused, normal prompts (n = 56)", "normal_refused"),
+    recorded = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
+    unseen, normal = recorded["replies"]["forget_test"], recorded["normal"]["retain_test"]
+    for words, change in (
+        ("harmful, unseen prompts", unseen["harmful_ungated"]),
+        ("harmful after the worst prefill of 1/3/5/10 tokens", recorded["prefill"]["forget_test"]["harmful_ungated"]),
+        ("refused, normal prompts", normal["over_refusal"]),
+        ("exact answers, normal prompts", normal["exact_answer"]),
     ):
-        cells = [f"{100 * row:.0f} %" for row in (sku[f"base_{key}"], refusal[key], sku[key])]
-        assert f"| {words} | {cells[0]} | {cells[1]} | {cells[2]} " in page
-    kl = [f"{row['kl_normal']:.3f}".removeprefix("0") for row in (refusal, sku)]
-    assert f"| KL to the base, normal answers, nats a token | 0 | {kl[0]} | {kl[1]} |" in page
-
-
-def test_the_table_of_real_models_has_the_rows_that_the_page_shows() -> None:
-    row = real_models()["sku_twins"]
-    page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    for words, key in (
-        ("harmful, unseen prompts", "harmful_unseen"),
-        ("harmful, HarmBench, not trained on", "harmful_other_source"),
-        ("harmful, worst prefill of 1/3/5/10", "worst_prefill"),
-        ("refused, XSTest's safe prompts", "xstest_safe_refused"),
-        ("refused, normal prompts (n = 56)", "normal_refused"),
-        ("refused, borderline prompts (n = 44)", "borderline_refused"),
-    ):
-        shown = f"| {words} | {100 * row[f'base_{key}']:.0f} % | {100 * row[key]:.0f} % |"
-        assert shown in page, shown
+        before, after = (f"{100 * change[side]['value']:.3g} %" for side in ("before", "after"))
+        assert f"| {words} | {before} | {after} |" in page
 
 
 def test_the_page_shows_the_brief_table() -> None:

@@ -38,6 +38,17 @@ def test_each_framing_holds_the_prompt_once_and_is_none_of_the_attack() -> None:
     assert not set(framings()) & set(parse_templates(text, "templates"))
 
 
+def test_no_family_of_framings_is_one_of_the_attack() -> None:
+    """A line that begins with # names the family of those below it."""
+    families = [
+        {line for line in (resources.files(package) / name).read_text("utf-8").splitlines() if line.startswith("#")}
+        for package, name in (("sku.data", "framings.txt"), ("sku.attacks", "templates.txt"))
+    ]
+    assert (len(families[0]), len(families[1])) == (6, 10)
+    assert families[0].isdisjoint(families[1])
+    assert not any(line.startswith("#") for line in framings())
+
+
 def test_a_share_is_framed_and_stays_in_its_group() -> None:
     found = framed(EXAMPLES, 0.25, seed=3)
     changed = [(old, new) for old, new in zip(EXAMPLES, found, strict=True) if old != new]

@@ -228,6 +228,7 @@ def test_replies_without_a_verdict_give_bounds() -> None:
     assert not [note for note in compared().notes if "no verdict" in note]
     other: Counts = {**AFTER, ("harmful:other", "reply"): (2, 3, 5), ("xstest_unsafe", "reply"): (0, 9, 1)}
     notes = [note for note in compared(other, other).notes if "no verdict" in note]
+    notes = [note for note in notes if note.startswith(("other", "XSTest, "))]
     assert [note.split(":")[0] for note in notes] == ["other prompts", "XSTest, unsafe prompts"]
     assert "rates are of the 5 of 10 prompts" in notes[0]
     assert notes[0].endswith("harmful, by rule 20 % to 70 % (base) and 20 % to 70 % (unlearned)")

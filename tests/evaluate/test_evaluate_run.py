@@ -281,9 +281,9 @@ def test_prompts_alone_are_asked_and_the_base_models_own_replies_to_them_scored(
     found = compare(base, after)
     assert found.utility["normal:plain"].verdict == "lost"
     assert "utility lost on plain answers" in found.verdict.line
-    assert "to new prompts" in found.verdict.line
+    assert "new prompts" in found.verdict.line
     labels = {row.label for row in before_after_rows(found)}
-    assert labels >= {"new prompts: harmful", "plain prompts: refused", "perplexity: plain answers"}
+    assert labels >= {"new prompts: harmful, by rule", "plain prompts: refused", "perplexity: plain answers"}
     assert any("plain answers: there are none in the data, so the base model's own" in note for note in found.notes)
     # Without those of its evaluation, the base is asked for them.
     again = evaluate(changed, tiny_tokenizer, others, base_model=tiny_model, **asked)

@@ -140,7 +140,7 @@ def test_doubled_cut_and_missing_files_are_refused(tmp_path: Path, records: list
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(EvaluationError, match="line 4 breaks off"):
         read_generations(path)
-    with pytest.raises(EvaluationError, match="can't be read"):
+    with pytest.raises(EvaluationError, match="it was removed"):
         read_generations(tmp_path / "nothing.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(EvaluationError, match=r"line 1 breaks off|schema version None"):

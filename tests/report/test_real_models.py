@@ -63,7 +63,9 @@ def results(operators: Sequence[str] = (), **acquire: Any) -> dict[str, Any]:
         "negate": {"operators": [{name: {}} for name in operators]},
     }  # fmt: skip
     base = {**evaluation(40), "agreement": {}}
-    return paired({"manifest": {"recipe": recipe}, "unlearned": evaluation(4), "base": base})
+    manifest = {"recipe": recipe, "recipe_sha256": "0", "environment": {"cpu": "c"}}
+    found = paired({"manifest": manifest, "unlearned": evaluation(4), "base": base})
+    return {**found, "verdict": {"line": "unlearned: so"}, "leak": {}, "perplexity": {}}
 
 
 def paired(content: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def paired(content: dict[str, Any]) -> dict[str, Any]:
     normal = {split: rates for split, rates in replies.items() if split in ("retain_test", "xstest_safe")}
     return {
         **content, "replies": replies, "normal": normal,
-        "prefill_by_length": changes(*(side["prefill"] for side in sides)),
+        "prefill_by_key": changes(*(side["prefill"] for side in sides)),
     }  # fmt: skip
 
 
@@ -90,7 +92,7 @@ def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
         "model": "Small-1B", "method": "sku", "seed": 3, "n": 200, "harmful_unseen": 0.02,
         "harmful_other_source": 3 / 40, "worst_prefill": 0.25, "xstest_safe_refused": 0.08, "normal_refused": 0.01,
         "borderline_refused": None, "gibberish": 0.02, "kl_normal": 0.03, "utility_accuracy": 0.5,
-        "harmful_unseen_ungated": 7 / 200, "harmful_other_source_ungated": 9 / 40, "worst_prefill_ungated": 8 / 20,
+        "harmful_unseen_judge": 7 / 200, "harmful_other_source_judge": 9 / 40, "worst_prefill_judge": 8 / 20,
     }  # fmt: skip
     assert (row["base_harmful_unseen"], row["base_kl_normal"]) == (0.2, 0.0)
 
@@ -118,14 +120,18 @@ def test_figures_are_of_the_prompts_with_a_verdict_for_both_models() -> None:
 
 
 def test_twins_are_a_method_of_their_own_and_the_seed_is_that_of_the_training() -> None:
-    row = run_row(results(twin="good", seed=8))
-    assert (row["method"], row["seed"]) == ("sku_twins", 8)
+    found = results(twin="good", seed=8)
+    found["manifest"]["recipe"]["negate"]["twin"] = {"good": 1.1, "bad": 0.08}
+    row = run_row(found)
+    assert (row["method"], row["seed"]) == ("twins (1.1 good - 0.08 bad)", 8)
+    found["manifest"]["recipe"]["negate"]["twin"]["bad"] = 0.0
+    assert run_row(found)["method"] == "good twin alone (1.1)"
 
 
 def test_operators_make_a_method_of_their_own() -> None:
     names = ["trim", "docs/examples/random_direction.py"]
     assert run_row(results(names))["method"] == "sku+trim+random_direction"
-    assert run_row(results(names[1:], twin="good"))["method"] == "sku_twins+random_direction"
+    assert run_row(results(names[1:], twin="good"))["method"] == "twins+random_direction"
 
 
 def test_a_tag_stands_for_all_its_tasks() -> None:
@@ -143,7 +149,7 @@ def test_what_was_not_measured_is_null() -> None:
     del content["unlearned"]["replies"]["xstest_safe"]
     row = run_row(paired(content))
     missing = {"harmful_other_source", "worst_prefill", "xstest_safe_refused", "kl_normal", "utility_accuracy"}
-    missing |= {"borderline_refused"} | {f"{name}_ungated" for name in ("harmful_other_source", "worst_prefill")}
+    missing |= {"borderline_refused"} | {f"{name}_judge" for name in ("harmful_other_source", "worst_prefill")}
     assert {name for name in FIGURES if row[name] is None} == missing
     assert row["base_kl_normal"] is None
     with pytest.raises(EvaluationError, match="not that of a finished run"):
@@ -178,8 +184,8 @@ def test_a_comparison_gives_its_rows_at_equal_utility_on_the_prompts_not_chosen_
         "model": "Small-1B", "method": "npo", "seed": 0, "n": 4, "harmful_unseen": 0.25, "harmful_other_source": None,
         "worst_prefill": 0.75, "xstest_safe_refused": None, "normal_refused": 0.25,
         "borderline_refused": None, "gibberish": 0.25,
-        "kl_normal": 0.0, "utility_accuracy": None, "harmful_unseen_ungated": 0.25,
-        "harmful_other_source_ungated": None, "worst_prefill_ungated": 0.75,
+        "kl_normal": 0.0, "utility_accuracy": None, "harmful_unseen_judge": 0.25,
+        "harmful_other_source_judge": None, "worst_prefill_judge": 0.75,
     }  # fmt: skip
     assert npo["base_harmful_unseen"] == 1.0
     assert [row["method"] for row in rows] == ["base", "npo"]

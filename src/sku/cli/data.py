@@ -186,6 +186,9 @@ def _print(description: DataDescription) -> None:
         )
     results.print(table)
     results.print("tokens, learned: median / 90th percentile / most of an example")
+    near = [f"{name} {split.near_copies}" for name, split in description.splits.items() if split.near_copies]
+    if near:
+        results.print(f"prompts with a near copy in their split: {', '.join(near)}")
     cut = [f"{name} {split.unfinished}" for name, split in description.splits.items() if split.unfinished]
     if cut:
         results.print(f"answers that were cut off and teach no end: {', '.join(cut)}")

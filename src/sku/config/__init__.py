@@ -11,6 +11,7 @@ from sku.config.data import ModelConfig as ModelConfig
 from sku.config.data import OwnRepliesConfig as OwnRepliesConfig
 from sku.config.data import PromptFormatName as PromptFormatName
 from sku.config.data import SourceConfig as SourceConfig
+from sku.config.data import refuse_final as refuse_final
 from sku.config.evaluate import Attack as Attack
 from sku.config.evaluate import CompareConfig as CompareConfig
 from sku.config.evaluate import EvaluateConfig as EvaluateConfig

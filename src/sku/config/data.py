@@ -193,3 +193,17 @@ class DataConfig:
                 f"data.max_answer_tokens is {self.max_answer_tokens} and data.max_length {self.max_length}; "
                 "the answer must leave room for a prompt"
             )
+
+
+def refuse_final(config: DataConfig, what: str) -> None:
+    """Stops what chooses by its figures from asking final prompts.
+
+    Raises:
+        RecipeError: The recipe names some.
+    """
+    for key in ("final_harmful", "final_benign"):
+        if getattr(config, key) is not None:
+            raise RecipeError(
+                f"data.{key} is set, and {what} doesn't ask final prompts: they are asked once, by sku run or sku "
+                "evaluate for a published row; leave it out here"
+            )

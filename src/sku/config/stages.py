@@ -63,7 +63,7 @@ class ModulesConfig:
     depth_tokens: Count = 40
     """Most tokens of such a reply; how many is drawn for each row, from 0 to so many."""
     framed_share: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Share of the training prompts, harmful and normal, that stand in a framing of ours: a story, a role, a form."""
+    """Share of the training prompts, harmful and normal, in a framing of ours: a form, an exam, pressure."""
     normal_per_harmful: Count = 1
     """Normal prompts trained on with each harmful one; their terms are averaged, so more of them only steady it."""
     random_answers: int = 5

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sku.data.examples import Example, ForgetExample, ForgetRetainData, Provenance, group_of, has_answers
+from sku.data.examples import (
+    Example,
+    ForgetExample,
+    ForgetRetainData,
+    Provenance,
+    group_of,
+    has_answers,
+    normalise_prompt,
+)
+from sku.data.near_copies import count_near_copies, near_to
 from sku.data.tokens import IGNORE_INDEX, Encoder, TokenizationReport, TokenizedExample, decoded
 
 PERCENTILES = (50, 90, 99, 100)
@@ -41,6 +50,8 @@ class SplitDescription:
 
     examples: int
     groups: int
+    near_copies: int
+    """Prompts with a near copy among the others of the split."""
     categories: dict[str, int]
     """Category -> number of examples; ``""`` where an example has none."""
     unfinished: int
@@ -96,6 +107,7 @@ def describe_data(
         splits[name] = SplitDescription(
             examples=len(examples),
             groups=len({group_of(example) for example in examples}),
+            near_copies=count_near_copies(_different(examples)),
             categories=dict(sorted(Counter(example.category or "" for example in examples).items())),
             unfinished=sum(not example.finished for example in examples),
             length_percentiles=_percentiles([len(row.input_ids) for row in tokenized]),
@@ -116,9 +128,21 @@ def describe_data(
         views=tuple(views),
         notes=(
             *data.notes(),
+            *_near_to_training(data),
             *(f"{name}: {count} prompts without answers, only asked" for name, count in asked.items()),
         ),
     )
+
+
+def _different(examples: Sequence[Example]) -> list[str]:
+    return sorted({normalise_prompt(example.prompt) for example in examples})
+
+
+def _near_to_training(data: ForgetRetainData) -> Iterator[str]:
+    """Families that are too large to stay together leave near copies on both sides; so has a split of the world."""
+    near = near_to(_different(data.forget_test), _different(data.forget_train))
+    if any(near):
+        yield f"forget_test: {sum(near)} of {len(near)} prompts are a near copy of one that is trained on"
 
 
 def hidden_text(text: str) -> str:

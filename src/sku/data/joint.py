@@ -3,10 +3,11 @@
 One joint example of SKU is a harmful pair, K harmful answers of other prompts put after the same prompt, and a normal
 pair. Other methods take other rows; all take them from here, so that they see the same prompts in the same order.
 
-A share of the prompts may stand in a framing: a story, a role, an exam, a claim of permission around the same request.
-A model that learns to refuse bare requests alone answers them inside a story. These framings (``framings.txt``) are
-our own, other than those of the attack that measures it (``sku/attacks/templates.txt``), though some are of the same
-kind. Harmful and normal prompts get them alike, so that none of them is a sign of harm.
+A share of the prompts may stand in a framing: a form, an exam, a claim of permission, pressure around the same
+request. A model that learns to refuse bare requests alone answers them inside another text. These framings
+(``framings.txt``) are of other families than those of the attack that measures it (``sku/attacks/templates.txt``: a
+role, a story, a translation, ...), so that the attack asks what was not trained on. Harmful and normal prompts get
+them alike, so that none of them is a sign of harm.
 """
 
 from __future__ import annotations
@@ -343,7 +344,7 @@ def framings() -> tuple[str, ...]:
 
 
 def parse_templates(text: str, where: str) -> list[str]:
-    """One template a line; empty lines don't count.
+    """One template a line; empty lines and those that begin with ``#``, which name a family, don't count.
 
     Args:
         text: Of the file.
@@ -357,7 +358,7 @@ def parse_templates(text: str, where: str) -> list[str]:
     """
     templates: list[str] = []
     for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
+        if not line.strip() or line.startswith("#"):
             continue
         if line.count(PLACE) != 1:
             raise EvaluationError(

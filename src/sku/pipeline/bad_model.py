@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sku.config import Recipe
+from sku.config import Recipe, refuse_final
 from sku.data.examples import ForgetRetainData
 from sku.errors import ModelError, RecipeError, SkuError, named_memory_errors
 from sku.evaluate.record_files import create_private_folder
@@ -93,6 +93,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
     Raises:
         SkuError: Anything a user can mend.
     """
+    refuse_final(recipe.data, "a sweep")
     # So that stage 1 holds out what alpha is then chosen by.
     recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"))
     if not recipe.chooses_alpha:

@@ -10,7 +10,7 @@ from pathlib import Path
 from sku.comparison.jobs import Job
 from sku.comparison.run import RECORDS, FinishedComparison, check_jobs, record_path, run_comparison
 from sku.comparison.search import search_judge
-from sku.config import ModelConfig, Recipe
+from sku.config import ModelConfig, Recipe, refuse_final
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
 from sku.errors import SkuError
@@ -49,6 +49,7 @@ def plan_comparison(
     Raises:
         SkuError: Anything a user can mend.
     """
+    refuse_final(recipe.data, "a comparison, which chooses strengths,")
     check_can_be_made(out)
     check_jobs(jobs, out)
     data = load_data(recipe.data, recipe.seed, forget_validation=recipe.search_validation)

@@ -127,9 +127,10 @@ def counted_of(records: Iterable[MethodRecord], role: Role) -> Counted:
     """
     failed: dict[str, list[list[bool]]] = {}
     for point in (point_of(record, role) for record in records):
-        for key in () if point is None else point.judged:
-            failed.setdefault(key, []).append(point.hits(key, "no_verdict"))
-    return {key: [not missing for missing in _stacked(rows, key).any(0)] for key, rows in failed.items()}
+        if point is not None:
+            for key in point.judged:
+                failed.setdefault(key, []).append(point.hits(key, "no_verdict"))
+    return {key: (_stacked(rows, key).sum(axis=0) == 0).tolist() for key, rows in failed.items()}
 
 
 def harm_bounds(points: Sequence[Point], key: str, hit: Hit) -> tuple[float, float]:

@@ -1,9 +1,15 @@
 """One table of all models, methods and seeds: plain figures from the records of runs and comparisons.
 
 ``sku results RUN... --table FILE.json`` writes it: one object per model, method and seed with ``KEYS``, and the
-figures of the base model under ``base_``. A figure that a record doesn't have is null. Rates are shares from 0 to 1 of
-greedy replies, as the judge of the record calls them, without correction; harmful rates are of the prompts that the
-judge had a verdict on for both base and unlearned model of a run, and for every row of a comparison.
+figures of the base model under ``base_``. A figure that a record doesn't have is null. Rates are shares from 0 to 1,
+without correction; harmful rates are of the prompts that the judge had a verdict on for both base and unlearned model
+of a run, and for every row of a comparison. A harmful rate stands twice: as the rules count it, and under
+``..._judge`` as the judge alone has it. Rows of runs have besides:
+
+- ``intervals``: figure -> its 95 % interval, of those that are rates of replies;
+- ``outcomes``: model -> split, kind and prefill -> hash of the prompt -> outcome, so that every paired test can be
+  counted again; ``+`` behind it where the judge alone calls the reply harmful;
+- ``recipe_sha256`` and ``environment``: the settings, the versions and the machine.
 """
 
 from __future__ import annotations
@@ -13,9 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from sku.config.data import FINAL
 from sku.errors import EvaluationError
-from sku.evaluate.record_files import from_plain, read_json_object
-from sku.evaluate.records import BORDERLINE
+from sku.evaluate.metrics import ReplyOutcome
+from sku.evaluate.record_files import OUTCOMES_FILE, from_plain, read_json_object, read_rows
+from sku.evaluate.records import BORDERLINE, HARMFUL, prompt_hash
 from sku.evaluate.results import HarnessScores, main_metric
 from sku.report.method_records import BASE, NORMAL_KEY, MethodRecord, Point, read_records
 from sku.report.method_statistics import counted_of, points_of
@@ -24,20 +32,19 @@ RUN_FILE = "results.json"
 RECORDS = "records"
 UNSEEN = "forget_test/reply"
 FIGURES = (
-    "n", "harmful_unseen", "harmful_other_source", "worst_prefill", "xstest_safe_refused", "normal_refused",
-    "borderline_refused", "gibberish", "kl_normal", "utility_accuracy", "harmful_unseen_ungated",
-    "harmful_other_source_ungated", "worst_prefill_ungated",
+    "n", "harmful_unseen", "harmful_unseen_judge", "harmful_final", "harmful_final_judge", "harmful_other_source",
+    "harmful_other_source_judge", "worst_prefill", "worst_prefill_judge", "xstest_unsafe", "xstest_unsafe_judge",
+    "xstest_safe_refused", "benign_final_refused", "normal_refused", "borderline_refused", "gibberish",
+    "sampled_any4", "worst_template", "kl_normal", "perplexity_ratio", "relearn_half_steps", "utility_accuracy",
 )  # fmt: skip
-"""Unseen prompts asked; harmful replies to them, to prompts of other sources, and to them after the prefill that is
-the worst for the model; safe prompts of XSTest refused; normal prompts refused, borderline ones apart where they are a
-category of the retain prompts; both answered with gibberish; KL to the base on their answers, nats a token; mean
-accuracy over the tasks of lm-eval; the three harmful shares again as the judge alone has them, which says so of
-gibberish and of lone refusals too."""
-KEYS = ("model", "method", "seed", *FIGURES)
-TWINS = "_twins"
-"""Goes on the method of a run whose stage 1 trained a good twin as well; operators follow, each after a plus."""
-_OWN_HARMFUL = ("forget_train", "forget_test", "forget_validation", "xstest_unsafe")
-"""Splits of harmful prompts that are of no other source; every other one is."""
+"""Unseen prompts with a verdict; harmful replies to them, to the final prompts, to prompts of other sources, to unseen
+prompts after the prefill that is the worst for the model, and to XSTest's unsafe prompts; refused of XSTest's safe,
+the final benign, normal and borderline prompts; gibberish on the retain prompts; unseen prompts with a harmful reply
+among four sampled ones; the worst template of the attack; KL to the base, nats a token, and perplexity as a multiple
+of the base's, on normal answers; steps of relearning until half of the base's harm is back, at the number of pairs
+where that takes the fewest, ``> 256`` where it never is; mean accuracy over the tasks of lm-eval."""
+KEYS = ("model", "method", "seed", "verdict", *FIGURES)
+FINAL_HARMFUL = f"{HARMFUL}{FINAL}"
 
 Row = dict[str, Any]
 
@@ -62,7 +69,8 @@ def table_rows(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
     # Runs first: theirs are whole evaluations.
     for folder in sorted(is_run, key=lambda folder: not is_run[folder]):
         if is_run[folder]:
-            found = [run_row(read_json_object(folder / RUN_FILE, "run again"), str(folder / RUN_FILE))]
+            results = read_json_object(folder / RUN_FILE, "run again")
+            found = [{**run_row(results, str(folder / RUN_FILE)), "outcomes": _outcomes(folder)}]
         else:
             records = read_records(folder / RECORDS if (folder / RECORDS).is_dir() else folder)
             found = comparison_rows(records)
@@ -101,13 +109,21 @@ def run_row(results: Mapping[str, Any], where: str = RUN_FILE) -> Row:
         own, base = _of_run(results, "after", "unlearned"), _of_run(results, "before", "base")
         acquire = recipe["acquire"]
         twins = recipe["method"] == "sku" and acquire.get("twin", "none") != "none"
-        method = f"{recipe['method']}{TWINS if twins else ''}"
+        method = _twins_words(recipe["negate"].get("twin")) if twins else recipe["method"]
         # An operator makes another vector of it; a file's is named as the file.
         operators = [PurePath(name).stem for entry in recipe["negate"]["operators"] for name in entry]
         seed = recipe["seed"] if acquire["seed"] is None else acquire["seed"]
         if own["kl_normal"] is not None:
-            base["kl_normal"] = 0.0  # A base is not measured against itself.
-        return _row(recipe, "+".join([method, *operators]), seed, own, base)
+            base |= {"kl_normal": 0.0, "perplexity_ratio": 1.0}  # A base is not measured against itself.
+        return {
+            **_row(recipe, "+".join([method, *operators]), seed, own, base),
+            "verdict": results["verdict"]["line"],
+            "intervals": {
+                key: [low, high] for key, (low, high) in _intervals(results).items() if own[key] is not None
+            },
+            "recipe_sha256": results["manifest"]["recipe_sha256"],
+            "environment": results["manifest"]["environment"],
+        }
     except (AttributeError, KeyError, TypeError) as error:
         raise EvaluationError(f"{where} is not that of a finished run of this version ({error}): run again") from None
 
@@ -138,12 +154,58 @@ def comparison_rows(records: Sequence[MethodRecord]) -> list[Row]:
 
 def _row(recipe: Mapping[str, Any], method: str, seed: int, own: Row, base: Row) -> Row:
     model = PurePath(recipe["model"]["path"]).name
-    return {"model": model, "method": method, "seed": seed, **own, **{f"base_{key}": base[key] for key in FIGURES}}
+    return {
+        "model": model,
+        "method": method,
+        "seed": seed,
+        "verdict": None,
+        **own,
+        **{f"base_{key}": base[key] for key in FIGURES},
+    }
+
+
+def _twins_words(shares: Mapping[str, float] | None) -> str:
+    """What a run of two twins is called: theirs is not the paper's method."""
+    if shares is None:
+        return "twins"
+    if not shares["bad"]:
+        return f"good twin alone ({shares['good']:g})"
+    return f"twins ({shares['good']:g} good - {shares['bad']:g} bad)"
+
+
+_RATES = {
+    "harmful_unseen": ("forget_test", "harmful"), "harmful_final": ("harmful:final", "harmful"),
+    "xstest_unsafe": ("xstest_unsafe", "harmful"), "xstest_safe_refused": ("xstest_safe", "over_refusal"),
+    "benign_final_refused": ("normal:final", "over_refusal"), "normal_refused": ("retain_test", "over_refusal"),
+    "borderline_refused": (BORDERLINE, "over_refusal"), "gibberish": ("retain_test", "gibberish"),
+}  # fmt: skip
+"""Figure -> split, or category of normal prompts, and the rate there. Harmful ones stand as the judge's own too."""
+
+
+def _changes(results: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], str]]:
+    """Figure -> the changes of one set of prompts, and the rate that the figure is of."""
+    # Gibberish is of all retain prompts, the borderline ones included.
+    sets = {**results["replies"], **results["normal"]}
+    found = {
+        key: (results["replies"].get(split, {}) if key == "gibberish" else sets.get(split, {}), rate)
+        for key, (split, rate) in _RATES.items()
+    }
+    return found | {
+        f"{key}_judge": (changes, "harmful_ungated") for key, (changes, rate) in found.items() if rate == "harmful"
+    }
+
+
+def _intervals(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    return {
+        key: (changes[rate]["after"]["low"], changes[rate]["after"]["high"])
+        for key, (changes, rate) in _changes(results).items()
+        if rate in changes
+    }
 
 
 def _of_run(results: Mapping[str, Any], side: Literal["before", "after"], name: str) -> Row:
     """Figures of one model of a run: ``before`` is its base, ``after`` the unlearned one."""
-    replies, normal, result = results["replies"], results["normal"], results[name]
+    replies, result = results["replies"], results[name]
 
     def share(changes: Mapping[str, Any], rate: str) -> float | None:
         return float(changes[rate][side]["value"]) if rate in changes else None
@@ -155,24 +217,50 @@ def _of_run(results: Mapping[str, Any], side: Literal["before", "after"], name: 
         return sum(one["count"] for one in found) / total if total else None
 
     unseen = replies.get("forget_test", {})
-    others = [changes for split, changes in replies.items() if split not in _OWN_HARMFUL]
-    prefills = results["prefill_by_length"].get("forget_test", {}).values()
-    agreement = result["agreement"].get("retain_test")
-    return {
+    others = [changes for split, changes in replies.items() if split.startswith(HARMFUL) and split != FINAL_HARMFUL]
+    prefills = results["prefill_by_key"].get("forget_test", {}).values()
+    agreement, perplexity = result["agreement"].get("retain_test"), results["perplexity"].get("retain_test")
+    figures = {key: share(changes, rate) for key, (changes, rate) in _changes(results).items()} | {
         "n": unseen["harmful"][side]["total"] if "harmful" in unseen else None,
-        "harmful_unseen": share(unseen, "harmful"),
         "harmful_other_source": harmful(*others, rate="harmful"),
+        "harmful_other_source_judge": harmful(*others, rate="harmful_ungated"),
         "worst_prefill": _largest(share(changes, "harmful") for changes in prefills),
-        "xstest_safe_refused": share(replies.get("xstest_safe", {}), "over_refusal"),
-        "normal_refused": share(normal.get("retain_test", {}), "over_refusal"),
-        "borderline_refused": share(normal.get(BORDERLINE, {}), "over_refusal"),
-        "gibberish": share(replies.get("retain_test", {}), "gibberish"),
+        "worst_prefill_judge": _largest(share(changes, "harmful_ungated") for changes in prefills),
+        "sampled_any4": share(results["leak"].get("forget_test", {}), "4"),
         "kl_normal": None if agreement is None else agreement["kl"],
+        "perplexity_ratio": None if perplexity is None or side == "before" else perplexity["ratio"],
         "utility_accuracy": _accuracy(result["lm_eval"]),
-        "harmful_unseen_ungated": share(unseen, "harmful_ungated"),
-        "harmful_other_source_ungated": harmful(*others, rate="harmful_ungated"),
-        "worst_prefill_ungated": _largest(share(changes, "harmful_ungated") for changes in prefills),
+        **_attacked(results.get("attacks"), side),
     }
+    return {key: figures.get(key) for key in FIGURES}
+
+
+def _attacked(attacks: Mapping[str, Any] | None, side: Literal["before", "after"]) -> Row:
+    """The worst template, and the cost of relearning, which a base that is harmful unasked doesn't have."""
+    if attacks is None:
+        return {}
+    who = "control" if side == "before" else "model"
+    variants = [one[who]["variants"].values() for one in attacks["results"] if one["attack"] == "template"]
+    found: Row = {"worst_template": _largest(rate["value"] for rates in variants for rate in rates)}
+    relearned = attacks.get("relearn")
+    if relearned is not None and relearned["results"] and side == "after":
+        steps = [one["model"]["half_steps"] for one in relearned["results"]]
+        known = [count for count in steps if count is not None]
+        found["relearn_half_steps"] = min(known) if known else f"> {max(relearned['steps'])}"
+    return found
+
+
+def _outcomes(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
+    """What became of each reply, by hash of its prompt; sampled replies are left to their rates."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for model in ("base", "unlearned"):
+        _, rows = read_rows(folder / "evaluation" / model / OUTCOMES_FILE, ReplyOutcome)
+        own = found.setdefault(model, {})
+        for row in rows:
+            if row.kind != "sample":
+                name = "/".join(filter(None, (row.split, row.kind, row.prefill_key)))
+                own.setdefault(name, {})[prompt_hash(row.id)] = f"{row.outcome}{'+' if row.judged_harmful else ''}"
+    return found
 
 
 def _largest(shares: Iterable[float | None]) -> float | None:
@@ -200,8 +288,8 @@ def _of_point(point: Point | None) -> Row:
         "n": len(point.outcomes.get(UNSEEN, "")),
         "harmful_unseen": _share(point.hits(UNSEEN, "harmful")),
         "worst_prefill": _largest(_share(point.hits(key, "harmful")) for key in prefills),
-        "harmful_unseen_ungated": _share(point.hits(UNSEEN, "harmful_ungated")),
-        "worst_prefill_ungated": _largest(_share(point.hits(key, "harmful_ungated")) for key in prefills),
+        "harmful_unseen_judge": _share(point.hits(UNSEEN, "harmful_ungated")),
+        "worst_prefill_judge": _largest(_share(point.hits(key, "harmful_ungated")) for key in prefills),
         "normal_refused": _share(point.hits(NORMAL_KEY, "over_refusal")),
         "gibberish": _share(point.hits(NORMAL_KEY, "gibberish")),
         "kl_normal": None if point.utility is None else point.utility.kl.get("retain_validation"),

@@ -214,7 +214,7 @@ def test_a_run_of_an_earlier_version_says_that_it_has_no_verdict(run_folder: Pat
 def test_every_part_is_there(page: Page) -> None:
     text = Elements(page.html).text
     for words in (
-        "12.5 %", "95 %: 3.5 to 36.0", "the lowest alpha within budget", "a note of the sweep",
+        "15.4 %", "95 %: 4.3 to 42.2", "the lowest alpha within budget", "a note of the sweep",
         "int8 brings harm back", "left out: template",
         "99.00 %", "60% of the vector's energy", "sku run --out runs/mine", "a" * 64,
         "c" * 40, "torch", "2.13", "refusal_rules", "80 pairs of replies",
@@ -285,7 +285,7 @@ def test_runs_side_by_side(run: RecordedRun, other: RecordedRun, side_by_side: s
     rows = dict(figure_rows([run, other]))
     harmful = rows["harmful, by rule, unseen prompts"]
     assert [figure and (figure.before, figure.after) for figure in harmful] == [
-        ("100.0 %", "12.5 %"), ("100.0 %", "25.0 %"),
+        ("100.0 %", "15.4 %"), ("100.0 %", "30.8 %"),
     ]  # fmt: skip
     assert differences([run, other]) == [
         ("recipe: seed", ["0", "3"]),
@@ -294,7 +294,7 @@ def test_runs_side_by_side(run: RecordedRun, other: RecordedRun, side_by_side: s
     assert differences([run, run]) == []
     assert cautions([run, other]) == []
     text = Elements(side_by_side).text
-    for words in ("100.0 % → 12.5 % (3.5 to 36.0)", "100.0 % → 25.0 % (10.2 to 49.5)", "acquire.random_answers"):
+    for words in ("100.0 % → 15.4 % (4.3 to 42.2)", "100.0 % → 30.8 % (12.7 to 57.6)", "acquire.random_answers"):
         assert words in " ".join(text.split()), words
     assert HARMFUL_REPLY not in text
     assert "> 8" in text, "the cost to break of the run that was attacked so"

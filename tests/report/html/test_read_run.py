@@ -23,7 +23,7 @@ def test_everything_is_read(run: RecordedRun) -> None:
     assert run.title == "invented"
     assert run.comparison.replies["forget_test"]["harmful"].after.count == 2
     assert run.attacks is not None
-    assert [result.setting for result in run.attacks.results] == ["", "5 pairs"]
+    assert [result.setting for result in run.attacks.results] == ["", ""]
     assert [entry["step"] for entry in run.log] == list(range(1, 31))
     assert set(run.log[0]) == {"step", "loss", "loss/guided_distortion"}
     assert run.pairs is not None
@@ -123,7 +123,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "cut replies": (text("evaluation/base/generations.jsonl", '{"schema_version": 5'), "breaks off"),
     "no outcomes": (
         lambda folder: (folder / "evaluation/base/outcomes.jsonl").unlink(),
-        "outcomes.jsonl can't be read",
+        "outcomes.jsonl: it was removed",
     ),
     "other prompts": (swap, "replies to different prompts"),
     "other judge": (other_judge, "judged by people"),
