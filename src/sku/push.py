@@ -23,7 +23,6 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 
 from sku.errors import OutputError, one_line
-from sku.negate.refactor import check_refactored
 from sku.report.card import CARD_FILE, TAG, read_card
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.report.reflection import check_adapter, reflection_of
@@ -83,8 +82,8 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
 
     Raises:
         OutputError: The run is hazardous, unfinished or not evaluated, or its folder holds no card, pickled weights,
-            links or files that are no part of a model; or ``repo_id`` is no name of a repository; or an adapter is the bad
-            model's and nobody says so, or holds the factors of twins.
+            links or files that are no part of a model; or ``repo_id`` is no name of a repository; or an adapter is the
+            bad model's and nobody says so, or holds the factors of twins.
         EvaluationError: Its results are broken.
     """
     try:
@@ -104,6 +103,8 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
     if part == "adapter":
         check_adapter(run, acknowledged=acknowledged)
         if reflection_of(run) == "twins":
+            from sku.negate.refactor import check_refactored  # Imports torch, which an upload has no use for.
+
             check_refactored(folder)
     if CARD_FILE not in {file.name for file in files} or TAG not in (read_card(folder).get("tags") or ()):
         raise OutputError(f"{folder} has no model card of SKU: write it with sku card {run_folder}")

@@ -168,7 +168,7 @@ def test_an_adapter_that_is_the_bad_models_needs_a_word(
         assert (ended.value.code or None) == code
         printed = capsys.readouterr()
         said = " ".join(printed.err.split())
-        assert ("whoever has it has the bad model" in said and f"or add {KNOWN}" in said) is (code == 2)
+        assert ("is the bad model's with its sign turned" in said and f"or add {KNOWN}" in said) is (code == 2)
         assert ("adapter_model.safetensors" in printed.out) is (code is None)
     assert plan_push(run, REPO).files, "merged weights need none"
 
@@ -186,9 +186,10 @@ def test_which_adapters_are_the_bad_models(
     """Those without a good twin that outweighs the bad one."""
     change_json(run / "manifest.json", "recipe", "method", value=method)
     change_json(run / "manifest.json", "recipe", "acquire", "twin", value="good" if shares else "none")
-    change_json(run / "manifest.json", "recipe", "negate", "twin", value=dict(zip(("bad", "good"), shares or (1, 1))))
+    bad, good = shares or (1, 1)
+    change_json(run / "manifest.json", "recipe", "negate", "twin", value={"bad": bad, "good": good})
     if refused:
-        with pytest.raises(OutputError, match="the bad model's with its sign turned"):
+        with pytest.raises(OutputError, match="the bad model's with its sign turned, so"):
             plan_push(run, REPO, "adapter")
     assert plan_push(run, REPO, "adapter", acknowledged=refused).part == "adapter"
 

@@ -16,7 +16,9 @@ from sku.quiet import quiet_imports, quiet_libraries
 
 AcknowledgedOption = Annotated[
     bool,
-    typer.Option("--i-know-this-is-the-bad-model", help="Hand out an adapter that is the bad model's with its sign turned."),
+    typer.Option(
+        "--i-know-this-is-the-bad-model", help="Hand out an adapter that is the bad model's with its sign turned."
+    ),
 ]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished sku run.")]
 

@@ -1,7 +1,7 @@
 """LoRA adapters as task vectors in factors: ``sum_i c_i s_i B_i A_i`` as one LoRA, with our own float32 arithmetic.
 
-Coefficients go into B, which rounds each of its entries once. Several adapters become one whose rank is at most the sum of
-theirs, in factors computed from the product (``refactor``), so that none of theirs stands in a file.
+Coefficients go into B, which rounds each of its entries once. Several adapters become one whose rank is at most the
+sum of theirs, in factors computed from the product (``refactor``), so that none of theirs stands in a file.
 
 Shapes: O = outputs of a layer, I = its inputs, r = rank.
 """
@@ -254,8 +254,8 @@ def combined(terms: Sequence[tuple[float, AdapterVector]]) -> AdapterVector:
         terms: Coefficient and adapter of each term, at least one, all of the same original model.
 
     Returns:
-        An adapter with a scaling of 1. Of several, its factors are those of ``refactor.refactored``, each weight of the
-        numerical rank of its sum; that of a single one keeps its factors, which its product gives away anyhow.
+        An adapter with a scaling of 1. Of several, its factors are those of ``refactor.refactored``, each weight of
+        the numerical rank of its sum; a single one keeps its factors, which its product gives away anyhow.
 
     Raises:
         TaskVectorError: Two adapters change a weight of different shapes, or a factor is not finite.

@@ -1,13 +1,13 @@
 """Low-rank products in factors that tell nothing of how they were put together.
 
-Where the factors of several adapters stand side by side, a slice of the file is one of the adapters. Here the factors are
-computed from the product alone, so that two sums with the same product have the same factors up to rounding:
+Where the factors of several adapters stand side by side, a slice of the file is one of the adapters. Here the factors
+are computed from the product alone, so that two sums with the same product have the same factors up to rounding:
 
     B A = U S V^T        B' = U S^(1/2) C        A' = C^T S^(1/2) V^T
 
-C is the orthonormal cosine transform (DCT-II). Without it the components of the file were the singular ones, and a small
-adapter beside a large one is not far from the last of these. It hides nothing from whoever takes the singular value
-decomposition of the product (docs/limits.md); it keeps the file from holding it ready.
+C is the orthonormal cosine transform (DCT-II). Without it the components of the file were the singular ones, and a
+small adapter beside a large one at right angles is the last of these. It hides nothing from whoever takes the singular
+value decomposition of the product (docs/limits.md); it keeps the file from holding it ready.
 
 Shapes: O = outputs of a layer, I = its inputs, r = rank as given, k = rank as kept.
 """
@@ -39,8 +39,8 @@ def refactored(upper_Or: Tensor, lower_rI: Tensor) -> tuple[Tensor, Tensor]:
         lower_rI: A, finite.
 
     Returns:
-        ``B' [O, k]`` and ``A' [k, I]``, float32, k at least 1; ``B' A'`` is ``B A`` to about 1e-7 of its norm. The same
-        input gives the same bits: each left singular vector has its largest entry above 0.
+        ``B' [O, k]`` and ``A' [k, I]``, float32, k at least 1; ``B' A'`` is ``B A`` to about 1e-7 of its norm. The
+        same input gives the same bits: each left singular vector has its largest entry above 0.
     """
     left, left_core = torch.linalg.qr(upper_Or.double())
     right, right_core = torch.linalg.qr(lower_rI.double().T)
@@ -67,8 +67,8 @@ def check_refactored(folder: Path) -> None:
             upper = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
             if not is_refactored(file.get_tensor(upper), file.get_tensor(name)):
                 raise OutputError(
-                    f"{folder / ADAPTER_FILE} holds the bad twin's own factors ({name}), as earlier versions wrote them: "
-                    "run again, or share the merged weights"
+                    f"{folder / ADAPTER_FILE} holds the bad twin's own factors ({name}), as earlier versions wrote "
+                    "them: run again, or share the merged weights"
                 )
 
 

@@ -47,7 +47,8 @@ def check_adapter(run: RecordedRun, *, acknowledged: bool) -> None:
     """
     if acknowledged or not adapter_is_bad(run):
         return
+    own = "close to the bad model's" if reflection_of(run) == "twins" else "the bad model's"
     raise OutputError(
-        f"the adapter of {run.folder} is the bad model's with its sign turned, so whoever has it has the bad model: share "
-        f"the merged weights instead (see docs/limits.md for what they give away), or add {ACKNOWLEDGEMENT}"
+        f"the adapter of {run.folder} is {own} with its sign turned, so whoever has it has that model: "
+        f"share the merged weights instead (docs/limits.md says what they give away), or add {ACKNOWLEDGEMENT}"
     )
