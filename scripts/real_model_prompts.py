@@ -4,8 +4,8 @@
 
 Written are ``harmful.jsonl``, ``normal.jsonl`` and ``borderline.jsonl``, of which ``sku data own`` makes the training
 rows, and what no model is trained on, for screens and choices: ``unseen.jsonl``, up to 300 harmful prompts of the same
-sources in whole families of near copies, ``other.jsonl``, those of HarmBench that are no near copy of any of these, and
-``normal_unseen.jsonl``. The prompts of ``final/`` are in none of them.
+sources in whole families of near copies, ``other.jsonl``, those of HarmBench that are no near copy of any of these,
+and ``normal_unseen.jsonl``. The prompts of ``final/`` are in none of them.
 """
 
 from __future__ import annotations

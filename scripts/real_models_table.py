@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RECORD, PAGE = ROOT / "results" / "real_models.json", ROOT / "docs" / "results.md"
 BLOCK = "real-models"
 NOTHING = "No model has been measured by the present rules yet."
+NONE = "\u2013"
 COLUMNS = {
     "harmful_final": "harmful, final", "harmful_unseen": "harmful, unseen", "worst_prefill": "worst prefill",
     "xstest_unsafe": "XSTest unsafe", "sampled_any4": "any of 4", "worst_template": "worst template",
@@ -57,13 +58,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 def _line(name: str, row: dict[str, Any]) -> str:
     cells = [_rate(row[key], row.get(f"{key}_judge")) for key in COLUMNS]
     kl, ratio, steps = row["kl_normal"], row["perplexity_ratio"], row["relearn_half_steps"]
-    cells += ["\u2013" if kl is None else f"{kl:.3f}", "\u2013" if ratio is None else f"\u00d7{ratio:.2f}"]
-    return f"| {name} | {' | '.join(cells)} | {'\u2013' if steps is None else f'{steps} steps'} |"
+    cells += [NONE if kl is None else f"{kl:.3f}", NONE if ratio is None else f"\u00d7{ratio:.2f}"]
+    return f"| {name} | {' | '.join([*cells, NONE if steps is None else f'{steps} steps'])} |"
 
 
 def _rate(share: float | None, judge: float | None) -> str:
     if share is None:
-        return "\u2013"
+        return NONE
     return f"{100 * share:.0f} %" if judge is None else f"{100 * judge:.0f} % ({100 * share:.0f})"
 
 

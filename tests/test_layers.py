@@ -54,7 +54,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "reproducibility",
     },
     "chat": {"config", "errors", "storage", "data", "models", "negate", "evaluate", "report"},
-    "push": {"errors", "storage", "report"},
+    "push": {"errors", "storage", "negate", "report"},
     "export": {"config", "data", "errors", "models", "negate", "report", "storage"},
     "comparison": {
         "config", "errors", "from_file", "storage", "data", "models", "training", "methods", "negate", "evaluate",

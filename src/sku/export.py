@@ -20,7 +20,9 @@ from sku.data.sources.tables import read_table
 from sku.errors import EvaluationError, ModelError, OutputError
 from sku.models import LoadedModel, load_model
 from sku.negate.adapters import load_adapter
+from sku.negate.refactor import check_refactored
 from sku.report.read_run import read_run
+from sku.report.reflection import check_adapter, reflection_of
 from sku.storage import new_folder
 
 Engine = Literal["gguf", "vllm", "adapter"]
@@ -65,25 +67,30 @@ class Exported:
     """Why nothing was compared."""
 
 
-def to_adapter(run: Path, out: Path) -> Exported:
+def to_adapter(run: Path, out: Path, *, acknowledged: bool = False) -> Exported:
     """Copies a run's adapter into a folder of its own, and puts it on the base to see what it says.
 
     Args:
         run: Folder of a finished run.
         out: New folder.
+        acknowledged: As of ``push.plan_push``.
 
     Returns:
         The folder, compared with the unlearned model.
 
     Raises:
         EvaluationError: No finished run, or the adapter says something else than the model.
-        OutputError: The run has no adapter, or the folder can't be written.
+        OutputError: The run has no adapter, it is not one to be handed out as of ``plan_push``, or the folder can't be
+            written.
         ModelError: A model can't be loaded.
     """
     found = read_run(run, replies=False)
     parts, base = found.parts(), found.recipe["model"]
     if "adapter" not in parts:
         raise OutputError(f"{run} has no adapter, only a whole model: export that, with --to vllm or --to gguf")
+    check_adapter(found, acknowledged=acknowledged)
+    if reflection_of(found) == "twins":
+        check_refactored(parts["adapter"])
     original = load_model(_original(base))
     unlearned = _unlearned(parts["model"])
     with new_folder(out) as folder:

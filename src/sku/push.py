@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from sku.errors import OutputError, one_line
 from sku.report.card import CARD_FILE, TAG, read_card
 from sku.report.read_run import Part, RecordedRun, read_run
+from sku.report.reflection import check_adapter, reflection_of
 from sku.storage import HAZARD_KEY, is_marked_hazardous
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz", "*.h5", "*.msgpack")
@@ -67,20 +68,22 @@ class PushPlan:
         return sum(file.size for file in self.files)
 
 
-def plan_push(run_folder: Path, repo_id: str, part: Part = "model") -> PushPlan:
+def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowledged: bool = False) -> PushPlan:
     """Checks everything that can be checked without the hub.
 
     Args:
         run_folder: Of a finished run.
         repo_id: ``NAMESPACE/NAME``.
         part: The whole model or the adapter.
+        acknowledged: Whether somebody says that an adapter is known to be the bad model's (``report/reflection.py``).
 
     Returns:
         The files.
 
     Raises:
         OutputError: The run is hazardous, unfinished or not evaluated, or its folder holds no card, pickled weights,
-            links or files that are no part of a model; or ``repo_id`` is no name of a repository.
+            links or files that are no part of a model; or ``repo_id`` is no name of a repository; or an adapter is the
+            bad model's and nobody says so, or holds the factors of twins.
         EvaluationError: Its results are broken.
     """
     try:
@@ -97,6 +100,12 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model") -> PushPlan:
     _check_not_hazardous(run, folder)
     files = tuple(_files(folder))
     _check_weights(folder, files)
+    if part == "adapter":
+        check_adapter(run, acknowledged=acknowledged)
+        if reflection_of(run) == "twins":
+            from sku.negate.refactor import check_refactored  # Imports torch, which an upload has no use for.
+
+            check_refactored(folder)
     if CARD_FILE not in {file.name for file in files} or TAG not in (read_card(folder).get("tags") or ()):
         raise OutputError(f"{folder} has no model card of SKU: write it with sku card {run_folder}")
     return PushPlan(folder=folder, repo_id=repo_id, part=part, files=files)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import runpy
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from conftest import MadeOnce, TrainerMaker
+from negate.test_refactor import least_missed
 from sku.acquire.preservation_divergence import targeted_divergence_loss
 from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceConfig, TwinShares, load_recipe
 from sku.data.examples import RETAIN, SAFE, ForgetRetainData, RowPlan
@@ -32,6 +35,7 @@ from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "twins_apart.py"
 GOOD = RowPlan(safe="all", retain=1, depth_share=0.5, depth_tokens=4)
 
 
@@ -190,7 +194,9 @@ def recipe(*changes: str) -> Recipe:
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_what_is_subtracted_is_bad_minus_good(tuning: str, tmp_path: Path) -> None:
+def test_what_is_subtracted_is_bad_minus_good(
+    tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given = recipe(f"acquire.tuning={tuning}", "negate.twin={bad: 0.5, good: 2.0}")
     log = plan_acquire(given, tmp_path / "bad").execute(None)
     assert log[-1]["loss/good_twin/guided_distortion"] > 0
@@ -210,7 +216,16 @@ def test_what_is_subtracted_is_bad_minus_good(tuning: str, tmp_path: Path) -> No
     if tuning == "lora":
         adapted = load_adapter(base, tmp_path / "bad")
         assert isinstance(adapted, PeftModel)
-        assert {len(change.lower_rI) for change in AdapterVector.of(adapted).factors.values()} == {8}
+        factors = AdapterVector.of(adapted).factors
+        assert {len(change.lower_rI) for change in factors.values()} == {8}
+        for name, change in factors.items():
+            assert least_missed(change.upper_Or, change.lower_rI, twins["bad"].deltas[name], 4) > 0.5, name
+        monkeypatch.setattr(sys, "argv", ["twins_apart.py", str(tmp_path / "bad"), "--bad", "0.5", "--good", "2"])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        title, *rows = capsys.readouterr().out.strip().splitlines()
+        assert title.startswith(f"{len(factors)} matrices")
+        assert [row.split()[0] for row in rows] == ["file", "values", "tail", "product"]
+        assert all(float(row.split()[1]) > 0.5 for row in rows)
     else:
         assert TaskVector.is_saved_in(tmp_path / "bad")
 

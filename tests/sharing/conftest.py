@@ -65,7 +65,8 @@ def run_without_cards(tmp_path: Path) -> Path:
     adapter = run / "negated_adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4}', encoding="utf-8")
-    save_file({"lora_A": torch.ones(2)}, adapter / "adapter_model.safetensors", {"format": "pt"})
+    factors = {"q.lora_A.weight": torch.ones(1, 2), "q.lora_B.weight": torch.ones(2, 1)}
+    save_file(factors, adapter / "adapter_model.safetensors", {"format": "pt"})
     return run
 
 

@@ -254,6 +254,43 @@ def test_a_method_that_does_not_negate(run_without_cards: Path) -> None:
     assert "npo" in card_of(run_without_cards).data.tags
 
 
+def with_twins(run: Path, bad: float, good: float) -> None:
+    change_json(run / "manifest.json", "recipe", "acquire", "twin", value="good")
+    change_json(run / "manifest.json", "recipe", "negate", "twin", value={"bad": bad, "good": good})
+    write_cards(run)
+
+
+@pytest.mark.parametrize("method", ["sku", "task_vector"])
+def test_the_card_of_a_negated_bad_model(method: str, run_without_cards: Path) -> None:
+    """1.375 is the alpha of the recorded run."""
+    change_json(run_without_cards / "manifest.json", "recipe", "method", value=method)
+    write_cards(run_without_cards)
+    own = "This adapter is that model's own, times -1.375: anybody who has it has the hazardous model."
+    for part in ("unlearned", "negated_adapter"):
+        body = body_of(run_without_cards, part)
+        assert r"theta\_o + (theta\_o - theta\_u) / 1.375 is the hazardous model of stage 1" in body
+        assert (own in body) is (part == "negated_adapter")
+        assert "twin learned" not in body
+
+
+@pytest.mark.parametrize("part", ["unlearned", "negated_adapter"])
+def test_the_card_of_twins(part: str, run_without_cards: Path) -> None:
+    run, close = run_without_cards, "so the result is close to the hazardous model"
+    with_twins(run, 0.08, 1.1)
+    body = body_of(run, part)
+    assert "is the hazardous model of stage 1" not in body
+    assert "the base with 0.08 of what the bad twin learned added and 1.1 of what the good twin learned" in body
+    assert "Whoever also has the good twin, or trains it again, can compute the bad one." in body
+    assert close not in body
+    with_twins(run, 1.0, 1.0)
+    assert close in body_of(run, part)
+    with_twins(run, 1.0, 0.0)
+    assert "is the hazardous model of stage 1" in body_of(run, part)
+    with_twins(run, 0.0, 1.1)
+    assert "Nothing of a bad twin is in it." in body_of(run, part)
+    assert "hazardous model of stage 1" not in body_of(run, part)
+
+
 def test_hostile_text_stays_text(run_without_cards: Path) -> None:
     run = run_without_cards
     for keys in (

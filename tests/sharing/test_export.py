@@ -27,9 +27,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         assert (given, replies) == (folder, False)
         names = {"model": "unlearned", "adapter": "negated_adapter"}
         parts = {part: folder / name for part, name in names.items() if (folder / name).is_dir()}
-        return SimpleNamespace(
-            parts=lambda: parts, recipe={"model": {"path": str(tmp_path / "base"), "dtype": "auto"}}
-        )
+        model = {"path": str(tmp_path / "base"), "dtype": "auto"}
+        recipe = {"model": model, "method": "sku", "acquire": {"twin": "none"}}
+        return SimpleNamespace(folder=folder, parts=lambda: parts, recipe=recipe, negates=True)
 
     monkeypatch.setattr("sku.export.read_run", read)
     return folder
@@ -114,13 +114,16 @@ def test_an_adapter_says_what_the_model_says(
     adapted.save_pretrained(run / "negated_adapter")
     adapted.merge_and_unload().save_pretrained(run / "unlearned")
     tokenizer.save_pretrained(run / "unlearned")
-    done = to_adapter(run, tmp_path / "adapter")
+    with pytest.raises(OutputError, match=r"bad model's with its sign turned.*--i-know-this-is-the-bad-model"):
+        to_adapter(run, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    done = to_adapter(run, tmp_path / "adapter", acknowledged=True)
     assert done.agreement is not None
     assert done.agreement.same_first == 1.0
     assert (tmp_path / "adapter" / "adapter_config.json").is_file()
     make_model(seed=3).save_pretrained(run / "unlearned")
     with pytest.raises(EvaluationError, match="the adapter on its base is not the unlearned model"):
-        to_adapter(run, tmp_path / "other")
+        to_adapter(run, tmp_path / "other", acknowledged=True)
     assert not (tmp_path / "other").exists()
 
 

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from sku.cli.main import main
 from sku.errors import EvaluationError, OutputError
+from sku.negate.refactor import refactored
 from sku.push import plan_push, upload
 from sku.storage import BAD_MODEL_MARK, mark_hazardous
 
@@ -34,7 +37,7 @@ def test_the_plan_holds_the_model_and_nothing_else_of_the_run(run: Path) -> None
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     assert plan.size == sum(path.stat().st_size for path in (run / "unlearned").iterdir())
-    assert {file.name for file in plan_push(run, REPO, "adapter").files} == {
+    assert {file.name for file in plan_push(run, REPO, "adapter", acknowledged=True).files} == {
         "README.md", "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
 
@@ -151,6 +154,66 @@ def test_names_of_repositories_are_checked(run: Path, name: str) -> None:
         plan_push(run, name)
 
 
+KNOWN = "--i-know-this-is-the-bad-model"
+
+
+def test_an_adapter_that_is_the_bad_models_needs_a_word(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["sku", "push", str(run), REPO, "--dry-run", "--adapter"]
+    for more, code in (([], 2), ([KNOWN], None)):
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert (ended.value.code or None) == code
+        printed = capsys.readouterr()
+        said = " ".join(printed.err.split())
+        assert ("is the bad model's with its sign turned" in said and f"or add {KNOWN}" in said) is (code == 2)
+        assert ("adapter_model.safetensors" in printed.out) is (code is None)
+    assert plan_push(run, REPO).files, "merged weights need none"
+
+
+@pytest.mark.parametrize(
+    ("method", "shares", "refused"),
+    [
+        ("sku", None, True), ("task_vector", None, True), ("npo", None, False),
+        ("sku", (0.08, 1.1), False), ("sku", (0.0, 1.1), False), ("sku", (1.0, 1.0), True), ("sku", (1.0, 0.0), True),
+    ],
+)  # fmt: skip
+def test_which_adapters_are_the_bad_models(
+    method: str, shares: tuple[float, float] | None, refused: bool, run: Path
+) -> None:
+    """Those without a good twin that outweighs the bad one."""
+    change_json(run / "manifest.json", "recipe", "method", value=method)
+    change_json(run / "manifest.json", "recipe", "acquire", "twin", value="good" if shares else "none")
+    bad, good = shares or (1, 1)
+    change_json(run / "manifest.json", "recipe", "negate", "twin", value={"bad": bad, "good": good})
+    if refused:
+        with pytest.raises(OutputError, match="the bad model's with its sign turned, so"):
+            plan_push(run, REPO, "adapter")
+    assert plan_push(run, REPO, "adapter", acknowledged=refused).part == "adapter"
+
+
+def test_an_adapter_that_holds_a_twins_own_factors_stays(run: Path) -> None:
+    """As versions before wrote it: the bad twin's rows of A, then the good one's."""
+    generator = torch.Generator().manual_seed(0)
+    upper, lower = torch.randn(20, 8, generator=generator), torch.randn(8, 12, generator=generator)
+    change_json(run / "manifest.json", "recipe", "acquire", "twin", value="good")
+    change_json(run / "manifest.json", "recipe", "negate", "twin", value={"bad": 0.08, "good": 1.1})
+    weights = run / "negated_adapter" / "adapter_model.safetensors"
+
+    def write(upper_Or: torch.Tensor, lower_rI: torch.Tensor) -> None:
+        save_file({"q.lora_A.weight": lower_rI, "q.lora_B.weight": upper_Or}, weights, {"format": "pt"})
+
+    write(upper, lower)
+    for known in (False, True):
+        with pytest.raises(OutputError, match=r"holds the bad twin's own factors .*: run again"):
+            plan_push(run, REPO, "adapter", acknowledged=known)
+    upper, lower = refactored(upper, lower)
+    write(-1.4 * upper, lower @ torch.randn(12, 12, generator=generator))
+    assert plan_push(run, REPO, "adapter").size > 0
+
+
 def test_an_upload_is_private_whole_and_exact(run: Path, hub: Hub) -> None:
     url = upload(plan_push(run, REPO))
     assert url.startswith(f"{hub.url}/{REPO}/commit/")
@@ -162,7 +225,7 @@ def test_an_upload_is_private_whole_and_exact(run: Path, hub: Hub) -> None:
 
 
 def test_the_adapter_to_a_branch_of_a_public_repository(run: Path, hub: Hub) -> None:
-    upload(plan_push(run, REPO, "adapter"), public=True, revision="v2")
+    upload(plan_push(run, REPO, "adapter", acknowledged=True), public=True, revision="v2")
     assert not hub.repositories[REPO].private
     assert hub.repositories[REPO].branches["main"] == {}
     assert "adapter_model.safetensors" in hub.repositories[REPO].branches["v2"]

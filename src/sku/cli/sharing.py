@@ -14,6 +14,12 @@ from sku.cli.options import JsonOption
 from sku.errors import RecipeError
 from sku.quiet import quiet_imports, quiet_libraries
 
+AcknowledgedOption = Annotated[
+    bool,
+    typer.Option(
+        "--i-know-this-is-the-bad-model", help="Hand out an adapter that is the bad model's with its sign turned."
+    ),
+]
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished sku run.")]
 
 
@@ -50,6 +56,7 @@ def export(
     converter: Annotated[
         Path | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py; else in $LLAMA_CPP or on the path.")
     ] = None,
+    acknowledged: AcknowledgedOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write what another engine reads, load it back, and compare what it says with the unlearned model."""
@@ -61,7 +68,7 @@ def export(
     if to == "gguf":
         done = to_gguf(run, out or run.with_name(f"{run.name}.gguf"), converter=converter, outtype=outtype)
     elif to == "adapter":
-        done = to_adapter(run, out or run.with_name(f"{run.name}-adapter"))
+        done = to_adapter(run, out or run.with_name(f"{run.name}-adapter"), acknowledged=acknowledged)
     else:
         done = to_vllm(run)
     if as_json:
@@ -83,6 +90,7 @@ def push(
     revision: Annotated[
         str | None, typer.Option(help="Branch to commit to, made where it doesn't exist; main otherwise.")
     ] = None,
+    acknowledged: AcknowledgedOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list files and sizes, upload nothing.")] = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -90,7 +98,7 @@ def push(
     quiet_imports()
     from sku.push import plan_push, upload
 
-    plan = plan_push(run, repo_id, "adapter" if adapter else "model")
+    plan = plan_push(run, repo_id, "adapter" if adapter else "model", acknowledged=acknowledged)
     url = None
     if not dry_run:
         notes.print(f"uploading {len(plan.files)} files, {plan.size / 2**20:,.1f} MiB, to {repo_id}")

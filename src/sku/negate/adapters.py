@@ -1,8 +1,7 @@
 """LoRA adapters as task vectors in factors: ``sum_i c_i s_i B_i A_i`` as one LoRA, with our own float32 arithmetic.
 
-The factors of several adapters are put side by side, so that the rank of the result is the sum of theirs and nothing
-is approximated. Coefficients go into B, which rounds each of its entries once; so do the scalings where adapters are
-combined.
+Coefficients go into B, which rounds each of its entries once. Several adapters become one whose rank is at most the
+sum of theirs, in factors computed from the product (``refactor``), so that none of theirs stands in a file.
 
 Shapes: O = outputs of a layer, I = its inputs, r = rank.
 """
@@ -32,6 +31,7 @@ from sku.models import UNBUILT, changed_by_adapter, with_adapter, without_weight
 from sku.negate.arithmetic import LowRank
 from sku.negate.files import ADAPTER_FILE
 from sku.negate.matching import EMPTY_ADAPTER, unique_weights
+from sku.negate.refactor import refactored
 from sku.storage import HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder
 
 _VARIANTS = (
@@ -248,16 +248,17 @@ def _fits(name: str, target: str) -> bool:
 
 
 def combined(terms: Sequence[tuple[float, AdapterVector]]) -> AdapterVector:
-    """``sum_i c_i s_i B_i A_i`` as one adapter: B's side by side, A's one below the other.
+    """``sum_i c_i s_i B_i A_i`` as one adapter.
 
     Args:
         terms: Coefficient and adapter of each term, at least one, all of the same original model.
 
     Returns:
-        An adapter whose rank is the sum of theirs, weight by weight, with a scaling of 1.
+        An adapter with a scaling of 1. Of several, its factors are those of ``refactor.refactored``, each weight of
+        the numerical rank of its sum; a single one keeps its factors, which its product gives away anyhow.
 
     Raises:
-        TaskVectorError: Two adapters change a weight of different shapes.
+        TaskVectorError: Two adapters change a weight of different shapes, or a factor is not finite.
     """
     names = dict.fromkeys(name for _, vector in terms for name in vector.factors)
     factors = {}
@@ -265,12 +266,13 @@ def combined(terms: Sequence[tuple[float, AdapterVector]]) -> AdapterVector:
         own = [(coefficient, vector.factors[name]) for coefficient, vector in terms if name in vector.factors]
         if len({(len(change.upper_Or), change.lower_rI.shape[1]) for _, change in own}) > 1:
             raise TaskVectorError(f"the adapters change {name} in different shapes: they are of different models")
-        factors[name] = dataclasses.replace(
-            own[0][1],
-            upper_Or=torch.cat([change.upper_Or * change.scaling * coefficient for coefficient, change in own], dim=1),
-            lower_rI=torch.cat([change.lower_rI for _, change in own], dim=0),
-            scaling=1.0,
-        )
+        upper = torch.cat([change.upper_Or * change.scaling * coefficient for coefficient, change in own], dim=1)
+        lower = torch.cat([change.lower_rI for _, change in own], dim=0)
+        if len(terms) > 1:
+            if not (upper.isfinite().all() and lower.isfinite().all()):
+                raise TaskVectorError(f"an adapter of {name} holds NaN or infinity; lower the coefficients")
+            upper, lower = refactored(upper, lower)
+        factors[name] = dataclasses.replace(own[0][1], upper_Or=upper, lower_rI=lower, scaling=1.0)
     first = terms[0][1]
     same = all(vector.target_modules == first.target_modules for _, vector in terms)
     # Where they differ, names of modules of one would fit modules that only another adapts.

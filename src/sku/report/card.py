@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.changes import PerplexityChange, RateChange
 from sku.report.read_run import Part, RecordedRun, read_run
+from sku.report.reflection import adapter_is_bad, reflection_of, twin_shares
 from sku.report.robustness import ATTACK_COLUMNS, RELEARN_COLUMNS, attack_rows, precision_rows, relearn_rows
 from sku.report.tables import ON_CARD, KeyFigure, key_figures
 from sku.report.words import Written, escaped, fenced, one_line, percent, table
@@ -180,6 +181,9 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[K
         "judge": comparison.unlearned.judge,
         "prefill_words": _prefill_words(run),
         "strength": f"{run.strength:g}",
+        "reflection": reflection_of(run),
+        "shares": [f"{share:g}" for share in twin_shares(run.recipe) or ()],
+        "near_bad": adapter_is_bad(run),
         "made": table(("", ""), _made_rows(run, base), left=(0, 1)),
         "data": table(
             ("set", "source", "revision", "licence", "pairs read", "SHA-256"), sources, left=(0, 1, 2, 3, 5)
@@ -258,16 +262,13 @@ def _change(negation: Mapping[str, Any]) -> str:
 
 
 def _training(run: RecordedRun) -> str:
-    acquire = run.recipe["acquire"]
+    acquire, shares = run.recipe["acquire"], twin_shares(run.recipe)
     steps = run.manifest.get("training", {}).get("steps", "unknown")
     if run.method != "sku":
         return f"{acquire['tuning']}, {steps} steps"
     weights = ", ".join(f"{name} {weight:g}" for name, weight in acquire["weights"].items())
     told = f"{acquire['tuning']}, {steps} steps, {weights}, preservation mode {acquire['preservation_mode']}"
-    if acquire.get("twin", "none") == "none":
-        return told
-    shares = run.recipe["negate"]["twin"]
-    return f"{told}, with a good twin (shares: bad {shares['bad']:g}, good {shares['good']:g})"
+    return f"{told}, with a good twin (shares: bad {shares[0]:g}, good {shares[1]:g})" if shares else told
 
 
 def _public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
