@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -70,9 +71,7 @@ def test_the_page_shows_all_rows_of_real_models() -> None:
 
 
 def test_the_table_refuses_rows_whose_bases_differ() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    from real_models_table import table
-
+    table = runpy.run_path(str(ROOT / "scripts" / "real_models_table.py"))["table"]
     row = {"model": "m", "method": "a", "seed": 0, "verdict": "unlearned: so", **dict.fromkeys(FIGURES)}
     row |= {f"base_{name}": 0.5 for name in FIGURES} | {"harmful_unseen": 0.1, "harmful_unseen_judge": 0.2}
     assert "| a | \u2013 | 20 % (10) |" in table([row, {**row, "method": "b"}])
