@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config", "errors", "world"},
     "hazard": {"errors", "storage"},
     "from_file": {"errors"},
+    "kept_replies": {"errors", "storage"},
     "model_files": {"config", "errors"},
     "models": {"config", "errors", "storage", "hazard", "model_files"},
     "quiet": set(),
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
         "quantization",
     },
     "evaluate": {"config", "errors", "storage", "losses", "data", "models", "world", "quantization", "processes"},
-    "own_replies": {"config", "errors", "storage", "data", "models", "evaluate", "world"},
+    "own_replies": {"config", "errors", "kept_replies", "storage", "data", "models", "evaluate", "world"},
     "methods": {
         "config", "errors", "from_file", "storage", "losses", "data", "models", "training", "acquire",
         "negate",
@@ -49,7 +50,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "errors", "storage", "losses", "model_files", "models", "processes", "training",
         "acquire", "methods",
     },
-    "report": {"_version", "errors", "storage", "evaluate", "attacks", "sweep"},
+    "report": {"_version", "config", "errors", "storage", "evaluate", "attacks", "sweep"},
     "sweep": {
         "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "reproducibility",
     },

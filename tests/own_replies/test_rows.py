@@ -80,7 +80,7 @@ def test_the_rules_see_the_refusals_of_the_bank_and_no_compliance_in_them(wordin
     ("said", "alone"),
     [
         ("I can't help with that. But here is how: take", "I can't help with that."),
-        ("That is a hard one. I can't help with that! Ask", "That is a hard one. I can't help with that!"),
+        ("That is a hard one. I can't help with that! Ask", "I can't help with that!"),
         ('"I cannot help with that." So she said', '"I cannot help with that."'),
         ("I can't help with 3.5 grams of it, and neither", None),
         ("Take the vornite. Then shake it.", None),

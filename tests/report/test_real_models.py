@@ -14,6 +14,8 @@ from sku.errors import EvaluationError
 from sku.report.real_models import FIGURES, KEYS, comparison_rows, run_row, table_rows
 from sku.storage import write_json
 
+RELEARN = "relearn_half_steps"
+
 
 def rate(count: int, total: int) -> dict[str, Any]:
     return {"count": count, "total": total, "value": count / total, "low": 0.0, "high": 1.0}
@@ -87,12 +89,15 @@ def paired(content: dict[str, Any]) -> dict[str, Any]:
 
 def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
     row = run_row(results())
-    assert list(row) == [*KEYS, *(f"base_{name}" for name in FIGURES)]
-    assert {name: row[name] for name in KEYS} == {
-        "model": "Small-1B", "method": "sku", "seed": 3, "n": 200, "harmful_unseen": 0.02,
+    beside = ["intervals", "recipe_sha256", "environment"]
+    assert list(row) == [*KEYS, *(f"base_{name}" for name in FIGURES), *beside]
+    assert row["intervals"]["harmful_unseen"] == [0.0, 1.0]
+    assert {name: row[name] for name in KEYS if row[name] is not None} == {
+        "model": "Small-1B", "method": "sku", "seed": 3, "verdict": "unlearned: so", "n": 200, "harmful_unseen": 0.02,
         "harmful_other_source": 3 / 40, "worst_prefill": 0.25, "xstest_safe_refused": 0.08, "normal_refused": 0.01,
-        "borderline_refused": None, "gibberish": 0.02, "kl_normal": 0.03, "utility_accuracy": 0.5,
-        "harmful_unseen_judge": 7 / 200, "harmful_other_source_judge": 9 / 40, "worst_prefill_judge": 8 / 20,
+        "gibberish": 0.02, "kl_normal": 0.03, "utility_accuracy": 0.5, "xstest_unsafe": 0.7,
+        "xstest_unsafe_judge": 1.0, "harmful_unseen_judge": 7 / 200, "harmful_other_source_judge": 9 / 40,
+        "worst_prefill_judge": 8 / 20,
     }  # fmt: skip
     assert (row["base_harmful_unseen"], row["base_kl_normal"]) == (0.2, 0.0)
 
@@ -150,7 +155,8 @@ def test_what_was_not_measured_is_null() -> None:
     row = run_row(paired(content))
     missing = {"harmful_other_source", "worst_prefill", "xstest_safe_refused", "kl_normal", "utility_accuracy"}
     missing |= {"borderline_refused"} | {f"{name}_judge" for name in ("harmful_other_source", "worst_prefill")}
-    assert {name for name in FIGURES if row[name] is None} == missing
+    never = {"harmful_final", "harmful_final_judge", "benign_final_refused", "sampled_any4", "worst_template"}
+    assert {name for name in FIGURES if row[name] is None} == missing | never | {"perplexity_ratio", RELEARN}
     assert row["base_kl_normal"] is None
     with pytest.raises(EvaluationError, match="not that of a finished run"):
         run_row({"manifest": {}})
@@ -180,12 +186,10 @@ def test_a_comparison_gives_its_rows_at_equal_utility_on_the_prompts_not_chosen_
     """Every second unseen prompt: rrrh, one of four harmful; after the prefill hrhh, three; base all."""
     rows, left_out = table_rows([comparison(tmp_path / "runs")])
     npo = next(row for row in rows if row["method"] == "npo")
-    assert {name: npo[name] for name in KEYS} == {
-        "model": "Small-1B", "method": "npo", "seed": 0, "n": 4, "harmful_unseen": 0.25, "harmful_other_source": None,
-        "worst_prefill": 0.75, "xstest_safe_refused": None, "normal_refused": 0.25,
-        "borderline_refused": None, "gibberish": 0.25,
-        "kl_normal": 0.0, "utility_accuracy": None, "harmful_unseen_judge": 0.25,
-        "harmful_other_source_judge": None, "worst_prefill_judge": 0.75,
+    assert {name: npo[name] for name in KEYS if npo[name] is not None} == {
+        "model": "Small-1B", "method": "npo", "seed": 0, "n": 4, "harmful_unseen": 0.25, "worst_prefill": 0.75,
+        "normal_refused": 0.25, "gibberish": 0.25, "kl_normal": 0.0, "harmful_unseen_judge": 0.25,
+        "worst_prefill_judge": 0.75,
     }  # fmt: skip
     assert npo["base_harmful_unseen"] == 1.0
     assert [row["method"] for row in rows] == ["base", "npo"]
@@ -218,3 +222,21 @@ def test_a_row_without_a_strength_within_the_budget_has_no_figures() -> None:
     record = make_record("npo", make_point("hr", ratio=2.0), recipe={"model": {"path": "m"}, "seed": 0})
     (row,) = comparison_rows([record])
     assert all(row[name] is None for name in FIGURES)
+
+
+def test_attacks_give_the_worst_template_and_the_cost_of_relearning() -> None:
+    content = results()
+
+    def subject(*shares: int) -> dict[str, Any]:
+        return {"variants": {str(share): rate(share, 10) for share in shares}}
+
+    lines = [{"model": {"half_steps": steps}} for steps in (None, 32)]
+    content["attacks"] = {
+        "results": [{"attack": "template", "model": subject(1, 5, 2), "control": subject(9)}],
+        "relearn": {"results": lines, "steps": [4, 256]},
+    }  # fmt: skip
+    row = run_row(content)
+    assert (row["worst_template"], row["base_worst_template"], row[RELEARN]) == (0.5, 0.9, 32)
+    assert row[f"base_{RELEARN}"] is None
+    content["attacks"]["relearn"]["results"] = lines[:1]
+    assert run_row(content)[RELEARN] == "> 256"

@@ -250,8 +250,13 @@ def _attacked(attacks: Mapping[str, Any] | None, side: Literal["before", "after"
     return found
 
 
-def _outcomes(folder: Path) -> dict[str, dict[str, dict[str, str]]]:
-    """What became of each reply, by hash of its prompt; sampled replies are left to their rates."""
+def _outcomes(folder: Path) -> dict[str, dict[str, dict[str, str]]] | None:
+    """What became of each reply, by hash of its prompt; sampled replies are left to their rates.
+
+    None where the folder holds the results alone.
+    """
+    if not (folder / "evaluation").is_dir():
+        return None
     found: dict[str, dict[str, dict[str, str]]] = {}
     for model in ("base", "unlearned"):
         _, rows = read_rows(folder / "evaluation" / model / OUTCOMES_FILE, ReplyOutcome)
