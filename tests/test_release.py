@@ -24,7 +24,8 @@ SOURCE = Path(sku.__file__).parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 METADATA: dict[str, Any] = PROJECT["project"]
 DISTRIBUTIONS = {
-    "sklearn": "scikit-learn", "yaml": "pyyaml", "ruamel": "ruamel.yaml", "lazy_loader": "lazy-loader", "rouge_score": "rouge-score",
+    "sklearn": "scikit-learn", "yaml": "pyyaml", "ruamel": "ruamel.yaml", "lazy_loader": "lazy-loader",
+    "rouge_score": "rouge-score",
     "lm_eval": "lm-eval", "PIL": "matplotlib", "markupsafe": "jinja2", "click": "typer",
 }  # fmt: skip
 """Import -> the dependency or extra that brings it, where they are named differently."""
