@@ -526,7 +526,7 @@ def test_a_dry_run_names_the_setting_with_which_a_run_fits(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("run", "--dry-run", "--out", tmp_path / "run", *SMALL)
-    monkeypatch.setattr("sku.plan.estimate._free_memory", lambda: 2**29)
+    monkeypatch.setattr("sku.plan.fit._free_memory", lambda: 2**29)
     told = command(*words, "--json", "--set", "acquire.training.per_device_train_batch_size=64")
     memory = json.loads(told.out)["memory"]
     assert "0.5 GiB are free on cpu: may not fit; " in memory

@@ -16,6 +16,7 @@ from sku.cli.main import app
 from sku.config import load_recipe
 from sku.errors import ModelError, RecipeError
 from sku.plan.estimate import GIB, estimated, first_that_fits, suggestions
+from sku.plan.fit import decided_job
 from sku.plan.job import Job, job_of, weights_of
 from sku.plan.trace import StepTrace, trace_step
 from sku.training import optimizer
@@ -222,13 +223,15 @@ def test_models_of_the_recipes_are_known_without_the_hub(name: str) -> None:
 @pytest.mark.integration
 def test_the_8b_recipe_fits_a_card_of_80_gb_by_its_own_setting() -> None:
     """Its real shape, with rows as long as they may be; such a card has 79 GiB."""
-    shipped = job_of(load_recipe("llama-3.1-8b"))
+    recipe = load_recipe("llama-3.1-8b")
+    shipped = job_of(recipe)
     plain = estimated(dataclasses.replace(shipped, checkpointing=False), gpu_memory=79 * GIB)
     assert not plain.fits
     first = first_that_fits(plain)
     assert first is not None
     assert first.change == "--set acquire.training.activation_checkpointing=true"
-    assert shipped.checkpointing, "so what the recipe needs is what was estimated"
+    assert decided_job(shipped, recipe, 79 * GIB).checkpointing, "so what the recipe needs is what was estimated"
+    assert not decided_job(shipped, recipe, 1.01 * plain.needed).checkpointing
     assert first.needed < 40 * GIB
 
 

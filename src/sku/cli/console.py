@@ -1,34 +1,28 @@
-"""Printing: results, errors, messages and bars; how much of it (``--quiet``, ``--verbose``); and plans."""
+"""Printing: results, errors and messages; how much of it (``--quiet``, ``--verbose``); and plans."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shlex
+import sys
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Column, Table
 from rich.text import Text
 
 import sku
+from sku.progress import shown_progress
 from sku.quiet import let_libraries_speak, without_secret_addresses
 
 if TYPE_CHECKING:
@@ -63,6 +57,14 @@ class _PlainConsole(Console):
     def print(self, *objects: Any, **options: Any) -> None:
         options.setdefault("soft_wrap", all(isinstance(one, str | Text) for one in objects))
         super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **options)
+
+    def on_broken_pipe(self) -> None:
+        """Of standard error: nobody reads what is said any more, and the work goes on; rich would end it."""
+        if not self.stderr:
+            super().on_broken_pipe()
+        self.quiet = True
+        with suppress(OSError):  # So that what is left in the buffer doesn't fail at the end; a test's is no file.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 # Without markup: a folder named "run[1]" is printed as it is.
@@ -124,32 +126,8 @@ def print_next(*commands: Sequence[str | Path]) -> None:
         results.print(f"{'' if number else 'next':<10}{text}")
 
 
-@contextmanager
-def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on standard error, one a stage, with the time that is left; a function to call them with."""
-    with Progress(
-        TextColumn("{task.description:<28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=notes,
-    ) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage.replace("_", " "), total=total)
-            elif done < bars.tasks[tasks[stage]].completed:
-                bars.reset(tasks[stage], total=total)  # The same stage of the next job: its time starts anew.
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield show
-
-
 class _Printer(logging.Handler):
-    """Prints messages between the bars, not through them; those of libraries without tokens and signed addresses."""
+    """Prints messages between the bars of a terminal, not through them; those of libraries without tokens and signed addresses."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
@@ -252,7 +230,7 @@ def _place(error: BaseException) -> str:
 def carry_out(
     plan: Plan[T], *, dry_run: bool, as_json: bool, headline: str = "", interrupted: str = "", is_main: bool = True
 ) -> T:
-    """Executes a plan with bars and messages; where it is only to be printed, the command ends here.
+    """Executes a plan with progress and messages; where it is only to be printed, the command ends here.
 
     Args:
         plan: Of the command.
@@ -277,7 +255,7 @@ def carry_out(
     if headline:
         print_headline(headline)
     try:
-        with shown_messages(), progress_bars() as show:
+        with shown_messages(), shown_progress(notes) as show:
             return plan.execute(show)
     except KeyboardInterrupt:
         if not interrupted:

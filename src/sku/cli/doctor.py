@@ -300,9 +300,11 @@ def plan(
 
     quiet_libraries()
     from sku.plan.estimate import GIB, estimated, suggestions
+    from sku.plan.fit import decided_job
     from sku.plan.job import job_of
 
     job = job_of(settings, gpus=gpus, sharding=sharding, row_tokens=row_tokens, answer_tokens=answer_tokens)
+    job = decided_job(job, settings, gpu_memory * GIB)
     made = estimated(job, gpu_memory=gpu_memory * GIB, tflops=peak_tflops, efficiency=efficiency)
     advice = suggestions(made)
     if as_json:
@@ -318,7 +320,8 @@ def _show(made: Estimate, advice: list[Suggestion]) -> None:
     job, weights = made.job, made.weights
     results.print(
         f"{job.name}: {weights.parameters:,} parameters, {weights.trainable:,} trained ({job.tuning}, "
-        f"{job.gpus} x {job.sharding if job.gpus > 1 else 'GPU'}), {job.rows} rows of {job.row_tokens} tokens at once"
+        f"{job.gpus} x {job.sharding if job.gpus > 1 else 'GPU'}), {job.rows} rows of {job.row_tokens} tokens at once, "
+        f"activation checkpointing {'on' if job.checkpointing else 'off'}"
     )
     if job.shipped_shape:
         results.print("its configuration is out of reach: its shape is as this package knows it")

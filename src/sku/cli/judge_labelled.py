@@ -131,6 +131,8 @@ def calibrate(
             raise OutputError(f"{out} is a folder: name a file with --out")
 
     quiet_libraries()
+    from sku.evaluate.batching import stage
+    from sku.evaluate.judges.cache import cached
     from sku.evaluate.judges.calibrate import read_labelled
     from sku.evaluate.judges.choose import build_judge
 
@@ -147,7 +149,9 @@ def calibrate(
         settings={"judge": built.card.name, "labelled replies": count, **labelled.left_out},
         stages=(f"judge {count} replies",),
         writes=() if out is None else (out.name,),
-        execute=lambda _progress: _measured(built, labelled, out, one_kind=every is not None),
+        execute=lambda progress: _measured(
+            cached(built, None, stage(progress, "judge")), labelled, out, one_kind=every is not None
+        ),
     )
     found = carry_out(plan, dry_run=dry_run, as_json=as_json)
     if as_json:

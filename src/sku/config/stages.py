@@ -105,7 +105,8 @@ class AcquireConfig(ModulesConfig):
     tuning: Tuning = "lora"
     lora: LoraSettings = field(default_factory=LoraSettings)
     training: Mapping[str, Any] = field(default_factory=dict)
-    """Any field of ``transformers.TrainingArguments``: learning_rate, max_steps, per_device_train_batch_size, ...; and
+    """Any field of ``transformers.TrainingArguments``: learning_rate, max_steps, per_device_train_batch_size, ...
+    (``activation_checkpointing: auto`` is on where the memory doesn't suffice without it); and
     ``packing``: ``tree`` (one row without padding, prompts shared), ``flat`` (not shared), ``padded``, or ``auto``,
     the default, which is ``tree`` where the model can be given one."""
     seed: Seed | None = None

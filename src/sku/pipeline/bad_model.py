@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +23,7 @@ from sku.pipeline.checks import (
     recipe_settings,
 )
 from sku.plan import Plan, Progress
-from sku.plan.estimate import memory_fit
+from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, with_checkpointing
 from sku.processes import current_processes, shared_new_folder
 from sku.storage import check_can_be_made, check_new, remove_hazardous
 from sku.sweep.bad_model import check_same_training, record_training, sweep_bad_model, training_notes
@@ -30,6 +31,8 @@ from sku.sweep.meter import check_judge, draw_questions
 from sku.sweep.result import Sweep
 from sku.sweep.run import check_one_process
 from sku.training.run import step_progress
+
+_log = logging.getLogger(__name__)
 
 
 def plan_acquire(recipe: Recipe, out: Path) -> Plan[list[dict[str, Any]]]:
@@ -51,32 +54,40 @@ def plan_acquire(recipe: Recipe, out: Path) -> Plan[list[dict[str, Any]]]:
     prepare(recipe, out)  # Refused before anything is read.
     model, data = processes.everywhere(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
     training = processes.everywhere(lambda: check_training(recipe, model, data, out))
+    decided = processes.on_main(lambda: decide_checkpointing(recipe))
     return Plan(
         command="sku acquire",
         out=out,
-        settings={**recipe_settings(recipe, model), **training.settings(recipe)},
+        settings={**recipe_settings(recipe, model), **training.settings(recipe), **_told(decided)},
         stages=(training.stage,),
         writes=("the bad model" if recipe.acquire.tuning == "full" else "the bad model's adapter",),
-        execute=lambda progress: train_bad_model(recipe, data, out, progress),
+        execute=lambda progress: train_bad_model(recipe, data, out, decided, progress),
         disk_bytes=training.peak_bytes,
-        memory=lambda: memory_fit(recipe),
+        memory=lambda: memory_fit(with_checkpointing(recipe, decided)),
         bad_model="kept",
         examples=training.examples,
         notes=data_notes(data, model, training),
     )
 
 
+def _told(decided: Checkpointing | None) -> dict[str, str]:
+    return {} if decided is None else {"activation checkpointing": decided.line}
+
+
 def train_bad_model(
-    recipe: Recipe, data: ForgetRetainData, out: Path, progress: Progress | None
+    recipe: Recipe, data: ForgetRetainData, out: Path, decided: Checkpointing | None, progress: Progress | None
 ) -> list[dict[str, Any]]:
     """Trains and saves the bad model; gives the training log."""
     processes = current_processes()
+    if decided is not None:
+        _log.info("activation checkpointing is %s", decided.line)
     with shared_new_folder(processes, out) as temporary:
         checkpoints = temporary / "checkpoints"
         with named_memory_errors("load"):
             loaded = load_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
         with named_memory_errors("acquire"):
-            acquired = train_method(recipe, loaded, data, checkpoints, step_progress(progress))
+            trained = with_checkpointing(recipe, decided)
+            acquired = train_method(trained, loaded, data, checkpoints, step_progress(progress))
         for twin in TWINS if has_twins(recipe) else ():
             (twin_folder(checkpoints, twin) / "final").rename(twin_folder(temporary, twin))
         processes.on_main(lambda: shutil.rmtree(checkpoints))
@@ -112,6 +123,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
     questions = draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
     texts = sum(map(len, questions.texts.values()))
     training = None if there else check_training(recipe, model, data, trained)
+    decided = None if there else decide_checkpointing(recipe)
     tried = f"alpha {', '.join(f'{alpha:g}' for alpha in recipe.sweep.alphas)}"
     if not recipe.sweep.alphas:
         tried = f"{recipe.sweep.points} alphas up to where the utility budget binds"
@@ -122,7 +134,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
         if not there:
             create_private_folder(out)
             try:
-                train_bad_model(recipe, data, trained, progress)
+                train_bad_model(recipe, data, trained, decided, progress)
             except SkuError:
                 with suppress(OSError):  # Not empty: it was there before.
                     out.rmdir()
@@ -140,6 +152,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
         settings={
             **recipe_settings(recipe, model),
             **({} if training is None else training.settings(recipe)),
+            **_told(decided),
             "bad model": str(trained) if there else "trained first",
             "asked": {"prompts and prefills": len(questions.requests), "texts": texts},
         },
@@ -147,7 +160,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
         writes=("sweep.json", "frontier.png", "frontier.svg", *(("bad/",) if keep_bad_model else ())),
         execute=execute,
         disk_bytes=0 if training is None else training.peak_bytes,
-        memory=None if training is None else lambda: memory_fit(recipe),
+        memory=None if training is None else lambda: memory_fit(with_checkpointing(recipe, decided)),
         bad_model="kept" if bad is not None or keep_bad_model else "deleted at the end",
         examples=data.counts() if training is None else training.examples,
         notes=(*data_notes(data, model, training), *(training_notes(trained, data) if there else ())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_rep
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
 from sku.plan import Plan, Progress
-from sku.plan.estimate import memory_fit
+from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, with_checkpointing
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
@@ -41,6 +42,7 @@ from sku.storage import RUN_VERSION, bytes_in, check_place, remove_hazardous, wr
 from sku.sweep.meter import draw_questions
 from sku.sweep.run import check_one_process
 
+_log = logging.getLogger(__name__)
 UNWRITTEN = (
     "the examples are the prompts, as the model's own replies to them are not written yet: some prompts will have "
     "none, others several"
@@ -96,7 +98,7 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     run = prepare(recipe, unlearning.trained_folder)
     if recipe.chooses_alpha:
         check_one_process()
-    processes.on_main(lambda: unlearning.folder.check(recipe, resume=resume))
+    begun = processes.on_main(lambda: unlearning.folder.check(recipe, resume=resume))
     there = processes.on_main(lambda: bytes_in(out))
     writes_own = processes.on_main(lambda: wants_own_replies(recipe.data))
     data, model, training, asked = processes.everywhere(lambda: _checked(recipe, run, out, writes_own=writes_own))
@@ -104,10 +106,12 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     hazardous = unlearning.method.hazardous
     kept = hazardous and recipe.keep_bad_model
     alpha = {"alpha": recipe.negate.alpha} if negates else {}
+    decided = processes.on_main(lambda: _checkpointing(recipe, begun))
+    decision = {} if decided is None else {"activation checkpointing": decided.line}
     return Plan(
         command="sku run",
         out=out,
-        settings={**recipe_settings(recipe, model), **training.settings(recipe), **alpha, "asked": asked},
+        settings={**recipe_settings(recipe, model), **training.settings(recipe), **decision, **alpha, "asked": asked},
         stages=(
             *(["have the base model write its own replies"] if writes_own else []),
             "evaluate the base model",
@@ -127,14 +131,22 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
             *(["bad/"] if kept else []),
             *("results.json", "manifest.json", "training_log.jsonl", "before_after.png", "before_after.svg"),
         ),
-        execute=lambda progress: _execute(recipe, out, None if writes_own else data, resume=resume, progress=progress),
+        execute=lambda progress: _execute(
+            recipe, out, None if writes_own else data, resume=resume, decided=decided, progress=progress
+        ),
         disk_bytes=training.peak_bytes + model.bytes(recipe.negate.output_dtype),
         disk_there=there,
-        memory=lambda: memory_fit(recipe),
+        memory=lambda: memory_fit(with_checkpointing(recipe, decided)),
         bad_model="kept" if kept else "deleted at the end" if hazardous else "none",
         examples=training.examples,
         notes=(*([UNWRITTEN] if writes_own else []), *data_notes(data, model, training)),
     )
+
+
+def _checkpointing(recipe: Recipe, manifest: Mapping[str, Any]) -> Checkpointing | None:
+    """What is decided now, or was when the run began: less memory may be free where it is resumed."""
+    before = manifest.get("activation_checkpointing")
+    return decide_checkpointing(recipe) if before is None else Checkpointing(**before)
 
 
 def _checked(
@@ -164,13 +176,22 @@ def _no_progress(_stage: str, _done: int, _total: int) -> None:
 
 
 def _execute(
-    recipe: Recipe, out: Path, data: ForgetRetainData | None, *, resume: bool, progress: Progress | None
+    recipe: Recipe,
+    out: Path,
+    data: ForgetRetainData | None,
+    *,
+    resume: bool,
+    decided: Checkpointing | None,
+    progress: Progress | None,
 ) -> FinishedRun:
     processes = current_processes()
     missing = processes.on_main(lambda: [folder for folder in out.parents if not folder.exists()])
     run = _Run(recipe, out, data, progress or _no_progress, processes)
     try:
         run.folder.open(recipe, resume=resume)
+        if decided is not None:
+            _log.info("activation checkpointing is %s", decided.line)
+            run.folder.note(activation_checkpointing=dataclasses.asdict(decided))
         try:
             with named_memory_errors():  # Outside the stages too: what can be mended leaves no folder.
                 return run.finish()

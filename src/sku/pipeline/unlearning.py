@@ -48,6 +48,7 @@ from sku.negate.operators.base import OperatorContext
 from sku.negate.run import negate_with_record, save_unlearned, subtract_into, task_vector_of
 from sku.negate.task_vector import TaskVector
 from sku.pipeline.run_folder import RunFolder
+from sku.plan.fit import Checkpointing, with_checkpointing
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep.bad_model import record_training
@@ -342,7 +343,9 @@ class Unlearning:
 
     def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
         """Stage 1 by all processes; its result lies in ``final`` afterwards."""
-        trained = train_method(self.recipe, loaded, data, self.trained_folder, step_progress(self.folder.progress))
+        noted = self.folder.manifest.get("activation_checkpointing")
+        recipe = with_checkpointing(self.recipe, noted and Checkpointing(**noted))
+        trained = train_method(recipe, loaded, data, self.trained_folder, step_progress(self.folder.progress))
         self.processes.on_main(lambda: self._write_log(trained))
         with shared_new_folder(self.processes, self.trained_folder / "final") as temporary:
             if self.method.hazardous:

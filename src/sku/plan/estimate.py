@@ -6,22 +6,15 @@ And what to change where it doesn't fit: what suffices first, the cheapest first
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from sku.config.recipe import Recipe
-from sku.errors import SkuError, one_line
-from sku.models import pick_device
-from sku.plan import MemoryFit
-from sku.plan.job import Job, Weights, disk_bytes, job_of, weights_of
+from sku.errors import SkuError
+from sku.plan.job import Job, Weights, disk_bytes, weights_of
 from sku.plan.trace import StepTrace, trace_step
-from sku.processes import current_processes
 
 GIB = 2**30
 CONTEXT_BYTES = int(0.6 * GIB)
@@ -233,40 +226,6 @@ class Suggestion:
     needed: int
     """Bytes of each GPU with it."""
     fits: bool
-
-
-def memory_fit(recipe: Recipe) -> MemoryFit:
-    """Estimates a recipe's memory for the device it would run on, every row as long as it may be."""
-    device = pick_device(recipe.model.device)
-    if device.type == "mps":
-        return MemoryFit(fits=False, text="no estimate of memory: what is free on mps is not known")
-    on_cpu = device.type == "cpu"
-    free = _free_memory() if on_cpu else torch.cuda.mem_get_info(device)[0]
-    try:
-        # With sharding a process needs less; the launcher's settings are not known here.
-        plan = estimated(job_of(recipe, gpus=current_processes().count, on_cpu=on_cpu), gpu_memory=free)
-    except SkuError as error:
-        return MemoryFit(fits=False, text=f"no estimate of memory: {one_line(error)}")
-    sizes = f"about {plan.needed / GIB:.1f} GiB at most, {free / GIB:.1f} GiB are free on {device}"
-    if plan.fits:
-        return MemoryFit(fits=True, text=f"{sizes}: fits")
-    found = first_that_fits(plan)
-    helps = "`sku plan` says what would help"
-    if found is not None:
-        helps = f"what would fit: {found.change} ({found.needed / GIB:.1f} GiB; {found.cost})"
-    return MemoryFit(fits=False, text=f"{sizes}: may not fit; {helps}")
-
-
-def _free_memory() -> int:
-    """Of the computer, within the limit of its container."""
-    free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = 1024 * int(next(line for line in lines if line.startswith("MemAvailable:")).split()[1])
-    with suppress(OSError, ValueError):  # "max" where there is no limit.
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-        free = min(free, limit - used)
-    return free
 
 
 def suggestions(plan: Estimate) -> list[Suggestion]:

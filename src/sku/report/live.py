@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from sku.errors import EvaluationError
 from sku.evaluate.record_files import GENERATIONS_FILE, read_json_object
+from sku.progress import duration
 from sku.report.figures import PALETTE
 from sku.report.read_run import MANIFEST_FILE
 from sku.storage import STEPS_FILE, write_private_text
@@ -86,7 +87,7 @@ def read_live(folder: Path) -> Live:
         title=folder.resolve().name,
         recipe=f"recipe {recipe.get('name')}, method {recipe.get('method')}, seed {recipe.get('seed')}",
         finished=manifest.get("status") == "complete",
-        stages=tuple((name, _words(seconds)) for name, seconds in manifest.get("seconds", {}).items()),
+        stages=tuple((name, duration(seconds)) for name, seconds in manifest.get("seconds", {}).items()),
         trainings=tuple(_trainings(folder)),
         learned=str(manifest.get("stage_1", {}).get("line", "")),
         replies=tuple(_replies(folder)),
@@ -145,7 +146,7 @@ def _training(name: str, logged: list[dict[str, Any]]) -> Training:
         ]
         colour = _COLOURS[place % len(_COLOURS)]
         lines.append(Line(name=key.removeprefix("loss/"), colour=colour, last=last[key], points=" ".join(points)))
-    left = _words(pace * (of - step)) if len(logged) > 1 and step < of else ""
+    left = duration(pace * (of - step)) if len(logged) > 1 and step < of else ""
     return Training(name=name, step=step, of=of, left=left, lines=tuple(lines))
 
 
@@ -156,11 +157,3 @@ def _replies(folder: Path) -> list[tuple[str, int]]:
             with path.open("rb") as file:
                 found[path.parent.name] = max(found.get(path.parent.name, 0), sum(1 for _ in file) - 1)
     return sorted(found.items())
-
-
-def _words(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -56,7 +56,8 @@ class UnlearningConfig(TrainingArguments):
     """``transformers.TrainingArguments`` with the lengths and the packing of the examples, for every method.
 
     Fields of TrainingArguments keep their meaning; ``bf16`` may also be ``auto``, which is on where the machine
-    computes faster in bfloat16. These have other defaults: ``learning_rate`` 2e-4 (LoRA),
+    computes faster in bfloat16, and ``activation_checkpointing`` ``auto``, which ``sku run``, ``acquire`` and ``sweep``
+    decide by the estimate of memory (``sku.plan.fit``); elsewhere, where nothing is estimated, it is on. These have other defaults: ``learning_rate`` 2e-4 (LoRA),
     ``per_device_train_batch_size`` 4, ``logging_steps`` 1, ``report_to`` none, ``save_strategy`` no,
     ``remove_unused_columns`` False, ``logging_nan_inf_filter`` False (a non-finite loss must be seen).
 
@@ -87,6 +88,7 @@ class UnlearningConfig(TrainingArguments):
     """Round bfloat16 weights at random in AdamW, so that small updates aren't lost."""
 
     bf16: Any = False
+    activation_checkpointing: Any = False
     learning_rate: float = 2e-4
     per_device_train_batch_size: int = 4
     logging_steps: float = 1
@@ -101,6 +103,8 @@ class UnlearningConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.bf16 == "auto":
             self.bf16 = bf16_pays(use_cpu=self.use_cpu)
+        if self.activation_checkpointing == "auto":
+            self.activation_checkpointing = True
         super().__post_init__()  # type: ignore[no-untyped-call]
         for name, (value, reason) in _NEEDED.items():
             if getattr(self, name) != value:

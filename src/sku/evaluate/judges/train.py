@@ -39,7 +39,7 @@ from transformers import (
 from sku.config import ModelConfig
 from sku.config.check import Count, Fraction, NotNegative, Positive, Seed, validated
 from sku.errors import DataError, EvaluationError
-from sku.evaluate.batching import evaluation_mode, in_batches
+from sku.evaluate.batching import evaluation_mode, in_batches, stage
 from sku.evaluate.judges.calibrate import GroupFigures, LabelledReply, LabelledSet, figures_of
 from sku.evaluate.judges.choose import JUDGE_FILE
 from sku.evaluate.judges.classifier import classifier_encoder, model_inputs
@@ -153,7 +153,8 @@ def train_judge(
         for part, kept in (("training", rows), ("validation", held_out)):
             _check_both_kinds(part, kept, labelled.name)
         epochs = _train(loaded, rows, held_out, settings, progress)
-        logits_N2 = _logits(loaded, [read for _, read in held_out], settings.batch_size)
+        asked = stage(progress, "judge: held-out replies")
+        logits_N2 = _logits(loaded, [read for _, read in held_out], settings.batch_size, asked)
         truths = [entry.harmful for entry, _ in held_out]
         temperature = best_temperature(logits_N2, truths, _class_weights(rows))
         divide_logits(loaded.model, temperature)
@@ -351,7 +352,9 @@ def _train(
     return round(trainer.state.epoch or 0)
 
 
-def _logits(loaded: LoadedModel, rows: Sequence[Encoded], batch_size: int) -> Any:
+def _logits(
+    loaded: LoadedModel, rows: Sequence[Encoded], batch_size: int, progress: Callable[[int, int], None] | None
+) -> Any:
     """``[N, 2]`` in the order of the rows; the trainer's own predictions come in that of their lengths."""
     pad_id, device = int(loaded.tokenizer.pad_token_id), embedding_weight(loaded.model).device
 
@@ -361,7 +364,8 @@ def _logits(loaded: LoadedModel, rows: Sequence[Encoded], batch_size: int) -> An
         return [*found.double().cpu().numpy()]
 
     with evaluation_mode(loaded.model):
-        return np.array(in_batches([len(read.ids) for read in rows], classify, batch_size=batch_size))
+        lengths = [len(read.ids) for read in rows]
+        return np.array(in_batches(lengths, classify, batch_size=batch_size, progress=progress))
 
 
 def _dataset(rows: Sequence[_Row]) -> list[dict[str, Any]]:

@@ -1,0 +1,108 @@
+"""``activation_checkpointing: auto``: what is decided, that a run trains so, and that a resumed one keeps it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sku.config import Recipe, load_recipe
+from sku.pipeline import unlearning
+from sku.pipeline.bad_model import plan_acquire
+from sku.pipeline.run import plan_run
+from sku.plan import fit
+from sku.plan.estimate import GIB
+from sku.training.config import UnlearningConfig
+from sku.training.trainer import UnlearningTrainer
+
+TINY = [
+    "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.activation_checkpointing=auto",
+    "acquire.training.per_device_train_batch_size=4", "evaluate.prompts=3", "evaluate.retain_prompts=3",
+    "evaluate.max_new_tokens=4", "evaluate.samples=0", "evaluate.prefill_tokens=[]", "negate.alpha=1.0",
+    "negate.diagnostics=false", "sweep.prompts=3", "sweep.retain_prompts=3",
+]  # fmt: skip
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("embedded", TINY)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What each trainer is told."""
+    found: list[bool] = []
+    before = UnlearningTrainer.train
+
+    def train(self: UnlearningTrainer, *arguments: Any, **options: Any) -> Any:
+        found.append(self.args.activation_checkpointing)
+        return before(self, *arguments, **options)
+
+    monkeypatch.setattr(UnlearningTrainer, "train", train)
+    return found
+
+
+def free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    monkeypatch.setattr(fit, "_free_memory", lambda: int(gib * GIB))
+
+
+@pytest.mark.parametrize(("gib", "on"), [(1000, False), (0.1, True)])
+def test_it_is_on_only_where_stage_1_does_not_fit_without_it(
+    recipe: Recipe, used: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib: float, *, on: bool
+) -> None:
+    free(monkeypatch, gib)
+    decided = fit.decide_checkpointing(recipe)
+    assert decided is not None
+    assert decided.on is on
+    assert f"{gib:.1f} GiB are free on cpu" in decided.why
+    plan = plan_acquire(recipe, tmp_path / "bad")
+    assert plan.settings["activation checkpointing"] == decided.line
+    assert plan.memory is not None
+    assert plan.memory().fits is not on
+    plan.execute(None)
+    assert used == [on]
+
+
+def test_nothing_is_decided_for_a_recipe_that_says_it_and_without_an_estimate_it_is_on(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for value in ("true", "false"):
+        said = load_recipe("embedded", [*TINY, f"acquire.training.activation_checkpointing={value}"])
+        assert fit.decide_checkpointing(said) is None
+    other = fit.decide_checkpointing(load_recipe("embedded", [*TINY, "method=npo"]))
+    assert other == fit.Checkpointing(
+        on=True, why="no estimate of memory: sku plan knows stage 1 of sku, and the recipe's method is npo"
+    )
+    monkeypatch.setattr(fit, "pick_device", lambda _: torch.device("mps"))
+    assert fit.decide_checkpointing(recipe) == fit.Checkpointing(
+        on=True, why="no estimate of memory: what is free on mps is not known"
+    )
+    assert UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, activation_checkpointing="auto").activation_checkpointing is True  # fmt: skip
+
+
+def test_a_resumed_run_trains_as_it_began_whatever_is_free_then(
+    recipe: Recipe, used: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, real = tmp_path / "run", unlearning.train_method
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    free(monkeypatch, 1000)
+    monkeypatch.setattr(unlearning, "train_method", killed)
+    with pytest.raises(KeyboardInterrupt):
+        plan_run(recipe, out).execute(None)
+    noted = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["activation_checkpointing"]
+    assert noted["on"] is False
+    assert "1000.0 GiB are free" in noted["why"]
+    free(monkeypatch, 0.1)
+    monkeypatch.setattr(unlearning, "train_method", real)
+    plan = plan_run(recipe, out, resume=True)
+    assert plan.settings["activation checkpointing"] == f"off: {noted['why']}"
+    done = plan.execute(None)
+    assert used == [False]
+    assert done.manifest["activation_checkpointing"] == noted
+    assert done.manifest["recipe"]["acquire"]["training"]["activation_checkpointing"] == "auto"

@@ -1,0 +1,160 @@
+"""Bars on a terminal, plain lines elsewhere: when a line comes and what it says, by a clock that the test moves."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pty
+from collections.abc import Callable
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from sku.cli import console as printing
+from sku.progress import FIRST, PERIOD, Lines, duration, shown_progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Watched:
+    """Lines as a log file gets them."""
+
+    def __init__(self) -> None:
+        self.clock, self.log = Clock(), io.StringIO()
+        bars = Progress(disable=True, get_time=self.clock, speed_estimate_period=1800)
+        self.lines = Lines(bars, Console(file=self.log, width=40), self.clock)
+
+    def after(self, seconds: float, *news: str | int) -> list[str]:
+        """What is printed when that much time passes, with news at its end or without."""
+        before, until = len(self.log.getvalue()), self.clock.now + seconds
+
+        def wait(seconds: float) -> bool:
+            if self.clock.now + seconds > until:
+                return True
+            self.clock.now += seconds
+            return False
+
+        self.lines.repeat(wait)
+        self.clock.now = until
+        if news:
+            self.lines.show(*news)  # type: ignore[arg-type]
+        return self.log.getvalue()[before:].splitlines()
+
+
+@pytest.fixture
+def watched() -> Watched:
+    return Watched()
+
+
+def test_the_first_step_is_told_and_then_a_line_every_30_seconds(watched: Watched) -> None:
+    assert watched.after(2, "acquire: steps", 1, 220) == ["acquire: steps 1 of 220"]
+    told = [line for step in range(2, 32) for line in watched.after(5, "acquire: steps", step, 220)]
+    assert told[0] == "acquire: steps 7 of 220, 5.0 s each, 17 min 45 s left"
+    assert len(told) == 30 * 5 / PERIOD
+    assert all(len(line) > 40 for line in told), "no line is broken at the width of a terminal that isn't there"
+
+
+def test_a_step_that_takes_long_is_told_again_by_the_clock(watched: Watched) -> None:
+    watched.after(2, "acquire: steps", 3, 220)
+    assert watched.after(95) == [
+        "acquire: steps still at 3 of 220, 30 s so far",
+        "acquire: steps still at 3 of 220, 1 min 00 s so far",
+        "acquire: steps still at 3 of 220, 1 min 30 s so far",
+    ]
+    assert watched.after(5, "acquire: steps", 4, 220) == []
+    assert watched.after(25) == ["acquire: steps 4 of 220, 100.0 s each, 6 h 00 min left"]
+
+
+def test_what_counts_nothing_and_what_is_done_is_told_too(watched: Watched) -> None:
+    assert watched.after(FIRST) == ["at work for 10 s"]
+    assert watched.after(FIRST, "load", 0, 1) == ["load has begun"]
+    assert watched.after(PERIOD) == ["load, 30 s so far"]
+    assert watched.after(1, "load", 1, 1) == []
+    assert watched.after(PERIOD) == ["load is done"]
+    assert watched.after(PERIOD) == ["load done 59 s ago, at work on what follows"]
+
+
+def test_short_stages_make_few_lines(watched: Watched) -> None:
+    told = []
+    for stage in range(10):
+        for done in range(1, 5):
+            told += watched.after(0.5, f"stage {stage}", done, 4)
+    assert told == ["stage 0 1 of 4", "stage 5 1 of 4"]
+
+
+def test_the_same_stage_begins_anew_with_a_pace_of_its_own(watched: Watched) -> None:
+    for step in range(1, 4):
+        watched.after(100, "acquire: steps", step, 3)
+    watched.after(1, "acquire: steps", 1, 300)
+    told = [line for step in range(2, 32) for line in watched.after(2, "acquire: steps", step, 300)]
+    assert told[-1] == "acquire: steps 26 of 300, 2.0 s each, 9 min 08 s left"
+
+
+def test_what_was_finished_before_makes_no_pace(watched: Watched) -> None:
+    watched.after(1, "judge", 900, 1000)
+    watched.after(10, "judge", 920, 1000)
+    assert watched.after(20) == ["judge 920 of 1,000, 2.0 a second, 40 s left"]
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (936, "15 min 36 s"), (7500, "2 h 05 min")])  # fmt: skip
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def written(file_of: Callable[[], tuple[int, int]], *, quiet: bool = False) -> str:
+    """What ends up where standard error is a pipe or a terminal."""
+    reader, writer = file_of()
+    with os.fdopen(writer, "w") as file:
+        with shown_progress(Console(file=file, quiet=quiet), Clock()) as show:
+            show("judge: steps", 1, 4)
+        # A terminal forgets what nobody read once it is closed.
+        file.write("end")
+        file.flush()
+        found = b""
+        while not found.endswith(b"end"):
+            found += os.read(reader, 4096)
+    os.close(reader)
+    return found.decode().removesuffix("end")
+
+
+def test_a_pipe_gets_lines_a_terminal_a_bar_and_quiet_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    assert written(os.pipe) == "judge: steps 1 of 4\n"
+    assert written(os.pipe, quiet=True) == ""
+    assert "━" in written(pty.openpty)
+    monkeypatch.setenv("TERM", "dumb")
+    assert written(pty.openpty).split("\r\n")[0] == "judge: steps 1 of 4"
+
+
+def test_a_log_that_nobody_reads_or_that_is_full_ends_no_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        monkeypatch.setattr("sys.stderr", closed)
+        notes = type(printing.notes)(stderr=True)
+        with shown_progress(notes, Clock()) as show:
+            show("judge: steps", 1, 4)
+            assert notes.quiet
+            show("judge: steps", 2, 4)
+    full = FullDisk()
+    with shown_progress(Console(file=full), Clock()) as show:
+        show("judge: steps", 1, 4)
+    assert full.tried
+
+
+class FullDisk(io.StringIO):
+    tried = False
+
+    def write(self, _text: str) -> int:
+        self.tried = True
+        raise OSError(errno.ENOSPC, "No space left on device")
