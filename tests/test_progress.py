@@ -17,6 +17,8 @@ from sku.progress import FIRST, PERIOD, Lines, duration, shown_progress
 
 
 class Clock:
+    """Seconds that a test sets."""
+
     def __init__(self) -> None:
         self.now = 1000.0
 
@@ -104,7 +106,9 @@ def test_what_was_finished_before_makes_no_pace(watched: Watched) -> None:
     assert watched.after(20) == ["judge 920 of 1,000, 2.0 a second, 40 s left"]
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (936, "15 min 36 s"), (7500, "2 h 05 min")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (936, "15 min 36 s"), (7500, "2 h 05 min")]
+)
 def test_durations(seconds: float, words: str) -> None:
     assert duration(seconds) == words
 
@@ -153,6 +157,8 @@ def test_a_log_that_nobody_reads_or_that_is_full_ends_no_work(monkeypatch: pytes
 
 
 class FullDisk(io.StringIO):
+    """A log that can't be written."""
+
     tried = False
 
     def write(self, _text: str) -> int:
