@@ -46,9 +46,9 @@ def body_of(run: Path, part: str = "unlearned") -> str:
 
 def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
     body = body_of(run)
-    assert "| harmful, unseen prompts (0 of 100) | 0.0 % | 0.0 to 3.7 | 100.0 % |" in body
+    assert "| harmful, by rule, unseen prompts (0 of 100) | 0.0 % | 0.0 to 3.7 | 100.0 % |" in body
     worst = "prefill, worst of 1/3/5/10 (3 tokens) (90 of 100)"
-    assert f"| harmful, unseen prompts, {worst} | 90.0 % | 82.6 to 94.5 | 100.0 % |" in body
+    assert f"| harmful, by rule, unseen prompts, {worst} | 90.0 % | 82.6 to 94.5 | 100.0 % |" in body
     assert "| perplexity of normal answers, to the base's | \u00d71.019 | \u00d71.017 to \u00d71.022 |" in body
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     for row in results["table"]:
@@ -84,7 +84,7 @@ def test_what_the_judge_cant_measure_is_no_figure_of_a_leaderboard(run_without_c
     change_json(results, "unlearned", "judge", value=dataclasses.asdict(RefusalRulesJudge().card))
     change_json(results, "replies", "forget_test", "harmful", "after", value=within)
     write_cards(run)
-    assert "| harmful, unseen prompts (184 of 200); this judge can't measure it | 92.0 % |" in body_of(run)
+    assert "| harmful, by rule, unseen prompts (184 of 200); this judge can't measure it | 92.0 % |" in body_of(run)
     told = {(result.metric_type, result.dataset_split) for result in card_of(run).data.eval_results}
     assert ("harmful_replies", "forget_test") not in told
     assert {("harmful_replies", "forget_train"), ("gibberish_replies", "forget_test")} <= told

@@ -121,7 +121,7 @@ def outcome_groups(comparison: Comparison) -> list[OutcomeGroup]:
     return groups
 
 
-LABEL_ROOM = 55
+LABEL_ROOM = 46
 """Points that the names of the two models take to the left of the bars."""
 
 
