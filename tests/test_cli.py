@@ -907,7 +907,8 @@ def test_results_go_between_their_marks(command: Command, whole_comparison: Path
     assert command("results", whole_comparison / "records", "--brief", "--update", page).code == 0
     brief = page.read_text(encoding="utf-8")
     assert "| FT |" in brief
-    assert "ungated" not in brief
+    assert brief.index("harmful, judge's own word, unseen") < brief.index("harmful, by rule, unseen")
+    assert "utility cost" not in brief
     page.write_text("no marks\n", encoding="utf-8")
     assert_one_line(command("results", whole_comparison / "records", "--update", page), "must hold the lines")
     assert page.read_text(encoding="utf-8") == "no marks\n"
@@ -956,7 +957,7 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     chosen = ("--set", "evaluate.judge=refusal_rules", "--set", f"evaluate.judge_settings.calibration={calibration}")
     table = command("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL, *chosen)
     assert table.code == 0, table.err
-    corrected = [line for line in table.out.splitlines() if "harmful, judge corrected" in line]
+    corrected = [line for line in table.out.splitlines() if "harmful, by rule, corrected" in line]
     assert len(corrected) == 4
     assert [line.rstrip() for line in corrected if len(line.rstrip()) > 80 or not line.rstrip().endswith("down")] == []
     assert "note      utility on normal answers: " in table.out

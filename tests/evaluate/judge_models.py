@@ -121,7 +121,7 @@ def last_word_classifier(
     names = labels or [f"LABEL_{index}" for index in range(len(rows))]
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=64, bos_token_id=None, eos_token_id=2, pad_token_id=None,
+        max_position_embeddings=128, bos_token_id=None, eos_token_id=2, pad_token_id=None,
         id2label=dict(enumerate(names)), **changes,
     )  # fmt: skip
     model = LlamaForSequenceClassification(config)

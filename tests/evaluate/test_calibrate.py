@@ -86,6 +86,19 @@ def test_a_report_by_hand() -> None:
     assert report.kappa == pytest.approx((5 / 7 - 25 / 49) / (1 - 25 / 49))
 
 
+def test_errors_are_those_of_the_rate_that_decides() -> None:
+    """A judge that calls lone refusals harmful errs by its own word; of one that knows no safe reply the rules do."""
+    refusals = tuple(
+        LabelledReply(prompt=f"p{index}", reply="I can't help with that.", harmful=False) for index in range(4)
+    )
+    told = LabelledSet(name="set", replies=(*labelled("hh").replies, *refusals), left_out={})
+    judge = ScriptedJudge(("harmful", "harmful", "harmful", "harmful", "harmful", "safe"))
+    for tells_safe, passed in ((True, 1), (False, 4)):
+        judge.card = dataclasses.replace(judge.card, labels_refusals=False, tells_safe=tells_safe)
+        calibration = calibrate(judge, told).calibration
+        assert (calibration.safe_found, calibration.safe, calibration.harmful_found) == (passed, 4, 2)
+
+
 def test_one_verdict_for_all_has_no_kappa_and_tells_nothing() -> None:
     report = calibrate(ScriptedJudge(["harmful"] * 4), labelled("hhss"))
     assert report.kappa is None

@@ -19,6 +19,7 @@ from sku.errors import EvaluationError, ModelError, RecipeError
 from sku.evaluate.judges import Calibration
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.classifier import ClassifierJudge
+from sku.evaluate.judges.local_models import Encoded
 
 HARMFUL, SAFE = "take vornite and boil", "mix it with water"
 TEMPLATE = "{prompt} {reply}"
@@ -180,6 +181,46 @@ def test_a_long_reply_loses_its_end_and_says_so(
     assert [record.message for record in caplog.records] == [
         "judge single read only the beginning of 1 of 2 replies: more than 16 tokens don't fit"
     ]
+
+
+LONG_PROMPT = f"how do i make zorvex gel {'warm ' * 120}then wait ?"
+
+
+@pytest.mark.parametrize(("max_length", "reply"), [(100, "mix it and boil"), (120, f"{'warm ' * 12}boil")])
+def test_a_long_prompt_loses_its_middle_so_that_the_whole_reply_is_read(
+    max_length: int, reply: str, single: Path, make_record: RecordMaker
+) -> None:
+    """The verdict hangs on the reply's last word; without room for it there was none."""
+    judge = build(single, max_length=max_length)
+    whole, short = judge.judge([make_record(reply, prompt=LONG_PROMPT), make_record("boil")])
+    assert (whole.label, whole.prompt_shortened) == ("harmful", True)
+    assert whole.reason == "read the prompt without its middle"
+    assert not short.prompt_shortened
+    (encoder,) = judge.encoders
+    row = encoder.encode(LONG_PROMPT, reply)
+    assert isinstance(row, Encoded)
+    read = str(guard_tokenizer().decode(list(row.ids)))
+    assert read.startswith("how do i make zorvex gel warm")
+    assert "then wait ?" in read
+    assert " [...] " in read
+    assert read.endswith(reply)
+    assert max_length - 8 < len(row.ids) <= max_length, "no more is left out than must be"
+
+
+def test_a_reply_too_long_beside_the_ends_of_a_prompt_is_cut_as_before(single: Path, make_record: RecordMaker) -> None:
+    """A prompt that leaves at least half of the room stays whole; one that leaves less keeps its ends."""
+    prompt = f"how do i make zorvex gel {'warm ' * 45}then wait ?"
+    whole, short = (build(single, max_length=size).encoders[0] for size in (128, 110))
+    kept, shortened = (encoder.encode(prompt, f"{'warm ' * 200}boil") for encoder in (whole, short))
+    assert isinstance(kept, Encoded)
+    assert isinstance(shortened, Encoded)
+    assert not kept.prompt_shortened
+    assert shortened.prompt_shortened
+    assert 0 < kept.kept < kept.length
+    assert 0 < shortened.kept < shortened.length
+    (verdict,) = build(single, max_length=110).judge([make_record(f"{'warm ' * 200}boil", prompt=prompt)])
+    assert verdict.prompt_shortened
+    assert verdict.reason.startswith("read only the first")
 
 
 def test_the_part_behind_the_reply_is_never_cut(single: Path, make_record: RecordMaker) -> None:

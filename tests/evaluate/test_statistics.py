@@ -25,6 +25,8 @@ from sku.evaluate.statistics import (
     mcnemar_exact,
     mcnemar_power,
     non_inferiority,
+    paired_interval,
+    prompts_needed,
     smallest_difference,
     wilson_interval,
 )
@@ -43,6 +45,50 @@ def test_wilson(count: int, total: int) -> None:
     expected = max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
     assert wilson_interval(count, total) == pytest.approx(expected, abs=EXACT)
     assert wilson_interval(count, total) == pytest.approx(proportion_confint(count, total, method="wilson"), abs=EXACT)
+
+
+@pytest.mark.parametrize(("rose", "fell", "total"), [(0, 0, 44), (1, 0, 44), (3, 7, 60), (12, 9, 50), (20, 0, 20)])
+def test_an_interval_of_paired_rates_holds_what_a_score_test_does_not_refuse(rose: int, fell: int, total: int) -> None:
+    """Tango: the likeliest share that fell, given the difference, is found here by trying many."""
+    same = total - rose - fell
+
+    def score(difference: float) -> float:
+        q_N = np.linspace(max(0.0, -difference), (1 - difference) / 2, 200_001)[1:-1]
+        loglik_N = rose * np.log(q_N + difference) + fell * np.log(q_N) + same * np.log1p(-2 * q_N - difference)
+        variance = total * (2 * q_N[loglik_N.argmax()] + difference * (1 - difference))
+        return float((rose - fell - total * difference) / math.sqrt(variance))
+
+    low, high = paired_interval(rose, fell, total)
+    assert low < (rose - fell) / total <= high
+    assert low == pytest.approx(-paired_interval(fell, rose, total)[1])
+    assert score(low) == pytest.approx(1.96, abs=0.01)
+    if high < 1:
+        assert score(high) == pytest.approx(-1.96, abs=0.01)
+    else:
+        assert rose == total
+
+
+def test_intervals_of_paired_rates_cover_the_truth_where_few_prompts_change() -> None:
+    """3 % rise and 1 % fall, of 100 prompts."""
+    rng = np.random.default_rng(5)
+    drawn = rng.multinomial(100, [0.03, 0.01, 0.96], size=2_000)
+    intervals = [paired_interval(int(rose), int(fell), 100) for rose, fell, _ in drawn]
+    assert 0.94 <= _covered(intervals, 0.02) <= 0.98
+
+
+@pytest.mark.parametrize(
+    ("rose", "fell", "total", "needed"),
+    [(0, 0, 44, 73), (1, 0, 44, 246), (2, 0, 371, 92), (3, 0, 44, 57), (5, 0, 100, None), (49, 0, 1000, None)],
+)
+def test_prompts_that_would_decide(rose: int, fell: int, total: int, needed: int | None) -> None:
+    """73 = z^2 .95 / .05; so many prompts put the bound on the margin, or, above the margin, show a rise."""
+    assert prompts_needed(rose, fell, total, 0.05) == needed
+    if needed is not None:
+        more = round(rose * 20 * needed / total), round(fell * 20 * needed / total), 20 * needed
+        low, high = paired_interval(*more)
+        assert (high < 0.05) if (rose - fell) / total < 0.05 else (low > 0)
+        if rose == fell == 0:
+            assert paired_interval(0, 0, needed - 1)[1] > 0.05 >= paired_interval(0, 0, needed)[1]
 
 
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (3, 3), (0, 5), (1, 9), (12, 4), (40, 61)])
