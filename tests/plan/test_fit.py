@@ -80,7 +80,8 @@ def test_nothing_is_decided_for_a_recipe_that_says_it_and_without_an_estimate_it
     assert fit.decide_checkpointing(recipe) == fit.Checkpointing(
         on=True, why="no estimate of memory: what is free on mps is not known"
     )
-    assert UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, activation_checkpointing="auto").activation_checkpointing is True  # fmt: skip
+    alone = UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, activation_checkpointing="auto")
+    assert alone.activation_checkpointing is True
 
 
 def test_a_resumed_run_trains_as_it_began_whatever_is_free_then(

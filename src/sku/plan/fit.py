@@ -1,7 +1,7 @@
 """Whether a run fits the memory of this machine, and whether activations are computed twice so that it does.
 
-``acquire.training.activation_checkpointing: auto`` is off where stage 1 fits without it, else on, and on where there is
-no estimate. It changes time and memory, no number; a run keeps what it began with all the same.
+``acquire.training.activation_checkpointing: auto`` is off where stage 1 fits without it, else on, and on where there
+is no estimate. It changes time and memory, no number; a run keeps what it began with all the same.
 """
 
 from __future__ import annotations
