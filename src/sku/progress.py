@@ -1,7 +1,8 @@
 """How far long work has come: bars on a terminal, plain lines where there is none (``nohup``, a pipe, a scheduler).
 
-Both read the same tasks of ``rich.progress``, which keep the pace and tell the time left. A line comes after the first
-step or ``FIRST`` seconds, then every ``PERIOD`` seconds, from a thread where a single step takes longer.
+Both read the same tasks of ``rich.progress``, which keep the pace and tell the time left. The first line comes after
+``FIRST`` seconds, so that short work says nothing, then one every ``PERIOD`` seconds, from a thread where a step takes
+longer.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.progress import (
 )
 
 FIRST = 10.0
-"""Seconds without a line, at most, before the first one; and between lines where a new stage has begun."""
+"""Seconds before the first line, and between two lines where a new stage has begun."""
 PERIOD = 30.0
 """Seconds between two lines, at most."""
 _PACE_OVER = 1800.0
@@ -112,18 +113,15 @@ class Lines:
         with self._lock:
             self._stages.show(stage, done, total)
             self._moved, self._moved_at = True, self._clock()
-            first = not self._has_printed and done > 0 and total > 1
-            if first or self._left() <= 0:
+            if self._left() <= 0:
                 self._print()
 
     def repeat(self, wait: Callable[[float], bool]) -> None:
         """Prints whenever a line is due, until ``wait``, which is called with seconds, says that the work is done."""
-        left = FIRST
-        while not wait(left):
+        while not wait(max(self._left(), 0.1)):
             with self._lock:
                 if self._left() <= 0:
                     self._print()
-                left = max(self._left(), 0.1)
 
     def _left(self) -> float:
         """Seconds until the next line."""

@@ -127,10 +127,7 @@ def print_next(*commands: Sequence[str | Path]) -> None:
 
 
 class _Printer(logging.Handler):
-    """Prints messages between the bars of a terminal, not through them.
-
-    Those of libraries lose tokens and signed addresses.
-    """
+    """Prints messages between the bars, not through them; those of libraries without tokens and signed addresses."""
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()

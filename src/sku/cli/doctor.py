@@ -320,8 +320,8 @@ def _show(made: Estimate, advice: list[Suggestion]) -> None:
     job, weights = made.job, made.weights
     results.print(
         f"{job.name}: {weights.parameters:,} parameters, {weights.trainable:,} trained ({job.tuning}, "
-        f"{job.gpus} x {job.sharding if job.gpus > 1 else 'GPU'}), {job.rows} rows of {job.row_tokens} tokens at "
-        f"once, activation checkpointing {'on' if job.checkpointing else 'off'}"
+        f"{job.gpus} x {job.sharding if job.gpus > 1 else 'GPU'}), {job.rows} rows of {job.row_tokens} tokens at once"
+        f", activation checkpointing {'on' if job.checkpointing else 'off'}"
     )
     if job.shipped_shape:
         results.print("its configuration is out of reach: its shape is as this package knows it")
