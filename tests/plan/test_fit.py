@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sku.config import Recipe, load_recipe
+from sku.methods.run import train_method
 from sku.pipeline import unlearning
 from sku.pipeline.bad_model import plan_acquire
 from sku.pipeline.run import plan_run
@@ -38,7 +39,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     before = UnlearningTrainer.train
 
     def train(self: UnlearningTrainer, *arguments: Any, **options: Any) -> Any:
-        found.append(self.args.activation_checkpointing)
+        found.append(bool(self.args.activation_checkpointing))
         return before(self, *arguments, **options)
 
     monkeypatch.setattr(UnlearningTrainer, "train", train)
@@ -87,7 +88,7 @@ def test_nothing_is_decided_for_a_recipe_that_says_it_and_without_an_estimate_it
 def test_a_resumed_run_trains_as_it_began_whatever_is_free_then(
     recipe: Recipe, used: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, real = tmp_path / "run", unlearning.train_method
+    out = tmp_path / "run"
 
     def killed(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -100,7 +101,7 @@ def test_a_resumed_run_trains_as_it_began_whatever_is_free_then(
     assert noted["on"] is False
     assert "1000.0 GiB are free" in noted["why"]
     free(monkeypatch, 0.1)
-    monkeypatch.setattr(unlearning, "train_method", real)
+    monkeypatch.setattr(unlearning, "train_method", train_method)
     plan = plan_run(recipe, out, resume=True)
     assert plan.settings["activation checkpointing"] == f"off: {noted['why']}"
     done = plan.execute(None)
