@@ -749,7 +749,7 @@ def test_evaluate_at_other_precisions(command: Command, whole_run: Path, tmp_pat
     start = next(place for place, line in enumerate(printed) if line.startswith("harmful by precision"))
     table = printed[start : start + 6]
     assert [line.split()[0] for line in table[3:]] == ["float32", "fp16", "nf4"]
-    assert all(len(line) <= 80 for line in table)
+    assert all(len(line) <= 80 for line in table), table
     assert all(line.count("%") == 5 for line in table[3:]), "four rates, and what is kept"
     found = json.loads(command(*arguments, "--json").out)["precisions"]
     assert [result["precision"] for result in found["results"]] == ["fp16", "nf4"]
@@ -1006,7 +1006,7 @@ def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     assert [line[:12].strip() for line in table[1:]] == [
         "No attack", "Template", "", "Paraphrase", "",
     ]  # fmt: skip
-    assert any(line.startswith("left out: paraphrase: the wording was trained on") for line in lines)
+    assert any(line.startswith("left out: paraphrase: the wording was trained on") for line in lines), lines
     as_json = json.loads(command(*arguments, "--attacks", "template,paraphrase", "--json").out)
     assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "template", "paraphrase"]
     assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model", "verdict", "notes"}

@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 
 from report.html.recorded import invented_attacks
-from sku.evaluate.record_files import SCHEMA_VERSION
 from sku.report.card import write_cards
 
 from .hub_server import TOKEN, Hub
@@ -36,23 +35,11 @@ def change_json(path: Path, *keys: str, value: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def as_recorded_now(results: dict[str, Any]) -> dict[str, Any]:
-    """The record with keys of prefills as words, which is all that its figures need until it is recorded anew."""
-    for name in ("base", "unlearned"):
-        worst = results[name]["worst_prefill"]
-        results[name]["worst_prefill"] = {split: str(key) for split, key in worst.items()}
-        results[name]["schema_version"] = SCHEMA_VERSION
-    if "prefill_by_length" in results:
-        results["prefill_by_key"] = results.pop("prefill_by_length")
-    return results
-
-
 @pytest.fixture
 def run_without_cards(tmp_path: Path) -> Path:
     run = tmp_path / "run"
     run.mkdir(mode=0o700)
     results = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
-    results = as_recorded_now(results)
     results["attacks"] = invented_attacks().to_dict()
     (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
     (run / "manifest.json").write_text(json.dumps(results["manifest"]), encoding="utf-8")
