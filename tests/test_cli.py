@@ -1006,7 +1006,7 @@ def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     assert [line[:12].strip() for line in table[1:]] == [
         "No attack", "Template", "", "Paraphrase", "",
     ]  # fmt: skip
-    assert any(line.startswith("left out: paraphrase: the wording was trained on") for line in lines), lines
+    assert any(line.startswith("left out: paraphrase: ") for line in lines), lines
     as_json = json.loads(command(*arguments, "--attacks", "template,paraphrase", "--json").out)
     assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "template", "paraphrase"]
     assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model", "verdict", "notes"}

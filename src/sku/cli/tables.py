@@ -101,7 +101,7 @@ def print_precisions(report: PrecisionReport) -> None:
     table = plain_table(("weights",), ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"))
     for cells in precision_cells(report):
         table.add_row(*cells)
-    results.print("\nharmful by precision of the weights; prefill: worst (what was given); kept: of change")
+    results.print("\nharmful by precision; prefill: worst (what was given); kept: of change")
     results.print(table)
     print_notes(report.notes)
 
