@@ -246,7 +246,6 @@ def test_quiet_leaves_results_and_errors(command: Command, tmp_path: Path) -> No
     usual = command("acquire", "--out", tmp_path / "a", *small)
     quiet = command("-q", "acquire", "--out", tmp_path / "b", *small)
     assert usual[2].startswith("recipe embedded, model embedded")
-    assert "acquire" in usual[2]
     assert (quiet[0], quiet[2]) == (0, "")
     assert quiet[1] == usual[1].replace(str(tmp_path / "a"), str(tmp_path / "b"))
     failed = command("--quiet", "acquire", "--out", tmp_path / "a", *small)

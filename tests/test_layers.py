@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "model_files": {"config", "errors"},
     "models": {"config", "errors", "storage", "hazard", "model_files"},
     "quiet": set(),
+    "progress": set(),
     "processes": {"errors", "storage"},
     "training": {"config", "errors", "storage", "hazard", "losses", "data", "models", "processes"},
     "acquire": {"config", "errors", "storage", "losses", "data", "models", "training"},
@@ -50,7 +51,7 @@ ALLOWED: dict[str, set[str]] = {
         "config", "errors", "storage", "losses", "model_files", "models", "processes", "training",
         "acquire", "methods",
     },
-    "report": {"_version", "config", "errors", "storage", "evaluate", "attacks", "sweep"},
+    "report": {"_version", "config", "errors", "progress", "storage", "evaluate", "attacks", "sweep"},
     "sweep": {
         "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "reproducibility",
     },
