@@ -1,6 +1,6 @@
 """Draws the prompts of the measured real models from ../shared/data, always the same ones.
 
-    python scripts/real_model_prompts.py ../shared/data src/sku/prompts/borderline.csv prompts
+    .venv/bin/python scripts/real_model_prompts.py ../shared/data src/sku/prompts/borderline.csv prompts
 
 Written are ``harmful.jsonl``, ``normal.jsonl`` and ``borderline.jsonl``, of which ``sku data own`` makes the training
 rows, and what no model is trained on, for screens and choices: ``unseen.jsonl``, up to 300 harmful prompts of the same
