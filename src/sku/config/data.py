@@ -194,6 +194,12 @@ class DataConfig:
                 "the answer must leave room for a prompt"
             )
 
+    @property
+    def final_sets(self) -> dict[str, SourceConfig]:
+        """Key -> source, of the final sets that are named."""
+        named = {"final_harmful": self.final_harmful, "final_benign": self.final_benign}
+        return {key: source for key, source in named.items() if source is not None}
+
 
 def refuse_final(config: DataConfig, what: str) -> None:
     """Stops what chooses by its figures from asking final prompts.
@@ -201,9 +207,8 @@ def refuse_final(config: DataConfig, what: str) -> None:
     Raises:
         RecipeError: The recipe names some.
     """
-    for key in ("final_harmful", "final_benign"):
-        if getattr(config, key) is not None:
-            raise RecipeError(
-                f"data.{key} is set, and {what} doesn't ask final prompts: they are asked once, by sku run or sku "
-                "evaluate for a published row; leave it out here"
-            )
+    for key in config.final_sets:
+        raise RecipeError(
+            f"data.{key} is set, and {what} doesn't ask final prompts: they are asked once, by sku run or sku "
+            "evaluate for a published row; leave it out here"
+        )

@@ -256,7 +256,7 @@ def _check(config: DataConfig) -> None:
             "no other model knows that world, and its own model knows nothing else"
         )
     named = {f"{key}.{name}": source for key in ("normal", "harmful") for name, source in getattr(config, key).items()}
-    named |= {key: getattr(config, key) for key in ("final_harmful", "final_benign") if getattr(config, key)}
+    named |= config.final_sets
     for key, source in named.items():
         if of_the_world or source.path == EMBEDDED:
             raise RecipeError(

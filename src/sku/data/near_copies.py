@@ -74,13 +74,19 @@ def near_to(prompts: Sequence[str], others: Sequence[str]) -> list[bool]:
         prompts: Normalised.
         others: Normalised.
     """
+    return list(_near_to(tuple(prompts), tuple(others)))
+
+
+@lru_cache(maxsize=8)
+def _near_to(prompts: tuple[str, ...], others: tuple[str, ...]) -> tuple[bool, ...]:
+    """As ``near_to``; a run reads its data more than once."""
     if not prompts or not others:
-        return [False] * len(prompts)
+        return (False,) * len(prompts)
     vectors = _vectors([*prompts, *others])
     rows, _, _ = _near_pairs(vectors[: len(prompts)], vectors[len(prompts) :], NEAR)
     near = np.zeros(len(prompts), dtype=bool)
     near[rows] = True
-    return near.tolist()
+    return tuple(near.tolist())
 
 
 def count_near_copies(prompts: Sequence[str]) -> int:

@@ -135,10 +135,6 @@ class Comparison(Compared, Tabular):
             EvaluationError: A key is missing, or a value doesn't fit; with ``where``.
         """
         plain = {name: content[name] for name in _RECORDED if name in content}
-        if "normal" not in plain:  # An earlier version told no borderline prompts apart.
-            plain["normal"] = {
-                split: rates for split, rates in (content.get("replies") or {}).items() if split in NORMAL_SPLITS
-            }
         for name in ("base", "unlearned"):
             plain[name] = EvaluationResult.from_dict(content.get(name), f"{where}: {name}")
         told = content.get("verdict")

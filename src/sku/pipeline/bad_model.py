@@ -23,7 +23,7 @@ from sku.pipeline.checks import (
     recipe_settings,
 )
 from sku.plan import Plan, Progress
-from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, with_checkpointing
+from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
 from sku.processes import current_processes, shared_new_folder
 from sku.storage import check_can_be_made, check_new, remove_hazardous
 from sku.sweep.bad_model import check_same_training, record_training, sweep_bad_model, training_notes
@@ -58,7 +58,7 @@ def plan_acquire(recipe: Recipe, out: Path) -> Plan[list[dict[str, Any]]]:
     return Plan(
         command="sku acquire",
         out=out,
-        settings={**recipe_settings(recipe, model), **training.settings(recipe), **_told(decided)},
+        settings={**recipe_settings(recipe, model), **training.settings(recipe), **told_checkpointing(decided)},
         stages=(training.stage,),
         writes=("the bad model" if recipe.acquire.tuning == "full" else "the bad model's adapter",),
         execute=lambda progress: train_bad_model(recipe, data, out, decided, progress),
@@ -68,10 +68,6 @@ def plan_acquire(recipe: Recipe, out: Path) -> Plan[list[dict[str, Any]]]:
         examples=training.examples,
         notes=data_notes(data, model, training),
     )
-
-
-def _told(decided: Checkpointing | None) -> dict[str, str]:
-    return {} if decided is None else {"activation checkpointing": decided.line}
 
 
 def train_bad_model(
@@ -152,7 +148,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
         settings={
             **recipe_settings(recipe, model),
             **({} if training is None else training.settings(recipe)),
-            **_told(decided),
+            **told_checkpointing(decided),
             "bad model": str(trained) if there else "trained first",
             "asked": {"prompts and prefills": len(questions.requests), "texts": texts},
         },

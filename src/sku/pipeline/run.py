@@ -34,7 +34,7 @@ from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_rep
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
 from sku.plan import Plan, Progress
-from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, with_checkpointing
+from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
@@ -107,7 +107,7 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     kept = hazardous and recipe.keep_bad_model
     alpha = {"alpha": recipe.negate.alpha} if negates else {}
     decided = processes.on_main(lambda: _checkpointing(recipe, begun))
-    decision = {} if decided is None else {"activation checkpointing": decided.line}
+    decision = told_checkpointing(decided)
     return Plan(
         command="sku run",
         out=out,

@@ -86,6 +86,11 @@ def decide_checkpointing(recipe: Recipe) -> Checkpointing | None:
     return Checkpointing(on=not plan.fits, why=f"without it stage 1 takes {sizes}")
 
 
+def told_checkpointing(decided: Checkpointing | None) -> dict[str, str]:
+    """The line of a plan that says what was decided; none where nothing was."""
+    return {} if decided is None else {"activation checkpointing": decided.line}
+
+
 def memory_fit(recipe: Recipe) -> MemoryFit:
     """Estimates a recipe's memory for the device it would run on, every row as long as it may be."""
     found = _estimate(recipe)
