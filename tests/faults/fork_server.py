@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import atexit
 import ctypes
-import functools
 import gc
 import json
 import os
@@ -113,10 +112,10 @@ def _become(command: dict[str, Any]) -> None:
         os.dup2(opened, number)
         os.close(opened)
     if "branch" in command:
-        import sku.cli.console
+        import sku.progress
 
-        # Without the thread that draws them anew: a fork would copy its locks.
-        sku.cli.console.Progress = functools.partial(sku.cli.console.Progress, auto_refresh=False)  # type: ignore
+        # Without the thread that prints them again: a fork would copy its locks.
+        sku.progress.Lines.repeat = lambda self, wait: None  # type: ignore[method-assign]
     sys.argv = ["sku", *command["argv"]]
     os.chdir(output)
 
