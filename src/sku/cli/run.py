@@ -148,13 +148,7 @@ def evaluate(
     overrides: options.SetOption = None,
     attacks: Annotated[
         str | None,
-        typer.Option(help="Attacks to run on both models, with commas: paraphrase, template, relearn."),
-    ] = None,
-    precisions: Annotated[
-        str | None,
-        typer.Option(
-            help="Formats to round MODEL's weights to before it is asked again, with commas: bf16, fp16, int8, nf4."
-        ),
+        typer.Option(help="Attacks to run on both models, with commas: paraphrase, template, rounding, relearn."),
     ] = None,
     allow_hazardous: Annotated[
         bool, typer.Option("--allow-hazardous", help="Measure a model that is marked as the bad one of stage 1 too.")
@@ -164,9 +158,8 @@ def evaluate(
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
     overrides = list(overrides or [])
-    for key, names in (("attacks", attacks), ("precisions", precisions)):
-        if names is not None:
-            overrides.append(f"evaluate.{key}={json.dumps(options.names_in(names))}")
+    if attacks is not None:
+        overrides.append(f"evaluate.attacks={json.dumps(options.names_in(attacks))}")
     settings = options.resolve_recipe(
         recipe, model=base, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
     )

@@ -13,7 +13,7 @@ from sku.errors import RecipeError
 
 Backend = Literal["generate", "vllm"]
 Similarity = Literal["rouge_l", "chrf", "cosine"]
-Attack = Literal["paraphrase", "template", "relearn"]
+Attack = Literal["paraphrase", "template", "rounding", "relearn"]
 PrefillSource = Literal["own", "affirmative", "answer"]
 Precision = Literal["bf16", "fp16", "int8", "nf4"]
 
@@ -75,10 +75,6 @@ class EvaluateConfig:
     """Folder with arc_easy.jsonl, arc_challenge.jsonl, piqa.jsonl, openbook_qa.jsonl, commonsense_qa.jsonl and
     winogrande.jsonl, for the tasks ``sku_arc_easy`` and so on (rows: query, choices, gold), and truthfulqa.jsonl for
     ``sku_truthfulqa``."""
-    precisions: tuple[Precision, ...] = ()
-    """Formats that the unlearned model's weights are rounded to before it is asked again: ``bf16`` and ``fp16`` (all
-    weights), ``int8`` and ``nf4`` (linear layers). Each costs about an evaluation without sampled replies;
-    ``docs/limits.md`` says how to read the table."""
     attacks: tuple[Attack, ...] = ()
     """Attacks on the unlearned model; the base model goes through the same ones as a control."""
     attack_prompts: Count = 100
