@@ -11,7 +11,6 @@ import typer
 
 from sku.cli import options
 from sku.cli.console import carry_out, errors, print_headline, print_json, print_next, results
-from sku.cli.judge import agreement_lines
 from sku.cli.tables import print_measured
 from sku.config import EMBEDDED
 from sku.quiet import quiet_libraries
@@ -107,8 +106,6 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
         results.print(f"hazard    {folder / 'bad'} is kept; never share it")
     card = finished.comparison.unlearned.judge
     results.print(f"judge     {card.name}: {card.errors_in_words}")
-    for line in agreement_lines(finished.comparison.unlearned):
-        results.print(line)
     print_next(*_next_commands(folder, finished.manifest["recipe"]["model"]["path"]))
 
 
@@ -176,6 +173,6 @@ def evaluate(
         verdict = {"verdict": comparison.verdict.to_dict(), "notes": comparison.notes}
         print_json(sides | verdict | measured.reports())
         return
-    print_measured(measured, agreement_lines(comparison.unlearned))
+    print_measured(measured)
     results.print(f"\nevidence  {out}")
     print_next(["judge", "export", out, "--out", out.with_name(f"{out.name}-labels.csv")])

@@ -20,15 +20,13 @@ if TYPE_CHECKING:
     from sku.report.words import TableRow
 
 
-def print_measured(measured: Measured, lines: Iterable[str] = ()) -> None:
-    """All that was measured: the verdict first, ``lines`` under the table of before and after."""
+def print_measured(measured: Measured) -> None:
+    """All that was measured: the verdict first."""
     from sku.report.tables import before_after_rows
 
     print_verdict(measured.comparison.verdict.line)
     results.print()
     results.print(before_after_table(before_after_rows(measured.comparison)))
-    for line in lines:
-        results.print(line)
     print_comparison_notes(measured.comparison, verbose=is_verbose())
     if measured.attacks is not None:
         print_attacks(measured.attacks)

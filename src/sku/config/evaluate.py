@@ -51,8 +51,7 @@ class EvaluateConfig:
     """A name that ``sku judge list`` shows, a judge file, or a folder of ``sku judge train``. ``embedded`` is exact on
     the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
-    """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ``calibration_group``
-    (one source of it), ..."""
+    """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
     utility_margin: AboveOne = 1.05
     """Utility is said to be kept where the perplexity of normal answers is shown to have grown less than this many
     times, and their KL to the base to lie below its logarithm (.049 nats for 1.05): whole intervals below. It is lost

@@ -30,7 +30,7 @@ from sku.evaluate.changes import (
 )
 from sku.evaluate.comparison_notes import comparison_notes, detail_notes
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.measure import by_nearest
+from sku.evaluate.measure import corrected_without
 from sku.evaluate.metrics import (
     BOUNDS,
     HARM_WORDS,
@@ -175,7 +175,8 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
             "starts of the base's result with the other"
         )
     left_out = without_verdict(base, unlearned)
-    base, unlearned = by_nearest(base, unlearned, left_out)
+    if left_out:
+        base, unlearned = (corrected_without(result, left_out) for result in (base, unlearned))
     pair = _Pair(base, unlearned, seed, left_out)
     by_key = {
         split: {key: pair.rates("prefill", split, key) for key in prefills}
