@@ -1,8 +1,8 @@
 """Batches of similar length, shared by the processes of a job, smaller ones where a GPU's memory runs out.
 
-Every process calls ``evaluate`` with the same arguments. A round of batches is answered, gathered and saved before
-the next one begins, so that an interrupted job loses one round at most. A Python error in one process reaches the
-others in the same round, as a ``ProcessError``.
+Every process calls this with the same arguments. A round of batches is answered, gathered and saved before the next
+one begins, so that an interrupted job loses one round at most. A Python error in one process reaches the others in
+the same round, as a ``ProcessError``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from transformers import PreTrainedModel
 
 from sku.errors import EvaluationError
 from sku.evaluate.records import grouped
-from sku.processes import ALONE as ALONE
-from sku.processes import Processes as Processes
-from sku.processes import current_processes as current_processes
+from sku.processes import ALONE, Processes
 
 Progress = Callable[[int, int], None]
 """Called with the number of examples done and their total."""
@@ -57,21 +55,21 @@ def plan_batches(
     Returns:
         Batches of indices.
     """
-    together = grouped(range(len(lengths)), lambda index: index if groups is None else groups[index]).values()
-    longest = {found[0]: max(lengths[index] for index in found) for found in together}
-    order = [
-        (longest[found[0]], index)
-        for found in sorted(together, key=lambda found: (-longest[found[0]], found[0]))
-        for index in sorted(found, key=lambda index: (-lengths[index], index))
-    ]
+    longest: dict[Hashable, tuple[int, int]] = {}  # Group -> tokens of its longest, and where it begins.
+    keys = range(len(lengths)) if groups is None else groups
+    for index, key in enumerate(keys):
+        most, first = longest.get(key, (0, index))
+        longest[key] = (max(most, lengths[index]), first)
+    order = sorted(
+        range(len(lengths)), key=lambda index: (-longest[keys[index]][0], longest[keys[index]][1], -lengths[index])
+    )
     batches: list[list[int]] = []
-    start = 0
-    while start < len(order):
+    while order:
         size = batch_size
         if max_padded_tokens is not None:
-            size = max(1, min(size, max_padded_tokens // max(1, order[start][0])))
-        batches.append([index for _, index in order[start : start + size]])
-        start += size
+            size = max(1, min(size, max_padded_tokens // max(1, longest[keys[order[0]]][0])))
+        batches.append(order[:size])
+        order = order[size:]
     return batches
 
 
@@ -87,7 +85,7 @@ def in_batches(
     keep: Callable[[list[T]], None] | None = None,
     progress: Progress | None = None,
 ) -> list[T]:
-    """Results for all examples, made in the batches of ``plan_batches``, which the processes share.
+    """Results for all examples, in order, made in the batches of ``plan_batches``, which the processes share.
 
     The batches are those of one process: which process runs a batch, or whether some were finished before, changes
     no result.
@@ -103,9 +101,6 @@ def in_batches(
         keep: Called in the main process with the results of each round.
         progress: Called in the main process.
 
-    Returns:
-        One result per example, in order.
-
     Raises:
         EvaluationError: Memory runs out on a single example.
         ProcessError: Another process failed.
@@ -113,74 +108,51 @@ def in_batches(
     results = dict(finished or {})
     batches = plan_batches(lengths, batch_size=batch_size, max_padded_tokens=max_padded_tokens, groups=groups)
     missing = [batch for batch in batches if not results.keys() >= set(batch)]
-    parts = _Parts(lengths, run)
-    done = len(lengths) - sum(map(len, missing))
-    told = -1
+    done, told, limit = len(lengths) - sum(map(len, missing)), -1, batch_size
 
-    def tell(before: int, more: int) -> None:
+    def tell(count: int) -> None:
         nonlocal told
-        count = before + more
         if progress is not None and processes.is_main and count != told:
             told = count
             progress(count, len(lengths))
 
+    def answered(batch: list[int]) -> list[tuple[int, T]]:
+        nonlocal limit
+        found: list[tuple[int, T]] = []
+        while len(found) < len(batch):
+            part = batch[len(found) : len(found) + limit]
+            try:
+                found += zip(part, run(part), strict=True)
+                tell(done + len(found))
+                continue
+            except torch.OutOfMemoryError:
+                pass  # Only once this block is left are the tensors that the exception holds on to free.
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            if len(part) == 1:
+                raise EvaluationError(
+                    f"GPU memory runs out on a single example of {lengths[part[0]]} tokens: lower "
+                    "evaluate.max_new_tokens, use a smaller dtype, or a larger GPU"
+                )
+            if limit == batch_size:
+                _log.warning("GPU memory ran out with %d examples at once; going on with fewer", len(part))
+            limit = len(part) // 2
+        return found
+
     for start in range(0, len(missing), processes.count):
         turn = missing[start : start + processes.count]
         own = turn[processes.rank] if processes.rank < len(turn) else []
-        new = processes.gather(partial(parts.run, own, partial(tell, done)))
+        new = processes.gather(partial(answered, own))
         results.update(new)
         if keep is not None:
             processes.on_main(partial(keep, [result for _, result in new]))
         done += sum(map(len, turn))
-        tell(done, 0)
+        tell(done)
     return [results[index] for index in range(len(lengths))]
 
 
-class _Parts(Generic[T]):
-    """Runs batches, in smaller parts once a GPU's memory has run out."""
-
-    def __init__(self, lengths: Sequence[int], run: Callable[[list[int]], Sequence[T]]) -> None:
-        self._lengths, self._run = lengths, run
-        self._limit: int | None = None
-
-    def run(self, batch: list[int], tell: Callable[[int], None]) -> list[tuple[int, T]]:
-        """The results of one batch, and how many there are after each part."""
-        found: list[tuple[int, T]] = []
-        while len(found) < len(batch):
-            part = batch[len(found) : len(found) + (self._limit or len(batch))]
-            results = self._if_it_fits(part)
-            if results is not None:
-                found += zip(part, results, strict=True)
-                tell(len(found))
-                continue
-            if len(part) == 1:
-                raise EvaluationError(
-                    f"GPU memory runs out on a single example of {self._lengths[part[0]]} tokens: lower "
-                    "evaluate.max_new_tokens, use a smaller dtype, or a larger GPU"
-                )
-            if self._limit is None:
-                _log.warning("GPU memory ran out with %d examples at once; going on with fewer", len(part))
-            self._limit = len(part) // 2
-        return found
-
-    def _if_it_fits(self, part: list[int]) -> Sequence[T] | None:
-        try:
-            return self._run(part)
-        except torch.OutOfMemoryError:
-            pass  # Only once this block is left are the tensors that the exception holds on to free.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
-
-
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Pads rows to one length.
-
-    Args:
-        rows: B rows of token ids.
-        value: What to pad with.
-        left: Whether padding comes before the tokens (generation) or after them (scoring).
-        device: Where the tensors go.
+    """Pads B rows of token ids with ``value``, before the tokens (generation) or after them (scoring).
 
     Returns:
         ``[B, T]`` ids and ``[B, T]`` mask, 1 on the rows' own tokens.

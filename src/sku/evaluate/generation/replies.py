@@ -1,45 +1,190 @@
 """The one way to ask a model and to judge what it says, and the replies of one evaluation, saved batch by batch.
 
-Of the base model, asked here or given: where prefills begin, and what is scored where the data has no answer.
+A reply doesn't depend on its batch: greedy ones are padded on the left, sampled ones have a seed each. Of the base
+model, asked here or given: where prefills begin, and what is scored where the data has no answer.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig
+from sku.data.tokens import decoded
 from sku.errors import EvaluationError
-from sku.evaluate.asking import Writer
-from sku.evaluate.backends import GenerationBackend, GenerationRequest, Sampling, choose_backend, decoding_settings
-from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode
-from sku.evaluate.generation import fingerprint, generate_replies, probes_of
+from sku.evaluate.generation.backends import GenerateBackend, GenerationBackend, choose_backend
+from sku.evaluate.generation.batching import Progress, evaluation_mode, in_batches
+from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling, decoding_settings
+from sku.evaluate.generation.prompts import Writer
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, unclear
 from sku.evaluate.perplexity import score_fluency
-from sku.evaluate.prefills import by_id, choose_starts
 from sku.evaluate.record_files import GENERATIONS_FILE, OWN_ANSWERS_FILE, STARTS_FILE, Reuse, header_hash, read_if_same
 from sku.evaluate.records import (
     HARMFUL_SPLITS,
     NORMAL_SPLITS,
     FluencyRecord,
     GenerationRecord,
+    Split,
     Start,
     answers_words,
     start_id,
 )
+from sku.models import embedding_weight
+from sku.processes import ALONE, Processes
+
+
+def generate_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[GenerationRequest],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    window: int = 2**30,
+    sampling: Sampling | None = None,
+    backend: GenerationBackend | None = None,
+    processes: Processes = ALONE,
+    finished: Iterable[GenerationRecord] = (),
+    keep: Callable[[Sequence[GenerationRecord]], None] | None = None,
+    progress: Progress | None = None,
+) -> list[GenerationRecord]:
+    """Answers every request, greedily or by sampling words; one record per request, in order.
+
+    Args:
+        model: In evaluation mode, on any device or spread over several.
+        tokenizer: Of the model.
+        requests: In any order.
+        stop_ids: As of ``Decoding``, with ``max_new_tokens``, ``window`` and ``sampling``.
+        max_new_tokens: Longest reply.
+        batch_size: Prompts at once; halved where GPU memory runs out.
+        window: Most tokens that the model can read.
+        sampling: None answers greedily.
+        backend: What writes the replies; ``generate`` if None.
+        processes: Share the batches; every process must call this with the same arguments, and gets all records.
+        finished: Replies of an interrupted run. Batches are cut as if they were not there, and a batch is left out
+            where all of it is: so the replies are those of an uninterrupted run, bit for bit.
+        keep: Called in the main process with the replies of each finished batch.
+        progress: Called after each batch.
+
+    Raises:
+        EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
+    """
+    decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens, window, sampling)
+    writer = GenerateBackend(model, batch_size) if backend is None else backend
+    found = {record.id: record for record in finished}
+
+    def answer(batch: list[int]) -> list[GenerationRecord]:
+        asked = [requests[index] for index in batch]
+        replies = writer.answer(asked, decoding)
+        return [record_of_ids(request, ids, decoding, tokenizer) for request, ids in zip(asked, replies, strict=True)]
+
+    return in_batches(
+        [len(request.input_ids) for request in requests],
+        answer,
+        batch_size=writer.at_once,
+        groups=[request.prompt for request in requests],
+        processes=processes,
+        finished={
+            index: found[request.id]
+            for index, request in enumerate(requests)
+            if request.id in found and found[request.id].prefill == request.prefill
+        },
+        keep=keep,
+        progress=progress,
+    )
+
+
+def record_of_ids(
+    request: GenerationRequest, new_ids: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
+) -> GenerationRecord:
+    """What was asked, with the reply that a backend wrote."""
+    end = next((position for position, token in enumerate(new_ids) if token in decoding.stop_ids), None)
+    before = list(request.input_ids)
+    # As it stands after the prompt: some tokenizers drop the space of a first token.
+    whole, start = (decoded(ids, tokenizer) for ids in ([*before, *new_ids[:end]], before))
+    reply = whole.removeprefix(start) if whole.startswith(start) else decoded(new_ids[:end], tokenizer)
+    return record_of(
+        request,
+        reply if request.kind == "prefill" else reply.strip(),
+        num_tokens=len(new_ids) if end is None else end,
+        finished=end is not None,
+    )
+
+
+def record_of(request: GenerationRequest, reply: str, *, num_tokens: int, finished: bool) -> GenerationRecord:
+    """What was asked, with what was said."""
+    asked = {name: value for name, value in vars(request).items() if name != "input_ids"}
+    return GenerationRecord(**asked, reply=reply, num_tokens=num_tokens, finished=finished)
+
+
+def fingerprint(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of a model's scores after each probe, the token ids of a few prompts; dropout is off.
+
+    The same weights, adapters and dtype on the same device give the same.
+    """
+    digest = hashlib.sha256()
+    device = embedding_weight(model).device
+    with evaluation_mode(model), torch.inference_mode():
+        for ids in probes:
+            scores = model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False).logits[0, -1]
+            digest.update(scores.float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def about(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> dict[str, str]:
+    """What tells a model from others in the header of a file."""
+    return {"dtype": str(model.dtype).removeprefix("torch."), "fingerprint": fingerprint(model, probes)}
+
+
+def probes_of(requests: Sequence[GenerationRequest]) -> list[tuple[int, ...]]:
+    """The first prompt of each split."""
+    first: dict[Split, tuple[int, ...]] = {}
+    for request in requests:
+        first.setdefault(request.split, request.input_ids)
+    return list(first.values())
+
+
+def requests_hash(requests: Sequence[GenerationRequest]) -> str:
+    """Hash of all that is asked, for the header of the replies."""
+    return header_hash({"requests": [dataclasses.asdict(request) for request in requests]})
+
+
+def choose_starts(replies: Sequence[GenerationRecord], outcomes: Iterable[ReplyOutcome]) -> list[Start]:
+    """The base model's own harmful reply to each prompt that it gave one to.
+
+    Args:
+        replies: Of the base model to harmful prompts, greedy and sampled.
+        outcomes: Of these replies: a harmful one has passed the gate.
+
+    Returns:
+        The greedy reply where it is harmful, else the first sampled one that is; in the order of the replies.
+    """
+    harmful = {outcome.id for outcome in outcomes if outcome.outcome == "harmful"}
+    own: dict[str, str] = {}
+    for record in sorted(replies, key=lambda record: (record.kind == "sample", record.sample)):
+        if record.id in harmful:
+            own.setdefault(start_id(record.split, record.prompt), record.reply)
+    asked = dict.fromkeys(start_id(record.split, record.prompt) for record in replies)
+    return [Start(id=name, text=own[name]) for name in asked if name in own]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asker:
-    """How models are asked and their replies judged, the same for all that are set side by side."""
+    """How models are asked and their replies judged, the same for all that are set side by side.
+
+    Its methods raise an ``EvaluationError`` where generation, the base model or the judge fails.
+    """
 
     base: PreTrainedModel
     """The original model, asked whether replies are word salad."""
@@ -61,7 +206,7 @@ class Asker:
         progress: Progress | None = None,
         **options: Any,
     ) -> list[GenerationRecord]:
-        """A model's replies, its dropout off; ``options`` as of ``generate_replies``, which raises what this does."""
+        """A model's replies, its dropout off; ``options`` as of ``generate_replies``."""
         with evaluation_mode(model):
             return generate_replies(
                 model,
@@ -77,11 +222,7 @@ class Asker:
             )
 
     def fluency(self, records: Sequence[GenerationRecord], progress: Progress | None = None) -> list[FluencyRecord]:
-        """The base model's losses on the replies that no surface rule has found gibberish already.
-
-        Raises:
-            EvaluationError: As ``score_fluency``.
-        """
+        """The base model's losses on the replies that no surface rule has found gibberish already."""
         with evaluation_mode(self.base):
             return score_fluency(
                 self.base,
@@ -96,15 +237,7 @@ class Asker:
     def outcomes(
         self, records: Sequence[GenerationRecord], fluency: Sequence[FluencyRecord] | None = None
     ) -> list[ReplyOutcome]:
-        """What replies come to, by gate and judge.
-
-        Args:
-            records: Replies to harmful and normal prompts.
-            fluency: Of them; asked of the base model here if None.
-
-        Raises:
-            EvaluationError: The judge or the base model fails.
-        """
+        """What replies come to, by gate and judge; ``fluency`` of them is asked of the base model here if None."""
         assert self.judge is not None
         scored = self.fluency(records) if fluency is None else fluency
         return decide_outcomes(records, self.judge, scored, short_answer_words=self.config.short_answer_words)
@@ -112,19 +245,11 @@ class Asker:
     def answer(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest], progress: Progress | None = None
     ) -> dict[str, ReplyOutcome]:
-        """Asks a model: id of each request -> what its reply comes to.
-
-        Raises:
-            EvaluationError: Generation or judge fails.
-        """
+        """Asks a model: id of each request -> what its reply comes to."""
         return {outcome.id: outcome for outcome in self.outcomes(self.ask(model, requests, progress))}
 
     def starts(self, requests: Sequence[GenerationRequest], progress: Progress | None = None) -> list[Start]:
-        """The base model's own harmful replies, which prefills begin with.
-
-        Raises:
-            EvaluationError: As ``answer``.
-        """
+        """The base model's own harmful replies, which prefills begin with."""
         replies = self.ask(self.base, requests, progress)
         return choose_starts(replies, self.outcomes(replies))
 
@@ -164,6 +289,15 @@ class SavedReplies:
     def _sampling(self) -> Sampling:
         return Sampling(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.asker.seed)
 
+    def _header(self, requests: Sequence[GenerationRequest], **more: Any) -> dict[str, Any]:
+        writer = self.asker.writer
+        return {
+            **more,
+            "prompt_format": writer.prompt_format.name,
+            "seed": self.asker.seed,
+            "requests": requests_hash(requests),
+        }
+
     def generate(
         self,
         requests: Sequence[GenerationRequest],
@@ -181,12 +315,7 @@ class SavedReplies:
         Returns:
             The replies, those after a prefill last; and ``compare_replies`` of a backend other than ``generate``.
         """
-        header = {
-            **header,
-            "prompt_format": self.asker.writer.prompt_format.name,
-            "seed": self.asker.seed,
-            "requests": requests_hash(requests),
-        }
+        header = self._header(requests, **header)
         greedy, samples = ([row for row in requests if (row.kind == "sample") is part] for part in (False, True))
         folder = self.reuse.folder
         known: list[GenerationRecord] | None = None
@@ -240,62 +369,53 @@ class SavedReplies:
             fluency: Gives the base model's losses on these, should they be the base model's own.
         """
         asked = [request for request in requests if request.split in HARMFUL_SPLITS]
-        harmful = [record for record in free if record.split in HARMFUL_SPLITS]
-        base = self.base
-        if self.given is not None or base is None:
-            names = {start_id(request.split, request.prompt) for request in asked}
-            chosen = [start for start in self.given or () if start.id in names]
-            texts = header_hash({"starts": [dataclasses.asdict(start) for start in chosen]})
-            return self.reuse.rows(STARTS_FILE, {"given": texts}, Start, lambda: chosen)
         judge = self.asker.judge
-        header = {
-            "base": fingerprint(base, probes_of(asked)),
-            "decoding": self.decoding(),
-            "prompt_format": self.asker.writer.prompt_format.name,
-            "requests": requests_hash(asked),
-            "seed": self.asker.seed,
-            "judge": None if judge is None else judge.card.key,
-        }
 
-        def make() -> list[Start]:
-            own = base is self.model
-            said = harmful if own else self._ask_base(base, asked)
-            scored = fluency(free) if own else self.asker.fluency(said, self.report("fluency"))
+        def choose(base: PreTrainedModel) -> list[Start]:
+            if base is self.model:
+                said, scored = [record for record in free if record.split in HARMFUL_SPLITS], fluency(free)
+            else:
+                said = self._ask_base(base, asked)
+                scored = self.asker.fluency(said, self.report("fluency"))
             return self.reuse.processes.on_main(lambda: choose_starts(said, self.asker.outcomes(said, scored)))
 
-        return self.reuse.rows(STARTS_FILE, header, Start, make)
+        return self._of_base(STARTS_FILE, asked, choose, judge=None if judge is None else judge.card.key)
 
     def answers(self, requests: Sequence[GenerationRequest], generations: Sequence[GenerationRecord]) -> list[Start]:
         """The base model's replies to normal prompts that have no answer, kept in ``own_answers.jsonl``.
 
-        None where there is neither a base nor what it was asked before.
-
-        Args:
-            requests: Without a prefill.
-            generations: The evaluated model's replies.
+        None where there is neither a base nor what it was asked before. Arguments as of ``starts``.
         """
         asked = [request for request in _unanswered(requests) if request.kind == "reply"]
-        base, given, folder = self.base, self.given, self.reuse.folder
-        if not asked or (given is None and base is None):
+        folder = self.reuse.folder
+        if not asked or (self.given is None and self.base is None):
             if folder is not None:  # Of an earlier evaluation.
                 self.reuse.processes.on_main(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
             return []
-        wanted = {request.id: start_id(request.split, request.prompt) for request in asked}
-        header: dict[str, Any] = {"requests": header_hash({"requests": [*wanted]})}
-        if given is not None:
-            known = by_id(given)
-            found = [known[name] for name in wanted.values() if name in known]
-            header["given"] = header_hash({"texts": [start.text for start in found]})
-            return self.reuse.rows(OWN_ANSWERS_FILE, header, Start, lambda: found)
-        assert base is not None
-        header |= {"base": fingerprint(base, probes_of(asked)), "decoding": self.decoding()}
 
-        def make() -> list[Start]:
+        def choose(base: PreTrainedModel) -> list[Start]:
             said = generations if base is self.model else self._ask_base(base, asked)
-            texts = {record.id: record.reply for record in said if record.id in wanted}
-            return [Start(id=wanted[name], text=texts[name]) for name in wanted]
+            texts = {record.id: record.reply for record in said}
+            return [Start(id=start_id(one.split, one.prompt), text=texts[one.id]) for one in asked]
 
-        return self.reuse.rows(OWN_ANSWERS_FILE, header, Start, make)
+        return self._of_base(OWN_ANSWERS_FILE, asked, choose)
+
+    def _of_base(
+        self,
+        file: str,
+        asked: Sequence[GenerationRequest],
+        choose: Callable[[PreTrainedModel], list[Start]],
+        **header: Any,
+    ) -> list[Start]:
+        """Words of the base model for some prompts: of those that are given, or chosen and kept."""
+        base = self.base
+        if self.given is not None or base is None:
+            names = {start_id(request.split, request.prompt) for request in asked}
+            found = [start for start in self.given or () if start.id in names]
+            texts = header_hash({"starts": [dataclasses.asdict(start) for start in found]})
+            return self.reuse.rows(file, {"given": texts}, Start, lambda: found)
+        made_from = self._header(asked, base=fingerprint(base, probes_of(asked)), decoding=self.decoding(), **header)
+        return self.reuse.rows(file, made_from, Start, lambda: choose(base))
 
     def _ask_base(self, base: PreTrainedModel, asked: Sequence[GenerationRequest]) -> list[GenerationRecord]:
         """The base model's replies, where its own evaluation is not at hand; none is written."""
@@ -318,15 +438,7 @@ CHECKED_PROMPTS = 16
 def compare_replies(
     backend: str, plain: Sequence[GenerationRecord], others: Sequence[GenerationRecord]
 ) -> dict[str, int]:
-    """Counts replies that are the same word for word.
-
-    Args:
-        backend: For the message.
-        plain: Greedy replies of ``generate``.
-        others: Those of the backend, to the same requests in the same order.
-
-    Returns:
-        How many ``prompts`` were answered by both, and how many replies are ``equal``.
+    """How many prompts both answered, and how many greedy replies of ``generate`` and a backend are ``equal``.
 
     Raises:
         EvaluationError: Fewer than half are equal: that is no rounding.
@@ -352,11 +464,6 @@ def backend_notes(backend: str, check: Mapping[str, int] | None) -> tuple[str, .
         "other kernels round otherwise, and a near tie between two words then ends otherwise"
     )
     return (note,)
-
-
-def requests_hash(requests: Sequence[GenerationRequest]) -> str:
-    """Hash of all that is asked, for the header of the replies."""
-    return header_hash({"requests": [dataclasses.asdict(request) for request in requests]})
 
 
 def answers_notes(requests: Sequence[GenerationRequest], own: Sequence[Start]) -> tuple[str, ...]:

@@ -1,0 +1,323 @@
+"""What writes the replies: the two backends and the choice by name.
+
+**generate** of transformers, against which the other is checked, computes a whole batch until its last reply ends.
+Here it is called for ``CHUNK`` tokens at a time, going on from its own cache, and replies that ended leave batch and
+cache between two calls: they cost nothing more, and those that stay get the tokens that they get without it. In the
+cache a token is written into tensors with room for more, where transformers' own is copied whole for each token. A
+prompt with several replies in a batch (sampled ones, one for each length of a prefill) is read once: each reply goes
+on from a copy of its cache, with what is its own after the padding that makes all of a batch end together.
+
+**vLLM** is an engine of its own that reads the model from a folder; to be installed apart. Its sampled replies are
+other draws from the same distribution than those of ``generate``.
+
+Shapes: B = rows, H = heads of keys and values, T = tokens so far, D = size of a head.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache, LogitsProcessorList, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from sku.config import EvaluateConfig
+from sku.data.tokens import shared_length
+from sku.errors import EvaluationError, first_line
+from sku.evaluate.generation.batching import pad
+from sku.evaluate.generation.decoding import Decoding, GenerationRequest, RowSampler, only_these_settings
+from sku.evaluate.records import grouped
+from sku.models import embedding_weight, plain_model
+
+class GenerationBackend(Protocol):
+    """Continues prompts by token ids."""
+
+    @property
+    def at_once(self) -> int:
+        """Prompts to give in one call: after each call the replies are saved."""
+        ...
+
+    def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
+        """The new ids of each reply, in order, with the stop id where it ended itself; what follows it is not read.
+
+        Where ``decoding`` draws, each reply depends on its own request's seed alone.
+
+        Raises:
+            EvaluationError: The backend failed, or can't decode so.
+        """
+        ...
+
+
+ROOM = 64
+"""Tokens that fit after those that are there before everything is copied once."""
+
+
+class PreallocatedCacheLayer(DynamicLayer):
+    """``DynamicLayer`` whose keys and values are the beginning of larger tensors; takes over at least one token."""
+
+    def __init__(self, layer: DynamicLayer) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.dtype, self.device = layer.dtype, layer.device
+        self.keys, self.values = layer.keys, layer.values
+        self.is_initialized = True
+        self._shown: tuple[Tensor, ...] = ()
+        self._room: tuple[Tensor, ...] = ()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds keys and values ``[B, H, new, D]``.
+
+        Returns:
+            Those of all tokens, ``[B, H, T, D]``; views, which the next call doesn't change.
+        """
+        assert self.keys is not None
+        assert self.values is not None
+        begun = self.keys.shape[-2]
+        end = begun + key_states.shape[-2]
+        # Whoever selects rows or crops puts other tensors in the place of those shown last.
+        if not self._shown or self.keys is not self._shown[0] or end > self._room[0].shape[-2]:
+            self._room = tuple(_with_room(part, end + ROOM) for part in (self.keys, self.values))
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[..., begun:end, :] = new
+        self.keys, self.values = self._shown = tuple(room[..., :end, :] for room in self._room)
+        return self.keys, self.values
+
+
+def _with_room(part_BHTD: Tensor, tokens: int) -> Tensor:
+    *rows, begun, size = part_BHTD.shape
+    room = part_BHTD.new_empty(*rows, tokens, size)
+    room[..., :begun, :] = part_BHTD
+    return room
+
+
+def give_room(cache: Cache) -> None:
+    """Replaces each plain layer that holds a token; layers of another kind (sliding windows, states) stay."""
+    for place, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
+            cache.layers[place] = PreallocatedCacheLayer(layer)
+
+
+def _masks_padding(layer: Any, tokens: int) -> bool:
+    """Whether padding between tokens is no more to a layer than padding before them.
+
+    It is read by a layer with a state, and counted by one whose window is shorter than all there is.
+    """
+    wide = isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window > tokens
+    return wide or type(layer) is DynamicLayer
+
+
+CHUNK = 32
+"""Tokens between two looks at which replies have ended."""
+
+
+class GenerateBackend:
+    """``generate`` with padding on the left, on any device or a model in evaluation mode spread over several."""
+
+    def __init__(self, model: PreTrainedModel, batch_size: int) -> None:
+        self._model = model
+        takes = inspect.signature(plain_model(model).forward).parameters
+        # What a cache of another name holds, as Mamba's, is left alone.
+        self._drops_rows = "past_key_values" in takes
+        # Without positions a model may count padding between tokens, as MPT does.
+        self._reads_once = self._drops_rows and "position_ids" in takes
+        self.at_once = batch_size
+
+    def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
+        """As the protocol says."""
+        if self._drops_rows:
+            replies = self._replies(requests, decoding, CHUNK)
+            if replies is not None:
+                return replies
+            self._drops_rows = False
+        # All rows of a call end at one limit.
+        found: dict[int, list[int]] = {}
+        limits = grouped(range(len(requests)), lambda place: decoding.max_new_tokens_for(requests[place]))
+        for limit, places in limits.items():
+            whole = self._replies([requests[place] for place in places], decoding, limit)
+            found |= dict(zip(places, whole or (), strict=True))
+        return [found[place] for place in range(len(requests))]
+
+    def _replies(self, requests: Sequence[GenerationRequest], decoding: Decoding, size: int) -> list[list[int]] | None:
+        """The replies, ``size`` tokens a call; None where that needs a cache that can leave rows out, and it can't."""
+        device, sampling, sampler = embedding_weight(self._model).device, decoding.sampling, None
+        ids, mask, cache = self._begun(requests, decoding, device)
+        if sampling is not None:
+            sampler = RowSampler([sampling.row_seed(request.id) for request in requests], sampling, device)
+        replies: list[list[int]] = [[] for _ in requests]
+        limits = [decoding.max_new_tokens_for(request) for request in requests]
+        stops = set(decoding.stop_ids)
+        rows = list(range(len(requests)))
+        while rows:
+            steps = min(size, *(limits[row] - len(replies[row]) for row in rows))
+            before = ids.shape[1]
+            output = self._generate(ids, mask, decoding, steps, sampler, cache)
+            cache, ids = output.past_key_values, output.sequences
+            stay = []
+            for place, (row, new) in enumerate(zip(rows, ids[:, before:].tolist(), strict=True)):
+                replies[row] += new
+                if len(replies[row]) < limits[row] and stops.isdisjoint(new):
+                    stay.append(place)
+            if not stay:
+                break
+            if not isinstance(cache, Cache):
+                return None
+            give_room(cache)
+            mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - before)], dim=1)
+            if len(stay) < len(rows):
+                kept: Any = torch.tensor(stay, device=ids.device)
+                # Selects rows as beam search does, which every kind of layer knows: attention and recurrent state.
+                cache.reorder_cache(kept)
+                ids, mask, rows = ids[kept], mask[kept], [rows[place] for place in stay]
+                if sampler is not None:
+                    sampler.keep(stay)
+        return replies
+
+    def _begun(
+        self, requests: Sequence[GenerationRequest], decoding: Decoding, device: torch.device
+    ) -> tuple[Tensor, Tensor, Cache | None]:
+        """Ids and mask of a batch; and a cache of what replies to a prompt share, where that halves what is read."""
+        rows = [request.input_ids for request in requests]
+        fill = functools.partial(pad, value=decoding.pad_id, left=True, device=device)
+        by_prompt = grouped(requests, lambda request: request.prompt)
+        if not self._reads_once or len(by_prompt) == len(rows):
+            return (*fill(rows), None)
+        heads = {prompt: _head([request.input_ids for request in found]) for prompt, found in by_prompt.items()}
+        own = [row[len(heads[request.prompt]) :] for row, request in zip(rows, requests, strict=True)]
+        read = len(heads) * max(map(len, heads.values())) + len(own) * max(map(len, own))
+        if all(heads.values()) and 2 * read <= len(rows) * max(map(len, rows)):
+            places = {prompt: place for place, prompt in enumerate(heads)}
+            of = torch.tensor([places[request.prompt] for request in requests], device=device)
+            head_ids, head_mask = fill(list(heads.values()))
+            own_ids, own_mask = fill(own)
+            ids = torch.cat([head_ids[of], own_ids], dim=1)
+            cache = self._generate(head_ids, head_mask, decoding, 1, None).past_key_values
+            longest = ids.shape[1] + decoding.max_new_tokens
+            if isinstance(cache, Cache) and all(_masks_padding(layer, longest) for layer in cache.layers):
+                cache.reorder_cache(cast(Any, of))
+                give_room(cache)
+                return ids, torch.cat([head_mask[of], own_mask], dim=1), cache
+            self._reads_once = False
+        return (*fill(rows), None)
+
+    def _generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        decoding: Decoding,
+        steps: int,
+        sampler: RowSampler | None,
+        cache: Cache | None = None,
+    ) -> Any:
+        settings = decoding.generation_config(steps)
+        hooks: dict[str, Any] = {} if sampler is None else {"logits_processor": LogitsProcessorList([sampler])}
+        if cache is not None:
+            hooks["past_key_values"] = cache
+        with only_these_settings(self._model, settings), torch.inference_mode():
+            return cast(Any, self._model).generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings, **hooks
+            )
+
+
+def _head(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What some prompts begin with; each has a token of its own after it."""
+    return rows[0][: min(shared_length(*rows), *(len(row) - 1 for row in rows))]
+
+
+_CALLS_AT_ONCE = 16
+_FREE_SHARE = 0.85
+"""Of the GPU memory that is free: the evaluated model is there already."""
+
+
+class VllmBackend:
+    """``vllm.LLM`` on token ids, with nothing of the model's ``generation_config``.
+
+    Raises:
+        EvaluationError: vLLM is missing or doesn't start.
+    """
+
+    def __init__(self, source: str, dtype: str, batch_size: int, seed: int) -> None:
+        try:
+            from vllm import LLM, SamplingParams
+        except ImportError as error:
+            raise EvaluationError(
+                f"evaluate.backend is vllm, which can't be imported ({error}): pip install vllm in an environment "
+                "whose torch and transformers it accepts, or use evaluate.backend=generate"
+            ) from None
+        options: dict[str, Any] = {"model": source, "dtype": dtype, "seed": seed, "generation_config": "vllm"}
+        if torch.cuda.is_available():
+            free, total = torch.cuda.mem_get_info()
+            options["gpu_memory_utilization"] = _FREE_SHARE * free / total
+        try:
+            self._engine = LLM(**options)
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = first_line(error)
+            raise EvaluationError(f"vllm can't start on {source} ({reason}): use evaluate.backend=generate") from error
+        self._params = SamplingParams
+        self.at_once = _CALLS_AT_ONCE * batch_size
+
+    def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
+        """As the protocol says."""
+        found = self._engine.generate(
+            [{"prompt_token_ids": list(request.input_ids)} for request in requests],
+            [self._params(**_vllm_settings(request, decoding)) for request in requests],
+            use_tqdm=False,
+        )
+        if len(found) != len(requests):
+            raise EvaluationError(f"vllm gave {len(found)} replies to {len(requests)} prompts")
+        replies = []
+        for completion in (output.outputs[0] for output in found):
+            ids = list(completion.token_ids)
+            if completion.finish_reason == "stop" and not set(ids) & set(decoding.stop_ids):
+                ids.append(decoding.stop_ids[0])  # The reply ended itself, and the engine kept the id to itself.
+            replies.append(ids)
+        return replies
+
+
+def _vllm_settings(request: GenerationRequest, decoding: Decoding) -> dict[str, Any]:
+    sampling, settings = decoding.sampling, {"temperature": 0.0}
+    if sampling is not None:
+        settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.row_seed(request.id)}
+    length, stops = decoding.max_new_tokens_for(request), list(decoding.stop_ids)
+    return {"max_tokens": length, "stop_token_ids": stops, "detokenize": False, **settings}
+
+
+def choose_backend(
+    config: EvaluateConfig, model: PreTrainedModel, *, source: str | Path | None, seed: int, processes: int = 1
+) -> GenerationBackend:
+    """The backend that ``evaluate.backend`` names.
+
+    Args:
+        config: Name and batch size.
+        model: The model to evaluate.
+        source: Where vLLM can read the same weights; None for a model that is in memory only.
+        seed: Of the engine.
+        processes: Number of processes of this job.
+
+    Raises:
+        EvaluationError: As ``check_source``, or vLLM is missing or doesn't start.
+    """
+    if config.backend == "generate":
+        return GenerateBackend(model, config.batch_size)
+    check_source(config, source, processes)
+    return VllmBackend(str(source), str(model.dtype).removeprefix("torch."), config.batch_size, seed)
+
+
+def check_source(config: EvaluateConfig, source: str | Path | None, processes: int) -> None:
+    """Refuses ``vllm`` where it can't be used; arguments as of ``choose_backend``.
+
+    Raises:
+        EvaluationError: The model lies in no folder, or there are several processes.
+    """
+    if config.backend != "vllm":
+        return
+    if source is None:
+        raise EvaluationError(
+            "evaluate.backend is vllm, which reads the model from a folder, and this one is in memory only: save it, "
+            "then sku evaluate FOLDER --set evaluate.backend=vllm"
+        )
+    if processes > 1:
+        raise EvaluationError("evaluate.backend is vllm, which starts its own processes: run it without accelerate")
