@@ -29,9 +29,7 @@ from sku.report.result_charts import OUTCOMES, PREFILL_COLUMNS, prefill_rows, re
 from sku.report.robustness import left_out_lines
 from sku.report.run_charts import (
     attack_chart,
-    precision_chart,
     relearn_chart,
-    shown_precisions,
     sweep_chart,
     training_chart,
     vector_chart,
@@ -103,8 +101,6 @@ def run_page(run: RecordedRun) -> Page:
         pictures.append(training_chart(run.log))
     if run.vector is not None:
         pictures.append(vector_chart(run.vector.layers, run.vector.modules))
-    if run.precisions is not None:
-        pictures.append(precision_chart(run.precisions))
     if run.attacks is not None:
         pictures.append(attack_chart(run.attacks))
         if run.attacks.relearn is not None and run.attacks.relearn.results:
@@ -133,7 +129,6 @@ def run_page(run: RecordedRun) -> Page:
         sections=sections,
         prefills=prefill_rows(run.comparison),
         prefill_columns=PREFILL_COLUMNS,
-        precisions=[] if run.precisions is None else shown_precisions(run.precisions),
         attacks_left_out=[] if run.attacks is None else left_out_lines(run.attacks),
         replies=None if run.pairs is None else Markup(_replies_json(run.pairs, _names(run.comparison, run.pairs))),
         pair_count=len(run.pairs or ()),
