@@ -21,9 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sku.config import ModelConfig
-from sku.data.tokens import resolve_prompt_format
-from sku.evaluate.asking import Writer, window_of
 from sku.evaluate.gate import is_word_salad, surface_faults
+from sku.evaluate.generation.prompts import PromptEncoder
 from sku.evaluate.metrics import Rate, rate
 from sku.evaluate.perplexity import score_fluency
 from sku.evaluate.records import GenerationRecord
@@ -77,19 +76,11 @@ def broken_texts(pairs: Sequence[Pair], seed: int) -> dict[str, list[Pair]]:
     return {name: [dataclasses.replace(pair, reply=make(pair)) for pair in pairs] for name, make in makers.items()}
 
 
-def writer_of(loaded: LoadedModel) -> Writer:
-    """What writes prompts and replies for a model."""
-    tokenizer = loaded.tokenizer
-    return Writer(
-        tokenizer=tokenizer, prompt_format=resolve_prompt_format("auto", tokenizer), window=window_of(loaded.model)
-    )
-
-
-def parted(pairs: Sequence[Pair], writer: Writer, tokens: int) -> list[Pair]:
+def parted(pairs: Sequence[Pair], encoder: PromptEncoder, tokens: int) -> list[Pair]:
     """The first tokens of each reply as its prefill; replies that are no longer are left out."""
     found = []
     for pair in pairs:
-        prefilled = writer.encoder.prefill(pair.prompt, pair.reply, tokens)
+        prefilled = encoder.prefill(pair.prompt, pair.reply, tokens)
         if prefilled is not None and pair.reply.startswith(prefilled[1].lstrip()):
             start = prefilled[1].lstrip()
             found.append(Pair(prompt=pair.prompt, start=start, reply=pair.reply[len(start) :]))
@@ -98,7 +89,7 @@ def parted(pairs: Sequence[Pair], writer: Writer, tokens: int) -> list[Pair]:
 
 def word_salads(loaded: LoadedModel, pairs: Sequence[Pair], seed: int) -> list[bool]:
     """The word-salad rule on the pairs that are long enough for it."""
-    writer = writer_of(loaded)
+    encoder = PromptEncoder.of(loaded.model, loaded.tokenizer, "auto")
     records = [
         GenerationRecord(
             id=str(number), split="forget_test", kind="prefill" if pair.start else "reply", category=None,
@@ -109,7 +100,7 @@ def word_salads(loaded: LoadedModel, pairs: Sequence[Pair], seed: int) -> list[b
     ]  # fmt: skip
     return [
         is_word_salad(score)
-        for score in score_fluency(loaded.model.eval(), records, writer.scored_reply, seed=seed, batch_size=16)
+        for score in score_fluency(loaded.model.eval(), records, encoder.scored_reply, seed=seed, batch_size=16)
     ]
 
 
@@ -141,7 +132,7 @@ def main() -> None:
     for description in options.sets:
         name, pairs = read_set(description)
         if options.prefill_tokens:
-            pairs = parted(pairs, writer_of(loaded), options.prefill_tokens)
+            pairs = parted(pairs, PromptEncoder.of(loaded.model, loaded.tokenizer, "auto"), options.prefill_tokens)
         drawn = random.Random(options.seed).sample(pairs, min(options.sample, len(pairs)))
         everything += drawn
         print(f"| {name} | {cell(rate(faulty(pairs)))} | {cell(rate(word_salads(loaded, drawn, options.seed)))} |")

@@ -29,11 +29,11 @@ from transformers import PreTrainedModel
 from sku.config import Recipe, recipe_from_dict
 from sku.data.examples import Example
 from sku.data.load import load_data
-from sku.data.tokens import TokenizedExample, resolve_prompt_format
+from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError
-from sku.evaluate.asking import Writer, draw_examples, window_of
+from sku.evaluate.generation.prompts import PromptEncoder, draw_examples
 from sku.evaluate.perplexity import score_examples
-from sku.evaluate.records import Start
+from sku.evaluate.records import PrefillSource
 from sku.evaluate.run import evaluate
 from sku.methods.run import train_method
 from sku.models import LoadedModel, load_model
@@ -169,16 +169,14 @@ class Table:
         self.loaded = load_model(dataclasses.replace(recipe.model, dtype="float32"))
         self.base = self.loaded.model
         self.memory: dict[str, Any] = {}
-        self._starts: tuple[Start, ...] | None = None
+        self._starts: tuple[PrefillSource, ...] | None = None
         self.texts = self._texts()
         self.before = {split: self._score(self.base, split) for split in self.texts}
         print({split: len(texts) for split, texts in self.texts.items()}, flush=True)
 
     def _texts(self) -> dict[str, list[TokenizedExample]]:
-        writer = Writer(
-            tokenizer=self.loaded.tokenizer,
-            prompt_format=resolve_prompt_format("auto", self.loaded.tokenizer),
-            window=min(window_of(self.base), 256),
+        encoder = dataclasses.replace(
+            PromptEncoder.of(self.base, self.loaded.tokenizer, "auto"), max_length=256, max_answer_tokens=256
         )
         splits: dict[str, Sequence[Example]] = {
             "forget_test": self.data.forget_test,
@@ -188,7 +186,7 @@ class Table:
         texts = {}
         for split, examples in splits.items():
             drawn = draw_examples(examples, self.options.score, seed=self.options.seed)
-            scored = (writer.scored(item.prompt, item.answer, with_end=item.finished) for item in drawn)
+            scored = (encoder.scored(item.prompt, item.answer, with_end=item.finished) for item in drawn)
             texts[split] = [text for text in scored if text is not None]
         return {split: found for split, found in texts.items() if found}
 

@@ -28,16 +28,15 @@ from sku.attacks.kinds import load_templates
 from sku.config import load_recipe, refuse_final
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.joint import PLACE
-from sku.evaluate.asking import Writer, free_request
-from sku.evaluate.backends import GenerationRequest, Sampling
-from sku.evaluate.batching import evaluation_mode
 from sku.evaluate.gate import is_refusal, surface_faults
-from sku.evaluate.generation import generate_replies
+from sku.evaluate.generation.batching import evaluation_mode
+from sku.evaluate.generation.decoding import GenerationRequest, Sampling
+from sku.evaluate.generation.prompts import PromptEncoder, free_request, prefills, with_answers
+from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.judges import label_of
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.measure import base_agreement
 from sku.evaluate.perplexity import ScoredText, compare_distributions
-from sku.evaluate.prefills import prefills, with_answers
 from sku.evaluate.records import GenerationRecord, Split
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
@@ -66,16 +65,16 @@ class Screen:
     def __init__(
         self,
         base: PreTrainedModel,
-        writer: Writer,
+        encoder: PromptEncoder,
         prompts: Mapping[str, Sequence[str]],
         *,
         tokens: int,
         lengths: Sequence[int],
     ) -> None:
         """Asks the original model, whose replies are what prefills begin with and KL is measured on."""
-        self.base, self.writer, self.tokens = base, writer, tokens
+        self.base, self.encoder, self.tokens = base, encoder, tokens
         self.requests = {
-            name: [free_request(SPLITS[name], RetainExample(prompt=prompt, answer=""), writer) for prompt in found]
+            name: [free_request(SPLITS[name], RetainExample(prompt=prompt, answer=""), encoder) for prompt in found]
             for name, found in prompts.items()
         }
         said = {
@@ -86,9 +85,9 @@ class Screen:
         }
         begun = [(SPLITS["forget_test"], example) for example in said["forget_test"]]
         for length in lengths:
-            found, _ = prefills(begun, [str(length)], with_answers(begun, {}), writer, tokens)
+            found, _ = prefills(begun, [str(length)], with_answers(begun, {}), encoder, tokens)
             self.requests[f"prefill {length}"] = found
-        scored = (writer.scored(example.prompt, example.answer) for example in said["normal"][:KL_ROWS])
+        scored = (encoder.scored(example.prompt, example.answer) for example in said["normal"][:KL_ROWS])
         self.texts = [
             ScoredText(id=str(number), split=SPLITS["normal"], tokens=found)
             for number, found in enumerate(scored)
@@ -117,12 +116,12 @@ class Screen:
     ) -> list[GenerationRecord]:
         return generate_replies(
             model,
-            self.writer.tokenizer,
+            self.encoder.tokenizer,
             requests,
-            stop_ids=self.writer.stop_ids(model),
+            stop_ids=self.encoder.stop_ids(model),
             max_new_tokens=self.tokens,
             batch_size=BATCH,
-            window=self.writer.window,
+            window=self.encoder.window,
             sampling=sampling,
         )
 
@@ -160,7 +159,7 @@ def main() -> None:
     with evaluation_mode(base), evaluation_mode(mixture):
         screen = Screen(
             base,
-            Writer.of(base, loaded.tokenizer, recipe.model.prompt_format),
+            PromptEncoder.of(base, loaded.tokenizer, recipe.model.prompt_format),
             {name: found[: options.count] for name, found in prompts.items() if name in {*NEEDED, *options.sets}},
             tokens=options.tokens,
             lengths=options.prefill,

@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str]] = {
         "negate",
     },
     "attacks": {
-        "config", "errors", "data", "models", "world", "training", "methods", "evaluate", "quantization",
+        "config", "errors", "data", "models", "processes", "world", "training", "methods", "evaluate", "quantization",
     },
     "plan": {
         "config", "errors", "storage", "losses", "model_files", "models", "processes", "training",
@@ -53,13 +53,15 @@ ALLOWED: dict[str, set[str]] = {
     },
     "report": {"_version", "config", "errors", "progress", "storage", "evaluate", "attacks", "sweep"},
     "sweep": {
-        "config", "errors", "storage", "data", "models", "methods", "negate", "evaluate", "reproducibility",
+        "config", "errors", "storage", "data", "models", "processes", "methods", "negate", "evaluate",
+        "reproducibility",
     },
     "chat": {"config", "errors", "storage", "data", "models", "negate", "evaluate", "report"},
     "push": {"errors", "storage", "negate", "report"},
     "export": {"config", "data", "errors", "models", "negate", "report", "storage"},
     "comparison": {
-        "config", "errors", "from_file", "storage", "data", "models", "training", "methods", "negate", "evaluate",
+        "config", "errors", "from_file", "storage", "data", "models", "processes", "training", "methods", "negate",
+        "evaluate",
         "report", "reproducibility", "sweep", "quiet",
     },
 }
@@ -78,7 +80,7 @@ def imported(path: Path) -> Iterator[str]:
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            # "from sku.evaluate import asking" imports sku.evaluate.asking.
+            # "from sku.evaluate import harness" imports sku.evaluate.harness.
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 

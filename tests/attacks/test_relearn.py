@@ -20,7 +20,7 @@ from sku.attacks.results import Relearned
 from sku.attacks.run import run_attacks
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData, normalise_prompt
-from sku.evaluate.asking import draw_examples
+from sku.evaluate.generation.prompts import draw_examples
 from sku.evaluate.record_files import read_rows
 
 from .conftest import world_recipe

@@ -22,8 +22,8 @@ from sku.config import Attack as AttackName
 from sku.config import load_recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError, RecipeError
-from sku.evaluate import replies
-from sku.evaluate.generation import generate_replies
+from sku.evaluate.generation import replies
+from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.record_files import read_generations
 from sku.evaluate.run import evaluate

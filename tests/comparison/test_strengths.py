@@ -8,10 +8,10 @@ from sku.comparison.search import STEPS, step_down
 from sku.config import Recipe
 from sku.data.load import load_data
 from sku.data.tokens import resolve_prompt_format
-from sku.evaluate import asking, replies
-from sku.evaluate.backends import GenerationRequest
+from sku.evaluate.generation import prompts, replies
+from sku.evaluate.generation.decoding import GenerationRequest
+from sku.evaluate.generation.replies import ReplyGenerator
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.replies import Asker
 from sku.evaluate.utility_cost import OVER_REFUSAL, Border
 from sku.evaluate.validation import Refusals
 from sku.models import load_model
@@ -49,13 +49,11 @@ def test_refusals_are_counted_beyond_those_of_the_base_model(
     """A right answer that is itself a refusal counts for nobody; the base model is asked once."""
     loaded = load_model("embedded")
     data = load_data(small_recipe.data, small_recipe.seed)
-    writer = asking.Writer(
-        tokenizer=loaded.tokenizer, prompt_format=resolve_prompt_format("auto", loaded.tokenizer), window=256
+    encoder = prompts.PromptEncoder(loaded.tokenizer, resolve_prompt_format("auto", loaded.tokenizer), 256, 256, 256)
+    generator = ReplyGenerator(
+        base=loaded.model, encoder=encoder, config=small_recipe.evaluate, stop_ids=encoder.stop_ids(loaded.model)
     )
-    asker = Asker(
-        base=loaded.model, writer=writer, config=small_recipe.evaluate, stop_ids=writer.stop_ids(loaded.model)
-    )
-    found = Refusals(asker, data)
+    found = Refusals(generator, data)
     assert found.excess(loaded.model) == 0
     answers = iter((["i cannot help with that ."] * 3 + ["the florn is golden ."] * 3,))
 

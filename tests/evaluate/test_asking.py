@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from sku.data.examples import ForgetExample
-from sku.evaluate.asking import draw_examples
+from sku.evaluate.generation.prompts import draw_examples
 from sku.evaluate.records import record_id
 
 EXAMPLES = [

@@ -26,20 +26,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError
-from sku.evaluate.backends import (
-    ROOM,
-    GenerateBackend,
-    GenerationRequest,
-    RoomyLayer,
-    RowSampler,
-    Sampling,
-    give_room,
-    keep_top_p,
-)
 from sku.evaluate.comparison import compare
-from sku.evaluate.generation import generate_replies
+from sku.evaluate.generation.backends import ROOM, GenerateBackend, PreallocatedCacheLayer, give_room
+from sku.evaluate.generation.decoding import GenerationRequest, RowSampler, Sampling, keep_top_p
+from sku.evaluate.generation.replies import CHECKED_PROMPTS, backend_notes, compare_replies, generate_replies
 from sku.evaluate.records import GenerationRecord
-from sku.evaluate.replies import CHECKED_PROMPTS, backend_notes, compare_replies
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
 
@@ -213,7 +204,7 @@ def begun(first: Tensor) -> DynamicLayer:
 
 def test_tokens_are_appended_bit_for_bit_also_beyond_the_room() -> None:
     first = drawn(5)
-    plain, roomy = begun(first), RoomyLayer(begun(first))
+    plain, roomy = begun(first), PreallocatedCacheLayer(begun(first))
     for number in range(2 * ROOM + 3):
         new = drawn(1, number)
         for mine, theirs in zip(roomy.update(new, -new), plain.update(new, -new), strict=True):
@@ -224,7 +215,7 @@ def test_tokens_are_appended_bit_for_bit_also_beyond_the_room() -> None:
 
 def test_tokens_follow_the_rows_that_stay() -> None:
     first = drawn(5)
-    plain, roomy = begun(first), RoomyLayer(begun(first))
+    plain, roomy = begun(first), PreallocatedCacheLayer(begun(first))
     kept: Any = torch.tensor([2, 0])
     new = drawn(1, 1)
     for layer in (plain, roomy):
@@ -240,7 +231,7 @@ def test_tokens_follow_the_rows_that_stay() -> None:
 
 
 def test_what_was_shown_is_not_written_over() -> None:
-    roomy = RoomyLayer(begun(drawn(5)))
+    roomy = PreallocatedCacheLayer(begun(drawn(5)))
     new = drawn(1, 1)
     shown, _ = roomy.update(new, -new)
     copy = shown.clone()
@@ -257,7 +248,7 @@ def test_layers_of_another_kind_stay() -> None:
         DynamicLayer(),
     ]
     give_room(cache)
-    assert [type(layer) for layer in cache.layers] == [RoomyLayer, DynamicSlidingWindowLayer, DynamicLayer]
+    assert [type(layer) for layer in cache.layers] == [PreallocatedCacheLayer, DynamicSlidingWindowLayer, DynamicLayer]
     first = cache.layers[0]
     give_room(cache)
     assert cache.layers[0] is first

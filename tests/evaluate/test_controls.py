@@ -9,10 +9,9 @@ import pytest
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_forget_retain
-from sku.evaluate.asking import draw
-from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.gate import is_refusal
-from sku.evaluate.prefills import with_answers
+from sku.evaluate.generation.decoding import GenerationRequest
+from sku.evaluate.generation.prompts import draw, with_answers
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import REFUSAL, always_gibberish, always_refuse, evaluate_replies
 from sku.models import LoadedModel, load_model

@@ -26,16 +26,15 @@ from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, Retai
 from sku.data.load import load_forget_retain
 from sku.data.tokens import IGNORE_INDEX, PaperFormat
 from sku.errors import EvaluationError
-from sku.evaluate import generation, replies
-from sku.evaluate.asking import Writer
 from sku.evaluate.comparison import compare
+from sku.evaluate.generation import replies
+from sku.evaluate.generation.prompts import PromptEncoder, with_answers
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import judge_again
-from sku.evaluate.prefills import NO_BASE, with_answers
 from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, read_generations, read_rows
-from sku.evaluate.records import FluencyRecord, Start, record_id, start_id
+from sku.evaluate.records import FluencyRecord, PrefillSource, record_id, start_id
 from sku.evaluate.results import EvaluationResult, read_result
-from sku.evaluate.run import evaluate
+from sku.evaluate.run import NO_BASE, evaluate
 from sku.report.tables import before_after_rows
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
@@ -82,7 +81,7 @@ def tiny_data() -> ForgetRetainData:
     )
 
 
-def answers_of(data: ForgetRetainData) -> list[Start]:
+def answers_of(data: ForgetRetainData) -> list[PrefillSource]:
     """Stand for harmful replies, which the random model never gives."""
     asked = [("forget_train", one) for one in data.forget_train] + [("forget_test", one) for one in data.forget_test]
     return [*with_answers(asked, {}).values()]
@@ -188,7 +187,7 @@ def test_a_finished_run_is_reused_and_a_changed_one_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
-    real = generation.generate_replies
+    real = replies.generate_replies
 
     def counting(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
@@ -458,8 +457,8 @@ def test_an_answer_that_is_too_long_to_be_scored_whole_has_no_end(
     long = dataclasses.replace(tiny_data, retain_test=(RetainExample(prompt="say", answer="x" * 2 * window),))
     result = evaluate(tiny_model, tiny_tokenizer, long, config=TINY_CONFIG)
     (row,) = [row for row in result.losses if row.split == "retain_test"]
-    writer = Writer(tokenizer=tiny_tokenizer, prompt_format=PaperFormat("<end>"), window=window)
-    scored = writer.scored("say", "x" * 2 * window, with_end=True)
+    encoder = PromptEncoder(tiny_tokenizer, PaperFormat("<end>"), window, window, window)
+    scored = encoder.scored("say", "x" * 2 * window, with_end=True)
     assert scored is not None
     assert tiny_tokenizer.eos_token_id not in scored.labels
     assert row.tokens == sum(label != IGNORE_INDEX for label in scored.labels)

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from conftest import ARCHITECTURES, VOCABULARY, ModelMaker
 from sku.config import ModelConfig
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
-from sku.evaluate import backends
-from sku.evaluate.backends import Decoding, GenerateBackend, GenerationRequest, Sampling
+from sku.evaluate.generation import backends
+from sku.evaluate.generation.backends import GenerateBackend
+from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling
 from sku.evaluate.perplexity import answer_logits, answer_positions, score_examples
 from sku.models import load_model
 

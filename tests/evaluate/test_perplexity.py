@@ -18,9 +18,9 @@ from sku.config import ModelConfig, PromptFormatName
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample, resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity
-from sku.evaluate.asking import Writer, window_of
-from sku.evaluate.batching import Progress
 from sku.evaluate.gate import is_word_salad
+from sku.evaluate.generation.batching import Progress
+from sku.evaluate.generation.prompts import PromptEncoder
 from sku.evaluate.perplexity import SHUFFLES, in_orders, score_examples, score_fluency
 from sku.evaluate.records import GenerationRecord
 from sku.models import load_model
@@ -281,15 +281,13 @@ def test_the_replys_own_tokens_are_labelled_and_no_other(
 ) -> None:
     """The tokenizer has a token a byte, so the labels can be read back."""
     tiny_tokenizer.chat_template = CHAT_TEMPLATE
-    writer = Writer(
-        tokenizer=tiny_tokenizer, prompt_format=resolve_prompt_format(format_name, tiny_tokenizer), window=256
-    )
-    found = writer.scored_reply("what is it ?", start, reply)
+    encoder = PromptEncoder(tiny_tokenizer, resolve_prompt_format(format_name, tiny_tokenizer), 256, 256, 256)
+    found = encoder.scored_reply("what is it ?", start, reply)
     if own is None:
         assert found is None
         return
     assert found is not None
-    assert found.input_ids == writer.scored("what is it ?", start + reply).input_ids  # type: ignore[union-attr]
+    assert found.input_ids == encoder.scored("what is it ?", start + reply).input_ids  # type: ignore[union-attr]
     labelled = [label for label in found.labels if label != IGNORE_INDEX]
     assert str(tiny_tokenizer.decode(labelled)).lstrip() == own.lstrip()
     assert found.labels[-len(labelled) :] == tuple(labelled)
@@ -305,14 +303,11 @@ def test_real_continuations_after_20_prefill_tokens_are_no_word_salad_and_salads
     loaded = load_model(
         ModelConfig(path=str(folder), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
     )
-    writer = Writer(
-        tokenizer=loaded.tokenizer, prompt_format=resolve_prompt_format("auto", loaded.tokenizer),
-        window=window_of(loaded.model),
-    )  # fmt: skip
+    encoder = PromptEncoder.of(loaded.model, loaded.tokenizer, "auto")
     generator = random.Random(0)
     real, salad = [], []
     for number, (prompt, answer) in enumerate(ANSWERS.items()):
-        prefilled = writer.encoder.prefill(prompt, answer, 20)
+        prefilled = encoder.prefill(prompt, answer, 20)
         assert prefilled is not None
         start = prefilled[1].lstrip()
         record = GenerationRecord(
@@ -325,7 +320,7 @@ def test_real_continuations_after_20_prefill_tokens_are_no_word_salad_and_salads
     found = [
         {
             row.id: is_word_salad(row)
-            for row in score_fluency(loaded.model.eval(), records, writer.scored_reply, **ASKED)
+            for row in score_fluency(loaded.model.eval(), records, encoder.scored_reply, **ASKED)
         }
         for records in (real, salad)
     ]

@@ -15,27 +15,25 @@ from sku.config import EvaluateConfig, load_recipe
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
-from sku.evaluate import generation, replies
-from sku.evaluate.asking import Writer
 from sku.evaluate.comparison import compare
+from sku.evaluate.generation import replies
+from sku.evaluate.generation.prompts import (
+    AFFIRMATIVE_STARTS,
+    NO_OWN,
+    PromptEncoder,
+    affirmative_start,
+    by_id,
+    keys_of,
+    prefills,
+)
+from sku.evaluate.generation.replies import choose_starts, generate_replies
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.measure import judge_again
 from sku.evaluate.metrics import Outcome, ReplyOutcome, prefill_words, rate, worst_prefill
-from sku.evaluate.prefills import (
-    AFFIRMATIVE_STARTS,
-    NO_BASE,
-    NO_ENGLISH,
-    NO_OWN,
-    affirmative_start,
-    by_id,
-    choose_starts,
-    keys_of,
-    prefills,
-)  # fmt: skip
 from sku.evaluate.record_files import GENERATIONS_FILE, STARTS_FILE, read_generations
-from sku.evaluate.records import GenerationRecord, Kind, Start, start_id
+from sku.evaluate.records import GenerationRecord, Kind, PrefillSource, start_id
 from sku.evaluate.results import EvaluationResult, read_result
-from sku.evaluate.run import evaluate
+from sku.evaluate.run import NO_BASE, NO_ENGLISH, evaluate
 from sku.pipeline.evaluate import trained_prefill_tokens
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
@@ -74,7 +72,7 @@ def other_model(world_model: LlamaForCausalLM) -> LlamaForCausalLM:
     return model
 
 
-class Asker:
+class ReplyGenerator:
     """Evaluates models of the embedded world."""
 
     def __init__(self, data: ForgetRetainData, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -89,12 +87,12 @@ class Asker:
 
 
 @pytest.fixture
-def asked(world_data: ForgetRetainData, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Asker:
-    return Asker(world_data, world_tokenizer, tmp_path)
+def asked(world_data: ForgetRetainData, world_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> ReplyGenerator:
+    return ReplyGenerator(world_data, world_tokenizer, tmp_path)
 
 
 def test_prefills_begin_with_the_bases_own_harmful_replies(
-    asked: Asker, world_model: LlamaForCausalLM, world_tokenizer: PreTrainedTokenizerBase
+    asked: ReplyGenerator, world_model: LlamaForCausalLM, world_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     result: EvaluationResult = asked(world_model, "base", base_model=world_model)
     _, records = read_generations(asked.folder / "base" / GENERATIONS_FILE)
@@ -125,7 +123,7 @@ def test_prefills_begin_with_the_bases_own_harmful_replies(
 
 
 def test_another_model_gets_the_same_starts(
-    asked: Asker, world_model: LlamaForCausalLM, other_model: LlamaForCausalLM
+    asked: ReplyGenerator, world_model: LlamaForCausalLM, other_model: LlamaForCausalLM
 ) -> None:
     """Given, or asked of the base where nobody evaluated it before."""
     base = asked(world_model, "base", base_model=world_model)
@@ -147,7 +145,7 @@ def test_another_model_gets_the_same_starts(
 
 
 def test_without_a_base_no_prefill_is_a_models_own_and_a_note_says_so(
-    asked: Asker, world_model: LlamaForCausalLM
+    asked: ReplyGenerator, world_model: LlamaForCausalLM
 ) -> None:
     config = dataclasses.replace(CONFIG, prefill_sources=("own",))
     alone: EvaluationResult = asked(world_model, "alone", config)
@@ -156,12 +154,14 @@ def test_without_a_base_no_prefill_is_a_models_own_and_a_note_says_so(
     assert alone.prefill == {}
     assert alone.setup.left_out == {f"{split}: {NO_OWN}": 3 for split in ("forget_train", "forget_test")}
     assert read_result(asked.folder / "alone") == alone
-    other = dataclasses.replace(alone, starts=(Start(id="x", text="x"),))
+    other = dataclasses.replace(alone, starts=(PrefillSource(id="x", text="x"),))
     with pytest.raises(EvaluationError, match="differ in what prefills begin with"):
         compare(alone, other)
 
 
-def test_the_base_is_not_asked_for_starts_that_nobody_wants(asked: Asker, world_model: LlamaForCausalLM) -> None:
+def test_the_base_is_not_asked_for_starts_that_nobody_wants(
+    asked: ReplyGenerator, world_model: LlamaForCausalLM
+) -> None:
     config = dataclasses.replace(CONFIG, prefill_sources=("affirmative", "answer"))
     result: EvaluationResult = asked(world_model, "base", config, base_model=world_model)
     assert result.starts == ()
@@ -169,7 +169,9 @@ def test_the_base_is_not_asked_for_starts_that_nobody_wants(asked: Asker, world_
     assert not (asked.folder / "base" / STARTS_FILE).exists()
 
 
-def test_judging_again_keeps_the_starts_as_they_were_asked(asked: Asker, world_model: LlamaForCausalLM) -> None:
+def test_judging_again_keeps_the_starts_as_they_were_asked(
+    asked: ReplyGenerator, world_model: LlamaForCausalLM
+) -> None:
     result = asked(world_model, "base", base_model=world_model)
     assert judge_again(asked.folder / "base", EmbeddedWorldJudge()) == result
     rules = judge_again(asked.folder / "base", RefusalRulesJudge())
@@ -179,7 +181,7 @@ def test_judging_again_keeps_the_starts_as_they_were_asked(asked: Asker, world_m
 
 
 def test_starts_are_judged_once_and_a_lost_file_asks_no_model(
-    asked: Asker, world_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+    asked: ReplyGenerator, world_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judged: list[int] = []
 
@@ -197,7 +199,7 @@ def test_starts_are_judged_once_and_a_lost_file_asks_no_model(
 
     def counted(*given: Any, **options: Any) -> Any:
         asked_for.append(1)
-        return generation.generate_replies(*given, **options)
+        return generate_replies(*given, **options)
 
     monkeypatch.setattr(replies, "generate_replies", counted)
     (asked.folder / "base" / STARTS_FILE).unlink()
@@ -280,10 +282,10 @@ def test_each_start_is_asked_of_the_prompts_that_have_it(
         for number, answer in enumerate(["take the florn and stir it until it glows", "no", ""])
     ]
     asked = [("forget_test", example) for example in examples]
-    starts = by_id([Start(id=start_id("forget_test", "do 0"), text="mix it well")])
+    starts = by_id([PrefillSource(id=start_id("forget_test", "do 0"), text="mix it well")])
     # Room enough for the longest start: what is cut here is no question of the window.
-    writer = dataclasses.replace(Writer.of(tiny_model, tiny_tokenizer, "paper"), window=2**10)
-    found, left_out = prefills(asked, ["3", "40", "affirmative", "answer/20"], starts, writer, 4)
+    encoder = dataclasses.replace(PromptEncoder.of(tiny_model, tiny_tokenizer, "paper"), window=2**10)
+    found, left_out = prefills(asked, ["3", "40", "affirmative", "answer/20"], starts, encoder, 4)
     assert [(one.prompt, one.prefill_key) for one in found] == [
         ("do 0", "3"), ("do 0", "affirmative"), ("do 1", "affirmative"), ("do 2", "affirmative"),
         ("do 0", "answer/20"),

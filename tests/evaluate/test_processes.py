@@ -14,8 +14,9 @@ import torch
 
 from sku.config import load_recipe
 from sku.errors import EvaluationError
-from sku.evaluate.batching import ALONE, Processes, current_processes, in_batches, plan_batches
+from sku.evaluate.generation.batching import in_batches, plan_batches
 from sku.pipeline.evaluate import plan_evaluation
+from sku.processes import ALONE, Processes, current_processes
 
 SETTINGS = [
     "evaluate.prompts=3", "evaluate.retain_prompts=4", "evaluate.batch_size=4", "evaluate.max_new_tokens=12",
@@ -25,7 +26,7 @@ FAILING = """
 import os
 
 from sku.errors import EvaluationError, SkuError
-from sku.evaluate.batching import current_processes
+from sku.processes import current_processes
 
 processes = current_processes()
 assert processes.on_main(lambda: processes.rank) == 0

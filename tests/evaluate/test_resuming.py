@@ -16,7 +16,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.load import load_forget_retain
-from sku.evaluate.backends import GenerateBackend
+from sku.evaluate.generation.backends import GenerateBackend
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
     GENERATIONS_FILE,

@@ -16,20 +16,20 @@ from sku.config import Recipe, SweepConfig
 from sku.data.examples import Example, ForgetRetainData, RetainExample
 from sku.data.tokens import resolve_prompt_format
 from sku.errors import EvaluationError, NoAlphaError, OutputError, RecipeError
-from sku.evaluate import asking, replies
-from sku.evaluate.asking import draw_examples
-from sku.evaluate.batching import Processes
+from sku.evaluate.generation import prompts, replies
+from sku.evaluate.generation.prompts import draw_examples
 from sku.evaluate.judges import Calibration, write_calibration
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome
-from sku.evaluate.records import Start, start_id
+from sku.evaluate.records import PrefillSource, start_id
 from sku.evaluate.utility_cost import BROKEN_COST, UtilityCost, find_border
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
+from sku.processes import Processes
 from sku.report.frontier import frontier_figure
 from sku.sweep import meter as sweep_meter
 from sku.sweep import run as sweep_run
-from sku.sweep.meter import Meter, Questions, check_judge, draw_questions, replies_of, validation_asker
+from sku.sweep.meter import Meter, Questions, check_judge, draw_questions, replies_of, validation_generator
 from sku.sweep.result import Sweep
 from sku.sweep.run import FIRST, LARGEST, SMALLEST, below, choose_alpha, judge_notes, sweep, unmeasurable
 from sweep.frontiers import point
@@ -50,10 +50,8 @@ class Setting:
         return sweep(self.base, self.vector, self.tokenizer, self.data, recipe, folder)
 
     def questions(self, **changes: Any) -> Questions:
-        writer = asking.Writer(
-            tokenizer=self.tokenizer, prompt_format=resolve_prompt_format("auto", self.tokenizer), window=256
-        )
-        return draw_questions(self.data, writer, dataclasses.replace(self.recipe.sweep, **changes), seed=0)
+        encoder = prompts.PromptEncoder(self.tokenizer, resolve_prompt_format("auto", self.tokenizer), 256, 256, 256)
+        return draw_questions(self.data, encoder, dataclasses.replace(self.recipe.sweep, **changes), seed=0)
 
 
 @pytest.fixture
@@ -66,11 +64,9 @@ def setting(
 
 @pytest.fixture
 def meter(setting: Setting) -> Meter:
-    writer = asking.Writer(
-        tokenizer=setting.tokenizer, prompt_format=resolve_prompt_format("auto", setting.tokenizer), window=256
-    )
-    asker = validation_asker(setting.base, writer, RefusalRulesJudge(), setting.recipe)
-    return Meter(setting.vector, asker, setting.questions(), setting.recipe.sweep)
+    encoder = prompts.PromptEncoder(setting.tokenizer, resolve_prompt_format("auto", setting.tokenizer), 256, 256, 256)
+    generator = validation_generator(setting.base, encoder, RefusalRulesJudge(), setting.recipe)
+    return Meter(setting.vector, generator, setting.questions(), setting.recipe.sweep)
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +106,7 @@ def test_weights_at_an_alpha_are_those_of_negate_whatever_came_before(setting: S
 
 
 def test_weights_at_an_alpha_have_the_type_that_will_be_saved(setting: Setting, meter: Meter) -> None:
-    rounded = Meter(setting.vector, meter.asker, meter.questions, meter.config, output_dtype=torch.bfloat16)
+    rounded = Meter(setting.vector, meter.generator, meter.questions, meter.config, output_dtype=torch.bfloat16)
     for alpha in (1.0, 0.3, 0.0):
         rounded.write(alpha)
         expected = negate(setting.base, setting.vector, alpha, output_dtype=torch.bfloat16).state_dict()
@@ -152,11 +148,11 @@ def test_prefills_begin_with_what_the_base_says(
     said = "heat the blue flour until it sings , then stir it ."
     asked: list[list[str]] = []
 
-    def own(records: Any, outcomes: Any) -> list[Start]:
+    def own(records: Any, outcomes: Any) -> list[PrefillSource]:
         assert {outcome.id for outcome in outcomes} == {record.id for record in records}
         asked.append([record.prompt for record in records])
         prompts = [record.prompt for record in records]
-        return [Start(id=start_id("forget_validation", prompt), text=said) for prompt in prompts]
+        return [PrefillSource(id=start_id("forget_validation", prompt), text=said) for prompt in prompts]
 
     monkeypatch.setattr(replies, "choose_starts", own)
     found = setting.sweep(tmp_path)
@@ -401,7 +397,7 @@ def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path, monke
         empty.sweep(tmp_path)
     with pytest.raises(EvaluationError, match="no prefill of 200 tokens"):
         setting.sweep(tmp_path, prefill_tokens=(200,))
-    monkeypatch.setattr(asking, "window_of", lambda _model: 8)
+    monkeypatch.setattr(prompts.PromptEncoder, "has_room", lambda *_given: False)
     with pytest.raises(EvaluationError, match="no prompt that can be asked"):
         setting.sweep(tmp_path)
 

@@ -36,15 +36,15 @@ from sku.attacks.kinds import AttackContext
 from sku.attacks.results import AttackCard, Checkpoint, Relearned, RelearnLine, RelearnResult
 from sku.data.examples import ForgetExample, RetainExample, content_hash
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
-from sku.evaluate.asking import draw_examples, free_requests
-from sku.evaluate.backends import GenerationRequest
-from sku.evaluate.batching import evaluation_mode, stage
+from sku.evaluate.generation.batching import evaluation_mode, stage
+from sku.evaluate.generation.decoding import GenerationRequest
+from sku.evaluate.generation.prompts import draw_examples, free_requests
+from sku.evaluate.generation.replies import ReplyGenerator, requests_hash
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import MAX_EXPONENT, Rate, ReplyOutcome, rate
 from sku.evaluate.perplexity import score_examples
-from sku.evaluate.record_files import Reuse, header_hash
+from sku.evaluate.record_files import ResultCache, header_hash
 from sku.evaluate.records import FluencyRecord, GenerationRecord, Split
-from sku.evaluate.replies import Asker, requests_hash
 
 RELEARN = AttackCard(
     name="relearn",
@@ -76,9 +76,9 @@ class Relearning:
     """One attack on one model, and its control."""
 
     context: AttackContext
-    asker: Asker
+    generator: ReplyGenerator
     """With the judge."""
-    reuse: Reuse
+    reuse: ResultCache
     common: Mapping[str, Any]
     """Models, decoding, prompt format and seed, for the headers of files."""
     subjects: Mapping[str, PreTrainedModel]
@@ -90,9 +90,9 @@ class Relearning:
 
     @property
     def judge(self) -> Judge:
-        """Of the asker."""
-        assert self.asker.judge is not None
-        return self.asker.judge
+        """Of the generator."""
+        assert self.generator.judge is not None
+        return self.generator.judge
 
     @cached_property
     def base_harmful(self) -> Rate:
@@ -108,7 +108,7 @@ class Relearning:
         """The attack with every number of pairs.
 
         Raises:
-            SkuError: As training, and as ``Asker``.
+            SkuError: As training, and as ``ReplyGenerator``.
         """
         config = self.context.recipe.evaluate
         steps = tuple(sorted({*config.relearn_steps}))
@@ -189,16 +189,16 @@ class Relearning:
 
     def _asked(self, step: int, model: PreTrainedModel) -> CheckpointRow:
         progress = self.context.progress
-        replies = self.asker.ask(model, self.requests, stage(progress, "attack relearn: replies"))
+        replies = self.generator.ask(model, self.requests, stage(progress, "attack relearn: replies"))
         return CheckpointRow(
             id=str(step),
             nll=self._nll(model),
             replies=tuple(replies),
-            fluency=tuple(self.asker.fluency(replies, stage(progress, "attack relearn: fluency"))),
+            fluency=tuple(self.generator.fluency(replies, stage(progress, "attack relearn: fluency"))),
         )
 
     def _checkpoint(self, row: CheckpointRow) -> Checkpoint:
-        outcomes = self.asker.outcomes(row.replies, row.fluency)
+        outcomes = self.generator.outcomes(row.replies, row.fluency)
         return self._counted(int(row.id), outcomes, row.nll)
 
     def _start(self, subject: str) -> Checkpoint:
@@ -234,7 +234,7 @@ class Relearning:
             scores = score_examples(
                 model,
                 self._texts,
-                batch_size=self.asker.config.batch_size,
+                batch_size=self.generator.config.batch_size,
                 progress=stage(self.context.progress, "attack relearn: perplexity"),
             )
         return math.fsum(nll for nll, _ in scores)
@@ -242,18 +242,18 @@ class Relearning:
     @cached_property
     def _texts(self) -> list[TokenizedExample]:
         """Normal prompts with the dataset's answers, or with the base model's own."""
-        config, writer = self.asker.config, self.asker.writer
+        config, encoder = self.generator.config, self.generator.encoder
         drawn = draw_examples(self.context.data.retain_test, config.attack_prompts, seed=self.context.recipe.seed)
         missing = [example for example in drawn if not example.answer]
         own = {record.prompt: record.reply for record in self._own_answers(missing)}
         texts = (
-            writer.scored(example.prompt, example.answer or own.get(example.prompt, ""), with_end=False)
+            encoder.scored(example.prompt, example.answer or own.get(example.prompt, ""), with_end=False)
             for example in drawn
         )
         return [text for text in texts if text is not None]
 
     def _own_answers(self, examples: Sequence[RetainExample]) -> list[GenerationRecord]:
-        asked = free_requests(_NORMAL, examples, self.asker.writer, self.asker.config.max_new_tokens)
+        asked = free_requests(_NORMAL, examples, self.generator.encoder, self.generator.config.max_new_tokens)
         if not asked:
             return []
         told = stage(self.context.progress, "attack relearn: normal replies")
@@ -261,7 +261,7 @@ class Relearning:
             _FILE.format("answers"),
             {**self.common, "requests": requests_hash(asked)},
             GenerationRecord,
-            lambda: self.asker.ask(self.subjects["control"], asked, told),
+            lambda: self.generator.ask(self.subjects["control"], asked, told),
         )
 
 

@@ -31,20 +31,20 @@ from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSe
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.asking import Writer, draw_examples, free_request
-from sku.evaluate.backends import GenerationRequest, decoding_settings
-from sku.evaluate.batching import ALONE, Progress, StageProgress, stage
 from sku.evaluate.changes import paired_change
-from sku.evaluate.generation import about
+from sku.evaluate.generation.batching import Progress, StageProgress, stage
+from sku.evaluate.generation.decoding import GenerationRequest, decoding_settings
+from sku.evaluate.generation.prompts import PromptEncoder, draw_examples, free_request
+from sku.evaluate.generation.replies import ReplyGenerator, about
 from sku.evaluate.judges import Judge, JudgeCard, Verdict
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of, unclear
 from sku.evaluate.perplexity import fluency_header
-from sku.evaluate.record_files import Reuse, create_private_folder, header_hash
+from sku.evaluate.record_files import ResultCache, create_private_folder, header_hash
 from sku.evaluate.records import FluencyRecord, GenerationRecord
-from sku.evaluate.replies import Asker
 from sku.models import embedding_weight
+from sku.processes import ALONE
 from sku.quantization import FORMATS, rounded_copy
 
 Row = TypeVar("Row", GenerationRecord, FluencyRecord)
@@ -97,19 +97,19 @@ def run_attacks(
     if output_dir is not None:
         create_private_folder(output_dir)
         create_private_folder(output_dir / FOLDER)
-    writer = Writer.of(model, tokenizer, recipe.model.prompt_format)
+    encoder = PromptEncoder.of(model, tokenizer, recipe.model.prompt_format)
     chosen = choose_judge(recipe.evaluate, data) if judge is None else judge
     run = _Run(
         context=AttackContext(recipe=recipe, data=data, model=model, tokenizer=tokenizer, progress=progress),
-        asker=Asker(
+        generator=ReplyGenerator(
             base=base,
-            writer=writer,
+            encoder=encoder,
             config=recipe.evaluate,
-            stop_ids=writer.stop_ids(model),
+            stop_ids=encoder.stop_ids(model),
             seed=recipe.seed,
         ),
         judge=cached(chosen, output_dir, stage(progress, "attacks: judge")),
-        reuse=Reuse(folder=None if output_dir is None else output_dir / FOLDER, processes=ALONE),
+        reuse=ResultCache(folder=None if output_dir is None else output_dir / FOLDER, processes=ALONE),
     )
     report = run.report(tuple(dict.fromkeys(recipe.evaluate.attacks)))
     if output_dir is not None:
@@ -145,34 +145,34 @@ class _Run:
     """What every attack of one run needs."""
 
     context: AttackContext
-    asker: Asker
+    generator: ReplyGenerator
     """Its base is the control, and scores fluency."""
     judge: Judge
-    reuse: Reuse
+    reuse: ResultCache
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason -> how often something could not be asked."""
 
     def __post_init__(self) -> None:
         """Draws the questions from ``forget_test`` as ``evaluate`` draws them."""
-        recipe, writer = self.context.recipe, self.asker.writer
+        recipe, encoder = self.context.recipe, self.generator.encoder
         drawn = draw_examples(self.context.data.forget_test, recipe.evaluate.attack_prompts, seed=recipe.seed)
-        asked = [(free_request("forget_test", example, writer), example) for example in drawn]
+        asked = [(free_request("forget_test", example, encoder), example) for example in drawn]
         asked = [(request, example) for request, example in asked if self._has_room(request)]
         if len(asked) < len(drawn):
             self.left_out["all attacks: the prompt is too long for the model"] = len(drawn) - len(asked)
         if not asked:
             raise EvaluationError(
-                f"none of {len(drawn)} prompts leaves room for a reply in the model's window of {writer.window} "
+                f"none of {len(drawn)} prompts leaves room for a reply in the model's window of {encoder.window} "
                 "tokens: take shorter prompts or another model"
             )
         self.questions = {request.id: example for request, example in asked}
-        self.subjects = {"model": self.context.model, "control": self.asker.base}
+        self.subjects = {"model": self.context.model, "control": self.generator.base}
         probes = [request.input_ids for request, _ in asked[:PROBES]]
         self.common: dict[str, Any] = {
             **{name: about(model, probes) for name, model in self.subjects.items()},
-            "decoding": decoding_settings(self.asker.stop_ids, self.asker.config.max_new_tokens),
-            "prompt_format": writer.prompt_format.name,
-            "seed": self.asker.seed,
+            "decoding": decoding_settings(self.generator.stop_ids, self.generator.config.max_new_tokens),
+            "prompt_format": encoder.prompt_format.name,
+            "seed": self.generator.seed,
         }
 
     def report(self, names: Sequence[str]) -> AttackReport:
@@ -197,7 +197,7 @@ class _Run:
                 )
         setup = AttackSetup(
             **self.common,
-            config=plain_data(self.asker.config),
+            config=plain_data(self.generator.config),
             judge=self.judge.card,
         )
         cards = (_NONE.card, *(RELEARN if name == RELEARN.name else ASKED_ATTACKS[name].card for name in names))
@@ -213,11 +213,11 @@ class _Run:
         questions = self.questions.values()
         return Relearning(
             context=self.context,
-            asker=dataclasses.replace(self.asker, judge=self.judge),
+            generator=dataclasses.replace(self.generator, judge=self.judge),
             reuse=self.reuse,
             common=self.common,
             subjects=self.subjects,
-            requests=[free_request("forget_test", example, self.asker.writer) for example in questions],
+            requests=[free_request("forget_test", example, self.generator.encoder) for example in questions],
             free=free,
         )
 
@@ -234,9 +234,9 @@ class _Run:
                 self.left_out[f"{attack.card.name}, {setting.name}: {TOO_LARGE}"] += len(asks)
                 continue
             prompts = {ask.request.id: self.questions[ask.question].prompt for ask in asks}
-            asker = dataclasses.replace(self.asker, judge=_QuestionJudge(self.judge, prompts))
+            generator = dataclasses.replace(self.generator, judge=_QuestionJudge(self.judge, prompts))
             outcomes = {
-                subject: asker.outcomes(replies[place], fluency[place])
+                subject: generator.outcomes(replies[place], fluency[place])
                 for subject in self.subjects
                 for place in [f"{subject}/{setting.name}/"]
             }
@@ -260,11 +260,11 @@ class _Run:
 
     def _request(self, question: str, variant: Variant, example: ForgetExample) -> GenerationRequest:
         reworded = dataclasses.replace(example, prompt=variant.prompt)
-        request = free_request("forget_test", reworded, self.asker.writer)
+        request = free_request("forget_test", reworded, self.generator.encoder)
         return dataclasses.replace(request, id=f"{question}/{variant.name}" if variant.name else question)
 
     def _has_room(self, request: GenerationRequest) -> bool:
-        return self.asker.writer.has_room(request, self.asker.config.max_new_tokens)
+        return self.generator.encoder.has_room(request, self.generator.config.max_new_tokens)
 
     def _replies(
         self, attack: Attack, groups: Sequence[tuple[Setting, list[_Ask]]]
@@ -291,7 +291,7 @@ class _Run:
                 for setting, asks in groups:
                     told = None if report is None else partial(_tell_whole, report, len(rows), total)
                     with _asked_model(model, setting) as asked:
-                        found = [] if asked is None else self.asker.ask(asked, [ask.request for ask in asks], told)
+                        found = [] if asked is None else self.generator.ask(asked, [ask.request for ask in asks], told)
                     rows += [dataclasses.replace(row, id=f"{subject}/{setting.name}/{row.id}") for row in found]
             return rows
 
@@ -310,12 +310,12 @@ class _Run:
         told = stage(self.context.progress, f"attack {attack.card.name}: fluency")
         rows = self.reuse.rows(
             f"{attack.card.name}.fluency.jsonl",
-            fluency_header(self.common["control"]["fingerprint"], self.asker.seed, texts),
+            fluency_header(self.common["control"]["fingerprint"], self.generator.seed, texts),
             FluencyRecord,
             lambda: [
                 dataclasses.replace(row, id=place + row.id)
                 for place, records in replies.items()
-                for row in self.asker.fluency(records, told)
+                for row in self.generator.fluency(records, told)
             ],
         )
         return {place: _rows_of(rows, place) for place in replies}

@@ -25,9 +25,9 @@ from sku.config import Recipe, recipe_from_dict
 from sku.config.check import check_alpha
 from sku.data.examples import RetainExample
 from sku.errors import EvaluationError, one_line
-from sku.evaluate.asking import Writer, free_request
-from sku.evaluate.backends import Decoding, GenerationRequest, only_these_settings
-from sku.evaluate.generation import record_of_ids
+from sku.evaluate.generation.decoding import Decoding, GenerationRequest, only_these_settings
+from sku.evaluate.generation.prompts import PromptEncoder, free_request
+from sku.evaluate.generation.replies import record_of_ids
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import AUTO, build_judge
 from sku.evaluate.metrics import decide_outcomes
@@ -73,10 +73,10 @@ class Pair:
         self.strength = run.strength
         self.max_new_tokens = max_new_tokens or recipe.evaluate.max_new_tokens
         loaded = load_model(recipe.model)
-        self._writer = writer = Writer.of(loaded.model, loaded.tokenizer, recipe.model.prompt_format)
+        self._encoder = encoder = PromptEncoder.of(loaded.model, loaded.tokenizer, recipe.model.prompt_format)
         self._device = embedding_weight(loaded.model).device
         self._decoding = Decoding.of(
-            writer.tokenizer, writer.stop_ids(loaded.model), self.max_new_tokens, writer.window
+            encoder.tokenizer, encoder.stop_ids(loaded.model), self.max_new_tokens, encoder.window
         )
         self._short_answer_words = recipe.evaluate.short_answer_words
         self._base: PreTrainedModel | PeftModel = loaded.model
@@ -132,14 +132,14 @@ class Pair:
         return alpha / self.strength
 
     def _reply(self, side: Side, prompt: str, factor: float, stop: threading.Event) -> Generator[Piece, None, None]:
-        request = free_request("forget_test", RetainExample(prompt=prompt, answer=""), self._writer)
-        if not self._writer.has_room(request, self.max_new_tokens):
+        request = free_request("forget_test", RetainExample(prompt=prompt, answer=""), self._encoder)
+        if not self._encoder.has_room(request, self.max_new_tokens):
             raise EvaluationError("the prompt is too long: it leaves no room for a reply in the model's window")
         watch = _Watch(len(request.input_ids), stop)
         with self._at(side, factor) as model:
             for text in self._written(model, request, watch):
                 yield Piece(side=side, text=text)
-        record = record_of_ids(request, watch.ids, self._decoding, self._writer.tokenizer)
+        record = record_of_ids(request, watch.ids, self._decoding, self._encoder.tokenizer)
         [found] = decide_outcomes([record], self.judge, short_answer_words=self._short_answer_words)
         # A judge of refusals alone calls all else harmful, a recipe for bread too.
         untold = found.outcome == "harmful" and not self.judge.card.tells_safe
@@ -170,8 +170,8 @@ class Pair:
     def _written(self, model: PreTrainedModel | PeftModel, request: GenerationRequest, watch: _Watch) -> Iterator[str]:
         """Text as it is written by a thread of its own."""
         ids = torch.tensor([request.input_ids], device=self._device)
-        streamer = TextIteratorStreamer(self._writer.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        settings = self._decoding.generation_config(self._decoding.room_of(request))
+        streamer = TextIteratorStreamer(self._encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        settings = self._decoding.generation_config(self._decoding.max_new_tokens_for(request))
 
         def write() -> None:
             try:

@@ -71,7 +71,7 @@ def again(
     as_json: JsonOption = False,
 ) -> None:
     """Judge the replies of a finished evaluation anew and show both judges' rates. The evaluation is not changed."""
-    from sku.evaluate.batching import stage
+    from sku.evaluate.generation.batching import stage
     from sku.evaluate.judges.cache import cached
     from sku.evaluate.judges.choose import build_judge
     from sku.evaluate.judges.precomputed import PrecomputedJudge

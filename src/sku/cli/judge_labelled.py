@@ -131,7 +131,7 @@ def calibrate(
             raise OutputError(f"{out} is a folder: name a file with --out")
 
     quiet_libraries()
-    from sku.evaluate.batching import stage
+    from sku.evaluate.generation.batching import stage
     from sku.evaluate.judges.cache import cached
     from sku.evaluate.judges.calibrate import read_labelled
     from sku.evaluate.judges.choose import build_judge

@@ -20,10 +20,9 @@ from sku.comparison.search import SEARCH_SUFFIX, Harm, Strengths, Trial, search,
 from sku.config import CompareConfig, Recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, SkuError, TaskVectorError, first_line, one_line
-from sku.evaluate import asking
-from sku.evaluate.batching import StageProgress
-from sku.evaluate.generation import fingerprint, probes_of
-from sku.evaluate.replies import Asker
+from sku.evaluate.generation import prompts
+from sku.evaluate.generation.batching import StageProgress
+from sku.evaluate.generation.replies import ReplyGenerator, fingerprint, probes_of
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import always_gibberish, always_refuse, evaluate, evaluate_replies
 from sku.evaluate.utility_cost import Utility, utility_cost
@@ -44,7 +43,7 @@ from sku.negate.operators.base import OperatorContext, check_operators
 from sku.negate.task_vector import TaskVector
 from sku.report.method_records import MethodRecord, Point, point_from_result
 from sku.reproducibility import content_sha256
-from sku.sweep.meter import validation_asker
+from sku.sweep.meter import validation_generator
 from sku.training.run import Trained, step_progress
 
 _Measured = tuple[list[Point], EvaluationResult, dict[str, Any]]
@@ -78,24 +77,24 @@ class Bench:
         self._norms: dict[str, dict[str, float]] = {}
         self._operator_memory: dict[str, Any] = {}
         self._base_result: EvaluationResult | None = None
-        writer = asking.Writer.of(self.base, self.tokenizer, recipe.model.prompt_format)
-        texts = validation_texts(self.data, writer, recipe.evaluate.retain_prompts, seed=recipe.seed)
+        encoder = prompts.PromptEncoder.of(self.base, self.tokenizer, recipe.model.prompt_format)
+        texts = validation_texts(self.data, encoder, recipe.evaluate.retain_prompts, seed=recipe.seed)
         self._normal = NormalText(self.base, texts, batch_size=recipe.evaluate.batch_size)
-        asker = Asker(
+        generator = ReplyGenerator(
             base=self.base,
-            writer=writer,
+            encoder=encoder,
             config=recipe.evaluate,
-            stop_ids=writer.stop_ids(self.base),
+            stop_ids=encoder.stop_ids(self.base),
             seed=recipe.seed,
         )
-        self._refusals = Refusals(asker, self.data)
+        self._refusals = Refusals(generator, self.data)
         self._harm: Harm | None = None
         if recipe.compare.search is not None:
-            judged = validation_asker(self.base, writer, search_judge(recipe, self.data), recipe)
-            self._harm = Harm(asker=judged, data=self.data, config=recipe.sweep)
+            judged = validation_generator(self.base, encoder, search_judge(recipe, self.data), recipe)
+            self._harm = Harm(generator=judged, data=self.data, config=recipe.sweep)
         # What a record does not hold is not measured for each strength: it holds greedy outcomes and losses.
         self._asked = dataclasses.replace(recipe.evaluate, samples=0, xstest=None, lm_eval=(), attacks=())
-        requests, _ = asking.requests(asking.draw(self.data, self._asked, recipe.seed), writer, self._asked)
+        requests, _ = prompts.requests(prompts.draw(self.data, self._asked, recipe.seed), encoder, self._asked)
         self._inputs = {
             "base": fingerprint(self.base, probes_of(requests)),
             "data": [item.sha256 for item in self.data.provenance],
@@ -296,8 +295,8 @@ class Bench:
         if job.kind != "method":
             return None
         own = with_visited(job.recipe, self.data, self.tokenizer, self.base)
-        drawn = asking.draw(self.data, self._asked, self.recipe.seed)
-        return asking.trained_on(own, drawn)
+        drawn = prompts.draw(self.data, self._asked, self.recipe.seed)
+        return prompts.trained_on(own, drawn)
 
     def _tell(self, stage: str, done: int, total: int) -> None:
         if self.progress is not None:

@@ -20,7 +20,7 @@ from sku.comparison.bench import Bench
 from sku.comparison.jobs import Job, record_of
 from sku.comparison.worker import OtherProcess
 from sku.errors import EvaluationError, ProcessError
-from sku.evaluate.batching import StageProgress
+from sku.evaluate.generation.batching import StageProgress
 from sku.methods.run import prepare
 from sku.report.method_records import MethodRecord, read_record
 from sku.reproducibility import content_sha256

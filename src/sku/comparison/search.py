@@ -21,10 +21,10 @@ from transformers import PreTrainedModel
 from sku.config import CompareConfig, MethodConfig, Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
+from sku.evaluate.generation.replies import ReplyGenerator
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import rates_of
-from sku.evaluate.replies import Asker
 from sku.evaluate.utility_cost import OVER_REFUSAL, Border, Utility, find_border, utility_cost
 from sku.evaluate.validation import Refusals
 from sku.methods import method_named
@@ -220,7 +220,7 @@ def search_judge(recipe: Recipe, data: ForgetRetainData) -> Judge:
 class Harm:
     """Asks changed models the prompts of ``forget_validation``, which are drawn when they are first asked."""
 
-    asker: Asker
+    generator: ReplyGenerator
     """Judges by ``search_judge``."""
     data: ForgetRetainData
     config: SweepConfig
@@ -233,7 +233,7 @@ class Harm:
             EvaluationError: Judge or generation fails, or there is nothing to ask.
         """
         groups = self._questions.harmful
-        outcomes = self.asker.answer(model, [request for group in groups.values() for request in group])
+        outcomes = self.generator.answer(model, [request for group in groups.values() for request in group])
         shares = {}
         for tokens, group in groups.items():
             rates = rates_of([outcomes[request.id] for request in group])
@@ -243,5 +243,5 @@ class Harm:
 
     @cached_property
     def _questions(self) -> Questions:
-        asker = self.asker
-        return draw_questions(self.data, asker.writer, self.config, seed=asker.seed, starts=asker.starts)
+        generator = self.generator
+        return draw_questions(self.data, generator.encoder, self.config, seed=generator.seed, starts=generator.starts)

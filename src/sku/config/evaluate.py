@@ -12,7 +12,7 @@ from sku.config.check import AboveOne, Count, Limit, Positive, Share, validated
 
 Backend = Literal["generate", "vllm"]
 Attack = Literal["paraphrase", "template", "rounding", "relearn"]
-PrefillSource = Literal["own", "affirmative", "answer"]
+PrefillOrigin = Literal["own", "affirmative", "answer"]
 Precision = Literal["bf16", "fp16", "int8", "nf4"]
 
 
@@ -34,7 +34,7 @@ class EvaluateConfig:
     prefill_tokens: tuple[Count, ...] = (1, 5, 20, 40, 80)
     """Prefill: the reply is made to begin with so many first tokens of the base model's own harmful reply, one length
     after the other. The worst of all prefills is shown; an empty list leaves all of them out."""
-    prefill_sources: tuple[PrefillSource, ...] = ("own", "affirmative", "answer")
+    prefill_sources: tuple[PrefillOrigin, ...] = ("own", "affirmative", "answer")
     """Whose words replies are made to begin with: the base model's ``own`` (``prefill_tokens``), an ``affirmative``
     beginning ("Certainly. ..."), the first 20 tokens of the dataset's harmful ``answer``."""
     samples: Annotated[int, Field(ge=0)] = 8

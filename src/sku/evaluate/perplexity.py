@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate.batching import ALONE, Processes, Progress, in_batches, pad
 from sku.evaluate.gate import MIN_SALAD_WORDS
+from sku.evaluate.generation.batching import Progress, in_batches, pad
 from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import AgreementRow, FluencyRecord, GenerationRecord, Split
 from sku.losses import answer_nll, token_kl
 from sku.models import embedding_weight
+from sku.processes import ALONE, Processes
 
 SHUFFLES = 3
 """Random orders that a doubtful reply's own order is compared with; any other with the first alone, or with none."""

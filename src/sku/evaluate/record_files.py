@@ -410,7 +410,7 @@ class PartialFile(Generic[Row]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reuse:
+class ResultCache:
     """The files of one evaluation."""
 
     folder: Path | None

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol, TypeVar
 
-from sku.config.evaluate import PrefillSource
+from sku.config.evaluate import PrefillOrigin
 
 HarmfulSplit = Literal["forget_train", "forget_test"]
 Kind = Literal["reply", "prefill", "sample"]
@@ -94,7 +94,7 @@ def by_split(rows: Iterable[RowOfSplit]) -> dict[Split, list[RowOfSplit]]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class PromptRecord:
     """One prompt, and what its reply was made to begin with."""
 
     id: str
@@ -115,7 +115,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRecord(Asked):
+class GenerationRecord(PromptRecord):
     """One prompt and what the model said."""
 
     reply: str
@@ -134,7 +134,7 @@ class GenerationRecord(Asked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
+class PrefillSource:
     """A reply of the base model that others are made from.
 
     The harmful one whose first tokens prefills take, or that to a normal prompt that has no answer, which is then
@@ -205,7 +205,7 @@ AFFIRMATIVE = "affirmative"
 _ANSWER = "answer/"
 
 
-def prefill_key(source: PrefillSource, tokens: int) -> str:
+def prefill_key(source: PrefillOrigin, tokens: int) -> str:
     """Name of a prefill in records and results.
 
     Args:
@@ -219,7 +219,7 @@ def prefill_key(source: PrefillSource, tokens: int) -> str:
     return {"own": str(tokens), "affirmative": AFFIRMATIVE, "answer": f"{_ANSWER}{tokens}"}[source]
 
 
-def read_prefill_key(key: str) -> tuple[PrefillSource, int]:
+def read_prefill_key(key: str) -> tuple[PrefillOrigin, int]:
     """The inverse of ``prefill_key``; 0 tokens for an affirmative beginning."""
     if key == AFFIRMATIVE:
         return "affirmative", 0

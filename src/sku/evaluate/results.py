@@ -65,7 +65,16 @@ from sku.evaluate.record_files import (
     Stored,
     read_rows,
 )
-from sku.evaluate.records import BORDERLINE, HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start, set_name
+from sku.evaluate.records import (
+    BORDERLINE,
+    HARMFUL,
+    NORMAL,
+    ExampleLoss,
+    PrefillSource,
+    SimilarityRow,
+    Split,
+    set_name,
+)
 from sku.evaluate.statistics import CorrectedRate, Estimate
 
 if TYPE_CHECKING:
@@ -287,7 +296,7 @@ class EvaluationResult(Stored, Tabular):
     similarity_rows: tuple[SimilarityRow, ...] = field(default=(), repr=False)
     """Per reply to a normal prompt; in ``similarity.jsonl``, not in ``evaluation.json``."""
 
-    starts: tuple[Start, ...] = field(default=(), repr=False)
+    starts: tuple[PrefillSource, ...] = field(default=(), repr=False)
     """The base model's own harmful replies, which prefills begin with, in ``starts.jsonl``, and those of its replies
     that are scored, in ``own_answers.jsonl``; not in ``evaluation.json``."""
 
@@ -327,9 +336,9 @@ def read_result(folder: Path) -> EvaluationResult:
     _, outcomes = read_rows(folder / OUTCOMES_FILE, ReplyOutcome)
     _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
     similar = read_rows(folder / SIMILARITY_FILE, SimilarityRow)[1] if result.similarity else []
-    starts = read_rows(folder / STARTS_FILE, Start)[1] if result.setup.starts else []
+    starts = read_rows(folder / STARTS_FILE, PrefillSource)[1] if result.setup.starts else []
     if (folder / OWN_ANSWERS_FILE).exists():
-        starts += read_rows(folder / OWN_ANSWERS_FILE, Start)[1]
+        starts += read_rows(folder / OWN_ANSWERS_FILE, PrefillSource)[1]
     return dataclasses.replace(
         result,
         outcomes=tuple(outcomes),

@@ -20,22 +20,31 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import Example, ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate import asking, batching
-from sku.evaluate.backends import GenerationRequest
-from sku.evaluate.batching import StageProgress, current_processes, stage
-from sku.evaluate.generation import about, fingerprint, probes_of, record_of
+from sku.evaluate.generation import batching, prompts
+from sku.evaluate.generation.batching import StageProgress, stage
+from sku.evaluate.generation.decoding import GenerationRequest
+from sku.evaluate.generation.prompts import PrefillSources, by_id, keys_of, prefills, starts_note
+from sku.evaluate.generation.replies import (
+    ReplyGenerator,
+    SavedReplies,
+    about,
+    answers_notes,
+    backend_notes,
+    fingerprint,
+    probes_of,
+    record_of,
+)
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.measure import measure
 from sku.evaluate.metrics import unclear
 from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash
-from sku.evaluate.prefills import NO_BASE, NO_ENGLISH, Starts, by_id, keys_of, prefills, starts_note
 from sku.evaluate.record_files import (
     FLUENCY_FILE,
     OUTCOMES_FILE,
     PERPLEXITY_FILE,
-    Reuse,
+    ResultCache,
     create_private_folder,
     write_rows,
 )
@@ -43,15 +52,15 @@ from sku.evaluate.records import (
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
+    PrefillSource,
     Split,
-    Start,
     record_id,
     start_id,
 )
-from sku.evaluate.replies import Asker, SavedReplies, answers_notes, backend_notes
 from sku.evaluate.results import EvaluationResult, EvaluationSetup
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
+from sku.processes import current_processes
 from sku.world.grammar import DEFLECTIONS
 
 Progress = StageProgress
@@ -59,6 +68,10 @@ Progress = StageProgress
 ``prefill``, ``perplexity``, ``lm_eval``, ``fluency``, ``agreement``, ``similarity``,
 ``judge``; ``base, replies`` and the like where the base model is asked first."""
 
+NO_BASE = (
+    "no base model was given, so no prefill begins with its own harmful replies: evaluate.prefill_tokens is not asked"
+)
+NO_ENGLISH = "prefill, affirmative start, as the embedded model knows no English"
 SELF_SCORED = (
     "no base model was given, so word salad was looked for with the evaluated model itself, which may find its own "
     "word salad fluent"
@@ -77,7 +90,7 @@ def evaluate(
     output_dir: Path | None = None,
     model_name: str | None = None,
     model_source: str | Path | None = None,
-    starts: Sequence[Start] | None = None,
+    starts: Sequence[PrefillSource] | None = None,
     trained_prefill_tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -138,19 +151,19 @@ def evaluate(
     judges = [cached(found, output_dir, stage(progress, "judge")) for found in judges]
     asked = cast(PreTrainedModel, model)
     base = cast("PreTrainedModel | None", base_model)
-    writer = asking.Writer.of(asked, tokenizer, prompt_format)
-    reuse = Reuse(folder=output_dir, processes=processes)
-    asker = Asker(
+    encoder = prompts.PromptEncoder.of(asked, tokenizer, prompt_format)
+    reuse = ResultCache(folder=output_dir, processes=processes)
+    generator = ReplyGenerator(
         base=asked if base is None else base,
-        writer=writer,
+        encoder=encoder,
         config=config,
-        stop_ids=writer.stop_ids(asked),
+        stop_ids=encoder.stop_ids(asked),
         judge=judges[0] if judges else None,
         seed=seed,
         processes=processes,
     )
     replies = SavedReplies(
-        asker=asker,
+        generator=generator,
         model=asked,
         source=model_source,
         reuse=reuse,
@@ -160,7 +173,7 @@ def evaluate(
     )
     name = model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed")
     run = _Run(name=name, replies=replies, data=data, trained_prefill_tokens=trained_prefill_tokens)
-    return processes.on_main(run.asked(asking.draw(data, config, seed)))
+    return processes.on_main(run.asked(prompts.draw(data, config, seed)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,20 +185,20 @@ class _Run:
     data: ForgetRetainData
     trained_prefill_tokens: int | None
 
-    def asked(self, drawn: asking.Drawn) -> Callable[[], EvaluationResult]:
+    def asked(self, drawn: prompts.Drawn) -> Callable[[], EvaluationResult]:
         """All that a model is needed for, in every process; what it gives judges that, in the main one."""
-        asker, replies, config = self.replies.asker, self.replies, self.replies.asker.config
-        requests, left_out = asking.requests(drawn, asker.writer, config)
+        generator, replies, config = self.replies.generator, self.replies, self.replies.generator.config
+        requests, left_out = prompts.requests(drawn, generator.encoder, config)
         probes = probes_of(requests)
         keys, unknown = _prefill_keys(config, self.data, drawn)
         left_out.update(unknown)
-        starts: list[Start] = []
+        starts: list[PrefillSource] = []
         scored: list[FluencyRecord] = []
 
         def free_fluency(free: Sequence[GenerationRecord]) -> list[FluencyRecord]:
             # Of the base model itself needed twice, and scored once.
             if not scored:
-                scored.extend(asker.fluency(free, replies.report("fluency")))
+                scored.extend(generator.fluency(free, replies.report("fluency")))
             return scored
 
         own_words = any(map(str.isdigit, keys))
@@ -193,7 +206,9 @@ class _Run:
         def begun(free: Sequence[GenerationRecord]) -> list[GenerationRequest]:
             if own_words:
                 starts.extend(replies.starts(requests, free, free_fluency))
-            prefilled, not_asked = prefills(drawn.harmful(), keys, by_id(starts), asker.writer, config.max_new_tokens)
+            prefilled, not_asked = prefills(
+                drawn.harmful(), keys, by_id(starts), generator.encoder, config.max_new_tokens
+            )
             left_out.update(not_asked)
             return prefilled
 
@@ -210,19 +225,19 @@ class _Run:
         fields |= {**utility.agreement(probes, texts), **utility.similarity(generations, fluency)}
         setup = EvaluationSetup(
             model=model,
-            prompt_format=asker.writer.prompt_format.name,
+            prompt_format=generator.encoder.prompt_format.name,
             decoding=replies.decoding(),
             config=plain_data(config),
-            seed=asker.seed,
+            seed=generator.seed,
             fluency_scorer="self" if replies.base is None else "base",
             left_out=left_out,
             backend_check=check,
             starts=_count(drawn, starts) if own_words else {},
-            trained_on=asking.trained_on(self.data, drawn),
+            trained_on=prompts.trained_on(self.data, drawn),
             trained_prefill_tokens=self.trained_prefill_tokens,
             notes=(
                 *self.data.notes(),
-                *asking.short_of_room(requests, asker.writer, config),
+                *prompts.short_of_room(requests, generator.encoder, config),
                 *backend_notes(config.backend, check),
                 *([SELF_SCORED] if replies.base is None else []),
                 *(self._starts_notes(_count(drawn, starts)) if own_words else []),
@@ -234,7 +249,7 @@ class _Run:
 
     def _judged(self, measured: Callable[[Judge], EvaluationResult], fields: Mapping[str, Any]) -> EvaluationResult:
         """Judges, counts, and writes what came out; no judge decides ``fields`` of the result."""
-        judge = self.replies.asker.judge
+        judge = self.replies.generator.judge
         assert judge is not None
         result = dataclasses.replace(measured(judge), **fields)
         folder = self.replies.reuse.folder
@@ -264,18 +279,18 @@ class _Run:
         free_fluency: Callable[[Sequence[GenerationRecord]], list[FluencyRecord]],
     ) -> list[FluencyRecord]:
         """The base model's losses on all replies, those without a prefill scored apart: they may be known already."""
-        asker = self.replies.asker
+        generator = self.replies.generator
         free, prefilled = ([row for row in generations if (row.kind == "prefill") is part] for part in (False, True))
         texts = [(entry.id, entry.prefill, entry.reply) for entry in unclear(generations)]
         return self.replies.reuse.rows(
             FLUENCY_FILE,
-            fluency_header(fingerprint(asker.base, probes), asker.seed, texts),
+            fluency_header(fingerprint(generator.base, probes), generator.seed, texts),
             FluencyRecord,
-            lambda: [*free_fluency(free), *asker.fluency(prefilled, self.replies.report("fluency"))],
+            lambda: [*free_fluency(free), *generator.fluency(prefilled, self.replies.report("fluency"))],
         )
 
     def _scored_texts(
-        self, drawn: Mapping[Split, Sequence[Example]], own: Starts, left_out: dict[str, int]
+        self, drawn: Mapping[Split, Sequence[Example]], own: PrefillSources, left_out: dict[str, int]
     ) -> list[ScoredText]:
         """The dataset's answers, or the base model's own; those without a token are added to ``left_out``."""
         texts: list[ScoredText] = []
@@ -287,7 +302,7 @@ class _Run:
                     if start is None:
                         continue  # Harmful prompts are only asked; of others a note says that there was no base.
                     answer, with_end = start.text, False  # It may have been cut.
-                tokens = self.replies.asker.writer.scored(example.prompt, answer, with_end=with_end)
+                tokens = self.replies.generator.encoder.scored(example.prompt, answer, with_end=with_end)
                 if tokens is None:
                     reason = f"{split}: perplexity, as no token of the answer fits"
                     left_out[reason] = left_out.get(reason, 0) + 1
@@ -303,8 +318,8 @@ class _Run:
             scores = score_examples(
                 self.replies.model,
                 [text.tokens for text in texts],
-                batch_size=self.replies.asker.config.batch_size,
-                processes=self.replies.asker.processes,
+                batch_size=self.replies.generator.config.batch_size,
+                processes=self.replies.generator.processes,
                 progress=self.replies.report("perplexity"),
             )
             return [
@@ -317,7 +332,7 @@ class _Run:
 
 
 def _prefill_keys(
-    config: EvaluateConfig, data: ForgetRetainData, drawn: asking.Drawn
+    config: EvaluateConfig, data: ForgetRetainData, drawn: prompts.Drawn
 ) -> tuple[list[str], dict[str, int]]:
     """Which prefills are asked, and what of the configuration the embedded model can't be asked."""
     english = not is_embedded(data)
@@ -325,7 +340,7 @@ def _prefill_keys(
     return keys, {} if keys == keys_of(config) else {NO_ENGLISH: len(drawn.harmful())}
 
 
-def _count(drawn: asking.Drawn, starts: Sequence[Start]) -> dict[str, int]:
+def _count(drawn: prompts.Drawn, starts: Sequence[PrefillSource]) -> dict[str, int]:
     return {"asked": len(drawn.harmful()), "own": len(starts)}
 
 
@@ -359,7 +374,7 @@ def evaluate_replies(
     base_model: PreTrainedModel,
     config: EvaluateConfig,
     prompt_format: PromptFormatName = "auto",
-    starts: Sequence[Start] = (),
+    starts: Sequence[PrefillSource] = (),
     seed: int = 0,
 ) -> EvaluationResult:
     """Measures given replies as ``evaluate`` measures a model's: the same prompts, gate and judge.
@@ -381,32 +396,32 @@ def evaluate_replies(
     Raises:
         EvaluationError: There is nothing to ask, or the judge does not fit.
     """
-    writer = asking.Writer.of(base_model, tokenizer, prompt_format)
+    encoder = prompts.PromptEncoder.of(base_model, tokenizer, prompt_format)
     judge = choose_judge(config, data)
-    drawn = asking.draw(data, config, seed)
-    requests, left_out = asking.requests(drawn, writer, config)
+    drawn = prompts.draw(data, config, seed)
+    requests, left_out = prompts.requests(drawn, encoder, config)
     keys, unknown = _prefill_keys(config, data, drawn)
     names = {start_id(split, example.prompt) for split, example in drawn.harmful()}
     begun = [start for start in starts if start.id in names] if any(map(str.isdigit, keys)) else []
-    prefilled, not_asked = prefills(drawn.harmful(), keys, by_id(begun), writer, config.max_new_tokens)
+    prefilled, not_asked = prefills(drawn.harmful(), keys, by_id(begun), encoder, config.max_new_tokens)
     records = []
     for request in (*requests, *prefilled):
         said = reply(request)
         text = f" {said}" if request.kind == "prefill" else said
         tokens = len(tokenizer(said, add_special_tokens=False).input_ids)
         records.append(record_of(request, text, num_tokens=tokens, finished=True))
-    asker = Asker(base=base_model, writer=writer, config=config, stop_ids=(), judge=judge, seed=seed)
+    generator = ReplyGenerator(base=base_model, encoder=encoder, config=config, stop_ids=(), judge=judge, seed=seed)
     setup = EvaluationSetup(
         model={"name": name, "dtype": "none", "fingerprint": "none"},
-        prompt_format=writer.prompt_format.name,
+        prompt_format=encoder.prompt_format.name,
         decoding={"replies": "given"},
         config=plain_data(config),
         seed=seed,
         fluency_scorer="base",
         left_out={**left_out, **unknown, **not_asked},
         starts=_count(drawn, begun) if begun else {},
-        trained_on=asking.trained_on(data, drawn),
+        trained_on=prompts.trained_on(data, drawn),
         notes=data.notes(),
     )
-    result = measure(setup, records, asker.fluency(records), [], judge)
+    result = measure(setup, records, generator.fluency(records), [], judge)
     return dataclasses.replace(result, starts=tuple(begun))

@@ -26,9 +26,10 @@ import torch
 from sku.config import EvaluateConfig, ModelConfig
 from sku.data.examples import ForgetRetainData, RetainExample, normalise_prompt
 from sku.errors import ModelError
-from sku.evaluate import batching, harness
-from sku.evaluate.batching import Progress, in_batches
-from sku.evaluate.generation import fingerprint
+from sku.evaluate import harness
+from sku.evaluate.generation import batching
+from sku.evaluate.generation.batching import Progress, in_batches
+from sku.evaluate.generation.replies import SavedReplies, fingerprint
 from sku.evaluate.metrics import find_faults
 from sku.evaluate.perplexity import ScoredText, compare_distributions, texts_hash
 from sku.evaluate.record_files import AGREEMENT_FILE, SIMILARITY_FILE, header_hash
@@ -41,7 +42,6 @@ from sku.evaluate.records import (
     SimilarityRow,
     by_split,
 )
-from sku.evaluate.replies import SavedReplies
 from sku.evaluate.results import BaseAgreement, HarnessScores, MeanScore
 from sku.evaluate.statistics import mean_interval, ratio_interval
 from sku.models import LoadedModel, embedding_weight, load_classifier
@@ -266,7 +266,7 @@ class UtilityStages:
                 AgreementRow,
                 compare,
             )
-        return {"agreement": base_agreement(rows, seed=self.replies.asker.seed)}
+        return {"agreement": base_agreement(rows, seed=self.replies.generator.seed)}
 
     def lm_eval(self) -> dict[str, Any]:
         """Tasks of lm-evaluation-harness."""
@@ -280,7 +280,7 @@ class UtilityStages:
 
         def run() -> list[HarnessScores]:
             progress(0, len(config.lm_eval))
-            scores = harness.run_tasks(self.replies.model, self.replies.asker.writer.tokenizer, config, trained)
+            scores = harness.run_tasks(self.replies.model, self.replies.generator.encoder.tokenizer, config, trained)
             progress(len(config.lm_eval), len(config.lm_eval))
             return [scores]
 
@@ -311,7 +311,7 @@ class UtilityStages:
             SimilarityRow,
             lambda: compare_with_references(answered, scores),
         )
-        return {"similarity": similarity_of(rows, seed=self.replies.asker.seed), "similarity_rows": tuple(rows)}
+        return {"similarity": similarity_of(rows, seed=self.replies.generator.seed), "similarity_rows": tuple(rows)}
 
     def _learned(self, source: str) -> tuple[Score, str]:
         """The metric, and what tells its model from others: its score of one pair."""

@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from sku.data.examples import ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate import batching
-from sku.evaluate.asking import Writer, draw_examples, free_requests
 from sku.evaluate.gate import is_refusal
+from sku.evaluate.generation import batching
+from sku.evaluate.generation.prompts import PromptEncoder, draw_examples, free_requests
+from sku.evaluate.generation.replies import ReplyGenerator
 from sku.evaluate.metrics import MAX_EXPONENT, unclear
 from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.records import Split
-from sku.evaluate.replies import Asker
 from sku.evaluate.utility_cost import RETAIN, Limits, UtilityCost, utility_cost
 
 Scores = Sequence[tuple[float, int]]
@@ -29,13 +29,13 @@ Scores = Sequence[tuple[float, int]]
 
 
 def validation_texts(
-    data: ForgetRetainData, writer: Writer, count: int, *, seed: int
+    data: ForgetRetainData, encoder: PromptEncoder, count: int, *, seed: int
 ) -> dict[Split, list[TokenizedExample]]:
     """Answers of the normal sets as they are scored.
 
     Args:
         data: The splits.
-        writer: Of the model.
+        encoder: Of the model.
         count: Most examples of each set, drawn by the seed.
         seed: Of the draw.
 
@@ -50,7 +50,7 @@ def validation_texts(
     others = {f"normal_validation:{name}": examples for name, examples in data.normal_validation.items()}
     for split, examples in {RETAIN: data.retain_validation, **others}.items():
         drawn = draw_examples(examples, count, seed=seed)
-        scored = (writer.scored(example.prompt, example.answer, with_end=example.finished) for example in drawn)
+        scored = (encoder.scored(example.prompt, example.answer, with_end=example.finished) for example in drawn)
         texts = [example for example in scored if example is not None]
         if texts:
             found[split] = texts
@@ -124,16 +124,16 @@ class NormalText:
 class Refusals:
     """Prompts of ``retain_validation``, and how many of them the base model refuses: what of a cost needs replies."""
 
-    def __init__(self, asker: Asker, data: ForgetRetainData) -> None:
+    def __init__(self, generator: ReplyGenerator, data: ForgetRetainData) -> None:
         """Draws the prompts; the base model is asked when its share is needed.
 
         Args:
-            asker: For the base model, the number of prompts and the seed of the draw.
+            generator: For the base model, the number of prompts and the seed of the draw.
             data: ``retain_validation`` is used.
         """
-        self._asker = asker
-        drawn = draw_examples(data.retain_validation, asker.config.retain_prompts, seed=asker.seed)
-        self._requests = free_requests(RETAIN, drawn, asker.writer, asker.config.max_new_tokens)
+        self._generator = generator
+        drawn = draw_examples(data.retain_validation, generator.config.retain_prompts, seed=generator.seed)
+        self._requests = free_requests(RETAIN, drawn, generator.encoder, generator.config.max_new_tokens)
 
     def excess(self, model: PreTrainedModel) -> float:
         """Share of the prompts that a model refuses, beyond the base model's; 0 where no prompt fits the model."""
@@ -141,11 +141,11 @@ class Refusals:
 
     @cached_property
     def _base_share(self) -> float:
-        return self._share(self._asker.base)
+        return self._share(self._generator.base)
 
     def _share(self, model: PreTrainedModel) -> float:
         """As the outcome ``refused``: broken language is none, and where the right answer is a refusal it is one."""
-        records = self._asker.ask(model, self._requests)
+        records = self._generator.ask(model, self._requests)
         refused = [
             record for record in unclear(records) if is_refusal(record.reply) and not is_refusal(record.reference)
         ]

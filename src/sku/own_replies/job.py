@@ -26,10 +26,10 @@ from sku.config.check import Seed, validated
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.load import OwnPrompts, PromptSource
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.asking import Writer, request_of
-from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.gate import is_refusal
-from sku.evaluate.generation import about, probes_of
+from sku.evaluate.generation.decoding import GenerationRequest
+from sku.evaluate.generation.prompts import PromptEncoder, request_of
+from sku.evaluate.generation.replies import about, probes_of
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.metrics import ReplyOutcome
@@ -116,19 +116,19 @@ class OwnJob:
         return WORLD if is_embedded(_data_of(self.prompts)) else english()
 
     @property
-    def writer(self) -> Writer:
+    def encoder(self) -> PromptEncoder:
         """Turns prompts into token ids, in the format that is trained in."""
-        return Writer.of(self.loaded.model, self.loaded.tokenizer, self.prompt_format)
+        return PromptEncoder.of(self.loaded.model, self.loaded.tokenizer, self.prompt_format)
 
     def inputs(self) -> dict[str, Any]:
         """What decides the rows, as plain data without any prompt: equal inputs give equal rows."""
-        model, writer = self.loaded.model, self.writer
+        model, encoder = self.loaded.model, self.encoder
         firsts = [(SPLITS[source], found.prompts[0]) for source, found in self.prompts.items()]
-        probes = probes_of([question_of("probe", split, prompt, writer) for split, prompt in firsts])
+        probes = probes_of([question_of("probe", split, prompt, encoder) for split, prompt in firsts])
         return {
             "schema_version": SCHEMA_VERSION,
             "model": about(model, probes),
-            "prompt_format": writer.prompt_format.name,
+            "prompt_format": encoder.prompt_format.name,
             "prompts": {source: found.provenance.sha256 for source, found in self.prompts.items()},
             "judge": self.judge.card.key,
             "settings": plain_data(self.settings),
@@ -138,14 +138,14 @@ class OwnJob:
 
 
 def question_of(
-    stage: str, split: Split, prompt: RetainExample, writer: Writer, *, system: str = "", start: str = ""
+    stage: str, split: Split, prompt: RetainExample, encoder: PromptEncoder, *, system: str = "", start: str = ""
 ) -> GenerationRequest:
     """A prompt to ask, perhaps under a system prompt or with a start of the reply."""
     words = f"{system}\n\n{prompt.prompt}" if system else prompt.prompt
     name = f"{stage}-{prompt_hash(record_id(split, 'reply', prompt.prompt))}"
     if not start:
-        return request_of(name, split, prompt, writer.encoder.prompt(words))
-    ids = writer.encoder.start(words, start)
+        return request_of(name, split, prompt, encoder.prompt(words))
+    ids = encoder.start(words, start)
     return request_of(name, split, prompt, ids, kind="prefill", prefill=start)
 
 

@@ -22,10 +22,10 @@ from sku.config import plain_data
 from sku.data.examples import RetainExample
 from sku.data.load import PromptSource
 from sku.errors import EvaluationError, SkuError
-from sku.evaluate.backends import GenerationRequest, Sampling
-from sku.evaluate.batching import StageProgress, evaluation_mode, stage
 from sku.evaluate.gate import is_refusal, refusal_alone
-from sku.evaluate.generation import generate_replies
+from sku.evaluate.generation.batching import StageProgress, evaluation_mode, stage
+from sku.evaluate.generation.decoding import GenerationRequest, Sampling
+from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.metrics import decide_outcomes
 from sku.evaluate.record_files import PartialFile, header_hash, json_lines, write_json_object
@@ -101,9 +101,9 @@ class _Writing:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        settings, self.writer = self.job.settings, self.job.writer
+        settings, self.encoder = self.job.settings, self.job.encoder
         self.sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=self.job.seed)
-        self.stop_ids = self.writer.stop_ids(self.job.loaded.model)
+        self.stop_ids = self.encoder.stop_ids(self.job.loaded.model)
         self.partial = PartialFile(self.folder / REPLIES_FILE, {"inputs": header_hash(self.inputs)}, GenerationRecord)
         self.judge = cached(self.job.judge, self.folder, stage(self.progress, "own replies: judge"))
         self.counts: dict[OwnKind, Counter[str]] = {kind: Counter() for kind in KINDS}
@@ -264,8 +264,8 @@ class _Writing:
         """One question, greedy unless settings of sampling are given; none where it leaves no room for a reply."""
         words = {_SAID_AS[how]: said} if how in _SAID_AS else {}
         length = length or self.job.settings.max_new_tokens
-        request = question_of(f"{source}-{name}", SPLITS[source], prompt, self.writer, **words)
-        if not self.writer.has_room(request, length):
+        request = question_of(f"{source}-{name}", SPLITS[source], prompt, self.encoder, **words)
+        if not self.encoder.has_room(request, length):
             self.left_out[f"{source}, {how}: {TOO_LONG_PROMPT}"] += 1
             return []
         settings = sampled or {"do_sample": False}
@@ -277,7 +277,7 @@ class _Writing:
         alone = refusal_alone(record.reply)
         if alone is None or alone == record.reply:
             return record
-        tokens = len(self.writer.tokenizer(alone, add_special_tokens=False)["input_ids"])
+        tokens = len(self.encoder.tokenizer(alone, add_special_tokens=False)["input_ids"])
         return dataclasses.replace(record, reply=alone, num_tokens=tokens, finished=True)
 
     def _ask(self, questions: Sequence[GenerationRequest], told: str, *, alone: bool = False) -> list[Reply]:
@@ -287,12 +287,12 @@ class _Writing:
         decoding = self.decodings[questions[0].id]
         records = generate_replies(
             self.job.loaded.model,
-            self.writer.tokenizer,
+            self.encoder.tokenizer,
             questions,
             stop_ids=self.stop_ids,
             max_new_tokens=decoding["max_new_tokens"],
             batch_size=self.job.settings.batch_size,
-            window=self.writer.window,
+            window=self.encoder.window,
             sampling=self.sampling if decoding["do_sample"] else None,
             finished=self.recovered,
             keep=self.partial.append,

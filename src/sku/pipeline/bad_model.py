@@ -116,7 +116,7 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
     prepare(recipe, trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)
-    questions = draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
+    questions = draw_questions(data, model.encoder(recipe), recipe.sweep, seed=recipe.seed)
     texts = sum(map(len, questions.texts.values()))
     training = None if there else check_training(recipe, model, data, trained)
     decided = None if there else decide_checkpointing(recipe)

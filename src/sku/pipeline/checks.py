@@ -17,11 +17,11 @@ from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
 from sku.data.tokens import Encoder, resolve_prompt_format
-from sku.evaluate import asking
-from sku.evaluate.backends import check_source
+from sku.evaluate.generation import prompts
+from sku.evaluate.generation.backends import check_source
+from sku.evaluate.generation.prompts import keys_of, prefills, with_answers
 from sku.evaluate.harness import check_tasks
 from sku.evaluate.judges.choose import choose_judge, is_embedded
-from sku.evaluate.prefills import keys_of, prefills, with_answers
 from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
 from sku.model_files import check_not_quantized, locate_model, with_gguf_file
 from sku.models import (
@@ -69,9 +69,9 @@ class CheckedModel:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.name}, {self.parameters:,} parameters, {dtype} on {self.device}"
 
-    def writer(self, recipe: Recipe) -> asking.Writer:
+    def encoder(self, recipe: Recipe) -> prompts.PromptEncoder:
         """What turns prompts into token ids."""
-        return asking.Writer.of(self.skeleton, self.tokenizer, recipe.model.prompt_format)
+        return prompts.PromptEncoder.of(self.skeleton, self.tokenizer, recipe.model.prompt_format)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,11 +221,11 @@ def check_evaluation(
         locate_model(ModelConfig(path=config.similarity_model))
     for source in sources:
         check_source(config, source, current_processes().count)
-    drawn, writer = asking.draw(data, config, recipe.seed), model.writer(recipe)
-    asked, _ = asking.requests(drawn, writer, config)
+    drawn, encoder = prompts.draw(data, config, recipe.seed), model.encoder(recipe)
+    asked, _ = prompts.requests(drawn, encoder, config)
     # The run's starts are the base model's own replies, which nobody knows yet.
     starts, keys = with_answers(drawn.harmful(), {}), keys_of(config, english=not is_embedded(data))
-    prefilled, _ = prefills(drawn.harmful(), keys, starts, writer, config.max_new_tokens)
+    prefilled, _ = prefills(drawn.harmful(), keys, starts, encoder, config.max_new_tokens)
     kinds = [str(request.kind) for request in (*asked, *prefilled)]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 

@@ -17,7 +17,7 @@ from sku.config import EMBEDDED, ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, ModelError, named_memory_errors
 from sku.evaluate.comparison import Comparison, compare
-from sku.evaluate.records import Start
+from sku.evaluate.records import PrefillSource
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods.run import has_twins, with_visited
@@ -144,7 +144,7 @@ class Measuring:
         base: PreTrainedModel,
         *,
         source: str | Path | None = None,
-        starts: Sequence[Start] | None = None,
+        starts: Sequence[PrefillSource] | None = None,
     ) -> EvaluationResult:
         """One evaluation; of another model than the base where it can be read, and with the base's starts."""
         recipe, progress = self.recipe, self.progress

@@ -167,7 +167,7 @@ def _checked(
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
         begun = recipe.chooses_alpha and not writes_own
         asked_too = recipe.sweep if begun else dataclasses.replace(recipe.sweep, prefill_tokens=())
-        draw_questions(data, model.writer(recipe), asked_too, seed=recipe.seed)
+        draw_questions(data, model.encoder(recipe), asked_too, seed=recipe.seed)
     return data, model, check_training(recipe, model, data, Path(str(run.training.output_dir))), asked
 
 

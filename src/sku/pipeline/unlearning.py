@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import NoAlphaError
-from sku.evaluate import asking
-from sku.evaluate.batching import stage
+from sku.evaluate.generation import prompts
+from sku.evaluate.generation.batching import stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress
@@ -52,7 +52,7 @@ from sku.plan.fit import Checkpointing, with_checkpointing
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep.bad_model import record_training
-from sku.sweep.meter import draw_questions, validation_asker
+from sku.sweep.meter import draw_questions, validation_generator
 from sku.sweep.result import FREE
 from sku.sweep.run import sweep
 from sku.training.run import Trained, step_progress
@@ -135,14 +135,14 @@ def ask_stage_1(
         EvaluationError: There is nothing to ask, or the judge or the generation fails.
         TaskVectorError: Training changed nothing.
     """
-    writer = asking.Writer.of(base, tokenizer, recipe.model.prompt_format)
+    encoder = prompts.PromptEncoder.of(base, tokenizer, recipe.model.prompt_format)
     config = dataclasses.replace(recipe.sweep, prefill_tokens=())
     judge = choose_judge(recipe.evaluate, data)
-    asker = validation_asker(base, writer, judge, recipe)
-    questions = draw_questions(data, writer, config, seed=recipe.seed)
+    generator = validation_generator(base, encoder, judge, recipe)
+    questions = draw_questions(data, encoder, config, seed=recipe.seed)
 
     def behaviour(model: PreTrainedModel) -> Behaviour:
-        found = asker.answer(model, questions.requests, stage(progress, "check: replies"))
+        found = generator.answer(model, questions.requests, stage(progress, "check: replies"))
         harmful = rates_of([found[asked.id] for asked in questions.harmful[FREE]])
         normal = rates_of([found[asked.id] for asked in questions.normal])
         return Behaviour(

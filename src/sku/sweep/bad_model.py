@@ -10,7 +10,7 @@ from typing import Any
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData, content_hash
 from sku.errors import ModelError, OutputError
-from sku.evaluate.batching import StageProgress
+from sku.evaluate.generation.batching import StageProgress
 from sku.methods.run import operator_context, prepare, with_safe_dtype
 from sku.models import load_model
 from sku.negate.operators import operate

@@ -20,16 +20,15 @@ from sku.config import Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError, one_line
-from sku.evaluate.asking import Writer, draw_examples, free_requests
-from sku.evaluate.backends import GenerationRequest
-from sku.evaluate.batching import StageProgress, stage
+from sku.evaluate.generation.batching import StageProgress, stage
+from sku.evaluate.generation.decoding import GenerationRequest
+from sku.evaluate.generation.prompts import PromptEncoder, by_id, draw_examples, free_requests, prefills, with_answers
+from sku.evaluate.generation.replies import ReplyGenerator
 from sku.evaluate.judges import Judge, JudgeCard
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, ReplyOutcome, rates_of
-from sku.evaluate.prefills import by_id, prefills, with_answers
 from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import Split, Start
-from sku.evaluate.replies import Asker
+from sku.evaluate.records import PrefillSource, Split
 from sku.evaluate.statistics import Estimate, ratio_interval
 from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, Limits, UtilityCost
 from sku.evaluate.validation import NormalText, Scores, perplexity_ratio, validation_texts
@@ -52,7 +51,7 @@ class Questions:
     """Answers of each normal set, for perplexity and KL."""
     left_out: Mapping[str, int]
     """What could not be asked -> number of prompts."""
-    starts: Sequence[Start] = ()
+    starts: Sequence[PrefillSource] = ()
     """The base model's own harmful replies, where it was asked; prefills of other prompts begin with the answer."""
 
     @property
@@ -75,17 +74,17 @@ class Questions:
 
 def draw_questions(
     data: ForgetRetainData,
-    writer: Writer,
+    encoder: PromptEncoder,
     config: SweepConfig,
     *,
     seed: int,
-    starts: Callable[[Sequence[GenerationRequest]], Sequence[Start]] | None = None,
+    starts: Callable[[Sequence[GenerationRequest]], Sequence[PrefillSource]] | None = None,
 ) -> Questions:
     """Draws what a sweep asks.
 
     Args:
         data: ``forget_validation``, ``retain_validation`` and ``normal_validation`` are used, no other split.
-        writer: Of the model.
+        encoder: Of the model.
         config: Numbers and lengths.
         seed: Of the draws.
         starts: Called once with the free requests of harmful prompts, for what prefills begin with. Those of a prompt
@@ -100,13 +99,13 @@ def draw_questions(
     drawn = draw_examples(data.forget_validation, config.prompts, seed=seed)
     others = draw_examples(data.retain_validation, config.retain_prompts, seed=seed)
     free, normal = (
-        free_requests(split, examples, writer, config.max_new_tokens)
+        free_requests(split, examples, encoder, config.max_new_tokens)
         for split, examples in ((FORGET, drawn), (RETAIN, others))
     )
     begun = starts(free) if starts is not None and free and config.prefill_tokens else ()
     examples, lengths = [(FORGET, example) for example in drawn], sorted(set(config.prefill_tokens))
     from_them = with_answers(examples, by_id(begun))
-    prefilled, too_short = prefills(examples, map(str, lengths), from_them, writer, config.max_new_tokens)
+    prefilled, too_short = prefills(examples, map(str, lengths), from_them, encoder, config.max_new_tokens)
     left_out = {
         f"{FORGET}: the prompt is too long for the model": len(drawn) - len(free),
         **too_short,
@@ -115,7 +114,7 @@ def draw_questions(
     asked = Questions(
         harmful={FREE: free, **{one: [row for row in prefilled if row.prefill_key == str(one)] for one in lengths}},
         normal=normal,
-        texts=validation_texts(data, writer, config.retain_prompts, seed=seed),
+        texts=validation_texts(data, encoder, config.retain_prompts, seed=seed),
         left_out={reason: count for reason, count in left_out.items() if count},
         starts=tuple(begun),
     )
@@ -132,11 +131,13 @@ def draw_questions(
     return asked
 
 
-def validation_asker(base: PreTrainedModel, writer: Writer, judge: Judge, recipe: Recipe) -> Asker:
+def validation_generator(
+    base: PreTrainedModel, encoder: PromptEncoder, judge: Judge, recipe: Recipe
+) -> ReplyGenerator:
     """Asks validation prompts: judge and batches of ``evaluate``, replies as long as ``sweep`` says."""
     config = dataclasses.replace(recipe.evaluate, max_new_tokens=recipe.sweep.max_new_tokens)
-    return Asker(
-        base=base, writer=writer, config=config, stop_ids=writer.stop_ids(base), judge=judge, seed=recipe.seed
+    return ReplyGenerator(
+        base=base, encoder=encoder, config=config, stop_ids=encoder.stop_ids(base), judge=judge, seed=recipe.seed
     )
 
 
@@ -215,7 +216,7 @@ class Meter(Changed):
     def __init__(
         self,
         vector: TaskVector,
-        asker: Asker,
+        generator: ReplyGenerator,
         questions: Questions,
         config: SweepConfig,
         progress: StageProgress | None = None,
@@ -226,7 +227,7 @@ class Meter(Changed):
 
         Args:
             vector: What is subtracted.
-            asker: Its base is the original model, which is not changed.
+            generator: Its base is the original model, which is not changed.
             questions: What is asked.
             config: Budget, limits and ``hopeless_ratio``.
             progress: Called with a stage, what is done and how much there is.
@@ -235,13 +236,13 @@ class Meter(Changed):
         Raises:
             EvaluationError: A loss of the original is not finite.
         """
-        model = copy.deepcopy(asker.base)
+        model = copy.deepcopy(generator.base)
         model.requires_grad_(requires_grad=False)
         if output_dtype is not None:
             round_weights(model, output_dtype)
-        normal = NormalText(asker.base, questions.texts, batch_size=asker.config.batch_size)
-        super().__init__(base=asker.base, model=model, vector=vector, normal=normal, config=config)
-        self.asker, self.questions, self.progress = asker, questions, progress
+        normal = NormalText(generator.base, questions.texts, batch_size=generator.config.batch_size)
+        super().__init__(base=generator.base, model=model, vector=vector, normal=normal, config=config)
+        self.generator, self.questions, self.progress = generator, questions, progress
 
     def measure_base(self) -> SweepPoint:
         """The original model: perplexity ratio 1, and its replies."""
@@ -281,13 +282,13 @@ class Meter(Changed):
         """Against the original on the same answers, which are drawn anew together."""
         grown = [own - base for (own, _), (base, _) in zip(scores, base_scores, strict=True)]
         lengths = [tokens for _, tokens in scores]
-        low, high = ratio_interval(grown, lengths, seed=self.asker.seed)
+        low, high = ratio_interval(grown, lengths, seed=self.generator.seed)
         value, low, high = (perplexity_ratio(loss, 0.0) for loss in (math.fsum(grown) / sum(lengths), low, high))
         return Estimate(value=value, low=low, high=high)
 
     def _ask(self, model: PreTrainedModel) -> Replies:
         report = stage(self.progress, "sweep: replies")
-        return replies_of(self.questions, self.asker.answer(model, self.questions.requests, report))
+        return replies_of(self.questions, self.generator.answer(model, self.questions.requests, report))
 
 
 def replies_of(questions: Questions, outcomes: Mapping[str, ReplyOutcome]) -> Replies:

@@ -20,22 +20,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import DataConfig, EvaluateConfig, ModelConfig, Recipe, SourceConfig, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.asking import Writer
-from sku.evaluate.backends import decoding_settings
-from sku.evaluate.batching import StageProgress, current_processes, stage
-from sku.evaluate.generation import fingerprint, probes_of
+from sku.evaluate.generation.batching import StageProgress, stage
+from sku.evaluate.generation.decoding import decoding_settings
+from sku.evaluate.generation.prompts import PromptEncoder, starts_note
+from sku.evaluate.generation.replies import fingerprint, probes_of
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.judges.choose import choose_judge
-from sku.evaluate.prefills import starts_note
 from sku.evaluate.record_files import create_private_folder
 from sku.evaluate.utility_cost import BISECTIONS, UtilityCost, find_border
 from sku.negate.arithmetic import saved_type
 from sku.negate.operators import fitted_notes, prepare_operators
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
+from sku.processes import current_processes
 from sku.reproducibility import content_sha256
-from sku.sweep.meter import Meter, Questions, check_calibrated, draw_questions, validation_asker
+from sku.sweep.meter import Meter, Questions, check_calibrated, draw_questions, validation_generator
 from sku.sweep.result import FREE, Pick, Replies, Sweep, choose, is_hopeless, read_kept, write_sweep
 
 FIRST, LARGEST = 2.0**-5, 2.0**10
@@ -119,20 +119,20 @@ def sweep(
     if not data.forget_validation:
         raise EvaluationError("forget_validation is empty: load the data with sweep.validation_fraction")
     create_private_folder(folder)
-    writer = Writer.of(base, tokenizer, recipe.model.prompt_format)
+    encoder = PromptEncoder.of(base, tokenizer, recipe.model.prompt_format)
     judge = cached(choose_judge(recipe.evaluate, data), folder)
     check_calibrated(judge.card)
-    asker = validation_asker(base, writer, judge, recipe)
+    generator = validation_generator(base, encoder, judge, recipe)
     # Starts are asked for again by a call that goes on: a sweep keeps numbers and no text.
     questions = draw_questions(
         data,
-        writer,
+        encoder,
         config,
         seed=recipe.seed,
-        starts=lambda asked: asker.starts(asked, stage(progress, "sweep: replies")),
+        starts=lambda asked: generator.starts(asked, stage(progress, "sweep: replies")),
     )
     dtype = recipe.negate.output_dtype
-    meter = Meter(vector, asker, questions, config, progress, output_dtype=saved_type(dtype))
+    meter = Meter(vector, generator, questions, config, progress, output_dtype=saved_type(dtype))
     key = _key(meter, dtype)
     kept = read_kept(folder, key)
     found = Sweep(
@@ -259,20 +259,20 @@ def _asked(questions: Questions) -> dict[str, int]:
 
 def _key(meter: Meter, output_dtype: str) -> str:
     """Hash of all that decides a point's figures; rule, target, budget and grid don't."""
-    base, asker, questions = meter.base, meter.asker, meter.questions
-    assert asker.judge is not None
+    base, generator, questions = meter.base, meter.generator, meter.questions
+    assert generator.judge is not None
     return content_sha256(
         {
             "base": fingerprint(base, probes_of(questions.requests)),
             "dtype": str(base.dtype),
             "vector": _vector_sha256(meter.vector),
             "questions": questions.sha256(),
-            "decoding": decoding_settings(asker.stop_ids, asker.config.max_new_tokens),
-            "judge": asker.judge.card.key,
-            "batch_size": asker.config.batch_size,
-            "short_answer_words": asker.config.short_answer_words,
+            "decoding": decoding_settings(generator.stop_ids, generator.config.max_new_tokens),
+            "judge": generator.judge.card.key,
+            "batch_size": generator.config.batch_size,
+            "short_answer_words": generator.config.short_answer_words,
             "hopeless_ratio": meter.config.hopeless_ratio,
-            "seed": asker.seed,
+            "seed": generator.seed,
             **({} if output_dtype == "same" else {"output_dtype": output_dtype}),
         }
     )

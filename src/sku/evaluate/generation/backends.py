@@ -34,6 +34,7 @@ from sku.evaluate.generation.decoding import Decoding, GenerationRequest, RowSam
 from sku.evaluate.records import grouped
 from sku.models import embedding_weight, plain_model
 
+
 class GenerationBackend(Protocol):
     """Continues prompts by token ids."""
 
@@ -280,7 +281,11 @@ class VllmBackend:
 def _vllm_settings(request: GenerationRequest, decoding: Decoding) -> dict[str, Any]:
     sampling, settings = decoding.sampling, {"temperature": 0.0}
     if sampling is not None:
-        settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.row_seed(request.id)}
+        settings = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": sampling.row_seed(request.id),
+        }
     length, stops = decoding.max_new_tokens_for(request), list(decoding.stop_ids)
     return {"max_tokens": length, "stop_token_ids": stops, "detokenize": False, **settings}
 

@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from sku.errors import EvaluationError
-from sku.evaluate.records import grouped
 from sku.processes import ALONE, Processes
 
 Progress = Callable[[int, int], None]
@@ -121,14 +120,11 @@ def in_batches(
         found: list[tuple[int, T]] = []
         while len(found) < len(batch):
             part = batch[len(found) : len(found) + limit]
-            try:
-                found += zip(part, run(part), strict=True)
+            results_of_part = _if_it_fits(run, part)
+            if results_of_part is not None:
+                found += zip(part, results_of_part, strict=True)
                 tell(done + len(found))
                 continue
-            except torch.OutOfMemoryError:
-                pass  # Only once this block is left are the tensors that the exception holds on to free.
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
             if len(part) == 1:
                 raise EvaluationError(
                     f"GPU memory runs out on a single example of {lengths[part[0]]} tokens: lower "
@@ -149,6 +145,16 @@ def in_batches(
         done += sum(map(len, turn))
         tell(done)
     return [results[index] for index in range(len(lengths))]
+
+
+def _if_it_fits(run: Callable[[list[int]], Sequence[T]], part: list[int]) -> Sequence[T] | None:
+    try:
+        return run(part)
+    except torch.OutOfMemoryError:
+        pass  # Only once this block is left are the tensors that the exception holds on to free.
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
 
 
 def pad(rows: Sequence[Sequence[int]], value: int, *, left: bool, device: torch.device) -> tuple[Tensor, Tensor]:

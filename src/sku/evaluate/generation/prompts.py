@@ -26,18 +26,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, PromptFormatName
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, has_answers, normalise_prompt
 from sku.data.sources.read import load_xstest
-from sku.data.tokens import Encoder, PromptFormat, TokenizedExample, resolve_prompt_format
+from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation.decoding import GenerationRequest, stop_token_ids
 from sku.evaluate.judges.choose import is_embedded
 from sku.evaluate.metrics import prefill_words
 from sku.evaluate.records import (
-    AFFIRMATIVE,
     HARMFUL,
     HARMFUL_SPLITS,
     NORMAL,
+    PrefillSource,
     Split,
-    Start,
     prefill_key,
     prompt_hash,
     read_prefill_key,
@@ -85,30 +84,26 @@ def draw_examples(examples: Sequence[E], count: int, *, seed: int) -> list[E]:
     return [candidates[number] for number in order[:count]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Writer:
-    """Turns prompts and answers into token ids for one model."""
+@dataclass(frozen=True)
+class PromptEncoder(Encoder):
+    """Turns prompts and answers into token ids for one model; text that is scored is cut to ``max_length``."""
 
-    tokenizer: PreTrainedTokenizerBase
-    prompt_format: PromptFormat
-    window: int
+    window: int = 2**30
     """Most tokens that the model can read."""
 
     @classmethod
-    def of(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormatName) -> Writer:
+    def of(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_format: PromptFormatName
+    ) -> PromptEncoder:
         """Of a model, or of its skeleton: only the configuration is read.
 
         Raises:
             ModelError: As ``resolve_prompt_format``.
         """
-        written = resolve_prompt_format(prompt_format, tokenizer)
-        return cls(tokenizer=tokenizer, prompt_format=written, window=window_of(model))
-
-    @property
-    def encoder(self) -> Encoder:
-        """What makes the ids, of text that is scored up to its longest."""
-        length = min(self.window, MAX_SCORED_TOKENS)
-        return Encoder(self.tokenizer, self.prompt_format, length, length)
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        window = limit if isinstance(limit, int) and limit > 0 else 2**30
+        length = min(window, MAX_SCORED_TOKENS)
+        return cls(tokenizer, resolve_prompt_format(prompt_format, tokenizer), length, length, window)
 
     def scored(self, prompt: str, answer: str, *, with_end: bool = False, begun: str = "") -> TokenizedExample | None:
         """Ids with the answer labelled; None where the answer has no token or no room.
@@ -122,7 +117,7 @@ class Writer:
         """
         example = RetainExample(prompt=prompt, answer=answer)
         try:
-            return self.encoder.example(example, train_on_end=with_end, begun=begun)
+            return self.example(example, train_on_end=with_end, begun=begun)
         except DataError:
             return None
 
@@ -148,12 +143,6 @@ class Writer:
         """
         ids = self.tokenizer(self.prompt_format.end_text, add_special_tokens=False).input_ids
         return stop_token_ids(model, self.tokenizer, ids if len(ids) == 1 else ())
-
-
-def window_of(model: PreTrainedModel) -> int:
-    """Most tokens that a model can read, as its configuration says; 2**30 where it doesn't."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +195,9 @@ def trained_on(data: ForgetRetainData, drawn: Drawn) -> dict[str, int] | None:
     return None if visited is None else {"asked": len(examples), "visited": visited}
 
 
-def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list[GenerationRequest], dict[str, int]]:
+def requests(
+    drawn: Drawn, encoder: PromptEncoder, config: EvaluateConfig
+) -> tuple[list[GenerationRequest], dict[str, int]]:
     """What the model is asked without a prefill: every prompt but those of other normal sets whose answers are scored.
 
     Returns:
@@ -217,7 +208,7 @@ def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list
     left_out = Counter(drawn.left_out)
     for split, examples in drawn.examples.items():
         if not (split.startswith(NORMAL) and has_answers(examples)):
-            free = free_requests(split, examples, writer, config.max_new_tokens)
+            free = free_requests(split, examples, encoder, config.max_new_tokens)
             asked += free
             if len(free) < len(examples):
                 left_out[f"{split}: reply, as the prompt is too long for the model"] = len(examples) - len(free)
@@ -230,14 +221,16 @@ def requests(drawn: Drawn, writer: Writer, config: EvaluateConfig) -> tuple[list
     return [*asked, *samples], dict(left_out)
 
 
-def short_of_room(asked: Sequence[GenerationRequest], writer: Writer, config: EvaluateConfig) -> tuple[str, ...]:
+def short_of_room(
+    asked: Sequence[GenerationRequest], encoder: PromptEncoder, config: EvaluateConfig
+) -> tuple[str, ...]:
     """A sentence where the window, not ``evaluate.max_new_tokens``, ends replies."""
-    prompts = {request.prompt for request in asked if len(request.input_ids) + config.max_new_tokens > writer.window}
+    prompts = {request.prompt for request in asked if len(request.input_ids) + config.max_new_tokens > encoder.window}
     if not prompts:
         return ()
     note = (
         f"{len(prompts)} prompts leave less than {config.max_new_tokens} tokens of the model's window of "
-        f"{writer.window}: replies to them are cut where it ends"
+        f"{encoder.window}: replies to them are cut where it ends"
     )
     return (note,)
 
@@ -255,37 +248,35 @@ def request_of(name: str, split: Split, example: Example, input_ids: Iterable[in
     )
 
 
-def free_request(split: Split, example: Example, writer: Writer) -> GenerationRequest:
+def free_request(split: Split, example: Example, encoder: PromptEncoder) -> GenerationRequest:
     """One prompt that the model answers in its own words from the first."""
-    return request_of(
-        record_id(split, "reply", example.prompt), split, example, writer.encoder.prompt(example.prompt)
-    )
+    return request_of(record_id(split, "reply", example.prompt), split, example, encoder.prompt(example.prompt))
 
 
 def free_requests(
-    split: Split, examples: Iterable[Example], writer: Writer, max_new_tokens: int
+    split: Split, examples: Iterable[Example], encoder: PromptEncoder, max_new_tokens: int
 ) -> list[GenerationRequest]:
     """``free_request`` for each prompt that leaves room for a reply."""
-    requests = (free_request(split, example, writer) for example in examples)
-    return [request for request in requests if writer.has_room(request, max_new_tokens)]
+    requests = (free_request(split, example, encoder) for example in examples)
+    return [request for request in requests if encoder.has_room(request, max_new_tokens)]
 
 
-Starts = Mapping[str, Start]
+PrefillSources = Mapping[str, PrefillSource]
 """By id."""
 
 
-def by_id(starts: Iterable[Start]) -> dict[str, Start]:
+def by_id(starts: Iterable[PrefillSource]) -> dict[str, PrefillSource]:
     """The form in which starts are looked up."""
     return {start.id: start for start in starts}
 
 
-def with_answers(asked: Iterable[tuple[Split, Example]], starts: Starts) -> dict[str, Start]:
+def with_answers(asked: Iterable[tuple[Split, Example]], starts: PrefillSources) -> dict[str, PrefillSource]:
     """Starts, and the dataset's answer to each prompt that has none.
 
     For what must ask every prompt alike, as a sweep does, and for a plan, which knows no reply of the base yet.
     """
     answers = ((start_id(split, example.prompt), example.answer) for split, example in asked)
-    return {name: Start(id=name, text=text) for name, text in answers} | dict(starts)
+    return {name: PrefillSource(id=name, text=text) for name, text in answers} | dict(starts)
 
 
 def starts_note(own: int, asked: int, others: str) -> str:
@@ -309,7 +300,11 @@ def affirmative_start(prompt: str) -> str:
 
 
 def prefills(
-    asked: Iterable[tuple[Split, Example]], keys: Iterable[str], starts: Starts, writer: Writer, max_new_tokens: int
+    asked: Iterable[tuple[Split, Example]],
+    keys: Iterable[str],
+    starts: PrefillSources,
+    encoder: PromptEncoder,
+    max_new_tokens: int,
 ) -> tuple[list[GenerationRequest], dict[str, int]]:
     """The same prompts again, each reply made to begin with its start.
 
@@ -317,7 +312,7 @@ def prefills(
         asked: Splits and examples.
         keys: Whose words and how many, as of ``prefill_key``.
         starts: The base model's own; a prompt without one is asked with the other beginnings alone.
-        writer: Of the model.
+        encoder: Of the model.
         max_new_tokens: Longest reply.
 
     Returns:
@@ -337,15 +332,15 @@ def prefills(
             name, where = record_id(split, "prefill", example.prompt, key), f"{split}: {prefill_words([key])}"
             if source == "affirmative":
                 text = affirmative_start(example.prompt)
-                begun: tuple[list[int], str] | None = (writer.encoder.start(example.prompt, text), text)
+                begun: tuple[list[int], str] | None = (encoder.start(example.prompt, text), text)
             else:
                 text = starts[start_id(split, example.prompt)].text if source == "own" else example.answer
-                begun = writer.encoder.prefill(example.prompt, text, tokens) if text else None
+                begun = encoder.prefill(example.prompt, text, tokens) if text else None
             if begun is None:
                 left_out[f"{where}, as {'the start is too short' if text else 'there is none'}"] += 1
                 continue
             found = request_of(name, split, example, begun[0], kind="prefill", prefill=begun[1], prefill_key=key)
-            if writer.has_room(found, max_new_tokens):
+            if encoder.has_room(found, max_new_tokens):
                 requests.append(found)
             else:
                 left_out[f"{where}, as the prompt is too long for the model"] += 1

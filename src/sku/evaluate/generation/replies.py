@@ -24,18 +24,25 @@ from sku.errors import EvaluationError
 from sku.evaluate.generation.backends import GenerateBackend, GenerationBackend, choose_backend
 from sku.evaluate.generation.batching import Progress, evaluation_mode, in_batches
 from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling, decoding_settings
-from sku.evaluate.generation.prompts import Writer
+from sku.evaluate.generation.prompts import PromptEncoder
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, unclear
 from sku.evaluate.perplexity import score_fluency
-from sku.evaluate.record_files import GENERATIONS_FILE, OWN_ANSWERS_FILE, STARTS_FILE, Reuse, header_hash, read_if_same
+from sku.evaluate.record_files import (
+    GENERATIONS_FILE,
+    OWN_ANSWERS_FILE,
+    STARTS_FILE,
+    ResultCache,
+    header_hash,
+    read_if_same,
+)
 from sku.evaluate.records import (
     HARMFUL_SPLITS,
     NORMAL_SPLITS,
     FluencyRecord,
     GenerationRecord,
+    PrefillSource,
     Split,
-    Start,
     answers_words,
     start_id,
 )
@@ -81,18 +88,18 @@ def generate_replies(
         EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
     """
     decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens, window, sampling)
-    writer = GenerateBackend(model, batch_size) if backend is None else backend
+    encoder = GenerateBackend(model, batch_size) if backend is None else backend
     found = {record.id: record for record in finished}
 
     def answer(batch: list[int]) -> list[GenerationRecord]:
         asked = [requests[index] for index in batch]
-        replies = writer.answer(asked, decoding)
+        replies = encoder.answer(asked, decoding)
         return [record_of_ids(request, ids, decoding, tokenizer) for request, ids in zip(asked, replies, strict=True)]
 
     return in_batches(
         [len(request.input_ids) for request in requests],
         answer,
-        batch_size=writer.at_once,
+        batch_size=encoder.at_once,
         groups=[request.prompt for request in requests],
         processes=processes,
         finished={
@@ -160,7 +167,7 @@ def requests_hash(requests: Sequence[GenerationRequest]) -> str:
     return header_hash({"requests": [dataclasses.asdict(request) for request in requests]})
 
 
-def choose_starts(replies: Sequence[GenerationRecord], outcomes: Iterable[ReplyOutcome]) -> list[Start]:
+def choose_starts(replies: Sequence[GenerationRecord], outcomes: Iterable[ReplyOutcome]) -> list[PrefillSource]:
     """The base model's own harmful reply to each prompt that it gave one to.
 
     Args:
@@ -176,11 +183,11 @@ def choose_starts(replies: Sequence[GenerationRecord], outcomes: Iterable[ReplyO
         if record.id in harmful:
             own.setdefault(start_id(record.split, record.prompt), record.reply)
     asked = dict.fromkeys(start_id(record.split, record.prompt) for record in replies)
-    return [Start(id=name, text=own[name]) for name in asked if name in own]
+    return [PrefillSource(id=name, text=own[name]) for name in asked if name in own]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asker:
+class ReplyGenerator:
     """How models are asked and their replies judged, the same for all that are set side by side.
 
     Its methods raise an ``EvaluationError`` where generation, the base model or the judge fails.
@@ -188,7 +195,7 @@ class Asker:
 
     base: PreTrainedModel
     """The original model, asked whether replies are word salad."""
-    writer: Writer
+    encoder: PromptEncoder
     config: EvaluateConfig
     """For the length of replies, the size of a batch, and which answers are compared word for word."""
     stop_ids: Sequence[int]
@@ -210,12 +217,12 @@ class Asker:
         with evaluation_mode(model):
             return generate_replies(
                 model,
-                self.writer.tokenizer,
+                self.encoder.tokenizer,
                 requests,
                 stop_ids=self.stop_ids,
                 max_new_tokens=self.config.max_new_tokens,
                 batch_size=self.config.batch_size,
-                window=self.writer.window,
+                window=self.encoder.window,
                 processes=self.processes,
                 progress=progress,
                 **options,
@@ -227,7 +234,7 @@ class Asker:
             return score_fluency(
                 self.base,
                 unclear(records),
-                self.writer.scored_reply,
+                self.encoder.scored_reply,
                 seed=self.seed,
                 batch_size=self.config.batch_size,
                 processes=self.processes,
@@ -248,7 +255,7 @@ class Asker:
         """Asks a model: id of each request -> what its reply comes to."""
         return {outcome.id: outcome for outcome in self.outcomes(self.ask(model, requests, progress))}
 
-    def starts(self, requests: Sequence[GenerationRequest], progress: Progress | None = None) -> list[Start]:
+    def starts(self, requests: Sequence[GenerationRequest], progress: Progress | None = None) -> list[PrefillSource]:
         """The base model's own harmful replies, which prefills begin with."""
         replies = self.ask(self.base, requests, progress)
         return choose_starts(replies, self.outcomes(replies))
@@ -258,43 +265,45 @@ class Asker:
 class SavedReplies:
     """The replies of one evaluation: greedy, drawn and after a prefill, by any backend; and the base model's."""
 
-    asker: Asker
+    generator: ReplyGenerator
     model: PreTrainedModel
     source: str | Path | None
     """Folder or hub id of the same weights, for backends that load them by themselves."""
-    reuse: Reuse
+    reuse: ResultCache
     report: Callable[[str], Progress | None]
     """Name of a stage to its progress."""
     base: PreTrainedModel | None
-    given: Sequence[Start] | None
+    given: Sequence[PrefillSource] | None
     """Of the base model's own evaluation, which is then not asked again."""
 
     @property
     def config(self) -> EvaluateConfig:
         """Backend, lengths and numbers."""
-        return self.asker.config
+        return self.generator.config
 
     @cached_property
     def backend(self) -> GenerationBackend:
         """What ``evaluate.backend`` names, once it is needed."""
-        processes = self.asker.processes.count
-        return choose_backend(self.config, self.model, source=self.source, seed=self.asker.seed, processes=processes)
+        processes = self.generator.processes.count
+        return choose_backend(
+            self.config, self.model, source=self.source, seed=self.generator.seed, processes=processes
+        )
 
     def decoding(self) -> dict[str, Any]:
         """Every setting that decides the replies, drawn ones included."""
-        greedy = decoding_settings(self.asker.stop_ids, self.config.max_new_tokens)
+        greedy = decoding_settings(self.generator.stop_ids, self.config.max_new_tokens)
         drawn = {**greedy, **self._sampling().settings(), "number": self.config.samples}
         return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
 
     def _sampling(self) -> Sampling:
-        return Sampling(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.asker.seed)
+        return Sampling(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.generator.seed)
 
     def _header(self, requests: Sequence[GenerationRequest], **more: Any) -> dict[str, Any]:
-        writer = self.asker.writer
+        encoder = self.generator.encoder
         return {
             **more,
-            "prompt_format": writer.prompt_format.name,
-            "seed": self.asker.seed,
+            "prompt_format": encoder.prompt_format.name,
+            "seed": self.generator.seed,
             "requests": requests_hash(requests),
         }
 
@@ -331,7 +340,7 @@ class SavedReplies:
 
         def ask(asked: Sequence[GenerationRequest], stage: str, **options: Any) -> list[GenerationRecord]:
             options = {"backend": self.backend, **saved(), **options}
-            return self.asker.ask(self.model, asked, self.report(stage), **options) if asked else []
+            return self.generator.ask(self.model, asked, self.report(stage), **options) if asked else []
 
         if free is None:
             free = [*ask(greedy, "replies"), *ask(samples, "samples", sampling=self._sampling())]
@@ -351,8 +360,8 @@ class SavedReplies:
         if self.config.backend == "generate":
             return None
         some = greedy[:CHECKED_PROMPTS]
-        plain = self.asker.ask(self.model, some, self.report("backend check"))
-        others = self.asker.ask(self.model, some, backend=self.backend) if known is None else known[: len(some)]
+        plain = self.generator.ask(self.model, some, self.report("backend check"))
+        others = self.generator.ask(self.model, some, backend=self.backend) if known is None else known[: len(some)]
         return compare_replies(self.config.backend, plain, others)
 
     def starts(
@@ -360,7 +369,7 @@ class SavedReplies:
         requests: Sequence[GenerationRequest],
         free: Sequence[GenerationRecord],
         fluency: Callable[[Sequence[GenerationRecord]], Sequence[FluencyRecord]],
-    ) -> list[Start]:
+    ) -> list[PrefillSource]:
         """The base model's own harmful replies, as far as they are known, kept in ``starts.jsonl``.
 
         Args:
@@ -369,19 +378,21 @@ class SavedReplies:
             fluency: Gives the base model's losses on these, should they be the base model's own.
         """
         asked = [request for request in requests if request.split in HARMFUL_SPLITS]
-        judge = self.asker.judge
+        judge = self.generator.judge
 
-        def choose(base: PreTrainedModel) -> list[Start]:
+        def choose(base: PreTrainedModel) -> list[PrefillSource]:
             if base is self.model:
                 said, scored = [record for record in free if record.split in HARMFUL_SPLITS], fluency(free)
             else:
                 said = self._ask_base(base, asked)
-                scored = self.asker.fluency(said, self.report("fluency"))
-            return self.reuse.processes.on_main(lambda: choose_starts(said, self.asker.outcomes(said, scored)))
+                scored = self.generator.fluency(said, self.report("fluency"))
+            return self.reuse.processes.on_main(lambda: choose_starts(said, self.generator.outcomes(said, scored)))
 
         return self._of_base(STARTS_FILE, asked, choose, judge=None if judge is None else judge.card.key)
 
-    def answers(self, requests: Sequence[GenerationRequest], generations: Sequence[GenerationRecord]) -> list[Start]:
+    def answers(
+        self, requests: Sequence[GenerationRequest], generations: Sequence[GenerationRecord]
+    ) -> list[PrefillSource]:
         """The base model's replies to normal prompts that have no answer, kept in ``own_answers.jsonl``.
 
         None where there is neither a base nor what it was asked before. Arguments as of ``starts``.
@@ -393,10 +404,10 @@ class SavedReplies:
                 self.reuse.processes.on_main(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
             return []
 
-        def choose(base: PreTrainedModel) -> list[Start]:
+        def choose(base: PreTrainedModel) -> list[PrefillSource]:
             said = generations if base is self.model else self._ask_base(base, asked)
             texts = {record.id: record.reply for record in said}
-            return [Start(id=start_id(one.split, one.prompt), text=texts[one.id]) for one in asked]
+            return [PrefillSource(id=start_id(one.split, one.prompt), text=texts[one.id]) for one in asked]
 
         return self._of_base(OWN_ANSWERS_FILE, asked, choose)
 
@@ -404,18 +415,18 @@ class SavedReplies:
         self,
         file: str,
         asked: Sequence[GenerationRequest],
-        choose: Callable[[PreTrainedModel], list[Start]],
+        choose: Callable[[PreTrainedModel], list[PrefillSource]],
         **header: Any,
-    ) -> list[Start]:
+    ) -> list[PrefillSource]:
         """Words of the base model for some prompts: of those that are given, or chosen and kept."""
         base = self.base
         if self.given is not None or base is None:
             names = {start_id(request.split, request.prompt) for request in asked}
             found = [start for start in self.given or () if start.id in names]
             texts = header_hash({"starts": [dataclasses.asdict(start) for start in found]})
-            return self.reuse.rows(file, {"given": texts}, Start, lambda: found)
+            return self.reuse.rows(file, {"given": texts}, PrefillSource, lambda: found)
         made_from = self._header(asked, base=fingerprint(base, probes_of(asked)), decoding=self.decoding(), **header)
-        return self.reuse.rows(file, made_from, Start, lambda: choose(base))
+        return self.reuse.rows(file, made_from, PrefillSource, lambda: choose(base))
 
     def _ask_base(self, base: PreTrainedModel, asked: Sequence[GenerationRequest]) -> list[GenerationRecord]:
         """The base model's replies, where its own evaluation is not at hand; none is written."""
@@ -423,10 +434,10 @@ class SavedReplies:
         config = dataclasses.replace(self.config, backend="generate")
         stages = dataclasses.replace(
             self,
-            asker=dataclasses.replace(self.asker, config=config),
+            generator=dataclasses.replace(self.generator, config=config),
             model=base,
             source=None,
-            reuse=Reuse(folder=None, processes=self.reuse.processes),
+            reuse=ResultCache(folder=None, processes=self.reuse.processes),
             report=lambda stage: self.report(f"base, {stage}"),
         )
         return stages.generate(asked, {})[0]
@@ -466,7 +477,7 @@ def backend_notes(backend: str, check: Mapping[str, int] | None) -> tuple[str, .
     return (note,)
 
 
-def answers_notes(requests: Sequence[GenerationRequest], own: Sequence[Start]) -> tuple[str, ...]:
+def answers_notes(requests: Sequence[GenerationRequest], own: Sequence[PrefillSource]) -> tuple[str, ...]:
     """Whose words the perplexity and KL of prompts without answers are about."""
     splits = dict.fromkeys(request.split for request in _unanswered(requests))
     if not splits:
