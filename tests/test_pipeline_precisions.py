@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "bl
 
 SMALL = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3", "evaluate.retain_prompts=3",
-    "evaluate.samples=0", "evaluate.max_new_tokens=8", "evaluate.attacks=[]", "negate.diagnostics=false",
+    "evaluate.samples=0", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
     "negate.alpha=1.25", "data.forget.limit=120", "data.retain.limit=120",
 )  # fmt: skip
 
