@@ -44,7 +44,6 @@ WITHOUT_DRY_RUN = {
     "chat": "writes nothing but labels that somebody gives on its page",
     "doctor": "writes nothing",
     "init": "writes one small file, and replaces none",
-    "export": "is asked for one new file or folder, which is compared before it stays",
     "methods": "writes nothing",
     "data inspect": "writes nothing",
     "judge list": "writes nothing",
