@@ -202,10 +202,7 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
     batch = batch_of(trainer, [0, 1])
     model: Any = trainer.model
     seen = trainer._reference_rows(model, batch, RETAIN).logits_NV
-    rows = padded(batch)
-    normal = rows.is_retain[:, 0]
-    longest = int(rows.attention_mask[normal].sum(1).max())
-    inputs = {name: value[normal][:, :longest] for name, value in rows.model_inputs.items()}
+    inputs = padded(batch).of_kind(RETAIN).model_inputs
     with torch.no_grad():
         untouched, trained = make_model()(**inputs).logits, model(**inputs).logits
     assert torch.equal(seen, untouched)

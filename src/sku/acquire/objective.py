@@ -42,8 +42,6 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
         "retain_refused": targeted,
         "retain_tokens": "answer" if targeted else config.preservation_tokens,
     }
-    # The good twin is added where the bad model is subtracted.
-    retain_at = abs(config.preservation_at) if good else config.preservation_at
     objective = Objective.of(
         {
             "guided_distortion": Term(
@@ -62,8 +60,7 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
                 rows=normal,
                 reference=not targeted,
             ),
-        },
-        retain_at=retain_at if weights.preservation_divergence else 1.0,
+        }
     )
     # Whichever terms are on, their rows are of the same prompts.
     return dataclasses.replace(objective, rows=dataclasses.replace(objective.rows, framed_share=config.framed_share))

@@ -231,9 +231,6 @@ class Rows(_Tensors, ABC):
 
     input_ids: Tensor
     """``[R, T]``, or ``[1, T]`` packed."""
-    is_retain: Tensor
-    """``[R, 1]``, or ``[1, T]`` packed, bool: whether a row, or token, is of a normal one; these share none with
-    others."""
     kept: dict[int, KeptPlaces]
     """Kind of rows -> theirs."""
     rows: tuple[SourceRow, ...]
@@ -365,7 +362,6 @@ class JointCollator:
         kept_RT.view(-1)[score_places] = True
         return PaddedRows(
             input_ids=input_ids,
-            is_retain=torch.tensor([[row.kind == RETAIN] for row in rows]),
             kept=kept,
             attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             kept_RT=kept_RT,
@@ -388,13 +384,8 @@ class JointCollator:
         for members in groups.values():
             _add_group(members, sequences, segments, ids, places)
         score_places, kept = _kept_places(rows, positions, places)
-        is_retain_T = torch.zeros(len(ids), dtype=torch.bool)
-        for index, row in enumerate(rows):
-            if row.kind == RETAIN:
-                is_retain_T[places[index]] = True
         return PackedRows(
             input_ids=torch.tensor([ids]),
-            is_retain=is_retain_T[None],
             kept=kept,
             paths=plan_paths(segments),
             score_places_U=score_places,
