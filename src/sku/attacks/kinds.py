@@ -3,7 +3,7 @@ r"""The attacks on the prompt, and the one interface of all of them.
 There are two kinds. An attack on the prompt rewrites the request and leaves the weights: other words, a wrapper. An
 attack on the weights changes a copy of the model and asks the questions as they are. Whatever is done to the unlearned
 model is done to the base model too: without that control a rise could come from the attack alone. Prefills are no
-attack here: every evaluation asks them (``sku.evaluate.prefills``).
+attack here: every evaluation asks them (``sku.evaluate.generation.prompts``).
 
 *Paraphrase*: what was forgotten must be gone in every wording. Rules, not a model, write the words, so that they are
 the same everywhere and keep the meaning. A question of the form "how do I ...?" is turned around its task; any other
