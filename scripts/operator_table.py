@@ -41,7 +41,7 @@ from sku.negate.operators import operate, prepare_operators
 from sku.negate.operators.base import context_of
 from sku.negate.run import subtract_into, task_vector_of
 from sku.negate.task_vector import TaskVector
-from sku.pipeline.bad_model import plan_acquire
+from sku.pipeline.bad_model import run_acquire
 from sku.storage import mark_hazardous, new_folder, write_json
 
 SPLITS = ("forget_test", "benign", "retain_test")
@@ -201,7 +201,7 @@ class Table:
             folder = self.out / f"bad-{mode}"
             if not folder.exists():
                 started = time.monotonic()
-                log = plan_acquire(recipe_of(self.options, mode), folder).execute(None)
+                log = run_acquire(recipe_of(self.options, mode), folder)
                 losses = {name: round(value, 3) for name, value in log[-1].items() if name.startswith("loss")}
                 print(f"trained {mode}: {time.monotonic() - started:.0f} s, {losses}", flush=True)
         folder = self.out / "benign"

@@ -12,7 +12,7 @@ from conftest import MadeOnce
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.evaluate.comparison import PrecisionReport
-from sku.pipeline.evaluate import plan_evaluation
+from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import FinishedRun, run_recipe
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
@@ -64,7 +64,7 @@ def test_a_run_has_its_certificate(resumed: FinishedRun) -> None:
 
 
 def test_evaluating_the_same_model_gives_the_same_certificate(resumed: FinishedRun, tmp_path: Path) -> None:
-    plan_evaluation(recipe(), str(resumed.folder / "unlearned"), tmp_path / "alone").execute(None)
+    run_evaluation(recipe(), str(resumed.folder / "unlearned"), tmp_path / "alone")
     alone = PrecisionReport.read(tmp_path / "alone")
     assert resumed.precisions is not None
     assert (alone.results, alone.measured) == (resumed.precisions.results, resumed.precisions.measured)

@@ -30,7 +30,7 @@ from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
 from sku.pipeline import unlearning
-from sku.pipeline.bad_model import plan_acquire
+from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
 
@@ -198,7 +198,7 @@ def test_what_is_subtracted_is_bad_minus_good(
     tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = recipe(f"acquire.tuning={tuning}", "negate.twin={bad: 0.5, good: 2.0}")
-    log = plan_acquire(given, tmp_path / "bad").execute(None)
+    log = run_acquire(given, tmp_path / "bad")
     assert log[-1]["loss/good_twin/guided_distortion"] > 0
     base = load_model(given.model).model
     found = task_vector_of(base, tmp_path / "bad")

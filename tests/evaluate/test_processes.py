@@ -16,7 +16,7 @@ from sku.config import load_recipe
 from sku.errors import EvaluationError
 from sku.evaluate.batching import ALONE, Processes, current_processes, in_batches, plan_batches
 from sku.evaluate.comparison import PrecisionReport
-from sku.pipeline.evaluate import plan_evaluation
+from sku.pipeline.evaluate import run_evaluation
 
 SETTINGS = [
     "evaluate.prompts=3", "evaluate.retain_prompts=4", "evaluate.batch_size=4", "evaluate.max_new_tokens=12",
@@ -66,9 +66,7 @@ def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
     options = [f"--set={setting}" for setting in SETTINGS]
     two = launched("-m", "sku", "evaluate", "embedded", "--json", *options, "--out", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr[-3000:]
-    comparison = (
-        plan_evaluation(load_recipe("embedded", SETTINGS), "embedded", tmp_path / "one").execute(None).comparison
-    )
+    comparison = run_evaluation(load_recipe("embedded", SETTINGS), "embedded", tmp_path / "one").comparison
     said = json.loads(two.stdout)
     alone = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict(), "notes": comparison.notes}
     alone["verdict"] = comparison.verdict.to_dict()

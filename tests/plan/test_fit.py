@@ -12,7 +12,7 @@ import torch
 from sku.config import Recipe, load_recipe
 from sku.methods.run import train_method
 from sku.pipeline import unlearning
-from sku.pipeline.bad_model import plan_acquire
+from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import plan_run
 from sku.plan import fit
 from sku.plan.estimate import GIB
@@ -59,11 +59,11 @@ def test_it_is_on_only_where_stage_1_does_not_fit_without_it(
     assert decided is not None
     assert decided.on is on
     assert f"{gib:.1f} GiB are free on cpu" in decided.why
-    plan = plan_acquire(recipe, tmp_path / "bad")
+    plan = plan_run(recipe, tmp_path / "run")
     assert plan.settings["activation checkpointing"] == decided.line
     assert plan.memory is not None
     assert plan.memory().fits is not on
-    plan.execute(None)
+    run_acquire(recipe, tmp_path / "bad")
     assert used == [on]
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sku.cli import options
-from sku.cli.console import carry_out, errors, print_headline, print_json, print_next, results
+from sku.cli.console import carry_out, errors, perform, print_headline, print_json, print_next, results
 from sku.cli.judge import agreement_lines
 from sku.cli.tables import print_measured
 from sku.config import EMBEDDED
@@ -159,7 +159,6 @@ def evaluate(
     allow_hazardous: Annotated[
         bool, typer.Option("--allow-hazardous", help="Measure a model that is marked as the bad one of stage 1 too.")
     ] = False,
-    dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
@@ -172,11 +171,13 @@ def evaluate(
     )
 
     quiet_libraries()
-    from sku.pipeline.evaluate import plan_evaluation
+    from sku.pipeline.evaluate import run_evaluation
     from sku.processes import current_processes
 
-    plan = plan_evaluation(settings, model, out, allow_hazardous=allow_hazardous)
-    measured = carry_out(plan, dry_run=dry_run, as_json=as_json, is_main=current_processes().is_main)
+    measured = perform(
+        lambda show: run_evaluation(settings, model, out, allow_hazardous=allow_hazardous, progress=show),
+        is_main=current_processes().is_main,
+    )
     comparison = measured.comparison
     if as_json:
         sides = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}

@@ -26,12 +26,14 @@ from sku.model_files import with_gguf_file
 from sku.models import load_config, load_model, with_path
 from sku.negate.diagnostics import model_survival
 from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
-from sku.plan import Plan, Progress
+from sku.plan import Progress
 from sku.processes import Processes, current_processes
 from sku.storage import HAZARD_KEY, check_can_be_made, is_marked_hazardous
 
 
-def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False) -> Plan[Measured]:
+def run_evaluation(
+    recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False, progress: Progress | None = None
+) -> Measured:
     """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
 
     Trained-on prompts are those that the recipe's training visits; a model that was trained otherwise saw others.
@@ -44,6 +46,7 @@ def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: b
         model: Folder or hub id of the model to measure.
         out: Private folder; rows in it that fit are reused.
         allow_hazardous: Measure a model that is marked as the bad one of stage 1 too.
+        progress: For progress bars.
 
     Raises:
         SkuError: Anything a user can mend.
@@ -56,44 +59,10 @@ def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: b
     check_one_process_attacks(recipe, current_processes())
     data = load_recipe_data(recipe)
     check_attacks(recipe, data)
-    base = check_model(recipe.model)
-    measured = check_model(with_path(recipe.model, model))
+    checked = check_model(recipe.model)
+    check_model(with_path(recipe.model, model))
     check_can_be_made(out)
-    asked = check_evaluation(recipe, base, data, readable_source(recipe.model), model)
-    config = recipe.evaluate
-    return Plan(
-        command="sku evaluate",
-        out=out,
-        settings={
-            "recipe": recipe.name,
-            "seed": recipe.seed,
-            "base": base.describe(),
-            "model": measured.describe(),
-            "judge": config.judge,
-            "asked": asked,
-        },
-        stages=("evaluate the base model", "evaluate the model", *measured_stages(recipe)),
-        writes=(
-            "base/",
-            "model/",
-            *(("precisions.json", "precisions/") if config.precisions else ()),
-            *(("attacks.json", "attacks/") if config.attacks else ()),
-        ),
-        execute=lambda progress: _execute(recipe, model, data, out, progress),
-        examples=data.counts(),
-        notes=tuple(dict.fromkeys((*data.notes(), *base.notes, *measured.notes))),
-    )
-
-
-def measured_stages(recipe: Recipe) -> tuple[str, ...]:
-    """What is measured after the plain evaluation."""
-    return (
-        *(f"evaluate it with {name} weights" for name in recipe.evaluate.precisions),
-        *(f"attack both models: {name}" for name in recipe.evaluate.attacks),
-    )
-
-
-def _execute(recipe: Recipe, model: str, data: ForgetRetainData, out: Path, progress: Progress | None) -> Measured:
+    check_evaluation(recipe, checked, data, readable_source(recipe.model), model)
     with named_memory_errors("load"):
         base = load_model(recipe.model)
         # As one process trains: of more it visits more, and these prompts are among them.
@@ -103,6 +72,14 @@ def _execute(recipe: Recipe, model: str, data: ForgetRetainData, out: Path, prog
     before = measuring.evaluated("base", base.model, base.model)
     after = measuring.evaluated("model", measured, base.model, source=model, starts=before.starts)
     return measuring.compared(before, after, base.model, measured)
+
+
+def measured_stages(recipe: Recipe) -> tuple[str, ...]:
+    """What is measured after the plain evaluation."""
+    return (
+        *(f"evaluate it with {name} weights" for name in recipe.evaluate.precisions),
+        *(f"attack both models: {name}" for name in recipe.evaluate.attacks),
+    )
 
 
 def trained_prefill_tokens(recipe: Recipe) -> int:

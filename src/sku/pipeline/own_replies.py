@@ -24,7 +24,7 @@ from sku.models import load_model
 from sku.own_replies.job import KINDS, OwnJob, OwnOptions, OwnReplies, file_of, judge_of, read_own_replies
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.checks import check_model, load_recipe_data
-from sku.plan import Plan, Progress
+from sku.plan import Progress
 from sku.reproducibility import content_sha256
 from sku.storage import write_private_text
 from sku.sweep.meter import check_calibrated
@@ -74,7 +74,7 @@ def own_prompts_of(recipe: Recipe) -> OwnPrompts:
     return load_own_prompts(config.forget, config.retain, config.borderline, seed=recipe.seed, prefix="data.")
 
 
-def plan_own(options: OwnOptions, out: Path, *, resume: bool = False) -> Plan[OwnReplies]:
+def run_own(options: OwnOptions, out: Path, *, resume: bool = False, progress: Progress | None = None) -> OwnReplies:
     """``sku data own``: the model writes rows of its own from prompts alone into a new private folder.
 
     Raises:
@@ -82,38 +82,16 @@ def plan_own(options: OwnOptions, out: Path, *, resume: bool = False) -> Plan[Ow
     """
     prompts = load_own_prompts(options.harmful, options.normal, options.borderline, seed=options.seed)
     judge = judge_of(options.evaluate, prompts)
-    found = check_model(options.model)
-    settings, harmful = options.replies, len(prompts["harmful"].prompts)
-    free = sum(len(one.prompts) for one in prompts.values()) + harmful * settings.samples
-
-    def execute(progress: Progress | None) -> OwnReplies:
-        job = OwnJob(
-            loaded=load_model(options.model),
-            prompts=prompts,
-            judge=judge,
-            settings=settings,
-            seed=options.seed,
-            prompt_format=options.model.prompt_format,
-        )
-        return write_own_replies(job, out, resume=resume, progress=progress)
-
-    return Plan(
-        command="sku data own",
-        out=out,
-        settings={
-            "model": found.describe(),
-            "judge": judge.card.name,
-            **{f"{name} prompts": len(one.prompts) for name, one in prompts.items()},
-        },
-        stages=(
-            f"ask for {free} replies of at most {settings.max_new_tokens} tokens and judge them",
-            "ask again where none is harmful",
-            f"ask for {harmful * settings.refusals} refusals of at most {settings.refuse_tokens} tokens",
-        ),
-        writes=("comply.jsonl", "refuse.jsonl", "answer.jsonl", "misplaced_refusal.jsonl", "own.json"),
-        execute=execute,
-        notes=found.notes,
+    check_model(options.model)
+    job = OwnJob(
+        loaded=load_model(options.model),
+        prompts=prompts,
+        judge=judge,
+        settings=options.replies,
+        seed=options.seed,
+        prompt_format=options.model.prompt_format,
     )
+    return write_own_replies(job, out, resume=resume, progress=progress)
 
 
 def with_own_replies(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> OwnData:
