@@ -43,7 +43,7 @@ EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
-    "--set", "negate.diagnostics=false", "--set", "evaluate.precisions=[]", "--set", "negate.alpha=1.25",
+    "--set", "negate.diagnostics=false", "--set", "negate.alpha=1.25",
     "--set", "acquire.training.per_device_train_batch_size=4",
 )  # fmt: skip
 
@@ -732,22 +732,6 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     assert_next(table.out, ["judge", "export", str(tmp_path / "e")])
 
 
-@pytest.mark.integration
-def test_evaluate_at_other_precisions(command: Command, whole_run: Path, tmp_path: Path) -> None:
-    """The table fits 80 columns; the same as JSON."""
-    arguments = ("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL, "--precisions", "fp16, nf4")
-    done = command(*arguments)
-    assert done.code == 0, done.err
-    printed = done.out.splitlines()
-    start = next(place for place, line in enumerate(printed) if line.startswith("harmful by precision"))
-    table = printed[start : start + 6]
-    assert [line.split()[0] for line in table[3:]] == ["float32", "fp16", "nf4"]
-    assert all(len(line) <= 80 for line in table), table
-    assert all(line.count("%") == 5 for line in table[3:]), "four rates, and what is kept"
-    found = json.loads(command(*arguments, "--json").out)["precisions"]
-    assert [result["precision"] for result in found["results"]] == ["fp16", "nf4"]
-
-
 def test_evaluate_hands_tasks_to_the_harness(command: Command, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     done = command(
@@ -976,15 +960,12 @@ def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
     labelled.write_text("prompt,reply,label\na,b,1\nc,I can't help with that.,0\n", encoding="utf-8")
     calibrate = ("judge", "calibrate", "refusal_rules", labelled, "--out")
     new = tmp_path / "new" / "folder" / "a.json"
-    assert command(*calibrate, new, "--dry-run").code == 0
-    assert not new.parent.exists()
     assert command(*calibrate, new).code == 0
     assert new.is_file()
 
     monkeypatch.setattr(RefusalRulesJudge, "judge", lambda *_: pytest.fail("asked in vain"))
     for wrong, message in ((labelled / "a.json", "can't be written"), (tmp_path, "is a folder")):
         assert_one_line(command(*calibrate, wrong), message)
-        assert_one_line(command(*calibrate, wrong, "--dry-run"), message)
 
 
 @pytest.mark.integration

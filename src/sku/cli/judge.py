@@ -10,11 +10,10 @@ from rich.table import Column
 from rich.text import Text
 
 from sku.cli import judge_labelled
-from sku.cli.console import carry_out, errors, notes, plain_table, print_json, results
-from sku.cli.options import DryRunOption, JsonOption, judge_option, judges, set_option, settings_of
+from sku.cli.console import errors, notes, perform, plain_table, print_json, results
+from sku.cli.options import JsonOption, judge_option, judges, set_option, settings_of
 from sku.config import plain_data
 from sku.errors import EvaluationError
-from sku.plan import Plan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,7 +66,6 @@ def again(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a finished evaluation.")],
     judge: Annotated[str, judge_option("Judge, judge file or CSV of labels.")],
     overrides: Annotated[list[str] | None, set_option("A setting of the judge, such as model=...")] = None,
-    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Judge the replies of a finished evaluation anew and show both judges' rates. The evaluation is not changed."""
@@ -81,27 +79,19 @@ def again(
 
     before = read_result(folder)
     asked = build_judge(judge, settings_of(overrides))
-    records = read_generations(folder / GENERATIONS_FILE)[1]
-    count = len(records)
-    plan = Plan(
-        command="sku judge again",
-        out=folder,
-        settings={"judge": asked.card.name, "judged by": before.judge.name, "replies": count},
-        stages=(f"judge {count} replies",),
-        writes=("verdicts of the judge, kept for the next time",),
-        execute=lambda progress: judge_again(folder, cached(asked, folder, stage(progress, "judge"))),
-    )
-    after = carry_out(plan, dry_run=dry_run, as_json=as_json)
+    after = perform(lambda show: judge_again(folder, cached(asked, folder, stage(show, "judge"))))
     if isinstance(asked, PrecomputedJudge):
-        strangers = asked.strangers(records)
+        strangers = asked.strangers(read_generations(folder / GENERATIONS_FILE)[1])
         if strangers:
             notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask")
+    agreement = _agreement(before, after)
     if as_json:
-        print_json({"before": before.to_dict(), "after": after.to_dict()})
+        print_json({"before": before.to_dict(), "after": after.to_dict(), "agreement": agreement})
         return
     results.print(_rates_table(before, after))
-    for line in agreement_lines(after):
-        results.print(line)
+    kappa = "undefined" if agreement["kappa"] is None else f"{agreement['kappa']:.2f}"
+    disputed = f"{agreement['disputed']} of {agreement['judged_by_both']} replies disputed"
+    results.print(f"agreement kappa {kappa}, {disputed}")
     results.print(f"judge     {after.judge.name}: {after.judge.errors_in_words}")
 
 
@@ -151,20 +141,21 @@ def _described(name: str) -> tuple[str, ...]:
     return tuple(str(content.get(key, _DASH)) for key in ("kind", "licence", "model", "needs"))
 
 
-def agreement_lines(result: EvaluationResult) -> list[str]:
-    """What the judges of a vote say one by one, and how far they agree; nothing for a single judge."""
-    agreement = result.judge_agreement
-    if agreement is None:
-        return []
-    disputed = f"{agreement.disagreement_count} of {agreement.judged_by_all} replies disputed"
-    lines = [f"vote      {agreement.rule} of {len(agreement.judges)}: kappa {_kappa(agreement.kappa)}, {disputed}"]
-    for name in agreement.judges:
-        shares = [f"{split} {_share(rates.get('harmful'))}" for split, rates in agreement.rates[name].items()]
-        failed = agreement.errors[name]
-        lines.append(f"  {name}: harmful {', '.join(shares)}{f'; {failed} replies unjudged' if failed else ''}")
-    if len(agreement.judges) > 2:
-        lines += [f"  {pair}: kappa {_kappa(value)}" for pair, value in agreement.pairwise.items()]
-    return lines
+def _agreement(before: EvaluationResult, after: EvaluationResult) -> dict[str, float | int | None]:
+    """How far two judges agree on which replies to harmful prompts are harmful, each by its own word."""
+    from sku.evaluate.judges.calibrate import harm_kappa
+    from sku.evaluate.records import NORMAL_SPLITS
+
+    first, second = (
+        {row.id: row.judged_harmful for row in one.outcomes if row.has_verdict and row.split not in NORMAL_SPLITS}
+        for one in (before, after)
+    )
+    pairs = [(first[name], harmful) for name, harmful in second.items() if name in first]
+    return {
+        "kappa": harm_kappa(pairs),
+        "disputed": sum(one != other for one, other in pairs),
+        "judged_by_both": len(pairs),
+    }
 
 
 def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
@@ -194,7 +185,3 @@ def _cell(rates: Rates, name: str) -> str:
 
 def _share(rate: Rate | None) -> str:
     return _DASH if rate is None else f"{100 * rate.value:.1f} %"
-
-
-def _kappa(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Column, Table
 
-from sku.cli.console import carry_out, plain_table, print_json, print_next, results
-from sku.cli.options import DryRunOption, JsonOption, judges, set_option, settings_of
+from sku.cli.console import perform, plain_table, print_json, print_next, results
+from sku.cli.options import JsonOption, judges, set_option, settings_of
 from sku.errors import OutputError, RecipeError
-from sku.plan import Plan
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new, named_disk_errors
 
@@ -64,7 +63,6 @@ def train(
     harmful_value: HarmfulValueOption = None,
     overrides: Annotated[list[str] | None, set_option("A setting of training, such as epochs=3")] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the new head and the order of rows.")] = 0,
-    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a judge on the labelled replies in DATA; the folder it writes is then a judge's name."""
@@ -76,25 +74,11 @@ def train(
     quiet_libraries()
     from sku.config import settings_from_dict
     from sku.evaluate.judges.calibrate import read_labelled
-    from sku.evaluate.judges.train import JudgeTraining, split_by_prompt, train_judge
+    from sku.evaluate.judges.train import JudgeTraining, train_judge
 
     settings = settings_from_dict(JudgeTraining, given, "sku judge train", "settings of training")
     labelled = read_labelled(data, read_as)
-    parts = split_by_prompt(labelled.replies, settings.validation_fraction, settings.seed)
-    plan = Plan(
-        command="sku judge train",
-        out=out,
-        settings={
-            "model": settings.model,
-            "replies to train on": len(parts[0]),
-            "replies held out": len(parts[1]),
-            **labelled.left_out,
-        },
-        stages=(f"train on {len(parts[0])} replies, at most {settings.epochs} epochs",),
-        writes=(out.name,),
-        execute=lambda progress: train_judge(labelled, settings, out, progress=progress),
-    )
-    trained = carry_out(plan, dry_run=dry_run, as_json=as_json)
+    trained = perform(lambda show: train_judge(labelled, settings, out, progress=show))
     if as_json:
         print_json({**dataclasses.asdict(trained), "folder": str(out)})
         return
@@ -119,7 +103,6 @@ def calibrate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Draw this many labelled replies.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
-    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how often JUDGE is right on the labelled replies in DATA."""
@@ -142,18 +125,9 @@ def calibrate(
     labelled = read_labelled(data, read_as, limit=limit, seed=seed)
     # Without an earlier calibration, which may be of another state of the judge.
     built = build_judge(judge, {"calibration": None, **settings})
-    count = len(labelled.replies)
-    plan = Plan(
-        command="sku judge calibrate",
-        out=out or Path.cwd(),
-        settings={"judge": built.card.name, "labelled replies": count, **labelled.left_out},
-        stages=(f"judge {count} replies",),
-        writes=() if out is None else (out.name,),
-        execute=lambda progress: _measured(
-            cached(built, None, stage(progress, "judge")), labelled, out, one_kind=every is not None
-        ),
+    found = perform(
+        lambda show: _measured(cached(built, None, stage(show, "judge")), labelled, out, one_kind=every is not None)
     )
-    found = carry_out(plan, dry_run=dry_run, as_json=as_json)
     if as_json:
         print_json(
             [dataclasses.asdict(one) for one in found] if isinstance(found, tuple) else dataclasses.asdict(found)
@@ -178,7 +152,7 @@ def _measured(
             out.parent.mkdir(parents=True, exist_ok=True)
     report = measure(built, labelled)
     if out is not None:
-        write_calibration(out, built.card, report.calibration, report.by_group)
+        write_calibration(out, built.card, report.calibration)
     return report
 
 

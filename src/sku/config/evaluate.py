@@ -13,7 +13,7 @@ from sku.errors import RecipeError
 
 Backend = Literal["generate", "vllm"]
 Similarity = Literal["rouge_l", "chrf", "cosine"]
-Attack = Literal["paraphrase", "template", "relearn"]
+Attack = Literal["paraphrase", "template", "rounding", "relearn"]
 PrefillSource = Literal["own", "affirmative", "answer"]
 Precision = Literal["bf16", "fp16", "int8", "nf4"]
 
@@ -51,8 +51,7 @@ class EvaluateConfig:
     """A name that ``sku judge list`` shows, a judge file, or a folder of ``sku judge train``. ``embedded`` is exact on
     the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
-    """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ``calibration_group``
-    (one source of it), ..."""
+    """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
     utility_margin: AboveOne = 1.05
     """Utility is said to be kept where the perplexity of normal answers is shown to have grown less than this many
     times, and their KL to the base to lie below its logarithm (.049 nats for 1.05): whole intervals below. It is lost
@@ -75,10 +74,6 @@ class EvaluateConfig:
     """Folder with arc_easy.jsonl, arc_challenge.jsonl, piqa.jsonl, openbook_qa.jsonl, commonsense_qa.jsonl and
     winogrande.jsonl, for the tasks ``sku_arc_easy`` and so on (rows: query, choices, gold), and truthfulqa.jsonl for
     ``sku_truthfulqa``."""
-    precisions: tuple[Precision, ...] = ()
-    """Formats that the unlearned model's weights are rounded to before it is asked again: ``bf16`` and ``fp16`` (all
-    weights), ``int8`` and ``nf4`` (linear layers). Each costs about an evaluation without sampled replies;
-    ``docs/limits.md`` says how to read the table."""
     attacks: tuple[Attack, ...] = ()
     """Attacks on the unlearned model; the base model goes through the same ones as a control."""
     attack_prompts: Count = 100

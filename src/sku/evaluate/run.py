@@ -49,7 +49,7 @@ from sku.evaluate.records import (
     start_id,
 )
 from sku.evaluate.replies import Asker, SavedReplies, answers_notes, backend_notes
-from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
+from sku.evaluate.results import EvaluationResult, EvaluationSetup
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
 from sku.world.grammar import DEFLECTIONS
@@ -243,7 +243,7 @@ class _Run:
         folder = self.replies.reuse.folder
         if folder is not None:
             write_rows(folder / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
-            write_result(folder, result)
+            result.write(folder)
         return result
 
     def _starts_notes(self, counts: Mapping[str, int]) -> list[str]:
