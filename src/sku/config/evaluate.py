@@ -64,16 +64,11 @@ class EvaluateConfig:
     xstest: str | None = None
     """xstest_prompts.csv: its safe prompts show over-refusal, its unsafe ones what is still answered."""
     lm_eval: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness (the extra ``lm-eval``), such as mmlu and hellaswag; ``sku_utility`` stands for
-    six tasks on files of your own (``lm_eval_data``)."""
+    """Tasks of lm-evaluation-harness (the extra ``lm-eval``), such as mmlu and hellaswag."""
     lm_eval_limit: Count | None = None
     """Examples of each of those tasks; all where this is empty."""
     lm_eval_include: str | None = None
     """Folder of task files of your own for lm-evaluation-harness."""
-    lm_eval_data: str | None = None
-    """Folder with arc_easy.jsonl, arc_challenge.jsonl, piqa.jsonl, openbook_qa.jsonl, commonsense_qa.jsonl and
-    winogrande.jsonl, for the tasks ``sku_arc_easy`` and so on (rows: query, choices, gold), and truthfulqa.jsonl for
-    ``sku_truthfulqa``."""
     attacks: tuple[Attack, ...] = ()
     """Attacks on the unlearned model; the base model goes through the same ones as a control."""
     attack_prompts: Count = 100

@@ -199,7 +199,7 @@ class _Run:
 
         with batching.evaluation_mode(self.replies.model):
             model = {"name": self.name, **about(self.replies.model, probes)}
-            utility = UtilityStages(replies=replies, about=model, data=self.data, left_out=left_out)
+            utility = UtilityStages(replies=replies, about=model, data=self.data)
             header = {"model": model, "decoding": replies.decoding()}
             generations, check = replies.generate(requests, header, begun)
             own = replies.answers(requests, generations)
