@@ -29,7 +29,7 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 _TRAINING = (
     "--set acquire.training.activation_checkpointing=true, a smaller acquire.training.per_device_train_batch_size "
     "(with as much more gradient_accumulation_steps the steps stay the same), a smaller data.max_length, or "
-    "acquire.tuning=qlora; `sku plan` says what each needs"
+    "acquire.tuning=qlora; `sku run --dry-run` says what each needs"
 )
 _EVALUATION = "a smaller evaluate.batch_size, or a smaller evaluate.max_new_tokens"
 _WEIGHTS = "--set model.dtype=bfloat16, acquire.tuning=lora where all weights are trained, or a larger machine"

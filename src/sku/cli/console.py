@@ -26,7 +26,7 @@ from sku.progress import shown_progress
 from sku.quiet import let_libraries_speak, without_secret_addresses
 
 if TYPE_CHECKING:
-    from sku.plan import Plan, Progress
+    from sku.plan import CommandPlan, Progress
 
 T = TypeVar("T")
 
@@ -227,7 +227,7 @@ def _place(error: BaseException) -> str:
     return f"{inside}:{innermost.lineno} in {innermost.name}"
 
 
-def carry_out(plan: Plan[T], *, dry_run: bool, as_json: bool, is_main: bool = True, **options: Any) -> T:
+def carry_out(plan: CommandPlan[T], *, dry_run: bool, as_json: bool, is_main: bool = True, **options: Any) -> T:
     """``perform`` for a plan; where it is only to be printed, the command ends here.
 
     Raises:
@@ -269,7 +269,7 @@ def perform(
         raise typer.Exit(130) from None
 
 
-def print_plan(plan: Plan[Any], *, as_json: bool) -> None:
+def print_plan(plan: CommandPlan[Any], *, as_json: bool) -> None:
     """What would be done and written, as lines or as one JSON document."""
     told = plan.to_dict()
     if as_json:

@@ -17,7 +17,7 @@ from sku.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from sku.pipeline.run import FinishedRun
-    from sku.plan import Plan
+    from sku.plan import CommandPlan
 
 
 def run(
@@ -78,7 +78,7 @@ def run(
         _print_finished(finished, folder)
 
 
-def _warn_of_memory(plan: Plan[FinishedRun], device: str) -> None:
+def _warn_of_memory(plan: CommandPlan[FinishedRun], device: str) -> None:
     """Asks the plan where there is a GPU. It takes every row for as long as it may be: no reason to refuse a run."""
     from sku.models import pick_device
 

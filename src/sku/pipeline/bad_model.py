@@ -13,11 +13,11 @@ from sku.config import Recipe, refuse_final
 from sku.data.examples import ForgetRetainData
 from sku.errors import ModelError, RecipeError, SkuError, named_memory_errors
 from sku.evaluate.record_files import create_private_folder
+from sku.memory import decide_checkpointing, with_checkpointing
 from sku.methods.run import TWINS, has_twins, prepare, train_method, twin_folder, with_safe_dtype
 from sku.models import load_model
 from sku.pipeline.checks import check_trained_model, check_training, load_recipe_data
 from sku.plan import Progress
-from sku.plan.fit import decide_checkpointing, with_checkpointing
 from sku.processes import current_processes, shared_new_folder
 from sku.report.frontier import write_frontier
 from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous

@@ -14,6 +14,7 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import wants_own_replies
 from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
+from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
 from sku.methods.run import MethodRun, prepare, with_safe_dtype, with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.negate.operators.base import check_operators
@@ -33,8 +34,7 @@ from sku.pipeline.evaluate import Measured, Measuring, check_one_process_attacks
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
-from sku.plan import Plan, Progress
-from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
+from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
@@ -80,7 +80,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     return plan_run(recipe, out, resume=resume).execute(progress)
 
 
-def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[FinishedRun]:
+def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> CommandPlan[FinishedRun]:
     """Checks all of a run but what only weights and training show, and plans it.
 
     Args:
@@ -108,7 +108,7 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     alpha = {"alpha": recipe.negate.alpha} if negates else {}
     decided = processes.on_main(lambda: _checkpointing(recipe, begun))
     decision = told_checkpointing(decided)
-    return Plan(
+    return CommandPlan(
         command="sku run",
         out=out,
         settings={**recipe_settings(recipe, model), **training.settings(recipe), **decision, **alpha, "asked": asked},

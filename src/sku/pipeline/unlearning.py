@@ -27,6 +27,7 @@ from sku.evaluate.batching import stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress
+from sku.memory import Checkpointing, with_checkpointing
 from sku.methods import method_named
 from sku.methods.run import (
     TWINS,
@@ -48,7 +49,6 @@ from sku.negate.operators.base import OperatorContext
 from sku.negate.run import negate_with_record, save_unlearned, subtract_into, task_vector_of
 from sku.negate.task_vector import TaskVector
 from sku.pipeline.run_folder import RunFolder
-from sku.plan.fit import Checkpointing, with_checkpointing
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep.bad_model import record_training
