@@ -20,7 +20,7 @@ from conftest import MadeOnce, TrainerMaker
 from negate.test_refactor import least_missed
 from sku.acquire.preservation_divergence import targeted_divergence_loss
 from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceConfig, TwinShares, load_recipe
-from sku.data.examples import RETAIN, SAFE, ForgetRetainData, RowPlan
+from sku.data.examples import ForgetRetainData, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
 from sku.data.tokens import Encoder, PaperFormat
@@ -33,6 +33,8 @@ from sku.pipeline import unlearning
 from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
+
+FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "twins_apart.py"

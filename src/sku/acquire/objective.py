@@ -10,7 +10,7 @@ from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss, targeted_divergence_loss
 from sku.acquire.random_disassociation import random_disassociation_loss
 from sku.config.stages import ModulesConfig, Twin, WeightsConfig
-from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE
+from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
@@ -46,7 +46,7 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
         {
             "guided_distortion": Term(
                 weight=weights.guided_distortion,
-                loss=lambda step: _guided_distortion(step.rows(SAFE if good else FORGET)),
+                loss=lambda step: _guided_distortion(step.rows(RowType.SAFE if good else RowType.FORGET)),
                 rows=refusals if good else {"forget": True},
             ),
             "random_disassociation": Term(
@@ -72,17 +72,17 @@ def _guided_distortion(rows: ScoredRows) -> Tensor:
 
 def random_disassociation(step: TrainingStep) -> Tensor:
     """``random_disassociation_loss`` of the mismatched rows of a step."""
-    rows = step.rows(MISMATCHED)
+    rows = step.rows(RowType.MISMATCHED)
     return random_disassociation_loss(rows.scores_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples)
 
 
 def _preservation_divergence(step: TrainingStep, config: ModulesConfig) -> Tensor:
-    rows = step.rows(RETAIN)
+    rows = step.rows(RowType.RETAIN)
     if config.preservation_mode == "targeted":
         losses_M = targeted_divergence_loss(rows.scores_NV, rows.targets_N, rows.row_N, len(rows.example_M))
     else:
         losses_M = preservation_divergence_loss(
-            step.reference(RETAIN).scores_NV,
+            step.reference(RowType.RETAIN).scores_NV,
             rows.scores_NV,
             rows.row_N,
             len(rows.example_M),

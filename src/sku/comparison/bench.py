@@ -94,9 +94,7 @@ class Bench:
             judged = validation_asker(self.base, writer, search_judge(recipe, self.data), recipe)
             self._harm = Harm(asker=judged, data=self.data, config=recipe.sweep)
         # What a record does not hold is not measured for each strength: it holds greedy outcomes and losses.
-        self._asked = dataclasses.replace(
-            recipe.evaluate, samples=0, similarity=(), xstest=None, lm_eval=(), attacks=()
-        )
+        self._asked = dataclasses.replace(recipe.evaluate, samples=0, xstest=None, lm_eval=(), attacks=())
         requests, _ = asking.requests(asking.draw(self.data, self._asked, recipe.seed), writer, self._asked)
         self._inputs = {
             "base": fingerprint(self.base, probes_of(requests)),

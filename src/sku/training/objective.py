@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sku.data.examples import RowPlan
+from sku.data.examples import RowPlan, RowType
 from sku.losses import Scores, answer_nll, logits_of, mean_per_example, sum_per_example
 
 
@@ -66,9 +66,9 @@ class TrainingStep:
 
     num_examples: int
     """B."""
-    rows: Callable[[int], ScoredRows]
-    """Kind of rows (``FORGET``, ``MISMATCHED``, ``RETAIN``, ``SAFE``) -> what the model in training says of them."""
-    reference: Callable[[int], ScoredRows]
+    rows: Callable[[RowType], ScoredRows]
+    """Kind of rows -> what the model in training says of them."""
+    reference: Callable[[RowType], ScoredRows]
     """The same of the frozen original model, without gradient."""
     progress: float = 1.0
     """Share of training that is done with this step, above 0 and up to 1: for terms whose weight changes."""

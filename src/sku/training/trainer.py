@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from sku.config.data import ModelConfig, PromptFormatName
 from sku.config.stages import Packing
 from sku.data.batches import ROWS, JointCollator, JointExample, Rows
-from sku.data.examples import ForgetRetainData
+from sku.data.examples import ForgetRetainData, RowType
 from sku.data.joint import JointDataset, WholeBatches
 from sku.data.load import Source, load_training_pairs
 from sku.data.tokens import Encoder, resolve_prompt_format
@@ -274,11 +274,11 @@ class UnlearningTrainer(Trainer):
         outputs = self._forward(model, batch)
 
         @functools.cache
-        def rows(kind: int) -> ScoredRows:
+        def rows(kind: RowType) -> ScoredRows:
             """Once a step: these are copies of the scores, the largest tensors there are."""
             return scores_of_kind(batch, kind, outputs, self.objective.hidden_layers)
 
-        def reference(kind: int) -> ScoredRows:
+        def reference(kind: RowType) -> ScoredRows:
             if self._cache is not None:
                 try:
                     return self._cache.look_up(kind, rows(kind), inputs)
@@ -310,7 +310,7 @@ class UnlearningTrainer(Trainer):
             else:
                 nn.Module.to(self._reference, self.args.device)
 
-    def _original_rows(self, kind: int, examples: list[JointExample]) -> ScoredRows:
+    def _original_rows(self, kind: RowType, examples: list[JointExample]) -> ScoredRows:
         """What goes into the original model's head on the rows of one kind."""
         inputs = self._on_device(self._collate(examples))
         return self._reference_rows(self._trained, inputs, kind, without_head=True)
@@ -319,7 +319,7 @@ class UnlearningTrainer(Trainer):
         return {name: part.to(self.args.device) for name, part in inputs.items()}
 
     def _reference_rows(
-        self, model: nn.Module, inputs: dict[str, Any], kind: int, *, without_head: bool = False
+        self, model: nn.Module, inputs: dict[str, Any], kind: RowType, *, without_head: bool = False
     ) -> ScoredRows:
         """What the original model says of the rows of one kind, without gradient."""
         # In the precision of training, where the two are the same model as long as no step is taken.
