@@ -161,7 +161,6 @@ def test_missing_keys(key: str) -> None:
         ("acquire.weights", {"guided_distortion": 0, "random_disassociation": 0, "preservation_divergence": 0}),
         ("data.unseen_fraction", 0),
         ("data.unseen_fraction", 1.0),
-        ("data.retain_test_fraction", 0.95),
         ("data.max_answer_tokens", 0),
         ("data.max_answer_tokens", 512),
         ("data.forget.limit", 0),

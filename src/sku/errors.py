@@ -35,7 +35,7 @@ _EVALUATION = "a smaller evaluate.batch_size, or a smaller evaluate.max_new_toke
 _WEIGHTS = "--set model.dtype=bfloat16, acquire.tuning=lora where all weights are trained, or a larger machine"
 _NEEDS_LESS = {
     "load": _WEIGHTS,
-    "own": "a smaller data.own.batch_size, or a smaller data.own.max_new_tokens",
+    "own": "`sku data own --set batch_size=8`, whose files the run is then given",
     "acquire": _TRAINING,
     "negate": f"{_WEIGHTS}; `sku acquire` and then `sku negate` go from file to file and need hardly any",
     "sweep": f"{_EVALUATION}, or negate.alpha as a number",

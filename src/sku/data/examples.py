@@ -373,13 +373,6 @@ def limited(examples: Sequence[E], provenance: Provenance, limit: int | None, se
     return kept, provenance.keeping(kept, len(examples) - len(kept), "over the limit")
 
 
-def draw_rows(examples: Sequence[E], share: float, seed: int) -> tuple[E, ...]:
-    """Draws a share of the rows, whatever prompt they have: other answers to a drawn prompt may be left out."""
-    ranks = [_rank(seed, "row", f"{example.prompt}\0{example.answer}") for example in examples]
-    drawn = sorted(range(len(examples)), key=ranks.__getitem__)[: int(share * len(examples))]
-    return tuple(examples[index] for index in sorted(drawn))
-
-
 def _groups(examples: Sequence[E], near_copies: bool) -> list[_Group]:
     """Connected components of "same normalised prompt, near copy or same group"."""
     parent = list(range(len(examples)))
