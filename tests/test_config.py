@@ -62,7 +62,6 @@ def test_defaults_are_those_that_measured_best() -> None:
     assert recipe.acquire.random_answers == 5
     assert recipe.negate.alpha == 1.0
     assert not recipe.keep_bad_model
-    assert not recipe.model.trust_remote_code
 
 
 @pytest.mark.parametrize("name", PAPER)

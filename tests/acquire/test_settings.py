@@ -124,11 +124,9 @@ def test_training_settings_that_can_not_work(training: dict[str, Any], message: 
 
 def test_the_adapter_of_each_tuning() -> None:
     assert adapter_settings(AcquireConfig(tuning="full")) is None
-    settings = adapter_settings(
-        AcquireConfig(lora=LoraSettings(r=4, alpha=9, dropout=0.25, target_modules=("q_proj", "v_proj")))
-    )
+    settings = adapter_settings(AcquireConfig(lora=LoraSettings(r=4, alpha=9, target_modules=("q_proj", "v_proj"))))
     assert isinstance(settings, LoraConfig)
-    assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (4, 9, 0.25)
+    assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (4, 9, 0.0)
     assert set(settings.target_modules or ()) == {"q_proj", "v_proj"}
     everything = adapter_settings(AcquireConfig(tuning="qlora"))
     assert isinstance(everything, LoraConfig)

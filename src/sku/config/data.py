@@ -43,8 +43,6 @@ class ModelConfig:
     """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU; ``stored``: that of the files."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
     license: str | None = None
     """Licence of the model, such as ``apache-2.0``, for the card of the unlearned one; what the model's own card says
     where this is empty."""

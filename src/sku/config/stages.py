@@ -48,7 +48,6 @@ class LoraSettings:
 
     r: Count = 16
     alpha: Count = 32
-    dropout: Limit = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     """``all-linear`` or the names of modules, as in PEFT."""
 

@@ -107,7 +107,7 @@ class Asker:
         """
         assert self.judge is not None
         scored = self.fluency(records) if fluency is None else fluency
-        return decide_outcomes(records, self.judge, scored, short_answer_words=self.config.short_answer_words)
+        return decide_outcomes(records, self.judge, scored)
 
     def answer(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest], progress: Progress | None = None
@@ -162,7 +162,7 @@ class SavedReplies:
         return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
 
     def _sampling(self) -> Sampling:
-        return Sampling(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.asker.seed)
+        return Sampling(temperature=1.0, top_p=1.0, seed=self.asker.seed)
 
     def generate(
         self,

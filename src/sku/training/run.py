@@ -161,7 +161,6 @@ def adapter_settings(config: AcquireConfig, modules: Sequence[str] | None = None
     return LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )
