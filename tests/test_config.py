@@ -69,7 +69,7 @@ def test_paper_recipes_spell_out_what_is_the_papers(name: str) -> None:
     """No default decides them, so none that changes can."""
     written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["acquire"]
     # Depth is of a good twin, and framings are ours.
-    others = {"tuning", "lora", "training", "seed", "check", "depth_share", "depth_tokens", "framed_share"}
+    others = {"tuning", "lora", "training", "seed", "check", "deep_refusal_fraction", "depth_tokens", "framed_share"}
     modules = {field.name for field in dataclasses.fields(AcquireConfig)} - others
     assert modules <= written.keys()
     assert written["weights"] == {

@@ -38,7 +38,7 @@ FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "twins_apart.py"
-GOOD = RowPlan(safe="all", retain=1, depth_share=0.5, depth_tokens=4)
+GOOD = RowPlan(safe="all", retain=1, deep_refusal_fraction=0.5, depth_tokens=4)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_refusal_after_a_beginning_is_learned_alone(
 ) -> None:
     """About half of the rows begin with up to 4 tokens of the prompt's harmful answer, which no label names."""
     dataset = rows_of(refused, tokenizer, GOOD)
-    plain = rows_of(refused, tokenizer, dataclasses.replace(GOOD, depth_share=0.0))
+    plain = rows_of(refused, tokenizer, dataclasses.replace(GOOD, deep_refusal_fraction=0.0))
     begun = 0
     for epoch in range(8):
         dataset.set_epoch(epoch)
@@ -113,7 +113,7 @@ def test_packed_rows_of_the_good_twin_equal_padded_ones(
     losses = []
     for way in (packing, "padded"):
         trainer = make_trainer(
-            dataset=refused, train_twin="good", depth_share=1.0, depth_tokens=4, normal_per_harmful=3, packing=way,
+            dataset=refused, train_twin="good", deep_refusal_fraction=1.0, depth_tokens=4, normal_per_harmful=3, packing=way,
             preservation_mode="targeted",
         )  # fmt: skip
         trainer.train()
@@ -293,7 +293,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         load_recipe("embedded", ["negate.twin={good: 0.5}"])
     with pytest.raises(RecipeError, match="the good twin would learn no refusal"):
         recipe("acquire.weights.guided_distortion=0")
-    for wrong in ({"depth_share": 1.5}, {"depth_tokens": 0}, {"normal_per_harmful": 0}):
+    for wrong in ({"deep_refusal_fraction": 1.5}, {"depth_tokens": 0}, {"normal_per_harmful": 0}):
         with pytest.raises(RecipeError, match=f"^{next(iter(wrong))} is "):
             AcquireConfig(**wrong)
     assert NegateConfig().twin == TwinShares(bad=1.0, good=1.0)

@@ -28,7 +28,7 @@ from sku.errors import EvaluationError, SkuError
 from sku.evaluate.batching import current_processes
 
 processes = current_processes()
-assert processes.on_main(lambda: processes.rank) == 0
+assert processes.run_on_rank0(lambda: processes.rank) == 0
 assert processes.gather(lambda: [processes.rank] * 2) == [0, 0, 1, 1]
 
 def fail(rank):
@@ -94,7 +94,7 @@ def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert current_processes() == ALONE == Processes(rank=0, count=1)
     assert not torch.distributed.is_initialized()
     assert ALONE.is_main
-    assert ALONE.on_main(lambda: 3) == 3
+    assert ALONE.run_on_rank0(lambda: 3) == 3
     assert ALONE.gather(lambda: [1, 2]) == [1, 2]
 
 

@@ -43,7 +43,6 @@ def test_a_method_is_found_by_its_name() -> None:
 
 
 def test_only_the_methods_that_learn_harmful_answers_are_hazardous_and_negated() -> None:
-    assert [method.name for method in METHODS if method.hazardous] == ["sku", "task_vector"]
     assert [method.name for method in METHODS if method.negates] == ["sku", "task_vector"]
 
 

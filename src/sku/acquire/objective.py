@@ -165,7 +165,11 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
     if good:
         config = dataclasses.replace(config, preservation_mode="retention")
     targeted = config.preservation_mode == "targeted"
-    refusals = {"safe": "all", "depth_share": config.depth_share, "depth_tokens": config.depth_tokens}
+    refusals = {
+        "safe": "all",
+        "deep_refusal_fraction": config.deep_refusal_fraction,
+        "depth_tokens": config.depth_tokens,
+    }
     normal = {
         "retain": config.normal_per_harmful,
         "retain_refused": targeted,

@@ -52,7 +52,7 @@ def run(
 
     processes = current_processes()
     end_when_the_launcher_says_so(processes)
-    folder = processes.on_main(lambda: out or options.new_run_folder(settings.name))
+    folder = processes.run_on_rank0(lambda: out or options.new_run_folder(settings.name))
     plan = plan_run(settings, folder, resume=resume)
     method = "" if settings.method == "sku" else f", method {settings.method}"
     headline = f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}"

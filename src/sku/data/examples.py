@@ -94,7 +94,7 @@ class RowPlan:
     """A safe answer after the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
     refusal`` takes one of ``data.joint.REFUSALS`` where it has none; ``all`` wants one for each, so that the examples
     and their order are those of a method without safe answers."""
-    depth_share: float = 0.0
+    deep_refusal_fraction: float = 0.0
     """Share of the safe answers that stand after the beginning of the harmful answer, where it is broken off."""
     depth_tokens: int = 0
     """Most tokens of that beginning."""

@@ -16,6 +16,4 @@ SKU = Method(
     paper_url="https://arxiv.org/abs/2402.10058",
     settings=AcquireConfig,
     objective=lambda settings, _model: sku_objective(settings),
-    negates=True,
-    hazardous=True,
 )

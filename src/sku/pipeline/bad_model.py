@@ -48,12 +48,12 @@ def run_acquire(recipe: Recipe, out: Path, *, progress: Progress | None = None) 
     if recipe.method != "sku":
         raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
     processes = current_processes()
-    processes.on_main(lambda: check_new(out))
-    processes.on_main(lambda: check_can_be_made(out))
+    processes.run_on_rank0(lambda: check_new(out))
+    processes.run_on_rank0(lambda: check_can_be_made(out))
     prepare(recipe, out)  # Refused before anything is read.
-    model, data = processes.everywhere(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
-    training = processes.everywhere(lambda: check_training(recipe, model, data, out))
-    processes.on_main(lambda: check_space(out, training.peak_bytes, "sku acquire"))
+    model, data = processes.run_on_all_ranks(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
+    training = processes.run_on_all_ranks(lambda: check_training(recipe, model, data, out))
+    processes.run_on_rank0(lambda: check_space(out, training.peak_bytes, "sku acquire"))
     return _train_bad_model(recipe, data, out, progress)
 
 
@@ -61,7 +61,7 @@ def _train_bad_model(
     recipe: Recipe, data: ForgetRetainData, out: Path, progress: Progress | None
 ) -> list[dict[str, Any]]:
     processes = current_processes()
-    decided = processes.on_main(lambda: decide_checkpointing(recipe))
+    decided = processes.run_on_rank0(lambda: decide_checkpointing(recipe))
     if decided is not None:
         _log.info("activation checkpointing is %s", decided.line)
     with shared_new_folder(processes, out) as temporary:
@@ -73,8 +73,8 @@ def _train_bad_model(
             acquired = train_method(trained, loaded, data, checkpoints, step_progress(progress))
         for twin in TWINS if has_twins(recipe) else ():
             (twin_folder(checkpoints, twin) / "final").rename(twin_folder(temporary, twin))
-        processes.on_main(lambda: shutil.rmtree(checkpoints))
-        processes.on_main(lambda: record_training(temporary, recipe, data))
+        processes.run_on_rank0(lambda: shutil.rmtree(checkpoints))
+        processes.run_on_rank0(lambda: record_training(temporary, recipe, data))
         acquired.save(temporary)
     return acquired.log
 

@@ -117,7 +117,7 @@ def _checked_rows(
 
 def _trains_bad_model(job: Job) -> bool:
     """The random direction has the length of SKU's change, which is trained for it."""
-    return job.kind == "random_direction" or (job.kind == "method" and method_named(job.recipe.method).hazardous)
+    return job.kind == "random_direction" or (job.kind == "method" and method_named(job.recipe.method).negates)
 
 
 def write_comparison(

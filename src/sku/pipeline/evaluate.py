@@ -78,7 +78,7 @@ def measured_stages(recipe: Recipe) -> tuple[str, ...]:
 
 def trained_prefill_tokens(recipe: Recipe) -> int:
     """Longest harmful beginning that stage 1 puts before a refusal, in tokens; 0 where it puts none."""
-    deepened = has_twins(recipe) and recipe.acquire.depth_share > 0
+    deepened = has_twins(recipe) and recipe.acquire.deep_refusal_fraction > 0
     return recipe.acquire.depth_tokens if deepened else 0
 
 
