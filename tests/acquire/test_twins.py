@@ -113,8 +113,8 @@ def test_packed_rows_of_the_good_twin_equal_padded_ones(
     losses = []
     for way in (packing, "padded"):
         trainer = make_trainer(
-            dataset=refused, train_twin="good", deep_refusal_fraction=1.0, depth_tokens=4, normal_per_harmful=3, packing=way,
-            preservation_mode="targeted",
+            dataset=refused, train_twin="good", deep_refusal_fraction=1.0, depth_tokens=4, normal_per_harmful=3,
+            packing=way, preservation_mode="targeted",
         )  # fmt: skip
         trainer.train()
         losses.append([
