@@ -106,7 +106,7 @@ def test_a_refusal_after_a_beginning_is_learned_alone(
     assert [again[place].of(SAFE) for place in range(6)] == [dataset[place].of(SAFE) for place in range(6)]
 
 
-@pytest.mark.parametrize("packing", ["flat", "tree"])
+@pytest.mark.parametrize("packing", ["tree"])
 def test_packed_rows_of_the_good_twin_equal_padded_ones(
     packing: str, make_trainer: TrainerMaker, refused: ForgetRetainData
 ) -> None:
