@@ -127,7 +127,7 @@ def test_a_wrong_command_line_is_found() -> None:
     ):
         with pytest.raises(Exception, match=r"\w"):
             parsed(line.split())
-    assert parsed(["plan", "llama-3.1-8b", "--gpus", "4"])[1]["gpus"] == 4
+    assert parsed(["negate", "base", "bad", "--out", "x", "--alpha", "4"])[1]["alpha"] == 4
 
 
 def test_there_are_commands_on_the_pages() -> None:
