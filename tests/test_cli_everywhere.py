@@ -94,8 +94,8 @@ def test_every_command_has_json_or_a_reason() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo", "judge list",
-        "judge show embedded", "judge show llama-guard-3-1b", "data inspect", "doctor --offline", "wipe .",
+        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo",
+        "data inspect", "doctor --offline", "wipe .",
     ],
 )  # fmt: skip
 def test_json_is_one_document_and_nothing_else(

@@ -40,8 +40,8 @@ class EvaluateConfig:
     samples: Annotated[int, Field(ge=0)] = 8
     """Sampled replies to each harmful prompt, at temperature 1, for leak@k; 0 leaves them out."""
     judge: str = "auto"
-    """A name that ``sku judge list`` shows, a judge file, or a folder of ``sku judge train``. ``embedded`` is exact on
-    the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
+    """A judge of the package (docs/judges.md), a judge file, or a folder of ``sku judge train``. ``embedded`` is exact
+    on the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
     similarity_model: str | None = None
