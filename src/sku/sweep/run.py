@@ -267,7 +267,6 @@ def _key(meter: Meter, output_dtype: str) -> str:
             "decoding": decoding_settings(generator.stop_ids, generator.config.max_new_tokens),
             "judge": generator.judge.card.key,
             "batch_size": generator.config.batch_size,
-            "short_answer_words": generator.config.short_answer_words,
             "hopeless_ratio": meter.config.hopeless_ratio,
             "seed": generator.seed,
             **({} if output_dtype == "same" else {"output_dtype": output_dtype}),

@@ -141,7 +141,7 @@ def in_batches(
         new = processes.gather(partial(answered, own))
         results.update(new)
         if keep is not None:
-            processes.on_main(partial(keep, [result for _, result in new]))
+            processes.run_on_rank0(partial(keep, [result for _, result in new]))
         done += sum(map(len, turn))
         tell(done)
     return [results[index] for index in range(len(lengths))]

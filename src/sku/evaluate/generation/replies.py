@@ -247,7 +247,7 @@ class ReplyGenerator:
         """What replies come to, by gate and judge; ``fluency`` of them is asked of the base model here if None."""
         assert self.judge is not None
         scored = self.fluency(records) if fluency is None else fluency
-        return decide_outcomes(records, self.judge, scored, short_answer_words=self.config.short_answer_words)
+        return decide_outcomes(records, self.judge, scored)
 
     def answer(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest], progress: Progress | None = None
@@ -296,7 +296,7 @@ class SavedReplies:
         return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
 
     def _sampling(self) -> Sampling:
-        return Sampling(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.generator.seed)
+        return Sampling(temperature=1.0, top_p=1.0, seed=self.generator.seed)
 
     def _header(self, requests: Sequence[GenerationRequest], **more: Any) -> dict[str, Any]:
         encoder = self.generator.encoder
@@ -330,7 +330,7 @@ class SavedReplies:
         known: list[GenerationRecord] | None = None
         if folder is not None:
             read = functools.partial(read_if_same, folder / GENERATIONS_FILE, header, GenerationRecord)
-            known = self.reuse.processes.on_main(read)
+            known = self.reuse.processes.run_on_rank0(read)
         free = None if known is None else [record for record in known if record.kind != "prefill"]
         check = self._check(greedy, free)
 
@@ -386,7 +386,9 @@ class SavedReplies:
             else:
                 said = self._ask_base(base, asked)
                 scored = self.generator.fluency(said, self.report("fluency"))
-            return self.reuse.processes.on_main(lambda: choose_starts(said, self.generator.outcomes(said, scored)))
+            return self.reuse.processes.run_on_rank0(
+                lambda: choose_starts(said, self.generator.outcomes(said, scored))
+            )
 
         return self._of_base(STARTS_FILE, asked, choose, judge=None if judge is None else judge.card.key)
 
@@ -401,7 +403,7 @@ class SavedReplies:
         folder = self.reuse.folder
         if not asked or (self.given is None and self.base is None):
             if folder is not None:  # Of an earlier evaluation.
-                self.reuse.processes.on_main(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
+                self.reuse.processes.run_on_rank0(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
             return []
 
         def choose(base: PreTrainedModel) -> list[PrefillSource]:
