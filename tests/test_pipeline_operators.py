@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-
-from conftest import MadeOnce
 from sku.comparison.bench import Bench
 from sku.comparison.jobs import comparison_jobs
+
+from conftest import MadeOnce
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.methods.run import prepare

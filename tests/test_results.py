@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from sku.comparison.jobs import row_names
 
 from sku import load_recipe
-from sku.comparison.jobs import row_names
 from sku.report.method_records import read_records
 from sku.report.method_tables import brief_markdown, comparison_markdown
 from sku.report.real_models import FIGURES, KEYS

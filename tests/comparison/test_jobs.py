@@ -6,13 +6,13 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-
 from sku.comparison.jobs import ABLATIONS, CONTROLS, ablation_jobs, comparison_jobs
+from sku.pipeline.compare import plan_comparison
+
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.methods import METHODS
 from sku.models import load_tokenizer
-from sku.pipeline.compare import plan_comparison
 
 
 def test_every_method_and_control_with_every_seed() -> None:

@@ -10,18 +10,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+from sku.comparison.bench import Bench
+from sku.comparison.jobs import Job, ablation_jobs, comparison_jobs
+from sku.pipeline.compare import write_comparison
 
 from comparison.conftest import FAILING_METHOD, SMALL
 from conftest import MadeOnce
 from sku.comparison import bench as bench_module
-from sku.comparison.bench import Bench
-from sku.comparison.jobs import Job, ablation_jobs, comparison_jobs
 from sku.comparison.run import RECORDS, WORK, FinishedComparison, run_comparison
 from sku.config import Recipe, load_recipe
 from sku.errors import EvaluationError, OutputError, RecipeError, SkuError
 from sku.evaluate.validation import Refusals
 from sku.methods.run import train_method
-from sku.pipeline.compare import write_comparison
 from sku.pipeline.run import run_recipe
 from sku.report.method_records import MethodRecord, read_records
 from sku.storage import write_json

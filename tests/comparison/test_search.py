@@ -9,12 +9,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sku.comparison.jobs import comparison_jobs
+from sku.comparison.search import Trial, best_of, search, search_judge, with_training
 
 from comparison.conftest import SMALL
 from sku.comparison import bench as bench_module
-from sku.comparison.jobs import comparison_jobs
 from sku.comparison.run import RECORDS, run_comparison
-from sku.comparison.search import Trial, best_of, search, search_judge, with_training
 from sku.config import Recipe, SearchConfig, load_recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, RecipeError

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-
 from sku.comparison.search import STEPS, step_down
+
 from sku.config import Recipe
 from sku.data.load import load_data
 from sku.data.tokens import resolve_prompt_format

@@ -42,12 +42,12 @@ def _import_everything() -> None:
     import PIL.Image
     import rouge_score.rouge_scorer  # noqa: F401
     import sacrebleu  # noqa: F401
+    import sku.pipeline.compare
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
 
     import sku.cli.main
     import sku.pipeline.bad_model
-    import sku.pipeline.compare
     import sku.pipeline.negate
     import sku.pipeline.run  # noqa: F401
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from sku.comparison.jobs import comparison_jobs
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker
-from sku.comparison.jobs import comparison_jobs
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError

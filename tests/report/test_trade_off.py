@@ -6,10 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+from sku.report.trade_off import panels_of, trade_off_figure
 
 from sku.errors import EvaluationError, OutputError
 from sku.report.method_records import MethodRecord
-from sku.report.trade_off import panels_of, trade_off_figure
 
 from .invented_records import METHODS, STRENGTHS, failed_record, invented_comparison, make_point, make_record
 
