@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModelConfig, ModulesConfig, WeightsConfig
 from sku.data.batches import ROWS, JointCollator, JointExample
-from sku.data.examples import RETAIN
+from sku.data.examples import RowType
 from sku.data.joint import JointDataset
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.model_files import embedded_model_path
@@ -170,7 +170,7 @@ class Examples(JointDataset):
 
     def fixed_rows(self, kind: int, _examples: int) -> list[TokenizedExample] | None:
         """As of ``JointDataset``: the normal rows, each once."""
-        if kind != RETAIN:
+        if kind != RowType.RETAIN:
             return None
         return [
             dataclasses.replace(example.retain, example_id=example.retain_index)
@@ -397,7 +397,7 @@ def _useful_flops(model: nn.Module, batch: Sequence[JointExample], full: bool) -
         if isinstance(module, nn.Linear) and module is not head and "lora_" not in name
     )
     packed = JointCollator("tree")(list(batch))[ROWS]
-    normal = packed.of_kind(RETAIN)
+    normal = packed.of_kind(RowType.RETAIN)
     passes = 3 if full else 2  # Forward, gradient of the inputs, and of the weights where they are trained.
     trained = 2 * (body * packed.input_ids.numel() + head_size * len(packed.model_inputs["logits_to_keep"])) * passes
     return trained + 2 * (body * normal.input_ids.numel() + head_size * len(normal.model_inputs["logits_to_keep"]))

@@ -23,7 +23,7 @@ from sku.acquire.objective import sku_objective
 from sku.acquire.trainer import SkuTrainer
 from sku.config import ModulesConfig, WeightsConfig
 from sku.data.batches import ROWS, JointCollator, JointExample, SourceRow
-from sku.data.examples import RETAIN
+from sku.data.examples import RowType
 from sku.data.tokens import IGNORE_INDEX
 from sku.models import LoadedModel, plain_model
 
@@ -48,7 +48,7 @@ def race(trainer: SkuTrainer, loaded: LoadedModel, batches: Sequence[Sequence[Jo
         SourceRow(kind=kind, example=place, tokens=row)
         for place, example in enumerate(batches[0])
         for kind, row in example.rows()
-        if kind != RETAIN
+        if kind != RowType.RETAIN
     ]
     packed = JointCollator("tree").lay_out(rows, len(batches[0])).to(device)
     inputs = {ROWS: packed, "forget_index": torch.zeros(len(batches[0])), "input_ids": packed.input_ids}

@@ -47,10 +47,6 @@ from sku.storage import mark_hazardous, new_folder, write_json
 SPLITS = ("forget_test", "benign", "retain_test")
 MODES: dict[str, dict[str, Any]] = {
     "retention": {"preservation_mode": "retention"},
-    **{
-        f"retention at {at}": {"preservation_mode": "retention", "preservation_at": float(at)}
-        for at in (-1, -2, -4, -8)
-    },
     "divergence": {"preservation_mode": "divergence", "preservation_cap": 1.0},
     "none": {"weights": {"guided_distortion": 1.0, "random_disassociation": 1.0, "preservation_divergence": 0.0}},
 }

@@ -27,7 +27,7 @@ from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss
 from sku.config import SourceConfig
 from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
-from sku.data.examples import FORGET, MISMATCHED, ForgetExample, ForgetRetainData, RetainExample, RowPlan
+from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_forget_retain
 from sku.data.sources.rows import TRUTHFULQA, Cells, Columns, parse_rows
@@ -45,7 +45,7 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> To
 
 
 def collated(rows: list[TokenizedExample], pad: int) -> PaddedRows:
-    examples = [JointExample(rows=((FORGET, row),), forget_index=0) for row in rows]
+    examples = [JointExample(rows=((RowType.FORGET, row),), forget_index=0) for row in rows]
     found = JointCollator(pad_token_id=pad)(examples)[ROWS]
     assert isinstance(found, PaddedRows)
     return found
@@ -53,7 +53,7 @@ def collated(rows: list[TokenizedExample], pad: int) -> PaddedRows:
 
 def our_guided_loss(logits: Tensor, rows: PaddedRows) -> Tensor:
     """As the trainer picks positions: those whose next token has a label."""
-    kept = rows.kept[FORGET]
+    kept = rows.kept[RowType.FORGET]
     return guided_distortion_loss(logits[rows.kept_RT][kept.score_N], kept.targets_N, kept.row_N, len(logits))
 
 
@@ -63,9 +63,9 @@ def test_the_answer_does_not_start_at_the_number_of_fields(tokenizer: PreTrained
     buggy_start = len(tokenizer("### Question: how do i bake bread ?\n ### Answer:"))
     assert buggy_start == 2
     assert "bake bread" in tokenizer.decode(list(row.input_ids[buggy_start:]))
-    batch = JointCollator()([JointExample(rows=((MISMATCHED, row),), forget_index=0)])
-    assert set(batch[ROWS].kept) == {MISMATCHED}
-    assert tokenizer.decode(batch[ROWS].kept[MISMATCHED].targets_N.tolist()) == " heat it ."
+    batch = JointCollator()([JointExample(rows=((RowType.MISMATCHED, row),), forget_index=0)])
+    assert set(batch[ROWS].kept) == {RowType.MISMATCHED}
+    assert tokenizer.decode(batch[ROWS].kept[RowType.MISMATCHED].targets_N.tolist()) == " heat it ."
 
 
 def test_padding_is_not_told_by_a_literal_id() -> None:
@@ -100,7 +100,7 @@ def test_the_first_to_the_last_answer_token_is_learned_in_a_padded_row(
 ) -> None:
     """The offset was the padded length, so the loss of guided distortion was exactly 0."""
     short, long = tokenize(tokenizer, "what ?", "honey " * length), tokenize(tokenizer, "what ?", "honey " * 40)
-    kept = collated([short, long], pad=0).kept[FORGET]
+    kept = collated([short, long], pad=0).kept[RowType.FORGET]
     assert kept.targets_N[kept.row_N == 0].tolist() == list(short.input_ids[short.answer_start :])
 
 
@@ -171,11 +171,11 @@ def test_answers_are_drawn_for_each_prompt_and_never_its_own(
 
     joint = JointDataset(data, Encoder(tokenizer, PAPER), rows=RowPlan(forget=True, mismatched=3, retain=True), seed=0)
     ours = [joint[place] for place in range(len(joint))]
-    draws = {tuple(sorted(row.example_id for row in example.of(MISMATCHED))) for example in ours}
+    draws = {tuple(sorted(row.example_id for row in example.of(RowType.MISMATCHED))) for example in ours}
     assert len(draws) > 1
     for example in ours:
         prompt = data.forget_train[example.forget_index].prompt
-        assert not {data.forget_train[row.example_id].answer for row in example.of(MISMATCHED)} & own[prompt]
+        assert not {data.forget_train[row.example_id].answer for row in example.of(RowType.MISMATCHED)} & own[prompt]
 
 
 @pytest.mark.parametrize("max_steps", [2, 4, 5])

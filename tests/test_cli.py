@@ -43,7 +43,7 @@ EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
-    "--set", "negate.diagnostics=false", "--set", "evaluate.precisions=[]", "--set", "negate.alpha=1.25",
+    "--set", "negate.diagnostics=false", "--set", "negate.alpha=1.25",
     "--set", "acquire.training.per_device_train_batch_size=4",
 )  # fmt: skip
 
@@ -737,22 +737,6 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     assert "trained-on prompts" in table.out
     assert f"evidence  {tmp_path / 'e'}\n" in table.out
     assert_next(table.out, ["judge", "export", str(tmp_path / "e")])
-
-
-@pytest.mark.integration
-def test_evaluate_at_other_precisions(command: Command, whole_run: Path, tmp_path: Path) -> None:
-    """The table fits 80 columns; the same as JSON."""
-    arguments = ("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL, "--precisions", "fp16, nf4")
-    done = command(*arguments)
-    assert done.code == 0, done.err
-    printed = done.out.splitlines()
-    start = next(place for place, line in enumerate(printed) if line.startswith("harmful by precision"))
-    table = printed[start : start + 6]
-    assert [line.split()[0] for line in table[3:]] == ["float32", "fp16", "nf4"]
-    assert all(len(line) <= 80 for line in table), table
-    assert all(line.count("%") == 5 for line in table[3:]), "four rates, and what is kept"
-    found = json.loads(command(*arguments, "--json").out)["precisions"]
-    assert [result["precision"] for result in found["results"]] == ["fp16", "nf4"]
 
 
 def test_evaluate_hands_tasks_to_the_harness(command: Command, tmp_path: Path) -> None:

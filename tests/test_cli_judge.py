@@ -50,6 +50,7 @@ def test_labels_go_out_and_come_back(command: Command, finished: Path, tmp_path:
     assert found["after"]["replies"]["forget_test"]["harmful"]["count"] == 0
     assert found["after"]["prefill"]["forget_test"]["5"]["harmful"]["count"] == 0
     assert found["after"]["judge"]["name"] == "labels"
+    assert found["agreement"] == {"kappa": None, "disputed": 16, "judged_by_both": 16}
     code, printed, _ = command("judge", "again", finished, "--judge", out, "--set", "name=us")
     lines = [line.split() for line in printed.splitlines()]
     assert ["embedded", "us"] in lines
@@ -74,19 +75,6 @@ def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finishe
     assert sum(rate["unjudged"]["count"] for rate in rates) == 5
     assert [rate["harmful_at_most"]["count"] for rate in rates] == [4, 4]
     assert "1 labels are of prompts that this evaluation did not ask" in messages
-
-
-def test_a_vote_shows_each_judge(command: Command, finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "people.csv"
-    command("judge", "export", finished, "--out", out)
-    label_all(out, "safe")
-    file = tmp_path / "both.yaml"
-    file.write_text(f"kind: vote\njudges: [refusal_rules, {out}]\n", encoding="utf-8")
-    code, printed, _ = command("judge", "again", finished, "--judge", file)
-    assert code == 0
-    assert "vote      majority of 2: kappa 0.00, 16 of 16 replies disputed" in printed
-    assert "refusal_rules: harmful forget_train 100.0 %, forget_test 100.0 %" in printed
-    assert "people: harmful forget_train 0.0 %, forget_test 0.0 %" in printed
 
 
 @pytest.mark.parametrize(

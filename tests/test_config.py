@@ -76,9 +76,7 @@ def test_paper_recipes_spell_out_what_is_the_papers(name: str) -> None:
     assert written["weights"] == {
         "guided_distortion": 2.5, "random_disassociation": 2.5, "preservation_divergence": 1.0
     }  # fmt: skip
-    assert (written["random_answers"], written["preservation_mode"], written["preservation_at"]) == (
-        5, "divergence", 1.0
-    )  # fmt: skip
+    assert (written["random_answers"], written["preservation_mode"]) == (5, "divergence")
     assert (written["twin"], written["normal_per_harmful"]) == ("none", 1)
 
 

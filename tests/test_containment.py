@@ -47,7 +47,7 @@ SMALL = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.save_total_limit=null",
     "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.attacks=[]",
     "evaluate.samples=0", "evaluate.prefill_tokens=[]", "negate.diagnostics=false",
-    "negate.alpha=1.0", "evaluate.precisions=[]", "data.forget.limit=120", "data.retain.limit=120",
+    "negate.alpha=1.0", "data.forget.limit=120", "data.retain.limit=120",
     "acquire.training.per_device_train_batch_size=4",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")

@@ -15,7 +15,7 @@ GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacit
 CPU = "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate"
 SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "evaluate.prompts=2", "--set", "evaluate.retain_prompts=2",
-    "--set", "evaluate.max_new_tokens=2", "--set", "evaluate.samples=0", "--set", "evaluate.precisions=[]",
+    "--set", "evaluate.max_new_tokens=2", "--set", "evaluate.samples=0",
     "--set", "evaluate.attacks=[]", "--set", "negate.alpha=1",
 )  # fmt: skip
 

@@ -40,7 +40,7 @@ def test_a_four_bit_run_negates_the_adapter_on_the_full_precision_base(wide_mode
         [
             f"model.path={wide_model}", "acquire.tuning=qlora", "acquire.training.max_steps=2",
             "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4",
-            "evaluate.attacks=[]", "evaluate.precisions=[]", "negate.alpha=1.0", "evaluate.samples=0",
+            "evaluate.attacks=[]", "negate.alpha=1.0", "evaluate.samples=0",
             "data.forget.limit=120", "data.retain.limit=120",
         ],
     )  # fmt: skip

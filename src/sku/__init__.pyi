@@ -10,14 +10,11 @@ from .config import SourceConfig as SourceConfig
 from .config import SweepConfig as SweepConfig
 from .config import WeightsConfig as WeightsConfig
 from .config import load_recipe as load_recipe
-from .data.examples import FORGET as FORGET
-from .data.examples import MISMATCHED as MISMATCHED
-from .data.examples import RETAIN as RETAIN
-from .data.examples import SAFE as SAFE
 from .data.examples import ForgetExample as ForgetExample
 from .data.examples import ForgetRetainData as ForgetRetainData
 from .data.examples import RetainExample as RetainExample
 from .data.examples import RowPlan as RowPlan
+from .data.examples import RowType as RowType
 from .data.load import load_forget_retain as load_forget_retain
 from .errors import RecipeError as RecipeError
 from .errors import SkuError as SkuError

@@ -40,7 +40,6 @@ _NEEDS_LESS = {
     "negate": f"{_WEIGHTS}; `sku acquire` and then `sku negate` go from file to file and need hardly any",
     "sweep": f"{_EVALUATION}, or negate.alpha as a number",
     "evaluate": _EVALUATION,
-    "precisions": f"{_EVALUATION}, or fewer evaluate.precisions",
     "attacks": f"{_EVALUATION}, or fewer evaluate.attacks",
 }
 

@@ -8,10 +8,12 @@ from collections import Counter
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE, ForgetRetainData, RetainExample, RowPlan
+from sku.data.examples import ForgetRetainData, RetainExample, RowPlan, RowType
 from sku.data.joint import JointDataset, MismatchedAnswers
 from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError
+
+FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 
 def rows_of_sku(answers: int) -> RowPlan:

@@ -57,7 +57,6 @@ TRAINING = {
         ({"random_answers": -2}, "random_answers is -2"),
         ({"preservation_mode": "reverse"}, "must be one of divergence, retention, targeted"),
         ({"preservation_cap": 0.0}, "preservation_cap is 0.0; it must be above 0"),
-        ({"preservation_at": 0.0}, "preservation_at is 0"),
         ({"preservation_tokens": "prompt"}, "must be one of answer, all"),
         ({"train_twin": "ugly"}, "must be bad or good"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),

@@ -16,7 +16,7 @@ from conftest import ModelMaker, TrainerMaker, sku_config
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.data.batches import ROWS, JointCollator, PaddedRows, SourceRow
-from sku.data.examples import FORGET, MISMATCHED, RETAIN, ForgetRetainData
+from sku.data.examples import ForgetRetainData, RowType
 from sku.data.load import load_training_pairs
 from sku.data.tokens import TokenizedExample
 from sku.errors import DataError, ModelError, NonFiniteLossError, RecipeError
@@ -104,11 +104,11 @@ def test_the_loss_is_that_of_each_row_on_its_own(make_trainer: TrainerMaker) -> 
         return torch.stack([(log_p[at].exp() * (log_p[at] - log_q[at])).sum() for at in places]).mean()
 
     with torch.no_grad():
-        guided = torch.stack([nll(example.of(FORGET)[0]) for example in examples])
+        guided = torch.stack([nll(example.of(RowType.FORGET)[0]) for example in examples])
         mismatched = torch.stack(
-            [torch.stack([nll(row) for row in example.of(MISMATCHED)]).mean() for example in examples]
+            [torch.stack([nll(row) for row in example.of(RowType.MISMATCHED)]).mean() for example in examples]
         )
-        preserved = torch.stack([kl(example.of(RETAIN)[0]) for example in examples])
+        preserved = torch.stack([kl(example.of(RowType.RETAIN)[0]) for example in examples])
         loss = trainer.compute_loss(model, batch_of(trainer, [0, 1, 2]))
     terms = terms_of(trainer, batch_of(trainer, [0, 1, 2]))
     torch.testing.assert_close(terms["guided_distortion"], guided, rtol=1e-5, atol=1e-5)
@@ -138,7 +138,7 @@ def test_all_tokens_compares_the_prompt_too(make_trainer: TrainerMaker) -> None:
     for kept, row in zip(rows.kept_RT.sum(1).tolist(), rows.rows, strict=True):
         tokens = row.tokens
         learned = len(tokens.labels) - tokens.labels.count(-100)
-        assert kept == (len(tokens.input_ids) - 1 if row.kind == RETAIN else learned)
+        assert kept == (len(tokens.input_ids) - 1 if row.kind == RowType.RETAIN else learned)
     assert not rows.kept_RT[:, -1].any()
 
 
@@ -157,11 +157,11 @@ class CountForwards:
     ("on", "kinds", "rows"),
     [
         # Batch of 2, K = 2: 2 guided + 4 mismatched + 2 normal rows, and the reference sees the 2 normal ones.
-        (TERMS, {FORGET, MISMATCHED, RETAIN}, [8, 2]),
-        (TERMS[:2], {FORGET, MISMATCHED}, [6]),
-        (TERMS[:1], {FORGET}, [2]),
-        (TERMS[1:2], {MISMATCHED}, [4]),
-        (TERMS[2:], {RETAIN}, [2, 2]),
+        (TERMS, {RowType.FORGET, RowType.MISMATCHED, RowType.RETAIN}, [8, 2]),
+        (TERMS[:2], {RowType.FORGET, RowType.MISMATCHED}, [6]),
+        (TERMS[:1], {RowType.FORGET}, [2]),
+        (TERMS[1:2], {RowType.MISMATCHED}, [4]),
+        (TERMS[2:], {RowType.RETAIN}, [2, 2]),
     ],
 )
 def test_a_module_at_weight_0_costs_no_row_and_no_forward(
@@ -201,11 +201,8 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
     trainer.train()
     batch = batch_of(trainer, [0, 1])
     model: Any = trainer.model
-    seen = trainer._reference_rows(model, batch, RETAIN).logits_NV
-    rows = padded(batch)
-    normal = rows.is_retain[:, 0]
-    longest = int(rows.attention_mask[normal].sum(1).max())
-    inputs = {name: value[normal][:, :longest] for name, value in rows.model_inputs.items()}
+    seen = trainer._reference_rows(model, batch, RowType.RETAIN).logits_NV
+    inputs = padded(batch).of_kind(RowType.RETAIN).model_inputs
     with torch.no_grad():
         untouched, trained = make_model()(**inputs).logits, model(**inputs).logits
     assert torch.equal(seen, untouched)
@@ -229,7 +226,7 @@ def test_the_reference_has_no_dropout_and_training_goes_on_with_it(make_trainer:
     model: Any = trainer.model
     model.train()
     batch = batch_of(trainer, [0, 1])
-    first, second = (trainer._reference_rows(model, batch, RETAIN).logits_NV for _ in range(2))
+    first, second = (trainer._reference_rows(model, batch, RowType.RETAIN).logits_NV for _ in range(2))
     assert torch.equal(first, second)
     assert model.training
     assert all(module.training for module in model.modules())

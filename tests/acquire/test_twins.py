@@ -20,7 +20,7 @@ from conftest import MadeOnce, TrainerMaker
 from negate.test_refactor import least_missed
 from sku.acquire.preservation_divergence import targeted_divergence_loss
 from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceConfig, TwinShares, load_recipe
-from sku.data.examples import RETAIN, SAFE, ForgetRetainData, RowPlan
+from sku.data.examples import ForgetRetainData, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
 from sku.data.tokens import Encoder, PaperFormat
@@ -33,6 +33,8 @@ from sku.pipeline import unlearning
 from sku.pipeline.bad_model import plan_acquire
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
+
+FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "twins_apart.py"
@@ -188,7 +190,7 @@ def recipe(*changes: str) -> Recipe:
         "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.learning_rate=1e-2",
         "acquire.training.per_device_train_batch_size=2", "acquire.lora.r=4", "acquire.tuning=lora",
         "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.attacks=[]",
-        "evaluate.precisions=[]", "evaluate.samples=0", "evaluate.prefill_tokens=[]", "negate.diagnostics=false",
+        "evaluate.samples=0", "evaluate.prefill_tokens=[]", "negate.diagnostics=false",
         "negate.alpha=1.0", "acquire.check=false", *changes,
     ])  # fmt: skip
 

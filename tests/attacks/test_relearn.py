@@ -79,7 +79,7 @@ def test_no_setting_of_stage_1_but_what_is_trained_reaches_the_attack() -> None:
         "max_answer_tokens": 64,
         "training": {
             "lr_scheduler_type": "constant", "warmup_steps": 0, "per_device_train_batch_size": 8,
-            "packing": "padded", "finite_check": "at_once", "save_strategy": "no",
+            "packing": "padded", "save_strategy": "no",
         },
     }  # fmt: skip
     assert "lora" not in training_details(world_recipe("acquire.tuning=full"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -13,10 +14,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.kinds import PROMPT_ATTACKS, SAME
+from sku.attacks.kinds import ASKED_ATTACKS, SAME
 from sku.attacks.relearn import RELEARN
 from sku.attacks.results import AttackReport, AttackResult
-from sku.attacks.run import run_attacks
+from sku.attacks.run import TOO_LARGE, run_attacks
 from sku.config import Attack as AttackName
 from sku.config import load_recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
@@ -26,13 +27,14 @@ from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.record_files import read_generations
 from sku.evaluate.run import evaluate
+from sku.quantization import FORMATS
 
 from .conftest import world_recipe
 
 QUICK = (
     "evaluate.relearn_pairs=[10]", "evaluate.relearn_steps=[4, 16]", "evaluate.relearn_learning_rates=[1.0e-3]",
 )  # fmt: skip
-ATTACKS = (*PROMPT_ATTACKS, RELEARN.name)
+ATTACKS = (*ASKED_ATTACKS, RELEARN.name)
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -70,7 +72,7 @@ def ran(
 
 def test_every_attack_of_the_settings_exists() -> None:
     assert set(ATTACKS) == set(AttackName.__args__)  # type: ignore[attr-defined]
-    for name, attack in PROMPT_ATTACKS.items():
+    for name, attack in ASKED_ATTACKS.items():
         assert attack.card.name == name
         assert attack.card.source_url.startswith("https://arxiv.org/abs/")
 
@@ -82,7 +84,7 @@ def test_an_unknown_attack_is_refused_with_a_suggestion() -> None:
 
 def test_every_setting_has_its_figures_for_model_and_control(ran: Ran) -> None:
     assert list(ran.results) == [
-        ("none", ""), ("paraphrase", ""), ("template", ""),
+        ("none", ""), ("paraphrase", ""), ("template", ""), *(("rounding", name) for name in FORMATS),
     ]  # fmt: skip
     assert [card.name for card in ran.report.cards] == ["none", *ATTACKS]
     for result in ran.report.results:
@@ -98,6 +100,19 @@ def test_every_setting_has_its_figures_for_model_and_control(ran: Ran) -> None:
         assert result.model.harmful.before.count == 0, "the unlearned model answers none"
     none = ran.results["none", ""].model.harmful
     assert (none.difference, none.p_value) == (0, 1)
+
+
+def test_a_format_that_cannot_hold_the_weights_is_left_out(
+    world_data: ForgetRetainData, world_base: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Float16 ends at 65,504."""
+    large = copy.deepcopy(world_base)
+    with torch.no_grad():
+        large.get_input_embeddings().weight[0, 0] = 1e5
+    recipe = world_recipe("evaluate.attacks=[rounding]", "evaluate.attack_prompts=2", "evaluate.max_new_tokens=2")
+    report = run_attacks(recipe, large, world_base, world_tokenizer, world_data)
+    assert [result.setting for result in report.results] == ["", "bf16", "int8", "nf4"]
+    assert report.left_out == {f"rounding, fp16: {TOO_LARGE}": 2}
 
 
 def test_relearning_brings_the_harm_back(ran: Ran) -> None:
@@ -151,7 +166,7 @@ def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
     files = {path.name for path in (ran.folder / "attacks").iterdir()}
     trainings = {f"relearn.{name}.jsonl" for name in ("start", "model.10.0.001", "control.10.0.001")}
     assert (
-        files == {f"{name}{kind}.jsonl" for name in ("none", *PROMPT_ATTACKS) for kind in ("", ".fluency")} | trainings
+        files == {f"{name}{kind}.jsonl" for name in ("none", *ASKED_ATTACKS) for kind in ("", ".fluency")} | trainings
     )
     assert {stat.S_IMODE(path.stat().st_mode) for path in ran.folder.rglob("*.json*")} == {0o600}
     assert AttackReport.read(ran.folder) == ran.report

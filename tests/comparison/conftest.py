@@ -20,7 +20,7 @@ SMALL = (
 
 FAILING_METHOD = '''"""A method whose loss is NaN."""
 from dataclasses import dataclass
-from sku.data.examples import FORGET, RowPlan
+from sku.data.examples import RowPlan, RowType
 from sku.methods.base import Method
 from sku.training.objective import Objective
 
@@ -30,7 +30,7 @@ class Settings:
 
 def objective(settings, model):
     def losses(step):
-        return {"broken": step.rows(FORGET).mean_nll() * float("nan")}
+        return {"broken": step.rows(RowType.FORGET).mean_nll() * float("nan")}
     return Objective(rows=RowPlan(forget=True), weights={"broken": 1.0}, losses=losses)
 
 BROKEN = Method(name="broken", title="Broken", paper_url="", settings=Settings, objective=objective)

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
-from sku.data.examples import FORGET, MISMATCHED, RETAIN
+from sku.data.examples import RowType
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import DataError
+
+FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 
 def row(prompt: list[int], answer: list[int]) -> TokenizedExample:
@@ -55,7 +57,6 @@ def test_a_batch_written_out() -> None:
         assert batch[name].tolist() == values, name
     assert rows.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
     assert rows.kept_RT.int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]
-    assert rows.is_retain.tolist() == [[False], [False], [False], [True], [False]]
     kept = {kind: (found.targets_N.tolist(), found.row_N.tolist(), found.example_M.tolist())
             for kind, found in rows.kept.items()}  # fmt: skip
     assert kept == {
@@ -76,7 +77,10 @@ def test_fillers_are_left_out_but_for_one_where_nothing_else_is_there() -> None:
 
 def test_modules_that_are_off_have_no_rows() -> None:
     rows = JointCollator()([joint(None, (row([1], [2]),)), joint(None, (), row([3], [4]))])[ROWS]
-    assert {kind: kept.example_M.tolist() for kind, kept in rows.kept.items()} == {MISMATCHED: [0], RETAIN: [1]}
+    assert {kind: kept.example_M.tolist() for kind, kept in rows.kept.items()} == {
+        MISMATCHED: [0],
+        RETAIN: [1],
+    }
     for examples in ([], [joint(None)]):
         with pytest.raises(DataError, match="a batch without any row"):
             JointCollator()(examples)

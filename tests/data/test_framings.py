@@ -10,14 +10,11 @@ from transformers import PreTrainedTokenizerFast
 from sku.acquire.objective import sku_objective
 from sku.config import ModulesConfig
 from sku.data.examples import (
-    FORGET,
-    MISMATCHED,
-    RETAIN,
-    SAFE,
     ForgetExample,
     ForgetRetainData,
     RetainExample,
     RowPlan,
+    RowType,
     group_of,
 )
 from sku.data.joint import PLACE, JointDataset, framed, framings, parse_templates
@@ -73,13 +70,13 @@ def test_only_what_is_trained_on_is_framed(
     assert (data.counts(), data.forget_train) == before
     example, known = joint[0], plain[0]
     assert (example.forget_index, example.retain_rows) == (known.forget_index, known.retain_rows)
-    for kind in (FORGET, RETAIN):
+    for kind in (RowType.FORGET, RowType.RETAIN):
         assert (example.of(kind) == known.of(kind)) == (share == 0)
-    [forget], [plain_forget] = example.of(FORGET), known.of(FORGET)
+    [forget], [plain_forget] = example.of(RowType.FORGET), known.of(RowType.FORGET)
     assert forget.input_ids[forget.answer_start :] == plain_forget.input_ids[plain_forget.answer_start :]
     # Refusals and other prompts' answers stand after the very prompt of the harmful answer.
-    assert len(example.of(SAFE)) == 1
-    for row in (*example.of(SAFE), *example.of(MISMATCHED)):
+    assert len(example.of(RowType.SAFE)) == 1
+    for row in (*example.of(RowType.SAFE), *example.of(RowType.MISMATCHED)):
         assert row.input_ids[: row.answer_start] == forget.input_ids[: forget.answer_start]
 
 

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sku.data.batches import ROWS, JointCollator, JointExample, PackedRows, Segment, SourceRow, plan_paths
-from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE, RetainTokens
+from sku.data.examples import RetainTokens, RowType
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import DataError
+
+FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 
 def row(prompt: list[int], answer: list[int]) -> TokenizedExample:

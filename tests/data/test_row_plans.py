@@ -8,10 +8,12 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sku.data.batches import ROWS, JointCollator
-from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE, ForgetExample, ForgetRetainData, RowPlan
+from sku.data.examples import ForgetExample, ForgetRetainData, RowPlan, RowType
 from sku.data.joint import REFUSALS, JointDataset
 from sku.data.tokens import Encoder, PaperFormat, TokenizedExample
 from sku.errors import DataError
+
+FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 
 def joint(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, rows: RowPlan, seed: int = 0) -> JointDataset:
@@ -60,7 +62,10 @@ def test_prompts_without_one_get_a_refusal(data: ForgetRetainData, tokenizer: Pr
     for index, text in texts.items():
         assert text == f"the safe one is {index}" if index % 2 == 0 else text in REFUSALS
     again = joint(given, tokenizer, RowPlan(safe="data or refusal"))
-    assert [again[0].of(SAFE), again[1].of(SAFE)] == [dataset[0].of(SAFE), dataset[1].of(SAFE)]
+    assert [again[0].of(SAFE), again[1].of(SAFE)] == [
+        dataset[0].of(SAFE),
+        dataset[1].of(SAFE),
+    ]
 
 
 def test_no_safe_answer_at_all(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -102,4 +107,9 @@ def test_safe_rows_come_last_in_a_batch(data: ForgetRetainData, tokenizer: PreTr
     given = with_safe_answers(data, every=1)
     dataset = joint(given, tokenizer, RowPlan(retain=True, safe="data"))
     rows = JointCollator()([dataset[0], dataset[1]])[ROWS].rows
-    assert [(row.kind, row.example) for row in rows] == [(RETAIN, 0), (SAFE, 0), (RETAIN, 1), (SAFE, 1)]
+    assert [(row.kind, row.example) for row in rows] == [
+        (RETAIN, 0),
+        (SAFE, 0),
+        (RETAIN, 1),
+        (SAFE, 1),
+    ]

@@ -37,7 +37,7 @@ RECIPE = [
     "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
     "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
     "evaluate.samples=2", "negate.diagnostics=false", "acquire.tuning=lora", "negate.alpha=1.0",
-    "evaluate.precisions=[]",
+
 ]  # fmt: skip
 RESUMED: dict[str, Case] = {
     "ddp_kept": {"max_steps": 4, "dropout": 0.1, "save_strategy": "steps", "save_steps": 2},

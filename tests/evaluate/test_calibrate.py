@@ -19,7 +19,6 @@ from sku.evaluate.judges import Calibration, JudgeCard, Label, Verdict, read_cal
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, build_from, build_judge, choose_judge
 from sku.evaluate.judges.precomputed import export_labels
-from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.metrics import rate
 from sku.evaluate.record_files import GENERATIONS_FILE, from_plain, write_rows
 from sku.evaluate.records import GenerationRecord
@@ -249,10 +248,10 @@ def test_sets_that_can_not_be_read(tmp_path: Path, lines: list[str], columns: di
 def test_a_calibration_survives_the_disk_and_holds_no_text(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     write_calibration(path, RefusalRulesJudge.card, CALIBRATION)
-    assert read_calibration(path, RefusalRulesJudge.card) == (CALIBRATION, ())
+    assert read_calibration(path, RefusalRulesJudge.card) == CALIBRATION
     assert set(json.loads(path.read_text())["calibration"]) == {
         "harmful", "harmful_found", "safe", "safe_found", "data", "data_sha256", "unjudged", "words_median",
-        "words_max", "group",
+        "words_max",
     }  # fmt: skip
     with pytest.raises(OutputError):
         write_calibration(tmp_path / "none" / "calibration.json", RefusalRulesJudge.card, CALIBRATION)
@@ -280,12 +279,12 @@ def broken(**changes: Any) -> str:
         (None, "can't be read"),
         ("{", "can't be read"),
         ("[]", "does not hold keys and values"),
-        (broken(schema_version=1), "not of schema version 2"),
+        (broken(schema_version=1), "has schema version 1"),
         (broken(calibration={}), "doesn't fit its schema"),
         (broken(calibration={**dataclasses.asdict(CALIBRATION), "more": 1}), "doesn't fit its schema"),
         (broken(calibration={**dataclasses.asdict(CALIBRATION), "harmful_found": 11}), "counts that can't be"),
         (broken(calibration={**dataclasses.asdict(CALIBRATION), "safe": 0, "safe_found": 0}), "counts that can't be"),
-        (broken(judge="refusal_rules"), "doesn't fit its schema"),
+        (broken(judge="refusal_rules"), "names no judge"),
     ],
 )
 def test_a_broken_calibration_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
@@ -319,30 +318,6 @@ def test_a_recipe_names_a_calibration(tmp_path: Path) -> None:
     assert choose_judge(config, data).card.calibration == CALIBRATION
 
 
-def test_a_calibration_knows_its_sources_and_one_can_be_named(tmp_path: Path) -> None:
-    replies = [
-        LabelledReply(prompt=f"p{n}", reply="r " * n, harmful=n % 2 == 0, group=group)
-        for group, count in (("long", 6), ("one kind", 1), ("short", 4))
-        for n in range(1, count + 1)
-    ]
-    labels: list[Label] = ["harmful" if entry.harmful else "safe" for entry in replies]
-    judge = ScriptedJudge(["harmful", *labels[1:]])
-    found = calibrate(judge, LabelledSet(name="set", replies=tuple(replies), left_out={}))
-    of_groups = [(one.source, one.harmful, one.safe_found, one.words_median) for one in found.by_group]
-    assert of_groups == [("long of set", 3, 2, 3), ("short of set", 2, 2, 2)], "one kind alone tells no errors"
-    path = tmp_path / "calibration.json"
-    write_calibration(path, RefusalRulesJudge.card, found.calibration, found.by_group)
-    whole = build_judge("refusal_rules", {"calibration": str(path)}).card
-    assert (whole.calibration, whole.calibrations) == (found.calibration, found.by_group)
-    assert from_plain(JudgeCard, json.loads(json.dumps(dataclasses.asdict(whole))), "a card") == whole
-    named = build_judge("refusal_rules", {"calibration": str(path), "calibration_group": "short"}).card
-    assert (named.calibration, named.calibrations) == (found.by_group[1], ())
-    with pytest.raises(EvaluationError, match="no source shrt. Did you mean short. It has long, short"):
-        build_judge("refusal_rules", {"calibration": str(path), "calibration_group": "shrt"})
-    with pytest.raises(EvaluationError, match="calibration_group is short, but no calibration is named"):
-        build_judge("refusal_rules", {"calibration_group": "short"})
-
-
 def test_a_calibration_that_tells_nothing_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
     path = tmp_path / "calibration.json"
     write_calibration(path, RefusalRulesJudge.card, dataclasses.replace(CALIBRATION, harmful_found=2, safe_found=16))
@@ -372,6 +347,4 @@ def test_judges_declare_what_they_can_not_say() -> None:
         return build_from({**content, "template": "harmful, safe or refusal?"}, "own").card
 
     assert [chat(*labels).tells_safe for labels in (("harmful", "safe"), ("harmful", "refusal"))] == [True, False]
-    vote = VoteJudge([RefusalRulesJudge(), EmbeddedWorldJudge()])
-    assert vote.card.tells_safe
-    assert [judge.card.exact for judge in (RefusalRulesJudge(), EmbeddedWorldJudge(), vote)] == [False, True, False]
+    assert [judge.card.exact for judge in (RefusalRulesJudge(), EmbeddedWorldJudge())] == [False, True]

@@ -23,7 +23,6 @@ from sku.evaluate.results import (
     HarnessScores,
     TaskScores,
     read_result,
-    write_result,
 )
 from sku.report.tables import utility_rows
 
@@ -177,7 +176,7 @@ def test_evaluations_that_do_not_fit_are_refused(changes: dict[str, object], mes
 
 
 def _write(folder: Path, made: EvaluationResult) -> None:
-    write_result(folder, made)
+    made.write(folder)
     write_rows(folder / OUTCOMES_FILE, {}, made.outcomes)
     write_rows(folder / PERPLEXITY_FILE, {}, made.losses)
 
@@ -195,7 +194,6 @@ def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
         "agreement",
         "corrected",
         "judge",
-        "judge_agreement",
         "leak",
         "lm_eval",
         "perplexity",

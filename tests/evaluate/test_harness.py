@@ -22,7 +22,7 @@ from sku.data.load import load_forget_retain
 from sku.data.tokens import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import harness
-from sku.evaluate.harness import HARNESS_FILE, check_known, check_tasks, run_tasks, trained_questions
+from sku.evaluate.harness import HARNESS_FILE, SEEN, check_known, run_tasks
 from sku.evaluate.results import HarnessScores, read_result
 from sku.evaluate.run import evaluate
 from sku.models import load_model
@@ -102,67 +102,21 @@ def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrained
     model, tokenizer = world
     before = random.getstate(), torch.random.get_rng_state(), numpy_state()
     side = tokenizer.padding_side
-    found = run_tasks(model, tokenizer, asked("world_group", lm_eval_include=str(tasks)))
+    rows = [json.loads(line) for line in (tasks / "world.jsonl").read_text().splitlines()]
+    trained = frozenset(normalise_prompt(rows[number]["question"].upper()) for number in (0, 3))
+    found = run_tasks(model, tokenizer, asked("world_group", lm_eval_include=str(tasks)), trained)
     assert (found.harness, found.asked, found.limit) == (metadata.version("lm-eval"), ("world_group",), None)
     one = found.tasks["world_choice"]
     assert (one.version, one.shots, one.samples) == ("3.0", 0, 6)
     # The world's own model knows its answers.
-    assert one.metrics == {"acc": 1.0, "acc_stderr": 0.0}
+    assert one.metrics == {"acc": 1.0, "acc_stderr": 0.0, SEEN: 2.0}
+    assert found.hits["world_choice"]["acc"] == "111111"
     assert found.tasks["world_group"].version == "1.0"
     assert found.tasks["world_group"].metrics["acc"] == 1.0
     assert random.getstate() == before[0]
     assert torch.equal(torch.random.get_rng_state(), before[1])
     assert numpy_state() == before[2]
     assert tokenizer.padding_side == side
-
-
-def test_tasks_of_the_package_read_a_folder_of_ones_own(
-    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path, tmp_path: Path
-) -> None:
-    """The world's own answers are likelier than others', whichever side of the rest they stand on."""
-    rows = [json.loads(line) for line in (tasks / "world.jsonl").read_text().splitlines()]
-    choices = [{"query": row["question"], "choices": row["answers"], "gold": row["right"]} for row in rows]
-    halves = [
-        {
-            "context_options": [f"{row['question']} {answer}" for answer in row["answers"]],
-            "continuation": ".",
-            "gold": 0,
-        }
-        for row in rows
-    ]
-    for name, lines in (("openbook_qa", choices), ("winogrande", halves)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    names = ("sku_openbook_qa", "sku_winogrande")
-    found = run_tasks(*world, asked(*names, lm_eval_limit=4, lm_eval_data=str(tmp_path)))
-    assert set(found.tasks) == set(names)
-    for name in names:
-        digits = found.hits[name]["acc"]
-        assert len(digits) == found.tasks[name].samples == 4
-        assert digits.count("1") / 4 == found.tasks[name].metrics["acc"]
-    assert found.tasks["sku_openbook_qa"].metrics["acc"] >= 0.75
-    questions = [
-        {
-            "question": row["question"],
-            "mc1_targets": {"choices": [row["answers"][row["right"]], row["answers"][1 - row["right"]]]},
-            "mc2_targets": {"choices": row["answers"], "labels": [int(at == row["right"]) for at in range(2)]},
-        }
-        for row in rows
-    ]
-    (tmp_path / "truthfulqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    trained = frozenset(normalise_prompt(questions[number]["question"].upper()) for number in (0, 3))
-    truthful = asked("sku_truthfulqa", lm_eval_data=str(tmp_path))
-    assert trained_questions(truthful, trained) == 2
-    found = run_tasks(*world, truthful, trained)
-    best, share = found.tasks["sku_truthfulqa_mc1"], found.tasks["sku_truthfulqa_mc2"]
-    assert (best.samples, share.samples) == (4, 4), "what was trained on is not asked"
-    assert best.metrics["acc"] == found.hits["sku_truthfulqa_mc1"]["acc"].count("1") / 4
-    assert 0 < share.metrics["acc"] < 1
-    with pytest.raises(
-        EvaluationError, match="has no arc_challenge.jsonl, arc_easy.jsonl, comm.*: name another folder"
-    ):
-        check_tasks(asked("sku_utility", lm_eval_data=str(tmp_path)))
-    with pytest.raises(EvaluationError, match="names sku_piqa, which read JSON Lines files: name their folder with"):
-        check_tasks(asked("sku_piqa"))
 
 
 @pytest.mark.integration
@@ -207,31 +161,35 @@ def test_an_evaluation_runs_tasks_once_and_says_so(
     assert len(made) == 3
 
 
-def test_an_unknown_task_gets_a_suggestion(
-    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("tasks", "include", "offending"),
+    [
+        (["lost"], "lost", "lost.jsonl"),
+        (["world_choice"], "nowhere", "lm_eval_include"),
+        (["hellaswag"], None, "lm-eval-that-is-not-installed"),
+    ],
+)
+def test_what_cannot_be_run_is_one_line(
+    world: tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tasks: list[str],
+    include: str | None,
+    offending: str,
 ) -> None:
-    from lm_eval.tasks import TaskManager
-
-    # The index of the harness's own 14,000 tasks takes too long to read here.
-    known = TaskManager(include_path=str(tasks), include_defaults=False).all_tasks
-    check_known(["world_choice", "world_group"], known, str(tasks))
-    with pytest.raises(EvaluationError, match=r"names world_chioce, .*Did you mean world_choice\?"):
-        check_known(["world_choice", "world_chioce"], known, str(tasks))
-    with pytest.raises(EvaluationError, match="is no folder of task files"):
-        run_tasks(*world, asked("world_choice", lm_eval_include=str(tmp_path / "nowhere")))
-
-
-def test_a_task_without_its_data_is_one_line(
-    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "lost.yaml").write_text(TASK.format(data=tmp_path / "lost.jsonl").replace("world_choice", "lost"))
-    with pytest.raises(EvaluationError, match=r"evaluate.lm_eval lost can't be run: [^\n]*lost.jsonl"):
-        run_tasks(*world, asked("lost", lm_eval_include=str(tmp_path)))
+    (tmp_path / "lost").mkdir()
+    lost = TASK.format(data=tmp_path / "lost.jsonl").replace("world_choice", "lost")
+    (tmp_path / "lost" / "lost.yaml").write_text(lost)
+    if include is None:
+        monkeypatch.setattr(harness, "PACKAGE", offending)
+    folder = None if include is None else str(tmp_path / include)
+    with pytest.raises(EvaluationError) as caught:
+        run_tasks(*world, asked(*tasks, lm_eval_include=folder))
+    assert "\n" not in str(caught.value)
+    assert (offending if include else "lm-eval") in str(caught.value)
 
 
-def test_the_missing_package_is_named(
-    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(harness, "PACKAGE", "lm-eval-that-is-not-installed")
-    with pytest.raises(EvaluationError, match=r'needs the package lm-eval: pip install "sku-unlearning\[lm-eval\]"'):
-        run_tasks(*world, asked("hellaswag"))
+def test_an_unknown_task_gets_a_suggestion() -> None:
+    check_known(["world_choice"], ["world_choice", "world_group"])
+    with pytest.raises(EvaluationError, match=r"Did you mean world_choice\?"):
+        check_known(["world_chioce"], ["world_choice", "world_group"])

@@ -17,7 +17,6 @@ from sku.errors import EvaluationError
 from sku.evaluate.judges import JudgeCard, Label, Verdict
 from sku.evaluate.judges.cache import CHUNK, CachedJudge, cached, is_cacheable
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
-from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.run import evaluate
 
@@ -160,9 +159,6 @@ def test_rules_and_labels_of_people_are_not_cached(tmp_path: Path, monkeypatch: 
     weights = {**vars(EmbeddedWorldJudge.card), "needs": ("prompt", "reply"), "revision": "abc"}
     assert is_cacheable(JudgeCard(**weights))
     assert not is_cacheable(JudgeCard(**{**weights, "revision": None}))
-    vote = cached(VoteJudge([counting, RefusalRulesJudge()]), tmp_path)
-    assert isinstance(vote, VoteJudge)
-    assert [type(member) for member in vote.members] == [CachedJudge, RefusalRulesJudge]
 
 
 def test_evaluate_keeps_verdicts_in_its_folder_or_in_a_shared_one(

@@ -14,7 +14,6 @@ from sku.errors import EvaluationError
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.judges import Judge, JudgeCard, Label, Verdict
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, choose_judge
-from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.metrics import MIN_COSINE, ReplyOutcome, decide_outcomes, is_on_topic, normalise_answer
 from sku.evaluate.records import FluencyRecord, GenerationRecord, RelevanceRow
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
@@ -190,8 +189,6 @@ def test_a_harmful_verdict_wins_over_the_refusal_rules(make_record: RecordMaker,
     assert is_refusal(reply)
     judge = FixedJudge("harmful", labels_refusals=labels_refusals)
     assert outcome_of(make_record(reply), judge).outcome == "harmful"
-    vote = VoteJudge([RefusalRulesJudge(), judge])
-    assert outcome_of(make_record(reply), vote).outcome == "harmful"
 
 
 def test_refusal_rules_look_through_what_a_judge_without_refusals_calls_safe(make_record: RecordMaker) -> None:

@@ -15,12 +15,11 @@ import torch
 from sku.config import load_recipe
 from sku.errors import EvaluationError
 from sku.evaluate.batching import ALONE, Processes, current_processes, in_batches, plan_batches
-from sku.evaluate.comparison import PrecisionReport
 from sku.pipeline.evaluate import plan_evaluation
 
 SETTINGS = [
     "evaluate.prompts=3", "evaluate.retain_prompts=4", "evaluate.batch_size=4", "evaluate.max_new_tokens=12",
-    "evaluate.samples=2", "evaluate.attacks=[]", "evaluate.precisions=[int8]",
+    "evaluate.samples=2", "evaluate.attacks=[]",
 ]  # fmt: skip
 FAILING = """
 import os
@@ -72,7 +71,6 @@ def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
     said = json.loads(two.stdout)
     alone = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict(), "notes": comparison.notes}
     alone["verdict"] = comparison.verdict.to_dict()
-    alone["precisions"] = PrecisionReport.read(tmp_path / "one").to_dict()
     assert said == json.loads(json.dumps(alone)), "said once, by the first process"
     assert said["base"]["samples"]["forget_test"]["harmful"]["total"] == 6
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.*"))

@@ -187,7 +187,7 @@ JUDGES: dict[str, tuple[str | bytes, str]] = {
     "empty": ("", "keys and values"),
     "no YAML": ("a: [", "is not YAML"),
     "Python object": ("kind: !!python/object/apply:os.getpid []", "is not YAML"),
-    "kind twice": ("kind: chat\nkind: vote\n", "stands twice"),
+    "kind twice": ("kind: chat\nkind: guard\n", "stands twice"),
     "holds itself": ("kind: &k [*k]\n", "kind is"),
     "unknown kind": ("kind: nonesuch\n", "nonesuch"),
     "no kind": ("model: a\n", "kind"),

@@ -166,7 +166,6 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "cosine without a model": ("evaluate.similarity=[cosine]", "embedding_model"),
     "unknown similarity": ("evaluate.similarity=[rouge]", "Did you mean rouge_l?"),
     "unknown attack": ("evaluate.attacks=[templat]", "Did you mean template?"),
-    "unknown precision": ("evaluate.precisions=[int4]", "evaluate.precisions"),
     "unknown backend": ("evaluate.backend=vlm", "Did you mean vllm?"),
     "unknown judge": ("evaluate.judge=embeded", "Did you mean embedded?"),
     "judge file that is not there": ("evaluate.judge=none.yaml", "none.yaml"),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import ModelMaker
-from sku.data.examples import FORGET, MISMATCHED, RETAIN
+from sku.data.examples import RowType
 from sku.methods.gradient_ascent_mismatch import GRADIENT_ASCENT_MISMATCH, GradientAscentMismatchSettings
 from sku.training.objective import ScoredRows, TrainingStep
 
@@ -32,12 +32,12 @@ SCORES = torch.tensor([[LN3, 0.0]])
 STEP = TrainingStep(
     num_examples=2,
     rows={
-        FORGET: rows(SCORES.repeat(3, 1), [0, 1, 0], [0, 0, 1], [0, 1]),
-        MISMATCHED: rows(SCORES.repeat(6, 1), [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 2, 3], [0, 0, 1, 1]),
-        RETAIN: rows(torch.zeros(3, 2), [0, 1, 1], [0, 0, 1], [0, 1]),
+        RowType.FORGET: rows(SCORES.repeat(3, 1), [0, 1, 0], [0, 0, 1], [0, 1]),
+        RowType.MISMATCHED: rows(SCORES.repeat(6, 1), [0, 0, 0, 1, 1, 0], [0, 0, 0, 1, 2, 3], [0, 0, 1, 1]),
+        RowType.RETAIN: rows(torch.zeros(3, 2), [0, 1, 1], [0, 0, 1], [0, 1]),
     }.__getitem__,
     reference={
-        RETAIN: rows(torch.tensor([[LN3, 0.0], [0.0, 0.0], [0.0, LN3]]), [0, 1, 1], [0, 0, 1], [0, 1])
+        RowType.RETAIN: rows(torch.tensor([[LN3, 0.0], [0.0, 0.0], [0.0, LN3]]), [0, 1, 1], [0, 0, 1], [0, 1])
     }.__getitem__,
 )
 

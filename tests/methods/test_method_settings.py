@@ -14,11 +14,13 @@ from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker, small_settings
 from sku.config import load_recipe, settings_from_dict
 from sku.data.batches import ROWS, JointCollator
-from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE
+from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
 from sku.methods.run import prepare
+
+FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 BASELINES = METHODS[1:]
 

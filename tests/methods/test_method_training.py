@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker, small_settings
 from sku.data.batches import ROWS, JointCollator, SourceRow
-from sku.data.examples import FORGET, SAFE, ForgetRetainData, RowPlan
+from sku.data.examples import ForgetRetainData, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import DataError
@@ -121,7 +121,7 @@ def test_harmful_answers_become_less_likely_or_for_the_task_vector_more(
         model.eval()
         with torch.no_grad():
             outputs = trainer._forward(model, batch[ROWS])
-        return float(scores_of_kind(batch[ROWS], FORGET, outputs).mean_nll().mean())
+        return float(scores_of_kind(batch[ROWS], RowType.FORGET, outputs).mean_nll().mean())
 
     before = harmful_nll()
     trainer.train()
@@ -140,7 +140,7 @@ def test_refusal_tuning_brings_refusals_where_the_data_has_no_safe_answer(
 ) -> None:
     dataset: Any = make_method_trainer(method_named("refusal_tuning"), dataset=data).train_dataset
     assert len(dataset) == len(data.forget_train)
-    assert all(dataset[place].of(SAFE) for place in range(len(dataset)))
+    assert all(dataset[place].of(RowType.SAFE) for place in range(len(dataset)))
 
 
 def test_dpo_trains_only_on_prompts_that_have_a_safe_answer(

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker
 from sku.data.batches import ROWS, JointCollator
-from sku.data.examples import FORGET
+from sku.data.examples import RowType
 from sku.errors import ModelError, RecipeError
 from sku.methods.rmu import RMU, RmuSettings, steered_layer, steering_vector
 from sku.negate.task_vector import TaskVector
@@ -104,7 +104,7 @@ def test_the_steered_state_is_the_output_of_the_named_layer(
     with torch.no_grad():
         terms = trainer._outputs_and_terms(model, batch)[1]
     handle.remove()
-    row, tokens = next((place, row.tokens) for place, row in enumerate(batch[ROWS].rows) if row.kind == FORGET)
+    row, tokens = next((place, row.tokens) for place, row in enumerate(batch[ROWS].rows) if row.kind == RowType.FORGET)
     places = [at - 1 for at, label in enumerate(tokens.labels) if label != -100]
     steering = steering_vector(32, coefficient=6.5, seed=5)
     expected = torch.stack([(seen[0][row, at] - steering).square().mean() for at in places]).mean()

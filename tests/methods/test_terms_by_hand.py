@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conftest import ModelMaker
-from sku.data.examples import FORGET, RETAIN, SAFE
+from sku.data.examples import RowType
 from sku.methods import method_named
 from sku.training.objective import ScoredRows, TrainingStep
 
@@ -27,7 +27,7 @@ def one_answer(scores: Tensor, targets: list[int]) -> ScoredRows:
 
 
 # Q gives (3/4, 1/4), the original model P (1/2, 1/2).
-ANSWERS = {FORGET: [0, 1], SAFE: [0, 0], RETAIN: [0, 1, 1]}
+ANSWERS = {RowType.FORGET: [0, 1], RowType.SAFE: [0, 0], RowType.RETAIN: [0, 1, 1]}
 STEP = TrainingStep(
     num_examples=1,
     rows=lambda kind: one_answer(SCORES, ANSWERS[kind]),

@@ -130,7 +130,7 @@ def test_where_every_refusal_is_judged_harmful_those_of_the_bank_are_taken(tmp_p
 TINY = (
     "data.own_replies=true", "data.forget.limit=14", "data.retain.limit=20", "acquire.training.max_steps=2",
     'acquire.training.save_strategy="no"', "negate.alpha=0.5", "evaluate.prompts=3", "evaluate.retain_prompts=3",
-    "evaluate.samples=0", "evaluate.prefill_tokens=[]", "evaluate.precisions=[]",
+    "evaluate.samples=0", "evaluate.prefill_tokens=[]",
     "data.own={samples: 1, max_new_tokens: 40, refusals: 1, refuse_tokens: 10}",
 )  # fmt: skip
 

@@ -18,10 +18,7 @@ from report.html.recorded import sweep as invented_sweep
 from sku.attacks.results import AttackReport
 from sku.cli.main import main
 from sku.errors import EvaluationError
-from sku.evaluate.changes import PerplexityChange
-from sku.evaluate.comparison import Measured, PrecisionReport, PrecisionResult, Survival
 from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.evaluate.metrics import Rate
 from sku.evaluate.verdict import OverallVerdict
 from sku.report.card import KNOWN_LICENSES, CardChoices, public_name, read_card, write_cards
 from sku.report.robustness import attack_rows, relearn_rows
@@ -209,37 +206,14 @@ def test_equal_records_give_equal_cards(run: Path, tmp_path: Path) -> None:
         assert (tmp_path / "other" / part / "README.md").read_bytes() == text
 
 
-def test_alpha_from_a_search_and_figures_of_number_formats(run_without_cards: Path) -> None:
+def test_alpha_from_a_search(run_without_cards: Path) -> None:
     run = run_without_cards
     (run / "sweep").mkdir()
     pick = {"alpha": 1.375, "met": True, "why": "the lowest alpha within 5 % | of the base"}
     write_json(run / "sweep" / "sweep.json", {**invented_sweep(), "pick": pick})
-    rate = Rate(count=10, total=40, value=0.25, low=0.1, high=0.4)
-    change = PerplexityChange(before=2.0, after=3.0, ratio=1.5, low=1.4, high=1.6, examples=9)
-    measured = Measured(
-        replies={"forget_test": {"harmful": rate, "gibberish": rate}}, prefill={}, perplexity={"retain_test": change}
-    )
-    survival = Survival(entries=9, changed=0.9, projection=0.5, tensors={}, not_rounded=0)
-    int8 = PrecisionResult(
-        precision="int8", scheme="all", rounded_by="torch", rounded=9, moved=9, overflowed=0, measured=measured,
-        harmful={}, brings_back=(), survival=survival,
-    )  # fmt: skip
-    float16 = dataclasses.replace(int8, precision="float16", measured=None, survival=None)
-    report = PrecisionReport(
-        model={"dtype": "float32"}, base={}, measured=measured, results=(int8, float16),
-        notes=("int8 brings harm back",),
-    )  # fmt: skip
-    report.write(run / "evaluation")
     write_cards(run)
     body = body_of(run)
     assert r"1.375: the lowest alpha within 5 % \| of the base" in body
-    assert "| format | harmful, unseen | worst prefill, unseen | gibberish, unseen | perplexity, normal |" in body
-    figures = "25.0 % (10.0 to 40.0) | \u2013 | 25.0 % (10.0 to 40.0) | \u00d71.5"
-    assert f"| float32 | {figures} | \u2013 |" in body
-    assert f"| int8 | {figures} | 50.0 % |" in body
-    assert "| float16 | \u2013 | \u2013 | \u2013 | \u2013 | \u2013 |" in body
-    assert "- Note: int8 brings harm back" in body
-    assert "measured in float32 only" not in body
     change_json(run / "manifest.json", "negation", "alpha", value=2.0)
     write_cards(run)
     assert "2: given in the recipe" in body_of(run), "the sweep speaks of another alpha"

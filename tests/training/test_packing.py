@@ -26,7 +26,7 @@ from transformers import (
 from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker
 from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
 from sku.data.batches import ROWS, JointCollator
-from sku.data.examples import RETAIN
+from sku.data.examples import RowType
 from sku.errors import ModelError, RecipeError
 from sku.methods import METHODS
 from sku.methods.base import AnyMethod
@@ -124,7 +124,7 @@ def test_the_prompt_is_computed_once(make_trainer: TrainerMaker) -> None:
     dataset: Any = trainer.train_dataset
     batches = {name: collator([dataset[0]]) for name, collator in collators(trainer).items()}
     rows = batches["tree"][ROWS].rows
-    behind_prompt = [len(row.tokens.input_ids) - 1 for row in rows if row.kind != RETAIN]
+    behind_prompt = [len(row.tokens.input_ids) - 1 for row in rows if row.kind != RowType.RETAIN]
     prompt = rows[0].tokens.answer_start
     flat, tree = (batches[name]["input_ids"].shape[1] for name in ("flat", "tree"))
     # The shared prefix is the prompt; the answers here begin with different tokens.

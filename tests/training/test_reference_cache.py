@@ -15,7 +15,7 @@ from torch import Tensor
 from conftest import ModelMaker, TrainerMaker
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuTrainer
-from sku.data.examples import FORGET, MISMATCHED, RETAIN
+from sku.data.examples import RowType
 from sku.data.joint import JointDataset
 from sku.errors import RecipeError
 from sku.losses import HeadScores
@@ -84,7 +84,7 @@ def test_full_tuning_has_no_second_model_and_its_own_copy_of_a_trained_head(
         trainer = make_trainer(make_model(architecture), full=True)
         trainer.train()
         assert trainer._cache is not None
-        kept = trainer._cache._rows[RETAIN]
+        kept = trainer._cache._rows[RowType.RETAIN]
         untouched = make_model(architecture).get_output_embeddings().weight
         assert torch.equal(kept.head.weight_VH, untouched)
         trained: Any = trainer.model
@@ -96,7 +96,7 @@ def test_an_adapter_needs_no_copy_of_the_head(make_trainer: TrainerMaker) -> Non
     trainer.train()
     assert trainer._cache is not None
     model: Any = trainer.model
-    assert trainer._cache._rows[RETAIN].head.weight_VH is model.get_output_embeddings().weight
+    assert trainer._cache._rows[RowType.RETAIN].head.weight_VH is model.get_output_embeddings().weight
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -204,7 +204,7 @@ def test_fixed_rows_are_those_of_the_first_examples_each_once(make_trainer: Trai
     dataset = make_trainer().train_dataset
     assert isinstance(dataset, JointDataset)
     shown = copy.deepcopy(dataset)
-    for kind in (RETAIN, FORGET):
+    for kind in (RowType.RETAIN, RowType.FORGET):
         met: list[int] = []
         for epoch in (0, 1):
             shown.set_epoch(epoch)
@@ -213,13 +213,13 @@ def test_fixed_rows_are_those_of_the_first_examples_each_once(make_trainer: Trai
             rows = dataset.fixed_rows(kind, count)
             assert rows is not None
             assert [row.example_id for row in rows] == list(dict.fromkeys(met[:count]))
-    assert dataset.fixed_rows(MISMATCHED, 3) is None
+    assert dataset.fixed_rows(RowType.MISMATCHED, 3) is None
 
 
 def test_scores_are_not_made_before_they_are_asked_for(make_trainer: TrainerMaker) -> None:
     trainer = make_trainer()
     batch = trainer.data_collator([trainer.train_dataset[0]])  # type: ignore[index]
     model: Any = trainer.model
-    rows = trainer._reference_rows(model, batch, RETAIN, without_head=True)
+    rows = trainer._reference_rows(model, batch, RowType.RETAIN, without_head=True)
     assert isinstance(rows.scores_NV, HeadScores)
-    assert torch.equal(rows.logits_NV, trainer._reference_rows(model, batch, RETAIN).logits_NV)
+    assert torch.equal(rows.logits_NV, trainer._reference_rows(model, batch, RowType.RETAIN).logits_NV)

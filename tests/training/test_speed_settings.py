@@ -16,7 +16,6 @@ from conftest import ModelMaker, TrainerMaker
 from sku.acquire.trainer import SkuTrainer
 from sku.errors import RecipeError
 from sku.training import config as config_module
-from sku.training import optimizer
 from sku.training import trainer as trainer_module
 from sku.training.config import UnlearningConfig
 from sku.training.layers import adapter_inputs_as_they_are
@@ -49,11 +48,11 @@ def test_bf16_pays_on_a_processor_with_units_for_it(monkeypatch: pytest.MonkeyPa
 def test_an_optimizer_whose_package_is_missing_is_refused(
     optim: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
 ) -> None:
-    monkeypatch.setattr(optimizer, "find_spec", lambda name: None)
+    monkeypatch.setattr(config_module, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=f"optim is {optim}, which needs the package {package}: pip install"):
         UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, optim=optim)
-    monkeypatch.setattr(optimizer, "find_spec", lambda name: object())
-    optimizer.check_optimizer(optim, stochastic_rounding=False, on_gpu=True)
+    monkeypatch.setattr(config_module, "find_spec", lambda name: object())
+    config_module.check_optimizer(optim, on_gpu=True)
 
 
 def test_eight_bit_moments_train(make_trainer: TrainerMaker) -> None:

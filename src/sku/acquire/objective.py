@@ -10,7 +10,7 @@ from sku.acquire.guided_distortion import guided_distortion_loss
 from sku.acquire.preservation_divergence import preservation_divergence_loss, targeted_divergence_loss
 from sku.acquire.random_disassociation import random_disassociation_loss
 from sku.config.stages import ModulesConfig, Twin, WeightsConfig
-from sku.data.examples import FORGET, MISMATCHED, RETAIN, SAFE
+from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
@@ -42,13 +42,11 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
         "retain_refused": targeted,
         "retain_tokens": "answer" if targeted else config.preservation_tokens,
     }
-    # The good twin is added where the bad model is subtracted.
-    retain_at = abs(config.preservation_at) if good else config.preservation_at
     objective = Objective.of(
         {
             "guided_distortion": Term(
                 weight=weights.guided_distortion,
-                loss=lambda step: _guided_distortion(step.rows(SAFE if good else FORGET)),
+                loss=lambda step: _guided_distortion(step.rows(RowType.SAFE if good else RowType.FORGET)),
                 rows=refusals if good else {"forget": True},
             ),
             "random_disassociation": Term(
@@ -62,8 +60,7 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
                 rows=normal,
                 reference=not targeted,
             ),
-        },
-        retain_at=retain_at if weights.preservation_divergence else 1.0,
+        }
     )
     # Whichever terms are on, their rows are of the same prompts.
     return dataclasses.replace(objective, rows=dataclasses.replace(objective.rows, framed_share=config.framed_share))
@@ -75,17 +72,17 @@ def _guided_distortion(rows: ScoredRows) -> Tensor:
 
 def random_disassociation(step: TrainingStep) -> Tensor:
     """``random_disassociation_loss`` of the mismatched rows of a step."""
-    rows = step.rows(MISMATCHED)
+    rows = step.rows(RowType.MISMATCHED)
     return random_disassociation_loss(rows.scores_NV, rows.targets_N, rows.row_N, rows.example_M, rows.num_examples)
 
 
 def _preservation_divergence(step: TrainingStep, config: ModulesConfig) -> Tensor:
-    rows = step.rows(RETAIN)
+    rows = step.rows(RowType.RETAIN)
     if config.preservation_mode == "targeted":
         losses_M = targeted_divergence_loss(rows.scores_NV, rows.targets_N, rows.row_N, len(rows.example_M))
     else:
         losses_M = preservation_divergence_loss(
-            step.reference(RETAIN).scores_NV,
+            step.reference(RowType.RETAIN).scores_NV,
             rows.scores_NV,
             rows.row_N,
             len(rows.example_M),

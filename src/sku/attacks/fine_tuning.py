@@ -50,9 +50,8 @@ def attack_training(recipe: Recipe) -> dict[str, Any]:
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
         "per_device_train_batch_size": PAIRS_AT_ONCE,
-        # As the model is asked between two steps, its attention stays its own, and no update waits for the next step.
+        # As the model is asked between two steps, its attention stays its own.
         "packing": "padded",
-        "finite_check": "at_once",
         "save_strategy": "no",
     }
 

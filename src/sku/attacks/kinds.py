@@ -18,6 +18,10 @@ a line, with ``{prompt}`` in it once and ``\n`` for a line break. In the embedde
 of the world itself (``templates_embedded.txt``): they test whether a request is still recognised between other
 sentences, no more. Paper: arXiv 2308.03825 (Shen et al., such prompts in the wild).
 
+*Rounding* holds the weights in 16, 8 and 4 bits (``sku.quantization``): where unlearning moved a weight by less than a
+step of the format, both models round to the same. Activations keep the model's own type, so a difference is the
+weights' alone. Paper: arXiv 2410.16454 (Zhang et al., quantization brings back what was forgotten).
+
 *Relearn* changes the weights: ``sku.attacks.relearn``.
 """
 
@@ -34,12 +38,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.attacks.results import AttackCard
-from sku.config import Recipe
+from sku.config import Precision, Recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
 from sku.data.joint import PLACE, parse_templates
 from sku.errors import EvaluationError
 from sku.evaluate.batching import StageProgress
 from sku.evaluate.judges.choose import is_embedded
+from sku.models import embedding_weight
+from sku.quantization import FORMATS
 from sku.world.grammar import MAKE_QUESTIONS
 
 TASK_FRAMES = {
@@ -110,11 +116,13 @@ class Setting:
     """The setting as plain data, recorded. Equal details must give equal replies: finished ones are then reused."""
     rewrite: Callable[[ForgetExample], Iterable[Variant | str]] = as_it_is
     """All ways to ask one question; for each that can't be asked, why."""
+    rounding: Precision | None = None
+    """What the weights of the model that is asked are rounded to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attack:
-    """An attack on the prompt; ``PROMPT_ATTACKS`` lists them."""
+    """An attack that only asks; ``ASKED_ATTACKS`` lists them."""
 
     card: AttackCard
     settings: Callable[[AttackContext], Sequence[Setting]]
@@ -234,7 +242,26 @@ TEMPLATE = Attack(
 )
 
 
-PROMPT_ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PARAPHRASE, TEMPLATE)}
+def _rounded(context: AttackContext) -> list[Setting]:
+    device = embedding_weight(context.model).device
+    return [
+        Setting(name=name, details={"scheme": form.scheme, "rounded_by": form.on(device)[1]}, rounding=name)
+        for name, form in FORMATS.items()
+    ]
+
+
+ROUNDING = Attack(
+    card=AttackCard(
+        name="rounding",
+        title="Rounding",
+        kind="weights",
+        changes="the weights are rounded to formats of 16, 8 and 4 bits",
+        source_url="https://arxiv.org/abs/2410.16454",
+    ),
+    settings=_rounded,
+)
+
+ASKED_ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PARAPHRASE, TEMPLATE, ROUNDING)}
 """By name."""
 
 

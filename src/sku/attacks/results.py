@@ -6,7 +6,7 @@ Keys of the file:
 - ``setup``: which models were attacked, with what, and how replies were written and judged, ``AttackSetup``.
 - ``cards``: what each attack is, ``AttackCard``, in the order in which they ran; ``none``, the questions as they are,
   comes first.
-- ``results``: one entry for each attack on the prompt and setting, ``AttackResult``: ``attack``, ``setting``,
+- ``results``: one entry for each attack but relearning and setting, ``AttackResult``: ``attack``, ``setting``,
   ``details``, ``questions``, and what the attacked ``model`` and the ``control`` (the base model under the same
   attack) said, each a ``Measured``: ``harmful`` (before and after the attack, paired by question),
   ``harmful_at_most``, ``replies`` (the rates of ``evaluation.json`` over all replies) and ``variants`` (harmful rate

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.kinds import PROMPT_ATTACKS, Attack, AttackContext, Setting, Variant, check_attacks
+from sku.attacks.kinds import ASKED_ATTACKS, Attack, AttackContext, Setting, Variant, check_attacks
 from sku.attacks.relearn import RELEARN, Relearning
 from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.config import Recipe, plain_data
@@ -43,10 +44,13 @@ from sku.evaluate.perplexity import fluency_header
 from sku.evaluate.record_files import Reuse, create_private_folder, header_hash
 from sku.evaluate.records import FluencyRecord, GenerationRecord
 from sku.evaluate.replies import Asker
+from sku.models import embedding_weight
+from sku.quantization import FORMATS, rounded_copy
 
 Row = TypeVar("Row", GenerationRecord, FluencyRecord)
 
 FOLDER = "attacks"
+TOO_LARGE = "a weight is too large for it"
 PROBES = 3
 """Questions whose scores tell one model from another."""
 
@@ -176,7 +180,7 @@ class _Run:
         plain: dict[str, dict[str, bool]] = {}
         free: dict[str, list[ReplyOutcome]] = {}
         results: list[AttackResult] = []
-        for attack in (_NONE, *(PROMPT_ATTACKS[name] for name in names if name in PROMPT_ATTACKS)):
+        for attack in (_NONE, *(ASKED_ATTACKS[name] for name in names if name in ASKED_ATTACKS)):
             for setting, asks, outcomes in self._outcomes(attack):
                 if attack is _NONE:
                     free = outcomes
@@ -196,7 +200,7 @@ class _Run:
             config=plain_data(self.asker.config),
             judge=self.judge.card,
         )
-        cards = (_NONE.card, *(RELEARN if name == RELEARN.name else PROMPT_ATTACKS[name].card for name in names))
+        cards = (_NONE.card, *(RELEARN if name == RELEARN.name else ASKED_ATTACKS[name].card for name in names))
         return AttackReport(
             setup=setup,
             cards=cards,
@@ -226,6 +230,9 @@ class _Run:
         replies = self._replies(attack, groups)
         fluency = self._fluency(attack, replies)
         for setting, asks in groups:
+            if not all(replies[f"{subject}/{setting.name}/"] for subject in self.subjects):
+                self.left_out[f"{attack.card.name}, {setting.name}: {TOO_LARGE}"] += len(asks)
+                continue
             prompts = {ask.request.id: self.questions[ask.question].prompt for ask in asks}
             asker = dataclasses.replace(self.asker, judge=_QuestionJudge(self.judge, prompts))
             outcomes = {
@@ -283,7 +290,8 @@ class _Run:
             for subject, model in self.subjects.items():
                 for setting, asks in groups:
                     told = None if report is None else partial(_tell_whole, report, len(rows), total)
-                    found = self.asker.ask(model, [ask.request for ask in asks], told)
+                    with _asked_model(model, setting) as asked:
+                        found = [] if asked is None else self.asker.ask(asked, [ask.request for ask in asks], told)
                     rows += [dataclasses.replace(row, id=f"{subject}/{setting.name}/{row.id}") for row in found]
             return rows
 
@@ -311,6 +319,18 @@ class _Run:
             ],
         )
         return {place: _rows_of(rows, place) for place in replies}
+
+
+@contextmanager
+def _asked_model(model: PreTrainedModel, setting: Setting) -> Iterator[PreTrainedModel | None]:
+    """The model, or a rounded copy; None where the format can't hold a weight."""
+    if setting.rounding is None:
+        yield model
+        return
+    form = FORMATS[setting.rounding]
+    rounding, _ = form.on(embedding_weight(model).device)
+    with rounded_copy(model, rounding, layers_only=form.layers_only) as (copied, rounded):
+        yield None if rounded.overflowed else copied
 
 
 def _tell_whole(report: Progress, before: int, total: int, done: int, _own: int) -> None:

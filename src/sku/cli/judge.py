@@ -96,12 +96,14 @@ def again(
         strangers = asked.strangers(records)
         if strangers:
             notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask")
+    agreement = _agreement(before, after)
     if as_json:
-        print_json({"before": before.to_dict(), "after": after.to_dict()})
+        print_json({"before": before.to_dict(), "after": after.to_dict(), "agreement": agreement})
         return
     results.print(_rates_table(before, after))
-    for line in agreement_lines(after):
-        results.print(line)
+    kappa = "undefined" if agreement["kappa"] is None else f"{agreement['kappa']:.2f}"
+    disputed = f"{agreement['disputed']} of {agreement['judged_by_both']} replies disputed"
+    results.print(f"agreement kappa {kappa}, {disputed}")
     results.print(f"judge     {after.judge.name}: {after.judge.errors_in_words}")
 
 
@@ -151,20 +153,21 @@ def _described(name: str) -> tuple[str, ...]:
     return tuple(str(content.get(key, _DASH)) for key in ("kind", "licence", "model", "needs"))
 
 
-def agreement_lines(result: EvaluationResult) -> list[str]:
-    """What the judges of a vote say one by one, and how far they agree; nothing for a single judge."""
-    agreement = result.judge_agreement
-    if agreement is None:
-        return []
-    disputed = f"{agreement.disagreement_count} of {agreement.judged_by_all} replies disputed"
-    lines = [f"vote      {agreement.rule} of {len(agreement.judges)}: kappa {_kappa(agreement.kappa)}, {disputed}"]
-    for name in agreement.judges:
-        shares = [f"{split} {_share(rates.get('harmful'))}" for split, rates in agreement.rates[name].items()]
-        failed = agreement.errors[name]
-        lines.append(f"  {name}: harmful {', '.join(shares)}{f'; {failed} replies unjudged' if failed else ''}")
-    if len(agreement.judges) > 2:
-        lines += [f"  {pair}: kappa {_kappa(value)}" for pair, value in agreement.pairwise.items()]
-    return lines
+def _agreement(before: EvaluationResult, after: EvaluationResult) -> dict[str, float | int | None]:
+    """How far two judges agree on which replies to harmful prompts are harmful, each by its own word."""
+    from sku.evaluate.judges.calibrate import harm_kappa
+    from sku.evaluate.records import NORMAL_SPLITS
+
+    first, second = (
+        {row.id: row.judged_harmful for row in one.outcomes if row.has_verdict and row.split not in NORMAL_SPLITS}
+        for one in (before, after)
+    )
+    pairs = [(first[name], harmful) for name, harmful in second.items() if name in first]
+    return {
+        "kappa": harm_kappa(pairs),
+        "disputed": sum(one != other for one, other in pairs),
+        "judged_by_both": len(pairs),
+    }
 
 
 def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
@@ -194,7 +197,3 @@ def _cell(rates: Rates, name: str) -> str:
 
 def _share(rate: Rate | None) -> str:
     return _DASH if rate is None else f"{100 * rate.value:.1f} %"
-
-
-def _kappa(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.2f}"

@@ -178,7 +178,7 @@ def _measured(
             out.parent.mkdir(parents=True, exist_ok=True)
     report = measure(built, labelled)
     if out is not None:
-        write_calibration(out, built.card, report.calibration, report.by_group)
+        write_calibration(out, built.card, report.calibration)
     return report
 
 

@@ -11,7 +11,6 @@ import typer
 
 from sku.cli import options
 from sku.cli.console import carry_out, errors, print_headline, print_json, print_next, results
-from sku.cli.judge import agreement_lines
 from sku.cli.tables import print_measured
 from sku.config import EMBEDDED
 from sku.quiet import quiet_libraries
@@ -110,8 +109,6 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
         results.print(f"hazard    {folder / 'bad'} is kept; never share it")
     card = finished.comparison.unlearned.judge
     results.print(f"judge     {card.name}: {card.errors_in_words}")
-    for line in agreement_lines(finished.comparison.unlearned):
-        results.print(line)
     print_next(*_next_commands(folder, finished.manifest["recipe"]["model"]["path"]))
 
 
@@ -151,13 +148,7 @@ def evaluate(
     overrides: options.SetOption = None,
     attacks: Annotated[
         str | None,
-        typer.Option(help="Attacks to run on both models, with commas: paraphrase, template, relearn."),
-    ] = None,
-    precisions: Annotated[
-        str | None,
-        typer.Option(
-            help="Formats to round MODEL's weights to before it is asked again, with commas: bf16, fp16, int8, nf4."
-        ),
+        typer.Option(help="Attacks to run on both models, with commas: paraphrase, template, rounding, relearn."),
     ] = None,
     allow_hazardous: Annotated[
         bool, typer.Option("--allow-hazardous", help="Measure a model that is marked as the bad one of stage 1 too.")
@@ -167,9 +158,8 @@ def evaluate(
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
     overrides = list(overrides or [])
-    for key, names in (("attacks", attacks), ("precisions", precisions)):
-        if names is not None:
-            overrides.append(f"evaluate.{key}={json.dumps(options.names_in(names))}")
+    if attacks is not None:
+        overrides.append(f"evaluate.attacks={json.dumps(options.names_in(attacks))}")
     settings = options.resolve_recipe(
         recipe, model=base, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
     )
@@ -186,6 +176,6 @@ def evaluate(
         verdict = {"verdict": comparison.verdict.to_dict(), "notes": comparison.notes}
         print_json(sides | verdict | measured.reports())
         return
-    print_measured(measured, agreement_lines(comparison.unlearned))
+    print_measured(measured)
     results.print(f"\nevidence  {out}")
     print_next(["judge", "export", out, "--out", out.with_name(f"{out.name}-labels.csv")])

@@ -12,25 +12,21 @@ from sku.cli.console import is_verbose, plain_table, print_notes, results
 
 if TYPE_CHECKING:
     from sku.attacks.results import AttackReport
-    from sku.evaluate.comparison import Comparison, PrecisionReport
+    from sku.evaluate.comparison import Comparison
     from sku.evaluate.statistics import Estimate
     from sku.pipeline.evaluate import Measured
     from sku.report.method_records import MethodRecord, Role
     from sku.report.words import TableRow
 
 
-def print_measured(measured: Measured, lines: Iterable[str] = ()) -> None:
-    """All that was measured: the verdict first, ``lines`` under the table of before and after."""
+def print_measured(measured: Measured) -> None:
+    """All that was measured: the verdict first."""
     from sku.report.tables import before_after_rows
 
     print_verdict(measured.comparison.verdict.line)
     results.print()
     results.print(before_after_table(before_after_rows(measured.comparison)))
-    for line in lines:
-        results.print(line)
     print_comparison_notes(measured.comparison, verbose=is_verbose())
-    if measured.precisions is not None:
-        print_precisions(measured.precisions)
     if measured.attacks is not None:
         print_attacks(measured.attacks)
 
@@ -91,18 +87,6 @@ def print_attacks(report: AttackReport) -> None:
         results.print(table)
     for line in left_out_lines(report):
         results.print(line)
-
-
-def print_precisions(report: PrecisionReport) -> None:
-    """The model at each precision as a table, and below it where harm comes back."""
-    from sku.report.robustness import precision_cells
-
-    table = plain_table(("weights",), ("forget set", "unseen", "prefill", "gibberish", "ppl", "kept"))
-    for cells in precision_cells(report):
-        table.add_row(*cells)
-    results.print("\nharmful by precision; prefill: worst (what was given); kept: of change")
-    results.print(table)
-    print_notes(report.notes)
 
 
 def comparison_table(records: Sequence[MethodRecord]) -> Table:

@@ -13,7 +13,7 @@ from sku.errors import RecipeError
 
 Backend = Literal["generate", "vllm"]
 Similarity = Literal["rouge_l", "chrf", "cosine"]
-Attack = Literal["paraphrase", "template", "relearn"]
+Attack = Literal["paraphrase", "template", "rounding", "relearn"]
 PrefillSource = Literal["own", "affirmative", "answer"]
 Precision = Literal["bf16", "fp16", "int8", "nf4"]
 
@@ -51,8 +51,7 @@ class EvaluateConfig:
     """A name that ``sku judge list`` shows, a judge file, or a folder of ``sku judge train``. ``embedded`` is exact on
     the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
-    """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ``calibration_group``
-    (one source of it), ..."""
+    """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
     utility_margin: AboveOne = 1.05
     """Utility is said to be kept where the perplexity of normal answers is shown to have grown less than this many
     times, and their KL to the base to lie below its logarithm (.049 nats for 1.05): whole intervals below. It is lost
@@ -65,20 +64,11 @@ class EvaluateConfig:
     xstest: str | None = None
     """xstest_prompts.csv: its safe prompts show over-refusal, its unsafe ones what is still answered."""
     lm_eval: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness (the extra ``lm-eval``), such as mmlu and hellaswag; ``sku_utility`` stands for
-    six tasks on files of your own (``lm_eval_data``)."""
+    """Tasks of lm-evaluation-harness (the extra ``lm-eval``), such as mmlu and hellaswag."""
     lm_eval_limit: Count | None = None
     """Examples of each of those tasks; all where this is empty."""
     lm_eval_include: str | None = None
     """Folder of task files of your own for lm-evaluation-harness."""
-    lm_eval_data: str | None = None
-    """Folder with arc_easy.jsonl, arc_challenge.jsonl, piqa.jsonl, openbook_qa.jsonl, commonsense_qa.jsonl and
-    winogrande.jsonl, for the tasks ``sku_arc_easy`` and so on (rows: query, choices, gold), and truthfulqa.jsonl for
-    ``sku_truthfulqa``."""
-    precisions: tuple[Precision, ...] = ()
-    """Formats that the unlearned model's weights are rounded to before it is asked again: ``bf16`` and ``fp16`` (all
-    weights), ``int8`` and ``nf4`` (linear layers). Each costs about an evaluation without sampled replies;
-    ``docs/limits.md`` says how to read the table."""
     attacks: tuple[Attack, ...] = ()
     """Attacks on the unlearned model; the base model goes through the same ones as a control."""
     attack_prompts: Count = 100

@@ -77,14 +77,8 @@ class ModulesConfig:
     preservation_tokens: PreservationTokens = "answer"
     """Positions of a normal example whose predictions are compared: its answer, or all of it. ``targeted`` learns a
     refusal, and always that alone."""
-    preservation_at: Annotated[float, Field(allow_inf_nan=False)] = 1.0
-    """Which model normal examples are compared at: ``theta_o + preservation_at * (theta_bad - theta_o)``. 1 is the bad
-    model, as in the paper; with ``retention``, -1 is the unlearned model of alpha 1, which is what normal prompts will
-    be answered by. Other than 1 with LoRA only. The good twin, which is added, is read at the absolute value."""
 
     def __post_init__(self) -> None:
-        if self.preservation_at == 0:
-            raise RecipeError("acquire.preservation_at is 0, the original model itself: set another number, such as 1")
         if self.random_answers < 1 and self.weights.random_disassociation:
             raise RecipeError(
                 f"acquire.random_answers is {self.random_answers}; it must be 1 or more, or "

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from sku.config.stages import Packing
-from sku.data.examples import RETAIN, RetainTokens
+from sku.data.examples import RetainTokens, RowType
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample, shared_length
 from sku.errors import DataError
 
@@ -180,7 +180,7 @@ def _in_reach(query: Tensor, key: Tensor, window: int | None) -> Tensor:
 class JointExample:
     """Token ids of one joint example."""
 
-    rows: tuple[tuple[int, TokenizedExample], ...]
+    rows: tuple[tuple[RowType, TokenizedExample], ...]
     """Kind and tokens of each row, in the order of a batch; the ``example_id`` of a normal pair is its place among
     ``data.retain_train``."""
     forget_index: int
@@ -188,22 +188,21 @@ class JointExample:
     counts: bool = True
     """Whether it is trained on; not if it only gives a process something to compute while others train."""
 
-    def of(self, kind: int) -> tuple[TokenizedExample, ...]:
+    def of(self, kind: RowType) -> tuple[TokenizedExample, ...]:
         """The rows of one kind; none of a module that is switched off."""
         return tuple(row for own, row in self.rows if own == kind)
 
     @property
     def retain_rows(self) -> tuple[int, ...]:
         """Place among ``data.retain_train`` of each normal pair, in the order of their rows."""
-        return tuple(row.example_id for row in self.of(RETAIN))
+        return tuple(row.example_id for row in self.of(RowType.RETAIN))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceRow:
     """A row before it is laid out."""
 
-    kind: int
-    """``FORGET``, ``MISMATCHED``, ``RETAIN`` or ``SAFE``."""
+    kind: RowType
     example: int
     """Position of its joint example in the batch."""
     tokens: TokenizedExample
@@ -231,10 +230,7 @@ class Rows(_Tensors, ABC):
 
     input_ids: Tensor
     """``[R, T]``, or ``[1, T]`` packed."""
-    is_retain: Tensor
-    """``[R, 1]``, or ``[1, T]`` packed, bool: whether a row, or token, is of a normal one; these share none with
-    others."""
-    kept: dict[int, KeptPlaces]
+    kept: dict[RowType, KeptPlaces]
     """Kind of rows -> theirs."""
     rows: tuple[SourceRow, ...]
     num_examples: int
@@ -247,7 +243,7 @@ class Rows(_Tensors, ABC):
     def model_inputs(self) -> dict[str, Any]:
         """Arguments of the model; the scores that it gives for them are the U, in their order."""
 
-    def of_kind(self, kind: int) -> Self:
+    def of_kind(self, kind: RowType) -> Self:
         """The rows of one kind laid out alone, on the same device, as a reference model is asked for them."""
         rows = [row for row in self.rows if row.kind == kind]
         alone = self.collator.lay_out(rows, self.num_examples).to(self.input_ids.device, non_blocking=True)
@@ -315,7 +311,7 @@ class JointCollator:
         Returns:
             - ``rows``: ``Rows``; ``input_ids``: theirs.
             - ``forget_index``, ``retain_index``: ``[B]`` int64, positions in the datasets, -1 where there is none.
-            - ``retain_rows``: int64, one for each ``RETAIN`` row, its position in the dataset.
+            - ``retain_rows``: int64, one for each normal pair, its position in the dataset.
             - ``counts``: ``[B]`` int64, 1 for examples that are trained on, 0 for one that isn't.
 
         Raises:
@@ -365,7 +361,6 @@ class JointCollator:
         kept_RT.view(-1)[score_places] = True
         return PaddedRows(
             input_ids=input_ids,
-            is_retain=torch.tensor([[row.kind == RETAIN] for row in rows]),
             kept=kept,
             attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             kept_RT=kept_RT,
@@ -380,7 +375,7 @@ class JointCollator:
         ]
         groups: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(rows):
-            alone = row.kind == RETAIN or self.packing == "flat"
+            alone = row.kind == RowType.RETAIN or self.packing == "flat"
             groups.setdefault((row.example, index if alone else -1), []).append(index)
         segments: list[Segment] = []
         ids: list[int] = []
@@ -388,13 +383,8 @@ class JointCollator:
         for members in groups.values():
             _add_group(members, sequences, segments, ids, places)
         score_places, kept = _kept_places(rows, positions, places)
-        is_retain_T = torch.zeros(len(ids), dtype=torch.bool)
-        for index, row in enumerate(rows):
-            if row.kind == RETAIN:
-                is_retain_T[places[index]] = True
         return PackedRows(
             input_ids=torch.tensor([ids]),
-            is_retain=is_retain_T[None],
             kept=kept,
             paths=plan_paths(segments),
             score_places_U=score_places,
@@ -426,7 +416,7 @@ def _add_group(
 
 def _kept_places(
     rows: Sequence[SourceRow], positions: Sequence[Tensor], places: dict[int, Tensor]
-) -> tuple[Tensor, dict[int, KeptPlaces]]:
+) -> tuple[Tensor, dict[RowType, KeptPlaces]]:
     score_places, scores = torch.cat([places[index][kept] for index, kept in enumerate(positions)]).unique(
         return_inverse=True
     )
@@ -448,6 +438,6 @@ def _kept_places(
 
 def _kept_positions(row: SourceRow, retain_tokens: RetainTokens) -> Tensor:
     """Positions of a row whose next token is learned or compared."""
-    if row.kind == RETAIN and retain_tokens != "answer":
+    if row.kind == RowType.RETAIN and retain_tokens != "answer":
         return torch.arange(len(row.tokens.labels) - 1)
     return (torch.tensor(row.tokens.labels[1:], dtype=torch.long) != IGNORE_INDEX).nonzero()[:, 0]

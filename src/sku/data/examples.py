@@ -13,6 +13,7 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from functools import lru_cache
 from typing import Literal, TypeVar, final
 
@@ -59,11 +60,17 @@ class RetainExample:
 Example = ForgetExample | RetainExample
 E = TypeVar("E", ForgetExample, RetainExample)
 RetainTokens = Literal["answer", "all"]
-FORGET, MISMATCHED, RETAIN, SAFE = 0, 1, 2, 3
-"""Kind of a row of a batch: harmful pair, harmful prompt with another prompt's answer, normal pair, and harmful prompt
-with a safe answer."""
 FEW_PROMPTS = 50
 """Of a split with fewer: with 50 prompts the 95 % interval of a share is still up to 27 points wide."""
+
+
+class RowType(IntEnum):
+    """What a row of a batch is; mismatched: a harmful prompt with another prompt's answer."""
+
+    FORGET = 0
+    MISMATCHED = 1
+    RETAIN = 2
+    SAFE = 3
 
 
 @dataclass(frozen=True, kw_only=True)

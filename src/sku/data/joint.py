@@ -24,15 +24,12 @@ from torch.utils.data import Dataset, Sampler
 from sku.config.data import EMBEDDED
 from sku.data.batches import JointExample
 from sku.data.examples import (
-    FORGET,
-    MISMATCHED,
-    RETAIN,
-    SAFE,
     E,
     Example,
     ForgetRetainData,
     RetainExample,
     RowPlan,
+    RowType,
     group_of,
 )
 from sku.data.tokens import Encoder, TokenizationReport, TokenizedExample, decoded
@@ -188,25 +185,25 @@ class JointDataset(Dataset[JointExample]):
             self._example(place) if place != FILLER else replace(self._example(0), counts=False) for place in places
         ]
 
-    def fixed_rows(self, kind: int, examples: int) -> list[TokenizedExample] | None:
+    def fixed_rows(self, kind: RowType, examples: int) -> list[TokenizedExample] | None:
         """Rows of one kind among the first joint examples of training, each once, in the order of first use.
 
         Args:
-            kind: ``FORGET``, ``RETAIN`` or ``SAFE``, which an example's ``forget_index`` or ``retain_index`` decides.
+            kind: One that an example's ``forget_index`` or ``retain_index`` decides.
             examples: Joint examples from the first of epoch 0 on, over as many epochs as it takes.
 
         Returns:
-            The rows, whose ``example_id`` is that index; None for rows that are drawn anew: ``MISMATCHED``, and
-            ``SAFE`` with ``depth_share``.
+            The rows, whose ``example_id`` is that index; None for rows that are drawn anew: mismatched ones, and
+            safe ones with ``depth_share``.
         """
-        if kind == MISMATCHED or (kind == SAFE and self._rows.depth_share):
+        if kind == RowType.MISMATCHED or (kind == RowType.SAFE and self._rows.depth_share):
             return None
-        source = self._retain if kind == RETAIN else self._forget
-        stream = "retain" if kind == RETAIN else "forget"
-        count = examples * max(self._rows.retain, 1) if kind == RETAIN else examples
+        source = self._retain if kind == RowType.RETAIN else self._forget
+        stream = "retain" if kind == RowType.RETAIN else "forget"
+        count = examples * max(self._rows.retain, 1) if kind == RowType.RETAIN else examples
         places = (self._shuffled(stream, len(source), position) for position in range(count))
         rows = [source[place] for place in dict.fromkeys(places)]
-        if kind == SAFE:
+        if kind == RowType.SAFE:
             return [replace(self._safe[row.example_id], example_id=row.example_id) for row in rows]
         return rows
 
@@ -225,10 +222,13 @@ class JointDataset(Dataset[JointExample]):
         safe = self._deepened(forget, position) if self._rows.depth_share else self._safe.get(forget.example_id)
         return JointExample(
             rows=(
-                *([(FORGET, forget)] if self._rows.forget else ()),
-                *((MISMATCHED, self._mismatch(forget, other)) for other in drawn),
-                *((RETAIN, self._retain[self._shuffled("retain", len(self._retain), number)]) for number in normal),
-                *([(SAFE, safe)] if safe is not None else ()),
+                *([(RowType.FORGET, forget)] if self._rows.forget else ()),
+                *((RowType.MISMATCHED, self._mismatch(forget, other)) for other in drawn),
+                *(
+                    (RowType.RETAIN, self._retain[self._shuffled("retain", len(self._retain), number)])
+                    for number in normal
+                ),
+                *([(RowType.SAFE, safe)] if safe is not None else ()),
             ),
             forget_index=forget.example_id,
         )

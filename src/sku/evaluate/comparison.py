@@ -3,17 +3,6 @@
 Every rate of replies to harmful prompts counts the prompts that the judge gave a verdict on for both models, so that
 all rows of a table have the same prompts; ``harmful_ungated_at_most``, ``harmful_at_most``, ``unjudged`` and
 ``no_verdict`` count all prompts, as both results themselves do.
-
-And what rounding the weights does to the unlearned model, as it stands in ``precisions.json``. Keys of that file:
-
-- ``schema_version``: of this file.
-- ``model``: ``name``, ``dtype`` and ``fingerprint`` of the model as it was evaluated; ``base`` the same of the
-  original model, which is never rounded.
-- ``measured``: the model as it was evaluated, ``Measured``.
-- ``results``: one entry a precision, ``PrecisionResult``, in the order asked for.
-- ``notes``: sentences that a reader of the numbers needs; those that warn say where a precision brings harm back.
-
-A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %).
 """
 
 from __future__ import annotations
@@ -41,20 +30,19 @@ from sku.evaluate.changes import (
 )
 from sku.evaluate.comparison_notes import comparison_notes, detail_notes
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.measure import by_nearest
+from sku.evaluate.measure import corrected_without
 from sku.evaluate.metrics import (
     BOUNDS,
     HARM_WORDS,
     HARMFUL_PROMPT_RATES,
     NORMAL_PROMPT_RATES,
-    Rate,
     ReplyOutcome,
     leak_of,
     leaks_per_prompt,
     prefill_words,
     sample_rates,
 )
-from sku.evaluate.record_files import Stored, from_plain
+from sku.evaluate.record_files import from_plain
 from sku.evaluate.records import (
     BORDERLINE,
     NORMAL_SPLITS,
@@ -187,7 +175,8 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
             "starts of the base's result with the other"
         )
     left_out = without_verdict(base, unlearned)
-    base, unlearned = by_nearest(base, unlearned, left_out)
+    if left_out:
+        base, unlearned = (corrected_without(result, left_out) for result in (base, unlearned))
     pair = _Pair(base, unlearned, seed, left_out)
     by_key = {
         split: {key: pair.rates("prefill", split, key) for key in prefills}
@@ -380,96 +369,3 @@ def _share(hits: Mapping[str, float]) -> Estimate:
     count = round(sum(hits.values()))
     low, high = wilson_interval(count, len(hits))
     return Estimate(value=count / len(hits), low=low, high=high)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """What a model says and how likely it finds given answers, at one precision."""
-
-    replies: Mapping[str, Mapping[str, Rate]]
-    """Split -> rate name -> rate of the free replies."""
-    prefill: Mapping[str, Mapping[str, Rate]]
-    """The same after the prefill that is the worst for this model; empty where there are no prefills."""
-    perplexity: Mapping[str, PerplexityChange]
-    """Split -> from the original model, never rounded, to this one."""
-    worst_prefill: Mapping[str, str] = field(default_factory=dict)
-    """Split -> key of that prefill."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Survival:
-    """What is left between the two models of the change that unlearning made, once both are rounded."""
-
-    entries: int
-    """Weights that unlearning changed and the precision rounds."""
-    changed: float
-    """Share of these that still differ."""
-    projection: float
-    """``<applied, wanted> / <wanted, wanted>``: 1 where nothing is lost, 0 where nothing is left."""
-    tensors: Mapping[str, float]
-    """The projection by weight."""
-    not_rounded: int
-    """Tensors that unlearning changed and the precision leaves as they are."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecisionResult:
-    """The model at one precision."""
-
-    precision: str
-    """As in ``evaluate.precisions``."""
-    scheme: str
-    """What is rounded, and how."""
-    rounded_by: str
-    """``torch``, ``sku`` or ``bitsandbytes VERSION``."""
-    rounded: int
-    """Weights that were rounded."""
-    moved: int
-    """Those of them whose value changed. Where there is none, the model is the one that was evaluated."""
-    overflowed: int
-    """Weights that the precision can't hold; then nothing was measured."""
-    measured: Measured | None
-    harmful: Mapping[str, Mapping[str, RateChange]]
-    """``replies`` and ``prefill`` -> split -> the harmful rate, from the model as evaluated to the rounded one; after
-    the prefill that is the worst for the rounded one."""
-    brings_back: tuple[str, ...]
-    """Those of them, as ``replies/unseen``, that rose with the whole 95 % interval of the difference above 0."""
-    survival: Survival | None
-    """None where the two models can't be compared weight by weight."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecisionReport(Stored):
-    """An unlearned model at several precisions, as ``precisions.json`` holds it: its fields are the keys above."""
-
-    FILE = "precisions.json"
-    SCHEMA = 2
-
-    model: Mapping[str, str]
-    base: Mapping[str, str]
-    measured: Measured
-    results: tuple[PrecisionResult, ...]
-    notes: tuple[str, ...] = ()
-
-    def certificate(self) -> dict[str, Any]:
-        """The figures in short, for a manifest: by precision the rates, perplexities, change kept and what returns."""
-        return {result.precision: _in_short(result) for result in self.results}
-
-
-def _in_short(result: PrecisionResult) -> dict[str, Any]:
-    measured = result.measured
-    kinds = {} if measured is None else {"replies": measured.replies, "prefill": measured.prefill}
-    perplexity = {} if measured is None else measured.perplexity
-    return {
-        "scheme": result.scheme,
-        "rounded_by": result.rounded_by,
-        "overflowed": result.overflowed,
-        "harmful": {
-            kind: {split: rates["harmful"].value for split, rates in splits.items() if "harmful" in rates}
-            for kind, splits in kinds.items()
-        },
-        "gibberish": {split: rates["gibberish"].value for split, rates in kinds.get("replies", {}).items()},
-        "perplexity_ratio": {split: change.ratio for split, change in perplexity.items()},
-        "change_kept": None if result.survival is None else result.survival.projection,
-        "brings_back": list(result.brings_back),
-    }

@@ -54,7 +54,7 @@ def comparison_notes(found: Compared) -> tuple[str, ...]:
         *_shortened(found),
         *_cut_off(found),
         *_other_lengths(found),
-        *_corrections(base, unlearned),
+        *_corrections(unlearned),
         *dict.fromkeys((*base.setup.notes, *unlearned.setup.notes)),
         *_left_out(found),
     )
@@ -202,31 +202,14 @@ def _other_lengths(found: Compared) -> Iterator[str]:
                 )
 
 
-def _corrections(base: EvaluationResult, unlearned: EvaluationResult) -> Iterator[str]:
-    """Whose errors were taken out of the harmful rates, and what those on other sources would make of them."""
-    card = unlearned.judge
-    chosen = card.calibration
-    if chosen is None or not unlearned.corrected:
-        return
-    how = others = ""
-    if chosen.group is not None and card.calibrations:
-        own = next(base.wording[split].median_words for split in reversed(HARMFUL_SPLITS) if split in base.wording)
-        how = (
-            f", whose replies are nearest in length to the base model's ({chosen.words_median} and {own} words, "
-            "median)"
+def _corrections(unlearned: EvaluationResult) -> Iterator[str]:
+    """Whose errors were taken out of the harmful rates."""
+    known = unlearned.judge.calibration
+    if known is not None and unlearned.corrected:
+        yield (
+            f"harmful rates are corrected by the errors of judge {unlearned.judge.name} on {known.data} "
+            f"({known.harmful} harmful and {known.safe} safe replies)"
         )
-    found = unlearned.corrected.get("forget_test", {}).get("replies")
-    usable = [one for one in card.calibrations if not one.tells_nothing]
-    if found is not None and usable:
-        rates = [one.corrected(found.observed) for one in usable]
-        others = (
-            f"; by its {len(rates)} sources one by one, the unlearned model's rate on unseen prompts is "
-            f"{percent(min(rates))} to {percent(max(rates))}"
-        )
-    yield (
-        f"harmful rates are corrected by the errors of judge {card.name} on {chosen.source} ({chosen.harmful} harmful "
-        f"and {chosen.safe} safe replies){how}{others}"
-    )
 
 
 def _left_out(found: Compared) -> Iterator[str]:

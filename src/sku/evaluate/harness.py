@@ -2,29 +2,22 @@
 
 The harness asks with its own prompts, without the run's prompt format or chat template, so its numbers are those that
 other papers report for a base model. It is imported only where ``evaluate.lm_eval`` names a task.
-
-``tasks/*.yaml`` are tasks of the package, multiple choice on JSON Lines files in the folder ``evaluate.lm_eval_data``,
-so that nothing is downloaded: ``sku_arc_easy`` and others, all of them by the tag ``sku_utility``, and the harness's
-own TruthfulQA (tag ``sku_truthfulqa``), without the questions that were trained on.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import math
 import random
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig
@@ -35,8 +28,8 @@ from sku.evaluate.results import HarnessScores, TaskScores
 
 HARNESS_FILE = "lm_eval.jsonl"
 PACKAGE = "lm-eval"
-PREFIX = "sku_"
-"""What names and tags of the package's tasks begin with."""
+SEEN = "questions_trained_on"
+"""Beside a task's metrics: how many of its questions training or validation examples ask, where there are any."""
 _TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv")
 
 
@@ -51,18 +44,13 @@ def run_tasks(
     Args:
         model: In evaluation mode.
         tokenizer: Of the model.
-        config: ``lm_eval`` names tasks, groups or tags, such as ``mmlu`` and ``hellaswag``; with ``lm_eval_limit``,
-            ``lm_eval_include``, ``lm_eval_data`` and ``batch_size``.
-        trained: Prompts, normalised, whose questions are not asked: the model may have been trained on them.
-
-    Returns:
-        Every number that the harness gives for these tasks and their parts, and which examples were right.
+        config: ``lm_eval`` names tasks, groups or tags; with ``lm_eval_limit``, ``lm_eval_include``, ``batch_size``.
+        trained: Normalised prompts that the model may have been trained on: questions among them are counted.
 
     Raises:
         EvaluationError: The package is missing, a task is unknown, or its data can't be had.
     """
-    version = harness_version()
-    manager = check_tasks(config, trained)
+    version, manager = harness_version(), check_tasks(config)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -82,69 +70,19 @@ def run_tasks(
         harness=version,
         limit=config.lm_eval_limit,
         asked=config.lm_eval,
-        tasks=_task_scores(found),
+        tasks=_task_scores(found, trained),
         hits=_hits(found["samples"]),
     )
 
 
-def check_tasks(config: EvaluateConfig, trained: frozenset[str] = frozenset()) -> Any:
-    """Looks for tasks; arguments as those of ``run_tasks``.
-
-    Returns:
-        The harness's index of tasks.
+def check_tasks(config: EvaluateConfig) -> Any:
+    """The harness's index of tasks, once it knows all that are named.
 
     Raises:
-        EvaluationError: The package is missing, there is no such folder or file, or a task is unknown.
+        EvaluationError: The package is missing, there is no such folder, or a task is unknown.
     """
     harness_version()
-    _data_files(config)
-    return _task_manager(config.lm_eval, config.lm_eval_include, config.lm_eval_data, trained)
-
-
-def _data_files(config: EvaluateConfig) -> list[Path]:
-    """The files that the package's tasks among those of a configuration read.
-
-    Raises:
-        EvaluationError: There is no such task, no folder is named, or a file is not in it.
-    """
-    tasks, data = config.lm_eval, config.lm_eval_data
-    own = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in _package_tasks()]
-    wanted = [content for content in own if {content["task"], content["tag"]} & set(tasks)]
-    if wanted and data is None:
-        raise EvaluationError(
-            f"evaluate.lm_eval names {', '.join(name for name in tasks if name.startswith(PREFIX))}, which read JSON "
-            "Lines files: name their folder with evaluate.lm_eval_data"
-        )
-    names = dict.fromkeys(name for content in wanted for name in content["dataset_kwargs"]["data_files"].values())
-    files = [Path(str(data)).expanduser() / name for name in names]
-    missing = [path.name for path in files if not path.is_file()]
-    if missing:
-        raise EvaluationError(
-            f"evaluate.lm_eval_data {data} has no {', '.join(missing)}: name another folder, or only tasks whose file "
-            f"is there, such as {PREFIX}arc_easy"
-        )
-    return files
-
-
-def trained_questions(config: EvaluateConfig, trained: frozenset[str]) -> int:
-    """How many questions of the files that tasks read are among some normalised prompts."""
-    return sum(len(lines) - len(_untrained(lines, trained)) for lines in map(_lines, _data_files(config)))
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True)
-
-
-def _untrained(lines: Sequence[str], trained: frozenset[str]) -> list[str]:
-    """Rows without those whose ``question``, as TruthfulQA's have it, was trained on."""
-    try:
-        return [line for line in lines if normalise_prompt(str(json.loads(line).get("question", ""))) not in trained]
-    except (ValueError, AttributeError) as error:
-        raise EvaluationError(f"a file of evaluate.lm_eval_data is not JSON Lines: {one_line(error)}") from None
-
-
-def _package_tasks() -> list[Path]:
-    return sorted(Path(str(resources.files("sku.evaluate") / "tasks")).glob("*.yaml"))
+    return _task_manager(config.lm_eval, config.lm_eval_include)
 
 
 def harness_version() -> str:
@@ -162,66 +100,38 @@ def harness_version() -> str:
 
 
 def harness_header(about: Mapping[str, str], config: EvaluateConfig, trained: frozenset[str]) -> dict[str, Any]:
-    """What decides the scores: model, tasks, number of examples, task files and their data, version of the harness."""
-    files = [*_package_tasks(), *read] if (read := _data_files(config)) else []
+    """What decides the scores: model, tasks, number of examples, task files, version of the harness."""
     include = config.lm_eval_include
     return {
-        "data": {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files},
         "model": dict(about),
         "tasks": list(config.lm_eval),
         "limit": config.lm_eval_limit,
         "include": None if include is None else _folder_hash(Path(include).expanduser()),
         "harness": harness_version(),
-        **({"trained": header_hash({"prompts": sorted(trained)})} if trained else {}),
+        "trained": header_hash(sorted(trained)),
     }
 
 
-@functools.cache
-def _filled(data: str, trained: frozenset[str]) -> tempfile.TemporaryDirectory[str]:
-    """The package's task files, each with the place of its data; gone with the process."""
-    folder = tempfile.TemporaryDirectory(prefix="sku-tasks-")
-    for path in _package_tasks():
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        ((split, name),) = content["dataset_kwargs"]["data_files"].items()
-        file = (Path(data).expanduser() / name).resolve()
-        if trained and file.is_file():
-            kept = Path(folder.name) / name
-            kept.write_text("".join(_untrained(_lines(file), trained)), encoding="utf-8")
-            file = kept
-        content["dataset_kwargs"]["data_files"] = {split: str(file)}
-        if "include" in content:
-            content["include"] = str(resources.files("lm_eval") / "tasks" / content["include"])
-        (Path(folder.name) / path.name).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    return folder
-
-
 @functools.lru_cache(maxsize=1)
-def _task_manager(tasks: tuple[str, ...], include: str | None, data: str | None, trained: frozenset[str]) -> Any:
+def _task_manager(tasks: tuple[str, ...], include: str | None) -> Any:
     """The index of all tasks; kept, as both models of a run are asked the same and it takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
-    folders = [] if data is None else [_filled(data, trained).name]
     if include is not None:
         folder = Path(include).expanduser()
         if not folder.is_dir():
             raise EvaluationError(f"evaluate.lm_eval_include {include} is no folder of task files")
-        folders.append(str(folder))
-    if folders:
-        own = TaskManager(include_path=folders, include_defaults=False)
+        own = TaskManager(include_path=str(folder), include_defaults=False)
         if set(tasks) <= set(own.all_tasks):
             return own
-    manager = TaskManager(include_path=folders or None)
-    check_known(tasks, manager.all_tasks, include)
+        include = str(folder)
+    manager = TaskManager(include_path=include)
+    check_known(tasks, manager.all_tasks)
     return manager
 
 
-def check_known(tasks: Sequence[str], known: Sequence[str], include: str | None) -> None:
+def check_known(tasks: Sequence[str], known: Sequence[str]) -> None:
     """Refuses a task that the harness does not have.
-
-    Args:
-        tasks: Names as configured.
-        known: Names of all tasks, groups and tags.
-        include: Folder of task files of one's own, for the message.
 
     Raises:
         EvaluationError: With the first unknown name and the one that comes near.
@@ -229,15 +139,17 @@ def check_known(tasks: Sequence[str], known: Sequence[str], include: str | None)
     for task in tasks:
         if task not in known:
             raise EvaluationError(
-                f"evaluate.lm_eval names {task}, which is no task of lm-eval {harness_version()}"
-                f"{'' if include is None else f' nor of {include}'}.{did_you_mean(task, known)}"
+                f"evaluate.lm_eval names {task}, which is no task of lm-eval {harness_version()} nor of "
+                f"evaluate.lm_eval_include.{did_you_mean(task, known)}"
             )
 
 
-def _task_scores(found: Mapping[str, Any]) -> dict[str, TaskScores]:
+def _task_scores(found: Mapping[str, Any], trained: frozenset[str]) -> dict[str, TaskScores]:
     scores: dict[str, TaskScores] = {}
     for name, values in {**found["results"], **found.get("groups", {})}.items():
         version = found["versions"].get(name)
+        asked = {row["doc_id"]: str(row["doc"].get("question", "")) for row in found["samples"].get(name, ())}
+        seen = sum(normalise_prompt(question) in trained for question in asked.values())
         scores[name] = TaskScores(
             version=None if version is None else str(version),
             shots=found["n-shot"].get(name),
@@ -247,7 +159,8 @@ def _task_scores(found: Mapping[str, Any]) -> dict[str, TaskScores]:
                 key.removesuffix(",none"): float(value)
                 for key, value in values.items()
                 if "," in key and isinstance(value, int | float) and math.isfinite(value)
-            },
+            }
+            | ({SEEN: float(seen)} if seen else {}),
         )
     return scores
 

@@ -1,28 +1,22 @@
 """From rows to numbers: no model, no torch, so that a finished evaluation can be judged again.
 
-Harmful rates are also given with the judge's errors taken out. A judge errs differently on replies of different
-sources. Where its calibration tells several apart and the recipe names none
-(``evaluate.judge_settings.calibration_group``), a comparison takes the source whose replies are nearest in length
-(median words, as a ratio) to the base model's free replies to unseen prompts, and says so under its table. The base's,
-since both models must be corrected alike.
+Harmful rates are also given with the judge's errors taken out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from sku.evaluate.judges import Calibration, Judge, JudgeCard
-from sku.evaluate.judges.vote import VoteJudge, agreement_of
+from sku.evaluate.judges import Judge, JudgeCard
 from sku.evaluate.metrics import (
     HARMFUL_PROMPT_RATES,
     Rate,
     ReplyOutcome,
-    Wording,
     decide_outcomes,
     leaks_of,
     perplexity_of,
@@ -42,7 +36,6 @@ from sku.evaluate.record_files import (
     read_rows,
 )
 from sku.evaluate.records import (
-    HARMFUL_SPLITS,
     NORMAL_SPLITS,
     SIMILARITIES,
     AgreementRow,
@@ -105,7 +98,6 @@ def measure(
             split: wording_of(own)
             for split, own in by_split(record for record in generations if record.kind == "reply").items()
         },
-        judge_agreement=agreement_of(judge, generations, decide) if isinstance(judge, VoteJudge) else None,
         corrected=corrected_rates(outcomes, judge.card, setup.seed),
         outcomes=tuple(outcomes),
         losses=tuple(losses),
@@ -149,10 +141,6 @@ def _by_prefill_and_category(outcomes: Sequence[ReplyOutcome]) -> dict[str, dict
     return {key: rates_by_category(found[key]) for key in prefills_in_order(found)}
 
 
-FEWEST = 20
-"""Harmful and safe replies that a source must have to be taken unasked."""
-
-
 def corrected_rates(
     outcomes: Sequence[ReplyOutcome], card: JudgeCard, seed: int
 ) -> dict[str, dict[str, CorrectedRate]]:
@@ -192,53 +180,10 @@ def corrected_rates(
     return corrected
 
 
-def by_nearest(
-    base: EvaluationResult, unlearned: EvaluationResult, left_out: Collection[str] = ()
-) -> tuple[EvaluationResult, EvaluationResult]:
-    """Both evaluations, corrected by the errors on the source that is nearest to the base model's replies.
-
-    Args:
-        base: Of the original model.
-        unlearned: Of the unlearned model, by the same judge.
-        left_out: Ids of replies that enter no corrected rate.
-
-    Returns:
-        As they are where nothing is left out, and the judge knows one source of labelled replies, or none, or no reply
-        to harmful prompts.
-    """
-    nearest = nearest_calibration(base.judge, base.wording)
-    if nearest is None and not left_out:
-        return base, unlearned
-    card = base.judge if nearest is None else dataclasses.replace(base.judge, calibration=nearest)
-
-    def again(result: EvaluationResult) -> EvaluationResult:
-        counted = [row for row in result.outcomes if row.id not in left_out]
-        corrected = corrected_rates(counted, card, result.setup.seed)
-        return dataclasses.replace(result, judge=card, corrected=corrected)
-
-    return again(base), again(unlearned)
-
-
-def nearest_calibration(card: JudgeCard, wording: Mapping[str, Wording]) -> Calibration | None:
-    """The source whose replies are nearest in length to a model's; of equals the first by name.
-
-    Args:
-        card: Of the judge.
-        wording: Split -> length of the model's free replies; those to unseen prompts count, else to trained-on ones.
-
-    Returns:
-        None where there is nothing to choose by or from: a source needs ``FEWEST`` replies of each kind, and a judge
-        that tells them apart.
-    """
-    words = next((wording[split].median_words for split in reversed(HARMFUL_SPLITS) if split in wording), None)
-    usable = [
-        one
-        for one in card.calibrations
-        if min(one.harmful, one.safe) >= FEWEST and not one.tells_nothing and one.words_median is not None
-    ]
-    if words is None or not usable:
-        return None
-    return min(usable, key=lambda one: (abs(math.log(max(words, 1) / max(one.words_median or 0, 1))), str(one.group)))
+def corrected_without(result: EvaluationResult, left_out: Collection[str]) -> EvaluationResult:
+    """An evaluation whose corrected rates are of other replies than those of ``left_out``, by id."""
+    counted = [row for row in result.outcomes if row.id not in left_out]
+    return dataclasses.replace(result, corrected=corrected_rates(counted, result.judge, result.setup.seed))
 
 
 def base_agreement(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAgreement]:

@@ -22,7 +22,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median_low
 from typing import Literal
@@ -465,37 +465,3 @@ def _counts_per_prompt(replies: Sequence[ReplyOutcome], name: str) -> dict[str, 
 def numbers_of_samples(most: int) -> list[int]:
     """1, 2, 4, ... below ``most``, and ``most`` itself."""
     return [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
-
-
-Rule = Literal["majority", "any", "all"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Disagreement:
-    """A reply that one judge calls harmful and another doesn't."""
-
-    id: str
-    """Of the record."""
-    labels: tuple[str, ...]
-    """One a judge, in their order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Agreement:
-    """What the judges of a vote say, one by one and of one another. Harmful or not is what is compared."""
-
-    judges: tuple[str, ...]
-    rule: Rule
-    judged_by_all: int
-    """Replies to harmful prompts on which every judge gave a verdict; kappa and disagreements are counted on these."""
-    kappa: float | None
-    """Cohen's of two judges, Fleiss' of more; None where all verdicts are the same, which leaves it undefined."""
-    pairwise: Mapping[str, float | None]
-    """``first | second`` -> Cohen's kappa on the replies that both gave a verdict on; None where undefined."""
-    errors: Mapping[str, int]
-    """Judge -> replies on which it failed, so that it has no vote on them."""
-    rates: Mapping[str, Mapping[str, Mapping[str, Rate]]]
-    """Judge -> split -> rate of the free replies -> what that judge alone would have given."""
-    disagreement_count: int
-    disagreements: tuple[Disagreement, ...] = field(default=(), repr=False)
-    """In ``disagreements.jsonl``, not in ``evaluation.json``."""

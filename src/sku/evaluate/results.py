@@ -36,17 +36,9 @@ Keys of the file:
   metric -> a digit an example, 1 where it was right; null where not asked for.
 - ``wording``: split -> replies, same_reply, distinct_pairs, mean_tokens, median_words, of the free replies as a
   whole.
-- ``judge_agreement``: of a vote of several judges, else null: ``judges`` (names), ``rule``, ``judged_by_all`` (replies
-  to harmful prompts that all gave a verdict on), ``kappa`` (Cohen's of two, Fleiss' of more, on harmful or not),
-  ``pairwise`` ("one | other" -> Cohen's kappa), ``errors`` (judge -> replies it failed on), ``rates`` (judge -> split
-  -> rate of the free replies -> what that judge alone would have given: harmful, harmful_at_most, harmful_ungated,
-  refusal, unjudged), ``disagreement_count``. A kappa is null where all verdicts are the same. Which replies the judges
-  part on is in ``disagreements.jsonl``: ids and labels, no text.
 - ``corrected``: split -> ``replies`` or ``prefill/KEY`` (of ``prefill``) -> the harmful rate with the judge's errors
   taken out: value, low, high, floor (what the judge calls harmful where nothing is), below_floor (whether the observed
-  rate is not shown to be above it), observed; ``CorrectedRate``. By the errors on all labelled replies, or on the
-  source that the recipe names; a comparison of two models takes the nearest source (``correction``). Empty where the
-  judge's card holds no calibration.
+  rate is not shown to be above it), observed; ``CorrectedRate``. Empty where the judge's card holds no calibration.
 
 A rate is ``count``, ``total``, ``value``, ``low``, ``high`` (Wilson, 95 %). Per-reply rows are in ``outcomes.jsonl``,
 per-answer losses in ``perplexity.jsonl``. The other intervals are 95 % of a bootstrap over examples; that of ``mc1``
@@ -62,7 +54,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import Agreement, Disagreement, Perplexity, Rate, ReplyOutcome, Wording
+from sku.evaluate.metrics import Perplexity, Rate, ReplyOutcome, Wording
 from sku.evaluate.record_files import (
     OUTCOMES_FILE,
     OWN_ANSWERS_FILE,
@@ -72,15 +64,12 @@ from sku.evaluate.record_files import (
     STARTS_FILE,
     Stored,
     read_rows,
-    write_rows,
 )
 from sku.evaluate.records import BORDERLINE, HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start, set_name
 from sku.evaluate.statistics import CorrectedRate, Estimate
 
 if TYPE_CHECKING:
     from pandas import DataFrame
-
-DISAGREEMENTS_FILE = "disagreements.jsonl"
 
 Rates = Mapping[str, Rate]
 
@@ -290,7 +279,6 @@ class EvaluationResult(Stored, Tabular):
     similarity: Mapping[str, MeanScore] = field(default_factory=dict)
     lm_eval: HarnessScores | None = None
     wording: Mapping[str, Wording] = field(default_factory=dict)
-    judge_agreement: Agreement | None = None
     corrected: Mapping[str, Mapping[str, CorrectedRate]] = field(default_factory=dict)
     outcomes: tuple[ReplyOutcome, ...] = field(default=(), repr=False)
     """Per reply; in ``outcomes.jsonl``, not in ``evaluation.json``."""
@@ -317,35 +305,16 @@ class EvaluationResult(Stored, Tabular):
         return {split: self.prefill[split][key] for split, key in self.worst_prefill.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data without the rows: those of files of their own, and disagreements of judges.
-
-        All rows stay empty in what ``from_dict`` makes of it.
-        """
+        """Plain data without the rows, which stay empty in what ``from_dict`` makes of it."""
         plain = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
         for rows in ROWS:
             del plain[rows]
-        if plain["judge_agreement"] is not None:
-            del plain["judge_agreement"]["disagreements"]
         return plain
 
 
 def _line(split: Split, kind: str, measure: str, value: float, between: Rate | Estimate | None, n: int) -> Line:
     low, high = (None, None) if between is None else (between.low, between.high)
     return {"split": split, "kind": kind, "measure": measure, "value": value, "low": low, "high": high, "n": n}
-
-
-def write_result(folder: Path, result: EvaluationResult) -> None:
-    """Writes ``evaluation.json``, and ``disagreements.jsonl`` where several judges voted.
-
-    Raises:
-        OutputError: The folder can't be written.
-    """
-    agreement = result.judge_agreement
-    if agreement is None:
-        (folder / DISAGREEMENTS_FILE).unlink(missing_ok=True)  # Of an earlier judge.
-    else:
-        write_rows(folder / DISAGREEMENTS_FILE, {"judges": agreement.judges}, agreement.disagreements)
-    result.write(folder)
 
 
 def read_result(folder: Path) -> EvaluationResult:
@@ -357,10 +326,6 @@ def read_result(folder: Path) -> EvaluationResult:
     result = EvaluationResult.read(folder)
     _, outcomes = read_rows(folder / OUTCOMES_FILE, ReplyOutcome)
     _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
-    if result.judge_agreement is not None:
-        _, parted = read_rows(folder / DISAGREEMENTS_FILE, Disagreement)
-        agreement = dataclasses.replace(result.judge_agreement, disagreements=tuple(parted))
-        result = dataclasses.replace(result, judge_agreement=agreement)
     similar = read_rows(folder / SIMILARITY_FILE, SimilarityRow)[1] if result.similarity else []
     starts = read_rows(folder / STARTS_FILE, Start)[1] if result.setup.starts else []
     if (folder / OWN_ANSWERS_FILE).exists():

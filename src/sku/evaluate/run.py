@@ -47,7 +47,7 @@ from sku.evaluate.records import (
     start_id,
 )
 from sku.evaluate.replies import Asker, SavedReplies, answers_notes, backend_notes
-from sku.evaluate.results import EvaluationResult, EvaluationSetup, write_result
+from sku.evaluate.results import EvaluationResult, EvaluationSetup
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
 
@@ -196,7 +196,7 @@ class _Run:
 
         with batching.evaluation_mode(self.replies.model):
             model = {"name": self.name, **about(self.replies.model, probes)}
-            utility = UtilityStages(replies=replies, about=model, data=self.data, left_out=left_out)
+            utility = UtilityStages(replies=replies, about=model, data=self.data)
             header = {"model": model, "decoding": replies.decoding()}
             generations, check = replies.generate(requests, header, begun)
             own = replies.answers(requests, generations)
@@ -240,7 +240,7 @@ class _Run:
         folder = self.replies.reuse.folder
         if folder is not None:
             write_rows(folder / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
-            write_result(folder, result)
+            result.write(folder)
         return result
 
     def _starts_notes(self, counts: Mapping[str, int]) -> list[str]:

@@ -305,8 +305,6 @@ class UtilityStages:
     about: Mapping[str, str]
     """``name``, ``dtype`` and ``fingerprint`` of the model."""
     data: ForgetRetainData
-    left_out: dict[str, int]
-    """Of the evaluation; what these stages leave out is added."""
 
     @property
     def _config(self) -> EvaluateConfig:
@@ -339,19 +337,15 @@ class UtilityStages:
         examples = [example for name in TRAINED_SPLITS for example in splits.get(name, ())]
         examples += [example for tuned_on in self.data.normal_validation.values() for example in tuned_on]
         trained = frozenset(normalise_prompt(example.prompt) for example in examples)
-        known = harness.trained_questions(self._config, trained)
-        if known:
-            self.left_out["truthfulqa: the question is in the training or validation data"] = known
-        skipped = trained if known else frozenset()
         config, progress = self._config, self.replies.report("lm_eval") or (lambda _done, _total: None)
 
         def run() -> list[HarnessScores]:
             progress(0, len(config.lm_eval))
-            scores = harness.run_tasks(self.replies.model, self.replies.asker.writer.tokenizer, config, skipped)
+            scores = harness.run_tasks(self.replies.model, self.replies.asker.writer.tokenizer, config, trained)
             progress(len(config.lm_eval), len(config.lm_eval))
             return [scores]
 
-        header = harness.harness_header(self.about, config, skipped)
+        header = harness.harness_header(self.about, config, trained)
         (scores,) = self.replies.reuse.rows_of_main(harness.HARNESS_FILE, header, HarnessScores, run)
         return {"lm_eval": scores}
 

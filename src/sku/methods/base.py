@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.config.check import validated
-from sku.data.examples import RETAIN
+from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.losses import mean_per_example, token_kl
 from sku.training.objective import Objective, Term, TrainingStep
@@ -88,12 +88,16 @@ def retain_term(kind: RetainKind, weight: float = 1.0) -> dict[str, Term]:
     """
 
     def kl(step: TrainingStep) -> Tensor:
-        rows = step.rows(RETAIN)
-        kl_N = token_kl(step.reference(RETAIN).scores_NV, rows.scores_NV)
+        rows = step.rows(RowType.RETAIN)
+        kl_N = token_kl(step.reference(RowType.RETAIN).scores_NV, rows.scores_NV)
         return mean_per_example(kl_N, rows.example_N, rows.num_examples)
 
     if kind == "none":
         return {}
     if kind == "gd":
-        return {"retain": Term(weight=weight, loss=lambda step: step.rows(RETAIN).mean_nll(), rows={"retain": True})}
+        return {
+            "retain": Term(
+                weight=weight, loss=lambda step: step.rows(RowType.RETAIN).mean_nll(), rows={"retain": True}
+            )
+        }
     return {"retain_kl": Term(weight=weight, loss=kl, rows={"retain": True}, reference=True)}

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import Positive, validated
-from sku.data.examples import FORGET, RETAIN
+from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.methods.base import Method
@@ -135,14 +135,14 @@ def _objective(settings: CircuitBreakersSettings, model: PreTrainedModel) -> Obj
     turned = list(turned_layers(settings, model))
 
     def reroute(step: TrainingStep) -> Tensor:
-        rows, original_NLH = step.rows(FORGET), step.reference(FORGET).hidden_states()
+        rows, original_NLH = step.rows(RowType.FORGET), step.reference(RowType.FORGET).hidden_states()
         loss_B = rerouting_loss(
             rows.hidden_states()[:, turned], original_NLH[:, turned], rows.example_N, rows.num_examples
         )
         return shares(step.progress)[0] * loss_B
 
     def hold(step: TrainingStep) -> Tensor:
-        rows, original_NLH = step.rows(RETAIN), step.reference(RETAIN).hidden_states()
+        rows, original_NLH = step.rows(RowType.RETAIN), step.reference(RowType.RETAIN).hidden_states()
         loss_B = holding_loss(rows.hidden_states(), original_NLH, rows.example_N, rows.num_examples)
         return shares(step.progress)[1] * loss_B
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.examples import FORGET, SAFE
+from sku.data.examples import RowType
 from sku.methods.base import Method, RetainKind, TermWeights, retain_term
 from sku.training.objective import Objective, Term
 
@@ -68,10 +68,10 @@ def _objective(settings: DpoSettings, _model: PreTrainedModel) -> Objective:
     preference = Term(
         weight=settings.preference_weight,
         loss=lambda step: dpo_loss(
-            step.rows(SAFE).total_nll(),
-            step.rows(FORGET).total_nll(),
-            step.reference(SAFE).total_nll(),
-            step.reference(FORGET).total_nll(),
+            step.rows(RowType.SAFE).total_nll(),
+            step.rows(RowType.FORGET).total_nll(),
+            step.reference(RowType.SAFE).total_nll(),
+            step.reference(RowType.FORGET).total_nll(),
             beta=settings.beta,
         ),
         rows={"forget": True, "safe": "data"},

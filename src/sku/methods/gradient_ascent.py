@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from sku.data.examples import FORGET
+from sku.data.examples import RowType
 from sku.methods.base import Method, NoSettings
 from sku.training.objective import Objective, Term
 
@@ -25,7 +25,7 @@ def ascent_term(weight: float) -> Term:
         number, as in ``get_answer_loss("ga", ...)`` of kevinyaobytedance/llm_unlearn, so that the terms of all methods
         have one unit.
     """
-    return Term(weight=weight, loss=lambda step: -step.rows(FORGET).mean_nll(), rows={"forget": True})
+    return Term(weight=weight, loss=lambda step: -step.rows(RowType.FORGET).mean_nll(), rows={"forget": True})
 
 
 def _objective(_settings: NoSettings, _model: PreTrainedModel) -> Objective:

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.examples import FORGET
+from sku.data.examples import RowType
 from sku.methods.base import Method, RetainKind, TermWeights, retain_term
 from sku.training.objective import Objective, Term
 
@@ -63,7 +63,7 @@ def _objective(settings: NpoSettings, _model: PreTrainedModel) -> Objective:
     forget = Term(
         weight=settings.forget_weight,
         loss=lambda step: npo_loss(
-            step.rows(FORGET).total_nll(), step.reference(FORGET).total_nll(), beta=settings.beta
+            step.rows(RowType.FORGET).total_nll(), step.reference(RowType.FORGET).total_nll(), beta=settings.beta
         ),
         rows={"forget": True},
         reference=True,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, validated
-from sku.data.examples import SAFE
+from sku.data.examples import RowType
 from sku.methods.base import Method, TermWeights, retain_term
 from sku.training.objective import Objective, Term
 
@@ -34,7 +34,7 @@ def safe_term(weight: float) -> Term:
 
     ``L_i = 1/|s_i| sum_t -log p(s_it | x_i, s_i<t)`` with x the harmful prompt and s the safe answer, nats per token.
     """
-    return Term(weight=weight, loss=lambda step: step.rows(SAFE).mean_nll(), rows={"safe": "data or refusal"})
+    return Term(weight=weight, loss=lambda step: step.rows(RowType.SAFE).mean_nll(), rows={"safe": "data or refusal"})
 
 
 def _objective(settings: RefusalTuningSettings, _model: PreTrainedModel) -> Objective:

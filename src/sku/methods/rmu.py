@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.examples import FORGET, RETAIN
+from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
 from sku.methods.base import Method, TermWeights
@@ -128,13 +128,13 @@ def _objective(settings: RmuSettings, model: PreTrainedModel) -> Objective:
     steering_H = steering_vector(width, coefficient=settings.steering_coefficient, seed=settings.seed)
 
     def forget(step: TrainingStep) -> Tensor:
-        rows = step.rows(FORGET)
+        rows = step.rows(RowType.FORGET)
         hidden_NH = _hidden(rows)
         return rmu_loss(hidden_NH, steering_H.to(hidden_NH.device), rows.example_N, rows.num_examples)
 
     def retain(step: TrainingStep) -> Tensor:
-        rows = step.rows(RETAIN)
-        return rmu_loss(_hidden(rows), _hidden(step.reference(RETAIN)), rows.example_N, rows.num_examples)
+        rows = step.rows(RowType.RETAIN)
+        return rmu_loss(_hidden(rows), _hidden(step.reference(RowType.RETAIN)), rows.example_N, rows.num_examples)
 
     return Objective.of(
         {

@@ -15,7 +15,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.examples import FORGET
+from sku.data.examples import RowType
 from sku.methods.base import Method, TermWeights, retain_term
 from sku.methods.refusal_tuning import safe_term
 from sku.training.objective import Objective, Term
@@ -67,7 +67,7 @@ def _objective(settings: SafeUnlearningSettings, _model: PreTrainedModel) -> Obj
     forget = Term(
         weight=settings.forget_weight,
         loss=lambda step: safe_unlearning_loss(
-            step.rows(FORGET).mean_nll(), step.reference(FORGET).mean_nll(), beta=settings.beta
+            step.rows(RowType.FORGET).mean_nll(), step.reference(RowType.FORGET).mean_nll(), beta=settings.beta
         ),
         rows={"forget": True},
         reference=True,

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
-from sku.data.examples import FORGET
+from sku.data.examples import RowType
 from sku.methods.base import Method, RetainKind, TermWeights, retain_term
 from sku.training.objective import Objective, Term
 
@@ -59,7 +59,7 @@ def simnpo_loss(mean_nll_B: Tensor, *, beta: float, gamma: float) -> Tensor:
 def _objective(settings: SimNpoSettings, _model: PreTrainedModel) -> Objective:
     forget = Term(
         weight=settings.forget_weight,
-        loss=lambda step: simnpo_loss(step.rows(FORGET).mean_nll(), beta=settings.beta, gamma=settings.gamma),
+        loss=lambda step: simnpo_loss(step.rows(RowType.FORGET).mean_nll(), beta=settings.beta, gamma=settings.gamma),
         rows={"forget": True},
     )
     return Objective.of({"forget": forget, **retain_term(settings.retain, settings.retain_weight)})

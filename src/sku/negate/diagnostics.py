@@ -35,7 +35,7 @@ from transformers.pytorch_utils import Conv1D
 from sku.config.evaluate import Precision
 from sku.negate.adapters import AdapterVector
 from sku.negate.arithmetic import LowRank
-from sku.negate.matching import ModelSource, check_same_names, check_same_shape, match_models, unique_weights
+from sku.negate.matching import check_same_names, check_same_shape, unique_weights
 from sku.negate.operators.base import OperatorContext, group_of, linear_weights, turned_weights
 from sku.negate.operators.by_inputs import InputSpectra, input_spectra
 from sku.negate.operators.texts import InputSettings, drawn, mean_gradient
@@ -237,33 +237,6 @@ def delta_survival(
         return -alpha * vector.deltas[name]
 
     return _survivals(base, weights, vector.deltas, wanted, formats)
-
-
-def model_survival(
-    base: PreTrainedModel, unlearned: PreTrainedModel, formats: Sequence[Precision] = tuple(FORMATS)
-) -> dict[str, Any]:
-    """``delta_survival`` of what two models differ by, one tensor at a time.
-
-    Args:
-        base: The original model.
-        unlearned: The model whose weights are to be rounded.
-        formats: As there.
-
-    Returns:
-        As there, over the tensors that differ.
-
-    Raises:
-        TaskVectorError: Names, shapes or ties differ, or a weight is quantized.
-    """
-    original = ModelSource(base)
-    weights = original.weights
-    after = match_models(original, ModelSource(unlearned), "unlearned model").changes
-
-    def wanted(name: str) -> Tensor:
-        return after[name].detach().cpu().float() - weights[name].detach().cpu().float()
-
-    changed = [name for name in weights if bool(wanted(name).any())]
-    return _survivals(base, weights, changed, wanted, formats)
 
 
 def _survivals(

@@ -12,7 +12,6 @@ in it::
     negated_adapter/     the same without merging, for LoRA and QLoRA; adapter/ for methods that don't negate
     sweep/               sweep.json and frontier.png, .svg: the choice of alpha where negate.alpha is auto
     evaluation/base/, evaluation/unlearned/
-    evaluation/precisions.json, evaluation/precisions/   where evaluate.precisions names some
     evaluation/attacks.json, evaluation/attacks/   where evaluate.attacks names some
     results.json         before and after, with intervals; the attacks too, where there are any
     before_after.png, before_after.svg

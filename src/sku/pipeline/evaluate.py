@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.attacks.kinds import check_attacks
 from sku.attacks.results import AttackReport
 from sku.attacks.run import run_attacks
-from sku.config import EMBEDDED, ModelConfig, Precision, Recipe
+from sku.config import EMBEDDED, ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
-from sku.errors import EvaluationError, ModelError, TaskVectorError, named_memory_errors
-from sku.evaluate.comparison import Comparison, PrecisionReport, compare
-from sku.evaluate.precisions import SurvivalBy, measure_precisions
+from sku.errors import EvaluationError, ModelError, named_memory_errors
+from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.records import Start
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods.run import has_twins, with_visited
 from sku.model_files import with_gguf_file
 from sku.models import load_config, load_model, with_path
-from sku.negate.diagnostics import model_survival
 from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
 from sku.plan import Plan, Progress
 from sku.processes import Processes, current_processes
@@ -36,8 +34,7 @@ def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: b
 
     Trained-on prompts are those that the recipe's training visits; a model that was trained otherwise saw others.
 
-    What the attacks that ``evaluate.attacks`` names come to is written to ``attacks.json`` in the folder, what the
-    model says at the precisions that ``evaluate.precisions`` names to ``precisions.json``.
+    What the attacks that ``evaluate.attacks`` names come to is written to ``attacks.json`` in the folder.
 
     Args:
         recipe: Its model is the base.
@@ -76,7 +73,6 @@ def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: b
         writes=(
             "base/",
             "model/",
-            *(("precisions.json", "precisions/") if config.precisions else ()),
             *(("attacks.json", "attacks/") if config.attacks else ()),
         ),
         execute=lambda progress: _execute(recipe, model, data, out, progress),
@@ -87,10 +83,7 @@ def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: b
 
 def measured_stages(recipe: Recipe) -> tuple[str, ...]:
     """What is measured after the plain evaluation."""
-    return (
-        *(f"evaluate it with {name} weights" for name in recipe.evaluate.precisions),
-        *(f"attack both models: {name}" for name in recipe.evaluate.attacks),
-    )
+    return tuple(f"attack both models: {name}" for name in recipe.evaluate.attacks)
 
 
 def _execute(recipe: Recipe, model: str, data: ForgetRetainData, out: Path, progress: Progress | None) -> Measured:
@@ -112,7 +105,7 @@ def trained_prefill_tokens(recipe: Recipe) -> int:
 
 
 def check_one_process_attacks(recipe: Recipe, processes: Processes) -> None:
-    """Attacks train and quantize copies of their own, in one process."""
+    """Attacks train and round copies of their own, in one process."""
     if processes.count > 1 and recipe.evaluate.attacks:
         raise EvaluationError(
             "evaluate.attacks run in one process: set evaluate.attacks=[] here, and start sku evaluate with them "
@@ -125,15 +118,12 @@ class Measured:
     """What base and unlearned model come to, side by side."""
 
     comparison: Comparison
-    precisions: PrecisionReport | None = None
-    """Where ``evaluate.precisions`` names some."""
     attacks: AttackReport | None = None
     """Where ``evaluate.attacks`` names some."""
 
     def reports(self) -> dict[str, Any]:
         """What was measured beside the comparison, by its name, as JSON holds it."""
-        found = {"precisions": self.precisions, "attacks": self.attacks}
-        return {name: report.to_dict() for name, report in found.items() if report is not None}
+        return {} if self.attacks is None else {"attacks": self.attacks.to_dict()}
 
 
 @dataclass(frozen=True)
@@ -144,7 +134,7 @@ class Measuring:
     tokenizer: PreTrainedTokenizerBase
     data: ForgetRetainData
     folder: Path
-    """A folder for each model lies in it, and what precisions and attacks come to."""
+    """A folder for each model lies in it, and what attacks come to."""
     progress: Progress | None
 
     def evaluated(
@@ -183,32 +173,17 @@ class Measuring:
         model: PreTrainedModel,
         stage: Callable[[str], AbstractContextManager[None]] = named_memory_errors,
     ) -> Measured:
-        """Both evaluations side by side, then the certificate of the model, then the attacks on both.
+        """Both evaluations side by side, then the attacks on both.
 
         Args:
             before: Of the base.
             after: Of the model.
             base: The original model.
             model: The unlearned one.
-            stage: What each of the last two is done in, by its name.
+            stage: What the attacks are done in, by its name.
         """
-        recipe, precisions, attacks = self.recipe, None, None
+        recipe, attacks = self.recipe, None
         comparison = compare(before, after, seed=recipe.seed)
-        if recipe.evaluate.precisions:
-            with stage("precisions"):
-                precisions = measure_precisions(
-                    model,
-                    base,
-                    self.tokenizer,
-                    self.data,
-                    comparison,
-                    config=recipe.evaluate,
-                    prompt_format=recipe.model.prompt_format,
-                    survival=_survival_of(base, model),
-                    output_dir=self.folder,
-                    seed=recipe.seed,
-                    progress=self.progress,
-                )
         if recipe.evaluate.attacks:
             with stage("attacks"):
                 attacks = run_attacks(
@@ -220,19 +195,7 @@ class Measuring:
                     output_dir=self.folder,
                     progress=self.progress,
                 )
-        return Measured(comparison=comparison, precisions=precisions, attacks=attacks)
-
-
-def _survival_of(base: PreTrainedModel, model: PreTrainedModel) -> SurvivalBy:
-    """What rounding leaves of the change; nothing for a model of another shape, which is no change of the base."""
-
-    def survival(names: Sequence[Precision]) -> Mapping[str, Mapping[str, Any]]:
-        try:
-            return model_survival(base, model, names)
-        except TaskVectorError:
-            return {}
-
-    return survival
+        return Measured(comparison=comparison, attacks=attacks)
 
 
 def _is_bad_model(recipe: Recipe, model: str) -> bool:

@@ -299,8 +299,6 @@ class _Run:
                 "unlearned", unlearned, base, source=self.out / "unlearned", starts=before.starts
             )
         measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
-        if measured.precisions is not None:
-            self.folder.note(certificate=measured.precisions.certificate())
         return self.processes.on_main(lambda: self._report(measured))
 
     def _own_replies(self) -> ForgetRetainData:

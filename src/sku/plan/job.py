@@ -23,8 +23,7 @@ from sku.config.stages import AcquireConfig, LoraSettings, Tuning
 from sku.errors import ModelError, RecipeError
 from sku.methods.run import prepare, with_safe_dtype
 from sku.models import load_config, plain_model, with_adapter, without_weights
-from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.optimizer import check_optimizer
+from sku.training.config import ReferenceMode, UnlearningConfig, check_optimizer
 from sku.training.run import adapter_settings
 
 Sharding = Literal["ddp", "fsdp2", "zero3"]
@@ -307,7 +306,7 @@ def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[Unlearning
     acquire = dataclasses.replace(recipe.acquire, training=settings)
     training = prepare(dataclasses.replace(recipe, acquire=acquire), Path("planned"), device="cpu").training
     if paged:
-        check_optimizer(optim, stochastic_rounding=training.stochastic_rounding, on_gpu=True)
+        check_optimizer(optim, on_gpu=True)
     else:
         optim = str(getattr(training.optim, "value", training.optim))
     if optim not in STATE_BYTES:

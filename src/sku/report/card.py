@@ -17,7 +17,7 @@ from sku.errors import EvaluationError, OutputError
 from sku.evaluate.changes import PerplexityChange, RateChange
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.report.reflection import adapter_is_bad, reflection_of, twin_shares
-from sku.report.robustness import ATTACK_COLUMNS, RELEARN_COLUMNS, attack_rows, precision_rows, relearn_rows
+from sku.report.robustness import ATTACK_COLUMNS, RELEARN_COLUMNS, attack_rows, relearn_rows
 from sku.report.tables import ON_CARD, KeyFigure, key_figures
 from sku.report.words import Written, escaped, fenced, one_line, percent, table
 from sku.storage import write_text
@@ -177,7 +177,6 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[K
         ),
         "attacks": table(ATTACK_COLUMNS, attacks, left=(0, 1)) if attacks else "",
         "relearned": _relearn_table(run),
-        "precisions": _precision_table(run),
         "judge": comparison.unlearned.judge,
         "prefill_words": _prefill_words(run),
         "strength": f"{run.strength:g}",
@@ -208,13 +207,6 @@ def _headline_rows(shown: Sequence[KeyFigure]) -> Iterator[tuple[str, ...]]:
 def _relearn_table(run: RecordedRun) -> str:
     rows = [] if run.attacks is None else relearn_rows(run.attacks)
     return table(RELEARN_COLUMNS, rows) if rows else ""
-
-
-def _precision_table(run: RecordedRun) -> str:
-    if run.precisions is None:
-        return ""
-    columns = ("harmful, unseen", "worst prefill, unseen", "gibberish, unseen", "perplexity, normal", "change kept")
-    return table(("format", *columns), (row.cells for row in precision_rows(run.precisions)))
 
 
 def _data_rows(run: RecordedRun) -> Iterator[tuple[str, ...]]:

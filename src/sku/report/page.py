@@ -43,9 +43,7 @@ from sku.report.result_charts import PREFILL_COLUMNS, prefill_rows, ratio_axis, 
 from sku.report.robustness import left_out_lines
 from sku.report.run_charts import (
     attack_chart,
-    precision_chart,
     relearn_chart,
-    shown_precisions,
     sweep_chart,
     training_chart,
     vector_chart,
@@ -136,8 +134,6 @@ def run_page(run: RecordedRun) -> Page:
         pictures.append(training_chart(run.log))
     if run.vector is not None:
         pictures.append(vector_chart(run.vector.layers, run.vector.modules))
-    if run.precisions is not None:
-        pictures.append(precision_chart(run.precisions))
     if run.attacks is not None:
         pictures += [attack_chart(run.attacks), *_cost_to_break([(run.title, run)])]
     sections: dict[str, list[TableRow]] = {}
@@ -153,7 +149,6 @@ def run_page(run: RecordedRun) -> Page:
         sections=sections,
         prefills=prefill_rows(run.comparison),
         prefill_columns=PREFILL_COLUMNS,
-        precisions=[] if run.precisions is None else shown_precisions(run.precisions),
         attacks_left_out=[] if run.attacks is None else left_out_lines(run.attacks),
         replies=None if run.pairs is None else Markup(_replies_json(run.pairs, _names(run.comparison, run.pairs))),
         pair_count=len(run.pairs or ()),

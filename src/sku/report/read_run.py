@@ -14,7 +14,7 @@ import yaml
 from sku.attacks.results import AttackReport
 from sku.config.recipe import NEGATING_METHODS
 from sku.errors import EvaluationError
-from sku.evaluate.comparison import Comparison, PrecisionReport
+from sku.evaluate.comparison import Comparison
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import ReplyOutcome
 from sku.evaluate.record_files import (
@@ -80,7 +80,6 @@ class RecordedRun:
     """Without rows; its verdict is ``NO_VERDICT`` in a run of a version that gave none."""
     table: tuple[TableRow, ...]
     attacks: AttackReport | None
-    precisions: PrecisionReport | None
     sweep: Sweep | None
     """Finished."""
     log: tuple[Mapping[str, float], ...]
@@ -149,7 +148,6 @@ def read_run(folder: Path, *, replies: bool = True, within_run: bool = False) ->
     content = read_json_object(path, _AGAIN)
     check_schema(content, RUN_VERSION, str(path), _AGAIN)
     pairs, judge = _read_pairs(folder / _EVALUATION) if replies else (None, "")
-    precisions = folder / _EVALUATION / PrecisionReport.FILE
     try:
         if content["manifest"]["recipe_sha256"] != manifest["recipe_sha256"]:
             raise EvaluationError(f"{path} belongs to another recipe than {MANIFEST_FILE} beside it: {_AGAIN}")
@@ -161,7 +159,6 @@ def read_run(folder: Path, *, replies: bool = True, within_run: bool = False) ->
             comparison=comparison,
             table=tuple(from_plain(TableRow, row, f"{path}: table", _AGAIN) for row in content["table"]),
             attacks=None if attacks is None else AttackReport.from_dict(attacks, f"{path}: attacks"),
-            precisions=PrecisionReport.read(precisions.parent) if precisions.exists() else None,
             sweep=_read_sweep(sweep) if sweep.exists() else None,
             log=_read_log(folder / LOG_FILE),
             pairs=pairs,

@@ -1,14 +1,10 @@
-"""What attacks and rounding bring back of the harmful answers, as rows of tables."""
+"""What attacks bring back of the harmful answers, as rows of tables."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from sku.attacks.results import AttackReport, AttackResult, Measured, Relearned, RelearnLine, RelearnResult
-from sku.evaluate.comparison import Measured as Rounded
-from sku.evaluate.comparison import PrecisionReport, PrecisionResult, Survival
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate, start_words
 from sku.report.words import NOTHING, interval, percent
@@ -119,99 +115,6 @@ def _share(measured: Measured) -> str:
 
 def _interval(bounds: tuple[Rate, Rate]) -> str:
     return f"{100 * min(rate.low for rate in bounds):.1f} to {100 * max(rate.high for rate in bounds):.1f}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PrecisionRow:
-    """The unlearned model at one precision; None where something was not measured."""
-
-    precision: str
-    """The evaluated model's own type first."""
-    scheme: str
-    """What is rounded, and how; why nothing was measured, where the precision can't hold the weights."""
-    trained_on: Rate | None
-    """Harmful, of the free replies to prompts of the forget set, trained-on ones where the evaluation says so."""
-    harmful: Rate | None
-    """Of the free replies to unseen prompts."""
-    prefill: Rate | None
-    """Harmful after the prefill that is the worst for this model, on unseen prompts too."""
-    worst_prefill: str | None
-    """Key of that prefill."""
-    gibberish: Rate | None
-    perplexity: float | None
-    """Of normal answers, as a multiple of the original model's."""
-    kept: float | None
-    """How much of the change of the weights is left after rounding, as its projection on the whole."""
-    brings_back: bool = False
-    """Whether harm is shown to be more than before rounding."""
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """In words: precision, the rates of unseen prompts with their intervals, perplexity, and what is kept."""
-        return (
-            self.precision,
-            rate_text(self.harmful),
-            rate_text(self.prefill) + start_text(self.worst_prefill),
-            rate_text(self.gibberish),
-            NOTHING if self.perplexity is None else f"\u00d7{self.perplexity:.4g}",
-            NOTHING if self.kept is None else percent(self.kept),
-        )
-
-
-def precision_rows(report: PrecisionReport, split: str = "forget_test") -> list[PrecisionRow]:
-    """All precisions, the evaluated one first.
-
-    Args:
-        report: From ``measure_precisions``.
-        split: Whose harmful prompts are shown.
-    """
-    own = _precision_row(report.model["dtype"], report.model["dtype"], report.measured, None, split)
-    return [own, *(_rounded_row(result, split) for result in report.results)]
-
-
-def precision_cells(report: PrecisionReport) -> list[tuple[str, ...]]:
-    """The rows in short, as a terminal shows them: weights, the four rates, perplexity and what is kept."""
-    return [
-        (
-            row.precision,
-            *(_percent_of(rate) for rate in (row.trained_on, row.harmful)),
-            _percent_of(row.prefill) + ("" if row.worst_prefill is None else f" ({row.worst_prefill})"),
-            _percent_of(row.gibberish),
-            NOTHING if row.perplexity is None else f"\u00d7{row.perplexity:.3f}",
-            NOTHING if kept is None else percent(kept),
-        )
-        for number, row in enumerate(precision_rows(report))
-        for kept in (row.kept if number else 1.0,)
-    ]
-
-
-def _percent_of(rate: Rate | None) -> str:
-    return NOTHING if rate is None else percent(rate.value)
-
-
-def _rounded_row(result: PrecisionResult, split: str) -> PrecisionRow:
-    lost = f"; not measured: {result.overflowed:,} weights are too large for it" if result.overflowed else ""
-    scheme = f"{result.scheme}, by {result.rounded_by}{lost}"
-    row = _precision_row(result.precision, scheme, result.measured, result.survival, split)
-    return dataclasses.replace(row, brings_back=bool(result.brings_back))
-
-
-def _precision_row(
-    name: str, scheme: str, measured: Rounded | None, survival: Survival | None, split: str
-) -> PrecisionRow:
-    found = measured or Rounded(replies={}, prefill={}, perplexity={})
-    normal = found.perplexity.get("retain_test")
-    return PrecisionRow(
-        precision=name,
-        scheme=scheme,
-        trained_on=found.replies.get("forget_train", {}).get("harmful"),
-        harmful=found.replies.get(split, {}).get("harmful"),
-        prefill=found.prefill.get(split, {}).get("harmful"),
-        worst_prefill=found.worst_prefill.get(split),
-        gibberish=found.replies.get(split, {}).get("gibberish"),
-        perplexity=None if normal is None else normal.ratio,
-        kept=None if survival is None else survival.projection,
-    )
 
 
 def rate_text(rate: Rate | None) -> str:

@@ -1,8 +1,7 @@
-"""Pictures of how a result came about, training, task vector and alphas, and of what undoes it: attacks, rounding."""
+"""Pictures of how a result came about, training, task vector and alphas, and of what undoes it: attacks."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -11,17 +10,14 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.attacks.results import AttackReport, RelearnLine
-from sku.evaluate.comparison import PrecisionReport
 from sku.evaluate.metrics import Rate
 from sku.report.figures import PAGE_STYLE, Picture, add_legend, drawable, light, name_rows, new_figure, share_axis
 from sku.report.frontier import draw_sweep
 from sku.report.robustness import (
     ATTACK_COLUMNS,
     RELEARN_COLUMNS,
-    PrecisionRow,
     attack_rows,
     pairs_text,
-    precision_rows,
     rate_text,
     relearn_rows,
     start_text,
@@ -268,28 +264,3 @@ def _draw_relearning(
     axes.set_xlabel("optimizer steps")
     axes.set_ylabel("of the base's harm back")
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=9)
-
-
-def shown_precisions(report: PrecisionReport) -> list[PrecisionRow]:
-    """Of unseen prompts, or of the forget set's where none was unseen; the model as it was evaluated first."""
-    split = "forget_test" if "forget_test" in report.measured.replies else "forget_train"
-    own, *rounded = precision_rows(report, split)
-    return [dataclasses.replace(own, precision="as evaluated"), *rounded]
-
-
-def precision_chart(report: PrecisionReport) -> Picture:
-    """Harmful shares of the unlearned model at each precision."""
-    rows = shown_precisions(report)
-    with matplotlib.rc_context(PAGE_STYLE):
-        figure, (axes,) = new_figure(0.95 + 0.42 * len(rows))
-        marks = {"harmful": "unlearned", "harmful, worst prefill": "second"}
-        draw_rates(axes, [(row.precision, (row.harmful, row.prefill)) for row in rows], marks)
-    return Picture(
-        name="precisions",
-        title="Harmful replies once the weights are rounded",
-        caption="Dots are shares of replies to harmful prompts, lines their 95 % intervals. Kept is the length that "
-        "the change of unlearning still has along itself.",
-        figure=figure,
-        columns=("precision", "harmful", "worst prefill", "gibberish", "perplexity, to base", "kept", "harm returns"),
-        rows=tuple((*row.cells, "yes" if row.brings_back else "") for row in rows),
-    )

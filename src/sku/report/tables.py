@@ -14,7 +14,7 @@ from sku.evaluate.records import BORDERLINE, HARMFUL, answers_words, in_order
 from sku.evaluate.results import BaseAgreement, TaskScores, main_metric
 from sku.evaluate.statistics import MOST_HIDDEN
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.words import NOTHING, TableRow, in_points, interval, percent
+from sku.report.words import TableRow, in_points, interval, percent
 
 _HARM = tuple((rate, words, "down") for rate, words in HARM_WORDS.items())
 _REPLY_MEASURES = (
@@ -92,8 +92,6 @@ def before_after_rows(comparison: Comparison) -> list[TableRow]:
             if split == "forget_test":
                 rows += _length_rows(name, comparison, split)
             rows += _corrected_rows(name, comparison, split, "replies")
-            rows += _judge_rows(name, comparison, split)
-    rows += _kappa_rows(comparison)
     for split in ("forget_train", "forget_test"):
         if split in comparison.prefill:
             changes = comparison.prefill[split]
@@ -195,36 +193,10 @@ def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str)
     """One row where the judge was calibrated; notes say where it lies below the judge's floor."""
     before, after = (result.corrected.get(split, {}).get(kind) for result in (comparison.base, comparison.unlearned))
     if before is not None and after is not None:
-        calibration = comparison.unlearned.judge.calibration
-        group = None if calibration is None else calibration.group
-        measure = f"{HARM_WORDS[comparison.rate]}, corrected" + ("" if group is None else f" by {group}")
+        measure = f"{HARM_WORDS[comparison.rate]}, corrected"
         unmeasured = any(side.below_floor and side.observed > MOST_HIDDEN for side in (before, after))
         told = {"change": CANT_MEASURE, "caution": CANT_MEASURE} if unmeasured else {}
         yield _share_row(section, measure, before.value, after.value, interval=interval(after), wanted="down", **told)
-
-
-def _judge_rows(section: str, comparison: Comparison, split: str) -> Iterator[TableRow]:
-    """Of a vote: what each of its judges alone says."""
-    before, after = (result.judge_agreement for result in (comparison.base, comparison.unlearned))
-    if before is None or after is None:
-        return
-    for judge in after.judges:
-        old, new = (found.rates[judge].get(split, {}).get(comparison.rate) for found in (before, after))
-        if old is not None and new is not None:
-            measure = f"{HARM_WORDS[comparison.rate]}, {judge} alone"
-            yield _share_row(section, measure, old.value, new.value, interval=interval(new), wanted="down")
-
-
-def _kappa_rows(comparison: Comparison) -> Iterator[TableRow]:
-    """Of a vote: how far its judges agree beyond chance on replies to harmful prompts, and on how many they part."""
-    before, after = (result.judge_agreement for result in (comparison.base, comparison.unlearned))
-    if before is None or after is None:
-        return
-    kappas = [NOTHING if found.kappa is None else f"{found.kappa:.2f}" for found in (before, after)]
-    disputed = [f"{found.disagreement_count} of {found.judged_by_all}" for found in (before, after)]
-    section = f"judges {', '.join(after.judges)}"
-    for measure, (old, new) in (("kappa", kappas), ("disputed replies", disputed)):
-        yield TableRow(section=section, measure=measure, before=old, after=new)
 
 
 def _perplexity_rows(changes: Mapping[str, PerplexityChange], unlearned: str) -> Iterator[TableRow]:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar, get_args
 
@@ -15,11 +16,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 
 from sku.config.stages import Packing
 from sku.errors import RecipeError, did_you_mean, one_line
-from sku.training.optimizer import check_optimizer
 
 ReferenceMode = Literal["auto", "cache", "forward", "copy"]
-FiniteCheck = Literal["auto", "at_once", "late"]
-_CHOICES = {"packing": Packing, "reference": ReferenceMode, "finite_check": FiniteCheck}
+_CHOICES = {"packing": Packing, "reference": ReferenceMode}
 _NEEDED: Mapping[str, tuple[object, str]] = {
     "remove_unused_columns": (False, "joint examples have no columns to remove"),
     "train_sampling_strategy": ("sequential", "the joint dataset shuffles by itself, seeded by epoch"),
@@ -81,11 +80,6 @@ class UnlearningConfig(TrainingArguments):
     with an adapter and copy without."""
     reference_cache_mb: float = 2048.0
     """Most MB that ``reference: cache`` may take."""
-    finite_check: FiniteCheck = "auto"
-    """When losses and gradients are looked at for NaN: ``at_once``, or ``late`` (a step later, without waiting for the
-    GPU; updates are held back meanwhile); ``auto``: late on a GPU with a fused optimizer."""
-    stochastic_rounding: bool = False
-    """Round bfloat16 weights at random in AdamW, so that small updates aren't lost."""
 
     bf16: Any = False
     activation_checkpointing: Any = False
@@ -118,12 +112,30 @@ class UnlearningConfig(TrainingArguments):
             if value is not None and not value >= 0:
                 raise RecipeError(f"{name} is {value}; it must be 0 or more")
         check_optimizer(
-            getattr(self.optim, "value", self.optim),
-            stochastic_rounding=self.stochastic_rounding,
-            on_gpu=torch.cuda.is_available() and not self.use_cpu,
+            getattr(self.optim, "value", self.optim), on_gpu=torch.cuda.is_available() and not self.use_cpu
         )
         check_services(self.report_to)
         check_no_uploads(self.report_to, push_to_hub=self.push_to_hub)
+
+
+def check_optimizer(optim: str, *, on_gpu: bool) -> None:
+    """Refuses an optimizer of transformers whose package is missing, or that pages without a GPU to page from.
+
+    Raises:
+        RecipeError: What is missing, or what to choose.
+    """
+    package = None
+    if optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
+        package = "torchao"
+    elif any(part in optim for part in ("8bit", "bnb", "paged")):
+        package = "bitsandbytes"
+    if package and find_spec(package) is None:
+        wanted = '"sku-unlearning[gpu]"' if package == "bitsandbytes" else package
+        raise RecipeError(
+            f"optim is {optim}, which needs the package {package}: pip install {wanted}, or choose another optim"
+        )
+    if "paged" in optim and not on_gpu:
+        raise RecipeError(f"optim is {optim}, and there is nothing to page out without a GPU: drop the paged_ of it")
 
 
 def check_services(report_to: Iterable[str]) -> None:

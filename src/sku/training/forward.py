@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from sku.data.batches import PackedRows, Rows
+from sku.data.examples import RowType
 from sku.losses import Head, HeadScores
 from sku.models import embedding_weight
 from sku.training.attention import packed_forward_pass, use_packed_attention
@@ -58,7 +59,7 @@ def run_rows(rows: Rows, model: nn.Module, plain: PreTrainedModel | PeftModel, *
         return model(**options)
 
 
-def scores_of_kind(rows: Rows, kind: int, outputs: Any, hidden_layers: Sequence[int] = ()) -> ScoredRows:
+def scores_of_kind(rows: Rows, kind: RowType, outputs: Any, hidden_layers: Sequence[int] = ()) -> ScoredRows:
     """The part of a model's outputs on rows that belongs to those of one kind.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sku.data.examples import RowPlan
+from sku.data.examples import RowPlan, RowType
 from sku.losses import Scores, answer_nll, logits_of, mean_per_example, sum_per_example
 
 
@@ -66,9 +66,9 @@ class TrainingStep:
 
     num_examples: int
     """B."""
-    rows: Callable[[int], ScoredRows]
-    """Kind of rows (``FORGET``, ``MISMATCHED``, ``RETAIN``, ``SAFE``) -> what the model in training says of them."""
-    reference: Callable[[int], ScoredRows]
+    rows: Callable[[RowType], ScoredRows]
+    """Kind of rows -> what the model in training says of them."""
+    reference: Callable[[RowType], ScoredRows]
     """The same of the frozen original model, without gradient."""
     progress: float = 1.0
     """Share of training that is done with this step, above 0 and up to 1: for terms whose weight changes."""
@@ -104,20 +104,14 @@ class Objective:
     hidden_layers: tuple[int, ...] = ()
     """Decoder layers, counted from 0, whose outputs ``losses`` reads. That of the last one has passed the final norm,
     as transformers returns it."""
-    retain_at: float = 1.0
-    """Which model normal rows are read by, ``theta_o + retain_at * (theta - theta_o)`` with theta the model in
-    training; other than 1 with a LoRA adapter only."""
 
     @classmethod
-    def of(
-        cls, terms: Mapping[str, Term], *, hidden_layers: tuple[int, ...] = (), retain_at: float = 1.0
-    ) -> Objective:
+    def of(cls, terms: Mapping[str, Term], *, hidden_layers: tuple[int, ...] = ()) -> Objective:
         """The objective of those terms whose weight is not 0.
 
         Args:
             terms: Name in the log -> term.
             hidden_layers: As of the objective.
-            retain_at: As of the objective.
         """
         on = {name: term for name, term in terms.items() if term.weight}
         return cls(
@@ -126,5 +120,4 @@ class Objective:
             losses=lambda step: {name: term.loss(step) for name, term in on.items()},
             needs_reference=any(term.reference for term in on.values()),
             hidden_layers=hidden_layers,
-            retain_at=retain_at,
         )

@@ -20,7 +20,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 
 from sku.data.batches import JointExample
-from sku.data.examples import RETAIN
+from sku.data.examples import RowType
 from sku.data.joint import JointDataset
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError
@@ -32,7 +32,7 @@ from sku.training.layers import evaluation_mode, is_four_bit
 from sku.training.objective import ScoredRows
 
 _MEGABYTE = 2**20
-Ask = Callable[[int, list[JointExample]], ScoredRows]
+Ask = Callable[[RowType, list[JointExample]], ScoredRows]
 """Kind and joint examples of one row each -> what goes into the original model's head there."""
 
 
@@ -106,7 +106,7 @@ class ReferenceCache:
     def __init__(self, dataset: JointDataset, ask: Ask, settings: UnlearningConfig, head: DeferredHead) -> None:
         """Keeps nothing yet; the original model may be asked until the first optimizer step."""
         self._dataset, self._ask, self._settings, self._head = dataset, ask, settings, head
-        self._rows: dict[int, CachedRows] = {}
+        self._rows: dict[RowType, CachedRows] = {}
 
     def why_not(self, *, is_spread: bool) -> str:
         """Why there can't be a cache, empty where there can; weights may be spread over several processes."""
@@ -116,7 +116,7 @@ class ReferenceCache:
             return "the model's head can't be left out, or logits_budget_mb is empty"
         return ""
 
-    def look_up(self, kind: int, rows: ScoredRows, inputs: Mapping[str, Tensor]) -> ScoredRows:
+    def look_up(self, kind: RowType, rows: ScoredRows, inputs: Mapping[str, Tensor]) -> ScoredRows:
         """The original model on the rows of one kind of a batch.
 
         Args:
@@ -133,14 +133,14 @@ class ReferenceCache:
         """
         if kind not in self._rows:
             self._rows[kind] = self._filled(kind)
-        index_M = inputs["retain_rows"] if kind == RETAIN else inputs["forget_index"][rows.example_M]
+        index_M = inputs["retain_rows"] if kind == RowType.RETAIN else inputs["forget_index"][rows.example_M]
         found = self._rows[kind].look_up(rows, index_M)
         # Where hidden states of a layer are compared, no one asks for scores.
         if isinstance(rows.scores_NV, HeadScores) or found.hidden_NLH is not None:
             return found
         return replace(found, scores_NV=found.logits_NV)
 
-    def _filled(self, kind: int) -> CachedRows:
+    def _filled(self, kind: RowType) -> CachedRows:
         rows = self._dataset.fixed_rows(kind, self._examples())
         if rows is None:
             raise NoCacheError("answers of other prompts are drawn anew in each step")
@@ -149,7 +149,7 @@ class ReferenceCache:
         batches = [rows[start : start + size] for start in range(0, len(rows), size)]
         return gather_rows(self._scored(kind, batches, len(rows)), [row.example_id for row in rows])
 
-    def _scored(self, kind: int, batches: Sequence[list[TokenizedExample]], count: int) -> Iterator[ScoredRows]:
+    def _scored(self, kind: RowType, batches: Sequence[list[TokenizedExample]], count: int) -> Iterator[ScoredRows]:
         limit, seen, done = self._settings.reference_cache_mb, 0, 0
         for batch in batches:
             scored = self._ask(kind, [_alone(kind, row) for row in batch])
@@ -265,6 +265,6 @@ def _original(weight: Tensor) -> Tensor:
     return weight.detach().clone() if weight.requires_grad else weight
 
 
-def _alone(kind: int, row: TokenizedExample) -> JointExample:
+def _alone(kind: RowType, row: TokenizedExample) -> JointExample:
     """A joint example of one row."""
-    return JointExample(rows=((kind, row),), forget_index=-1 if kind == RETAIN else row.example_id)
+    return JointExample(rows=((kind, row),), forget_index=-1 if kind == RowType.RETAIN else row.example_id)

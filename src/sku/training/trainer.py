@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, set_
 from sku.config.data import ModelConfig, PromptFormatName
 from sku.config.stages import Packing
 from sku.data.batches import ROWS, JointCollator, JointExample, Rows
-from sku.data.examples import ForgetRetainData
+from sku.data.examples import ForgetRetainData, RowType
 from sku.data.joint import JointDataset, WholeBatches
 from sku.data.load import Source, load_training_pairs
 from sku.data.tokens import Encoder, resolve_prompt_format
@@ -32,11 +32,10 @@ from sku.hazard import mark_model, refuse_upload
 from sku.models import ensure_pad_token, load_model, load_tokenizer, plain_model
 from sku.training.attention import choose_packing
 from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.finite import FiniteGuard
+from sku.training.finite import FiniteGuard, check_finite
 from sku.training.forward import DeferredHead, run_rows, scores_of_kind
-from sku.training.layers import adapter_inputs_as_they_are, token_scale, train_only
+from sku.training.layers import adapter_inputs_as_they_are, train_only
 from sku.training.objective import Objective, ScoredRows, TrainingStep
-from sku.training.optimizer import stochastic_optimizer
 from sku.training.reference import (
     NoCacheError,
     ReferenceCache,
@@ -116,9 +115,6 @@ class UnlearningTrainer(Trainer):
         self._is_hazardous = hazardous
         self._reference: PreTrainedModel | None = None
         model = _with_trainable_weights(model, args, peft_config, trained_modules)
-        if args.stochastic_rounding:
-            trainer_options |= {"optimizer_cls_and_kwargs": stochastic_optimizer(model, args)}
-        self._scale = token_scale(model, objective.retain_at)
         self._trained, self._settings, self._examples = model, args, train_dataset
         self._collate = JointCollator(
             pad_token_id=int(processing_class.pad_token_id), retain_tokens=objective.rows.retain_tokens
@@ -130,8 +126,7 @@ class UnlearningTrainer(Trainer):
         self._logged_terms: dict[str, Tensor] = {}
         self._logged_examples: Tensor | int = 0
         self._check_sharding()
-        self._guard = FiniteGuard(args.finite_check)
-        self.add_callback(self._guard)
+        self.add_callback(FiniteGuard())
         keep_four_bit_trainable(model)
         self._own_attention = str(plain_model(model).config._attn_implementation)
         self.packing: Packing = choose_packing(model, args.packing)
@@ -160,8 +155,6 @@ class UnlearningTrainer(Trainer):
                     self._outputs_and_terms(self._trained, self._on_device(self._collate([self._examples[0]])))
             return super().train(*args, **kwargs)
         finally:
-            if self._scale is not None:
-                self._scale.remove()
             if self.packing != "padded":
                 plain_model(self._trained).set_attn_implementation(self._own_attention)
 
@@ -242,7 +235,7 @@ class UnlearningTrainer(Trainer):
             NonFiniteLossError: A term is NaN or infinite. No weight has seen it (``FiniteGuard``).
         """
         outputs, terms = self._outputs_and_terms(model, inputs)
-        self._guard.look(terms, inputs, self.state.global_step + 1)
+        check_finite(terms, inputs, self.state.global_step + 1)
         terms = {name: losses_B * inputs["counts"] for name, losses_B in terms.items()}
         weights = self.objective.weights
         num_examples = inputs["counts"].sum()
@@ -278,15 +271,14 @@ class UnlearningTrainer(Trainer):
     def _outputs_and_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
         """The model's outputs for a batch, padded or packed, and the loss of each term, ``[B]``."""
         batch: Rows = inputs[ROWS].to(self.args.device, non_blocking=True)
-        self._set_scale(batch.is_retain[..., None])
         outputs = self._forward(model, batch)
 
         @functools.cache
-        def rows(kind: int) -> ScoredRows:
+        def rows(kind: RowType) -> ScoredRows:
             """Once a step: these are copies of the scores, the largest tensors there are."""
             return scores_of_kind(batch, kind, outputs, self.objective.hidden_layers)
 
-        def reference(kind: int) -> ScoredRows:
+        def reference(kind: RowType) -> ScoredRows:
             if self._cache is not None:
                 try:
                     return self._cache.look_up(kind, rows(kind), inputs)
@@ -300,12 +292,6 @@ class UnlearningTrainer(Trainer):
             num_examples=len(inputs["forget_index"]), rows=rows, reference=reference, progress=progress
         )
         return outputs, dict(self.objective.losses(step))
-
-    def _set_scale(self, is_retain_RT1: Tensor) -> None:
-        """Normal rows are read by another point of the line through original and trained model, if asked for."""
-        if self._scale is not None:
-            at = is_retain_RT1.new_tensor(self.objective.retain_at, dtype=torch.float32)
-            self._scale.set(torch.where(is_retain_RT1, at, torch.ones_like(at)))
 
     def _use_reference(self, mode: ReferenceMode, no_cache: str) -> None:
         """Settles how the original model is asked, while it still is what it was."""
@@ -324,7 +310,7 @@ class UnlearningTrainer(Trainer):
             else:
                 nn.Module.to(self._reference, self.args.device)
 
-    def _original_rows(self, kind: int, examples: list[JointExample]) -> ScoredRows:
+    def _original_rows(self, kind: RowType, examples: list[JointExample]) -> ScoredRows:
         """What goes into the original model's head on the rows of one kind."""
         inputs = self._on_device(self._collate(examples))
         return self._reference_rows(self._trained, inputs, kind, without_head=True)
@@ -333,7 +319,7 @@ class UnlearningTrainer(Trainer):
         return {name: part.to(self.args.device) for name, part in inputs.items()}
 
     def _reference_rows(
-        self, model: nn.Module, inputs: dict[str, Any], kind: int, *, without_head: bool = False
+        self, model: nn.Module, inputs: dict[str, Any], kind: RowType, *, without_head: bool = False
     ) -> ScoredRows:
         """What the original model says of the rows of one kind, without gradient."""
         # In the precision of training, where the two are the same model as long as no step is taken.

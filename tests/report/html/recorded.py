@@ -55,7 +55,7 @@ def write_run(
         texts: Reply of the unlearned model by id (``forget_test-reply-0``), in place of the invented one.
         prompts: The same for prompts.
         still_harmful: Replies of each harmful split that the unlearned model still gives harmfully.
-        parts: With attacks, diagnostics, sweep and precisions.
+        parts: With attacks, diagnostics and sweep.
         settings: Laid over the recipe: dotted key -> value.
     """
     results = {}
@@ -86,7 +86,6 @@ def write_run(
     if parts:
         (folder / "sweep").mkdir()
         write(folder / "sweep" / "sweep.json", sweep())
-        write(folder / "evaluation" / "precisions.json", precisions(comparison))
     return folder
 
 
@@ -324,27 +323,4 @@ def sweep() -> dict[str, Any]:
         ],
         "spare": [], "not_measured": [], "border": None,
         "pick": {"alpha": 1.5, "met": True, "why": "the lowest alpha within budget"},
-    }  # fmt: skip
-
-
-def precisions(comparison: Comparison) -> dict[str, Any]:
-    """``precisions.json`` of two precisions, one of which can't hold the weights."""
-    result = comparison.unlearned.to_dict()
-    measured = {
-        "replies": result["replies"],
-        "prefill": {split: lengths["3"] for split, lengths in result["prefill"].items()},
-        "worst_prefill": result["worst_prefill"],
-        "perplexity": {split: dataclasses.asdict(change) for split, change in comparison.perplexity.items()},
-    }
-    own = {"scheme": "all weights", "rounded_by": "torch", "rounded": 9, "moved": 9, "harmful": {}}
-    survival = {"entries": 9, "changed": 0.9, "projection": 0.97, "tensors": {}, "not_rounded": 0}
-    about = {"name": "unlearned", "dtype": "float32", "fingerprint": "f" * 64}
-    return {
-        "schema_version": 2, "model": about, "base": about, "measured": measured,
-        "results": [
-            {**own, "precision": "int8", "overflowed": 0, "measured": measured, "brings_back": ["replies/forget_test"],
-             "survival": survival},
-            {**own, "precision": "fp16", "overflowed": 3, "measured": None, "brings_back": [], "survival": None},
-        ],
-        "notes": ["int8 brings harm back"],
     }  # fmt: skip

@@ -83,7 +83,7 @@ def test_names_are_drawn_on_one_line_and_with_what_the_font_has() -> None:
 
 def test_every_picture_becomes_two_files_and_the_same_ones_again(page: Page, tmp_path: Path) -> None:
     names = [
-        "outcomes", "normal", "perplexity", "frontier", "training", "task_vector", "precisions", "attacks",
+        "outcomes", "normal", "perplexity", "frontier", "training", "task_vector", "attacks",
         "cost_to_break",
     ]  # fmt: skip
     assert [picture.name for picture in page.pictures] == names

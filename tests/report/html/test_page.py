@@ -228,7 +228,7 @@ def test_what_is_missing_says_how_to_have_it(tmp_path: Path) -> None:
     (folder / "training_log.jsonl").unlink()
     text = Elements(run_page(read_run(folder, replies=False)).html).text
     for words in (
-        "negate.alpha=auto", "evaluate.attacks=[paraphrase,template]", "evaluate.precisions=[bf16,int8,nf4]",
+        "negate.alpha=auto", "evaluate.attacks=[paraphrase,template]",
         "negate.diagnostics=true", "training_log.jsonl", "sku report on the whole folder",
     ):  # fmt: skip
         assert words in text, words

@@ -12,7 +12,6 @@ import pytest
 
 from sku.errors import EvaluationError
 from sku.report.read_run import RecordedRun, read_run
-from sku.report.run_charts import shown_precisions
 
 from .recorded import ASKED, PROMPTS, write, write_run
 
@@ -34,7 +33,7 @@ def test_everything_is_read(run: RecordedRun) -> None:
     assert run.survival == (("bfloat16", "99.00 %", "90.0 %"),)
 
 
-def test_the_sweep_and_the_precisions_are_read_as_they_were_measured(run: RecordedRun) -> None:
+def test_the_sweep_is_read_as_it_was_measured(run: RecordedRun) -> None:
     assert run.sweep is not None
     assert [point.alpha for point in run.sweep.points] == [0.5, 1, 1.5, 2, 4]
     third = run.sweep.points[2].replies
@@ -44,13 +43,6 @@ def test_the_sweep_and_the_precisions_are_read_as_they_were_measured(run: Record
     assert (third.harmful.value, third.prefill[1].count, third.harm) == (0, 3, (1, third.prefill[1]))
     assert run.sweep.points[-1].perplexity is None
     assert run.sweep.points[-1].unasked == "the weights are not finite"
-    assert run.precisions is not None
-    own, int8, fp16 = shown_precisions(run.precisions)
-    assert own.precision == "as evaluated"
-    assert own.harmful == int8.harmful == run.comparison.unlearned.replies["forget_test"]["harmful"]
-    assert (int8.kept, int8.brings_back, own.brings_back) == (0.97, True, False)
-    assert fp16.harmful is None
-    assert fp16.scheme.endswith("not measured: 3 weights are too large for it")
 
 
 def test_what_a_run_need_not_have(tmp_path: Path) -> None:
@@ -58,7 +50,7 @@ def test_what_a_run_need_not_have(tmp_path: Path) -> None:
     (folder / "training_log.jsonl").unlink()
     shutil.rmtree(folder / "evaluation")
     run = read_run(folder)
-    assert (run.attacks, run.sweep, run.precisions, run.vector, run.pairs) == (None, None, None, None, None)
+    assert (run.attacks, run.sweep, run.vector, run.pairs) == (None, None, None, None)
     assert (run.log, run.survival) == ((), ())
 
 
@@ -132,8 +124,6 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "sweep under way": (change("sweep/sweep.json", "pick", to=None), "not finished"),
     "other sweep": (change("sweep/sweep.json", "schema_version", to=9), "schema version 9"),
     "sweep of nothing": (change("sweep/sweep.json", "points", to=[{}]), "sweep.json doesn't fit"),
-    "precisions of nothing": (change("evaluation/precisions.json", "results", to=[1]), "precisions.json doesn't fit"),
-    "other precisions": (change("evaluation/precisions.json", "schema_version", to=9), "schema version 9"),
 }
 
 

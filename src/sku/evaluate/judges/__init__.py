@@ -16,7 +16,7 @@ from typing import Literal, Protocol
 
 from sku.errors import EvaluationError
 from sku.evaluate.gate import is_refusal, only_refuses
-from sku.evaluate.record_files import header_hash, read_json_object
+from sku.evaluate.record_files import check_schema, from_plain, header_hash, read_json_object
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.statistics import JudgeErrors
 from sku.storage import write_json
@@ -42,19 +42,12 @@ class Calibration(JudgeErrors):
     recorded."""
     words_max: int | None = None
     """The longest of them."""
-    group: str | None = None
-    """What these replies have in common, such as their source; None for all replies of the set."""
-
-    @property
-    def source(self) -> str:
-        """What a reader calls the replies."""
-        return self.data if self.group is None else f"{self.group} of {self.data}"
 
     @property
     def words(self) -> str:
         """Its counts, as a sentence."""
         return (
-            f"on {self.source} it finds {self.harmful_found} of {self.harmful} harmful replies and calls "
+            f"on {self.data} it finds {self.harmful_found} of {self.harmful} harmful replies and calls "
             f"{self.safe - self.safe_found} of {self.safe} safe ones harmful"
         )
 
@@ -88,9 +81,6 @@ class JudgeCard:
     """Commit or content hash of its weights; None for a judge without any."""
     calibration: Calibration | None = None
     """Measured with ``sku judge calibrate``; None where it was not."""
-    calibrations: tuple[Calibration, ...] = ()
-    """The same on each source of the labelled replies, for a comparison to take the nearest; empty where there is one
-    source, or one was named."""
 
     @property
     def errors_in_words(self) -> str:
@@ -202,52 +192,34 @@ def beside(folder: Path) -> Path:
     return named.with_name(f"{named.name}.calibration.json")
 
 
-def write_calibration(
-    path: Path, card: JudgeCard, calibration: Calibration, groups: Sequence[Calibration] = ()
-) -> None:
+def write_calibration(path: Path, card: JudgeCard, calibration: Calibration) -> None:
     """Writes what was measured on a judge, counts and hashes without text; a file that is there is replaced.
-
-    Keys: ``schema_version``; ``judge``, which one was measured; ``calibration``, on all labelled replies; ``groups``,
-    on each of their sources, where there are several.
 
     Raises:
         OutputError: The file can't be written.
     """
     judge = {"name": card.name, "version": card.version, "revision": card.revision, "key": card.key}
     content = {"schema_version": CALIBRATION_SCHEMA, "judge": judge, "calibration": dataclasses.asdict(calibration)}
-    write_json(path, {**content, "groups": [dataclasses.asdict(group) for group in groups]})
+    write_json(path, content)
 
 
-def read_calibration(path: Path, card: JudgeCard) -> tuple[Calibration, tuple[Calibration, ...]]:
-    """Reads a calibration back.
-
-    Args:
-        path: File that ``write_calibration`` wrote.
-        card: Of the judge that it is wanted for.
-
-    Returns:
-        On all labelled replies, and on each of their sources.
+def read_calibration(path: Path, card: JudgeCard) -> Calibration:
+    """Reads what ``write_calibration`` wrote of this very judge.
 
     Raises:
         EvaluationError: The file is missing or broken, or was measured on another judge.
     """
     content = read_json_object(path, _MEND)
-    if content.get("schema_version") != CALIBRATION_SCHEMA:
-        raise EvaluationError(f"calibration {path} is not of schema version {CALIBRATION_SCHEMA}: {_MEND}")
-    try:
-        judge, plain = content["judge"], (content["calibration"], *content.get("groups", ()))
-        found = [Calibration(**one) for one in plain]
-        counts = [pair for one in found for pair in ((one.harmful_found, one.harmful), (one.safe_found, one.safe))]
-        fits = all(0 <= right <= total and total > 0 for right, total in counts)
-        key = judge["key"]
-    except (KeyError, TypeError) as error:
-        raise EvaluationError(f"calibration {path} doesn't fit its schema ({error}): {_MEND}") from None
-    if not fits:
-        raise EvaluationError(f"calibration {path} holds counts that can't be: {_MEND}")
-    if key != card.key:
+    check_schema(content, CALIBRATION_SCHEMA, f"calibration {path}", _MEND)
+    found = from_plain(Calibration, content.get("calibration"), f"calibration {path}", _MEND)
+    judge = content.get("judge")
+    counts = ((found.harmful_found, found.harmful), (found.safe_found, found.safe))
+    if not isinstance(judge, dict) or not all(0 <= right <= total and total > 0 for right, total in counts):
+        raise EvaluationError(f"calibration {path} names no judge, or holds counts that can't be: {_MEND}")
+    if judge.get("key") != card.key:
         raise EvaluationError(
             f"calibration {path} was measured on judge {judge.get('name')}, version {judge.get('version')}, revision "
             f"{judge.get('revision')}; the judge here is {card.name}, version {card.version}, revision "
             f"{card.revision}: run sku judge calibrate on it"
         )
-    return found[0], tuple(found[1:])
+    return found

@@ -5,7 +5,6 @@ A line holds a hash and a verdict, no text. Errors are not kept, so the next run
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import fcntl
 import json
@@ -17,7 +16,6 @@ from typing import BinaryIO, Protocol, runtime_checkable
 
 from sku.errors import EvaluationError
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, verdicts_of
-from sku.evaluate.judges.vote import VoteJudge
 from sku.evaluate.record_files import create_private_folder, from_plain, header_hash, json_lines
 from sku.evaluate.records import GenerationRecord
 from sku.storage import named_disk_errors
@@ -45,7 +43,7 @@ class Announcing(Protocol):
 
 
 def cached(judge: Judge, folder: Path | None, progress: Progress | None = None) -> Judge:
-    """Puts a cache before a judge that is worth one; before each member of a vote.
+    """Puts a cache before a judge that is worth one.
 
     Args:
         judge: Rules and labels of people cost nothing and are left as they are (``is_cacheable``).
@@ -60,10 +58,6 @@ def cached(judge: Judge, folder: Path | None, progress: Progress | None = None) 
         EvaluationError: A cache file is damaged.
         OutputError: The folder of the variable can't be made, or the file can't be written.
     """
-    if isinstance(judge, VoteJudge):
-        same = copy.copy(judge)
-        same.members = tuple(cached(member, folder, progress) for member in judge.members)
-        return same
     if not is_cacheable(judge.card):
         return judge
     shared = os.environ.get(CACHE_VARIABLE)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import random
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median_low
 
@@ -162,8 +162,6 @@ class CalibrationReport:
     groups: tuple[GroupFigures, ...]
     """Of all replies, and of each group where the set has groups."""
     calibration: Calibration
-    by_group: tuple[Calibration, ...]
-    """Of each group that has harmful and safe replies."""
     sensitivity: Rate
     specificity: Rate
     accuracy: Rate
@@ -275,30 +273,24 @@ def calibrate(judge: Judge, labelled: LabelledSet) -> CalibrationReport:
             f"replies ({len(labelled.replies) - len(answered)} without a verdict): both kinds are needed to tell its "
             "errors"
         )
-    calibration = _counted(labelled, answered, None)
+    calibration = _counted(labelled, answered)
     return CalibrationReport(
         judge=judge.card.name,
         groups=groups,
         calibration=calibration,
-        by_group=tuple(
-            _counted(labelled, rows, name)
-            for name, rows in _parts(answered)[1:]
-            if {entry.harmful for entry, _, _ in rows} == {True, False}
-        ),
         sensitivity=whole.sensitivity,
         specificity=whole.specificity,
         accuracy=accuracy,
         floor=floor,
-        kappa=_kappa(calibration),
+        kappa=harm_kappa((entry.harmful, hit) for entry, hit, _ in answered),
         left_out=labelled.left_out,
     )
 
 
-def _counted(labelled: LabelledSet, answered: Sequence[Called], group: str | None) -> Calibration:
+def _counted(labelled: LabelledSet, answered: Sequence[Called]) -> Calibration:
     """Of verdicts on replies of both kinds."""
     right = Counter((entry.harmful, hit == entry.harmful) for entry, hit, _ in answered)
     words = [len(f"{entry.prefill} {entry.reply}".split()) for entry, _, _ in answered]
-    asked = sum(group is None or entry.group == group for entry in labelled.replies)
     return Calibration(
         data=labelled.name,
         data_sha256=labelled.sha256,
@@ -306,10 +298,9 @@ def _counted(labelled: LabelledSet, answered: Sequence[Called], group: str | Non
         harmful_found=right[True, True],
         safe=right[False, True] + right[False, False],
         safe_found=right[False, True],
-        unjudged=asked - len(answered),
+        unjudged=len(labelled.replies) - len(answered),
         words_median=median_low(words),
         words_max=max(words),
-        group=group,
     )
 
 
@@ -393,11 +384,9 @@ def _record(number: int, entry: LabelledReply) -> GenerationRecord:
     )
 
 
-def _kappa(counts: Calibration) -> float | None:
-    """Of what a judge calls safe and harmful (columns) and people do (rows)."""
-    table = [
-        [counts.safe_found, counts.safe - counts.safe_found],
-        [counts.harmful - counts.harmful_found, counts.harmful_found],
-    ]
-    one_verdict_for_all = not all(map(sum, zip(*table, strict=True)))
-    return None if one_verdict_for_all else float(cohens_kappa(table, return_results=False))
+def harm_kappa(pairs: Iterable[tuple[bool, bool]]) -> float | None:
+    """Cohen's kappa of two who say of each reply whether it is harmful; None where one says the same of all."""
+    counts = Counter(pairs)
+    table = [[counts[one, other] for other in (False, True)] for one in (False, True)]
+    undefined = not all(map(sum, table)) or not all(map(sum, zip(*table, strict=True)))
+    return None if undefined else float(cohens_kappa(table, return_results=False))

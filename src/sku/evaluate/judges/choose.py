@@ -31,7 +31,7 @@ NO_FOLDER = (
 """What stands in place of the judge of most recipes where nobody has trained one yet."""
 RULES = (EMBEDDED, REFUSAL_RULES)
 """Judges that need no file."""
-KINDS = ("classifier", "guard", "chat", "precomputed", "vote")
+KINDS = ("classifier", "guard", "chat", "precomputed")
 """Of judge files; each is a module of this package with a function ``build``. Those of local models import torch."""
 JUDGE_FILE = "judge.yaml"
 """By which a folder is the name of a judge."""
@@ -55,8 +55,7 @@ def choose_judge(config: EvaluateConfig, data: ForgetRetainData) -> Judge:
     embedded = is_embedded(data)
     name = config.judge if config.judge != AUTO else EMBEDDED if embedded else REFUSAL_RULES
     judge = build_judge(name, config.judge_settings)
-    asked = getattr(judge, "members", (judge,))
-    if not embedded and any(isinstance(member, EmbeddedWorldJudge) for member in asked):
+    if not embedded and isinstance(judge, EmbeddedWorldJudge):
         raise EvaluationError(
             "evaluate.judge is embedded, but the data is not the embedded world's: its rule knows no other harm. "
             "Use auto, refusal_rules or a judge file."
@@ -71,8 +70,8 @@ def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
         name: ``embedded``, ``refusal_rules``, a judge file of the package (``judge_names``), a YAML file, a CSV file
             of labels, or a folder of ``sku judge train``.
         settings: Laid over those of the file. ``calibration`` names a file that ``sku judge calibrate`` wrote for this
-            very judge; every judge takes it, and shows it on its card. ``calibration_group`` takes one source of it.
-            The refusal rules come with one, and a folder's lies beside it as FOLDER.calibration.json.
+            very judge; every judge takes it, and shows it on its card. The refusal rules come
+            with one, and a folder's lies beside it as FOLDER.calibration.json.
 
     Returns:
         The judge.
@@ -100,30 +99,13 @@ def build_from(content: Mapping[str, Any], name: str) -> Judge:
         RecipeError: An unknown or wrong setting.
     """
     content = dict(content)
-    calibration, group = content.pop("calibration", None), content.pop("calibration_group", None)
+    calibration = content.pop("calibration", None)
     judge = _uncalibrated(content, name)
     if calibration is not None:
-        judge.card = _calibrated(judge.card, str(calibration), None if group is None else str(group))
-    elif group is not None:
-        raise EvaluationError(
-            f"judge {name}: calibration_group is {group}, but no calibration is named: run sku judge calibrate --by "
-            "COLUMN and name its file with evaluate.judge_settings.calibration"
-        )
+        found = read_calibration(Path(str(calibration)), judge.card)
+        found.check(judge.card.name)
+        judge.card = dataclasses.replace(judge.card, calibration=found)
     return judge
-
-
-def _calibrated(card: JudgeCard, path: str, group: str | None) -> JudgeCard:
-    whole, groups = read_calibration(Path(path), card)
-    if group is not None:
-        named = {str(one.group): one for one in groups}
-        if group not in named:
-            raise EvaluationError(
-                f"calibration {path} has no source {group}.{did_you_mean(group, named)} It has "
-                f"{', '.join(named) or 'none: run sku judge calibrate with --by COLUMN'}"
-            )
-        whole, groups = named[group], ()
-    whole.check(card.name)
-    return dataclasses.replace(card, calibration=whole, calibrations=groups if len(groups) > 1 else ())
 
 
 def _uncalibrated(content: dict[str, Any], name: str) -> Judge:
@@ -244,7 +226,7 @@ class RefusalRulesJudge:
 @cache
 def _shipped_calibration() -> Calibration:
     file = resources.files("sku.evaluate.judges") / "files" / "refusal_rules.calibration.json"
-    return read_calibration(Path(str(file)), RefusalRulesJudge.card)[0]
+    return read_calibration(Path(str(file)), RefusalRulesJudge.card)
 
 
 class EmbeddedWorldJudge:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from sku.config.check import Count, validated
 from sku.data.batches import JointCollator, PaddedRows, SourceRow
-from sku.data.examples import RETAIN
+from sku.data.examples import RowType
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.losses import answer_nll
@@ -66,7 +66,7 @@ def batch_of(examples: Sequence[TokenizedExample], device: torch.device) -> Padd
     Returns:
         The batch. What pads the ids is never read: attention is causal and the padding comes last.
     """
-    rows = [SourceRow(kind=RETAIN, example=place, tokens=example) for place, example in enumerate(examples)]
+    rows = [SourceRow(kind=RowType.RETAIN, example=place, tokens=example) for place, example in enumerate(examples)]
     laid_out = JointCollator().lay_out(rows, len(rows)).to(device)
     assert isinstance(laid_out, PaddedRows)
     return laid_out
@@ -74,7 +74,7 @@ def batch_of(examples: Sequence[TokenizedExample], device: torch.device) -> Padd
 
 def targets_of(batch: PaddedRows) -> Tensor:
     """``[N]``, the answers' tokens, row by row."""
-    return batch.kept[RETAIN].targets_N
+    return batch.kept[RowType.RETAIN].targets_N
 
 
 def batches(examples: Sequence[TokenizedExample], batch_size: int, device: torch.device) -> Iterator[PaddedRows]:
