@@ -19,7 +19,7 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file, save_file
-from sku.comparison.jobs import ABLATIONS
+from sku.comparison.rows import ABLATIONS
 
 from conftest import Command
 from sku.cli.compare import GROUPS
@@ -53,6 +53,7 @@ WITHOUT_DRY_RUN = {
     "recipes show": "writes nothing",
     "recipes accelerate": "writes nothing",
     "card": "writes two small files anew from records, in a second",
+    "compare": "each of its runs checks itself before it begins, and a second call goes on",
     "report": "writes one file from records, in seconds, and can be repeated",
     "results": "prints; the files that it writes are named one by one in its options",
     "judge export": "writes one new file from records, in a second, and replaces none",
@@ -63,8 +64,6 @@ DRY_RUNS: dict[str, list[str]] = {
     "negate": ["embedded", "{bad}", "--out", "{out}"],
     "sweep": ["--out", "{out}"],
     "evaluate": ["embedded", "--out", "{out}"],
-    "compare": ["--set", "negate.alpha=1", "--methods", "npo", "--out", "{out}"],
-    "ablate": ["--set", "negate.alpha=1", "--groups", "preservation", "--out", "{out}"],
     "data own": [
         "--model", "embedded", "--harmful", "embedded", "--normal", "embedded",
         "--judge", "embedded", "--out", "{out}",
@@ -202,21 +201,6 @@ def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> 
     trained = 4 * (4 * 2 * 8 * (128 + 128))
     assert found["disk_bytes"] == 2 * trained + 4 * 935_040, "trained, negated, and the whole model"
     assert "negated_adapter/" in found["writes"]
-
-
-def test_a_dry_run_of_a_comparison_names_rows_that_would_fail(command: Command, tmp_path: Path) -> None:
-    """DPO prefers safe answers, and this data has none; the real call makes the other rows all the same."""
-    for name in ("forget", "retain"):
-        rows = "".join(f"{name} question {number},an answer of {number}\n" for number in range(20))
-        (tmp_path / f"{name}.csv").write_text(f"prompt,completion\n{rows}", encoding="utf-8")
-    data = ("--forget", tmp_path / "forget.csv", "--retain", tmp_path / "retain.csv", "--set", "negate.alpha=1")
-    sets = ("--set", "evaluate.attacks=[]", "--set", "evaluate.judge=refusal_rules", "--out", tmp_path / "out")
-    code, out, err = command("compare", "--methods", "dpo,npo", *data, *sets, "--dry-run", "--json")
-    assert code == 0, err
-    found = json.loads(out)
-    assert set(found["settings"]["steps"]) == {"npo"}
-    assert any(note.startswith("dpo would fail: none of the ") for note in found["notes"])
-    assert found["bad_model"] == "deleted at the end", "the random direction takes its length from SKU"
 
 
 def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:

@@ -42,7 +42,6 @@ def _import_everything() -> None:
     import PIL.Image
     import rouge_score.rouge_scorer  # noqa: F401
     import sacrebleu  # noqa: F401
-    import sku.pipeline.compare
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
 
