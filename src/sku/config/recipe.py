@@ -82,8 +82,8 @@ class Recipe:
 
     @property
     def forget_validation(self) -> float:
-        """Share of the harmful prompts to hold out: to choose alpha, to ask stage 1, to fit operators; 0 for none."""
-        needed = self.chooses_alpha or self.checks_stage_1 or self.negate.fits_operators
+        """Share of the harmful prompts to hold out: to choose alpha, to ask stage 1; 0 for none."""
+        needed = self.chooses_alpha or self.checks_stage_1
         return self.sweep.validation_fraction if needed else 0.0
 
     def to_dict(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "other prompts": (swap, "replies to different prompts"),
     "other judge": (other_judge, "judged by people"),
     "no number": (no_number, "is no number"),
-    "vector of words": (change("manifest.json", "negation", "diagnostics", "norm", to="x"), "doesn't fit its schema"),
+    "vector of words": (change("manifest.json", "negation", "task_vector_norm", to="x"), "doesn't fit its schema"),
     "sweep under way": (change("sweep/sweep.json", "pick", to=None), "not finished"),
     "other sweep": (change("sweep/sweep.json", "schema_version", to=9), "schema version 9"),
     "sweep of nothing": (change("sweep/sweep.json", "points", to=[{}]), "sweep.json doesn't fit"),
