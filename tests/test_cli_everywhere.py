@@ -19,7 +19,6 @@ import pytest
 import torch
 import typer
 from safetensors.torch import load_file, save_file
-from sku.comparison.rows import ABLATIONS
 
 from conftest import Command
 from sku.cli.compare import GROUPS
@@ -28,6 +27,7 @@ from sku.cli.main import app
 from sku.cli.options import listed_methods, method_names, words_of
 from sku.cli.shipped import described
 from sku.cli.sweep import next_commands
+from sku.comparison.rows import ABLATIONS
 from sku.config import load_recipe
 from sku.errors import DataError
 from sku.methods import METHODS

@@ -100,7 +100,7 @@ def test_rows_at_equal_utility() -> None:
     stronger = points[0], make_point("rr", strength=0.6)
     records = [
         make_record("sku", *points), make_record("sku", *stronger, seed=1), make_record("sku", points[0], seed=2),
-        make_record("npo", points[0]), base(),
+        make_record("npo", points[0]), base("hh"),
     ]  # fmt: skip
     sku, npo, control = (one_row(records, name, "best") for name in ("sku", "npo", "base"))
     assert sku.strength == pytest.approx(0.5)
