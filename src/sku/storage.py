@@ -23,7 +23,6 @@ from sku.errors import OutputError
 
 RUN_VERSION = 2
 """Of ``manifest.json`` and ``results.json`` of a run."""
-STEPS_FILE = "steps.jsonl"
 """Beside the checkpoints while a model is trained, in its private folder: a line for each logged step."""
 LOCK_FILE = ".lock"
 """Lies in a folder that one process writes for long; what a killed one leaves of it holds nobody up."""

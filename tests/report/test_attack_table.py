@@ -94,26 +94,16 @@ def test_relearning_is_a_number_of_steps_with_what_it_costs() -> None:
     assert relearn_rows(report()) == []
 
 
-def test_the_cost_to_break_of_one_model_has_its_base_beside_it_and_several_stand_alone() -> None:
-    found = dataclasses.replace(report(), relearn=invented_relearning())
-    one, two = relearn_chart({"mine": found}), relearn_chart({"mine": found, "other": found, "none": report()})
-    assert one is not None
-    assert two is not None
-    for picture, names in ((one, ["mine", "base"]), (two, ["mine", "other"])):
-        (axes,) = picture.figure.axes
-        labels = [line.get_label() for line in axes.get_lines() if "pairs" in str(line.get_label())]
-        assert sorted(map(str, labels)) == sorted(f"{name}, {pairs} pairs" for name in names for pairs in (10, 50))
-        assert axes.get_xscale() == "log"
-    (line,) = (line for line in one.figure.axes[0].get_lines() if line.get_label() == "mine, 50 pairs")
-    assert list(np.asarray(line.get_ydata())) == [0.1, 0.4, 0.6]
-    assert [row[:2] for row in two.rows] == [
-        ("mine", "10 pairs"), ("mine", "50 pairs"), ("other", "10 pairs"), ("other", "50 pairs"),
-    ]  # fmt: skip
+def test_the_cost_to_break_of_a_model_has_its_base_beside_it() -> None:
+    picture = relearn_chart("mine", dataclasses.replace(report(), relearn=invented_relearning()))
+    (axes,) = picture.figure.axes
+    lines = {str(line.get_label()): np.asarray(line.get_ydata()) for line in axes.get_lines()}
+    assert {f"{name}, {pairs} pairs" for name in ("mine", "base") for pairs in (10, 50)} <= lines.keys()
+    assert list(lines["mine, 50 pairs"]) == [0.1, 0.4, 0.6]
+    assert [row[0] for row in picture.rows] == ["10 pairs", "50 pairs"]
 
 
-def test_of_no_harm_there_is_no_picture() -> None:
+def test_of_no_harm_there_is_a_line() -> None:
     none = dataclasses.replace(invented_relearning(), half=0, results=())
     found = dataclasses.replace(report(), relearn=none)
-    assert relearn_chart({"mine": found}) is None
-    assert relearn_chart({"mine": report()}) is None
-    assert left_out_lines(found)[-1].startswith("left out: relearn: the base model gives no harmful reply to 10")
+    assert left_out_lines(found)[-1].startswith("left out: relearn: ")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -19,13 +17,8 @@ from sku.quiet import quiet_libraries
 
 
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN", help="Folder of a finished run; several are set side by side.")
-    ],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="HTML file to write; report.html in the run's folder, of several runs in the current one."),
-    ] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    out: Annotated[Path | None, typer.Option(help="HTML file to write; report.html in the run's folder.")] = None,
     plots: Annotated[
         Path | None, typer.Option(help="Write every picture into this folder too, as PNG and SVG.")
     ] = None,
@@ -35,55 +28,24 @@ def report(
             "--replies/--no-replies", help="With the replies of both models, the harmful ones blurred, or without any."
         ),
     ] = True,
-    live: Annotated[
-        bool, typer.Option("--live", help="Follow one run in progress: RUN/live.html, which reloads itself.")
-    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Write the report of a run: one HTML file that needs no network, to read, search and print."""
-    if live:
-        _follow(runs, as_json=as_json)
-        return
     from sku.report.page import write_report  # Imports matplotlib and scipy.
 
-    target = out or (runs[0] / REPORT_FILE if len(runs) == 1 else Path("report.html"))
-    written = write_report(runs, target, plots=plots, replies=replies)
-    private = len(runs) == 1 and replies
+    written = write_report(run, out or run / REPORT_FILE, plots=plots, replies=replies)
     if as_json:
-        plotted = [str(path) for path in written.plots]
         print_json({
-            "verdicts": list(written.verdicts), "report": str(written.path), "plots": plotted,
-            "holds_harmful_replies": private,
+            "verdict": written.verdict, "report": str(written.path), "plots": [str(path) for path in written.plots],
+            "holds_harmful_replies": replies,
         })  # fmt: skip
         return
-    for run, verdict in zip(runs, written.verdicts, strict=True):
-        print_verdict(verdict if len(runs) == 1 else f"{run}: {verdict}")
+    print_verdict(written.verdict)
     console.print(f"report    {written.path}")
     if written.plots:
         console.print(f"plots     {plots}: {len(written.plots)} files")
-    if private:
+    if replies:
         console.print("private   it holds harmful replies; --no-replies leaves them out")
-
-
-def _follow(runs: list[Path], *, as_json: bool) -> None:
-    """Writes the page anew until the run is finished, or once for ``--json``."""
-    from sku.report.live import LIVE_FILE, RELOAD, read_live, write_live
-
-    if len(runs) > 1:
-        raise RecipeError("--live follows one run: name one folder")
-    folder = runs[0]
-    if as_json:
-        print_json(dataclasses.asdict(read_live(folder)))
-        return
-    console.print(f"live      {folder / LIVE_FILE}")
-    try:
-        while not write_live(folder).finished:
-            time.sleep(RELOAD)
-        console.print(f"finished  sku report {folder} draws it")
-    except KeyboardInterrupt:
-        console.print("the run goes on")
-    finally:
-        (folder / LIVE_FILE).unlink(missing_ok=True)
 
 
 def results(

@@ -47,7 +47,7 @@ class Row:
             compare=CompareConfig(published=published),
             sweep=dataclasses.replace(recipe.sweep, rule="least_harm", if_none="nearest"),
             evaluate=dataclasses.replace(
-                recipe.evaluate, samples=0, similarity=(), xstest=None, lm_eval=(), attacks=()
+                recipe.evaluate, samples=0, similarity_model=None, xstest=None, lm_eval=(), attacks=()
             ),
             keep_bad_model=False,
         )

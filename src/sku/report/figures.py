@@ -1,20 +1,18 @@
-"""What all pictures share: colours, style, axes, and how a figure becomes a file or SVG inside a page.
+"""What all pictures share: colours, style, axes, and how a figure becomes a file or an image inside a page.
 
-A colour has a value for light pages and one for dark pages. Figures are drawn in the light values; in a page each
-becomes a class of its name. Text on white or on the dark page has a contrast of at least 4.5, marks of at least 3.
+All are drawn on white, on dark pages too. Text has a contrast of at least 4.5 to it, marks of at least 3.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
 import io
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-from xml.etree import ElementTree
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -30,56 +28,34 @@ SUFFIXES = (".png", ".svg", ".pdf")
 WIDTH = 5.4
 """Inches: two beside each other fill the page, one still reads on a phone."""
 
-_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_TAGS = {"svg", "g", "defs", "path", "use", "clipPath", "rect"}
-_ATTRIBUTES = {
-    "d", "x", "y", "width", "height", "viewBox", "transform", "fill", "stroke", "stroke-width", "stroke-dasharray",
-    "stroke-dashoffset", "stroke-linejoin", "stroke-linecap", "stroke-miterlimit", "fill-opacity", "stroke-opacity",
-    "opacity", "fill-rule",
-}  # fmt: skip
-_PLAIN = re.compile(r"[\w\s.,()#:%+-]*")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Colour:
-    """One colour in both themes."""
-
-    light: str
-    dark: str
-
-
 PALETTE = {
-    "paper": Colour(light="#ffffff", dark="#12161b"),
-    "ink": Colour(light="#1f2328", dark="#e6edf3"),
-    "muted": Colour(light="#57606a", dark="#a3adb8"),
-    "faint": Colour(light="#d9dee3", dark="#39414a"),
-    "panel": Colour(light="#f4f6f8", dark="#1b2128"),
-    "accent": Colour(light="#0b5cad", dark="#79bbff"),
-    "base": Colour(light="#6b7077", dark="#a9b0b8"),
-    "unlearned": Colour(light="#0063a6", dark="#6cb8f0"),
-    "harm": Colour(light="#b34700", dark="#ff9a4d"),
-    "second": Colour(light="#8a4f7d", dark="#dba6cb"),
-    "third": Colour(light="#00785a", dark="#4fc9a4"),
-    "fourth": Colour(light="#8a6a00", dark="#e3c15c"),
+    "paper": "#ffffff",
+    "ink": "#1f2328",
+    "muted": "#57606a",
+    "faint": "#d9dee3",
+    "base": "#6b7077",
+    "unlearned": "#0063a6",
+    "harm": "#b34700",
+    "second": "#8a4f7d",
+    "third": "#00785a",
+    "fourth": "#8a6a00",
     # Harm after a prefill, the longest last.
-    "prefill_1": Colour(light="#f2b58a", dark="#7a4a22"),
-    "prefill_2": Colour(light="#d98243", dark="#a9561b"),
-    "prefill_3": Colour(light="#a9561b", dark="#d98243"),
-    "prefill_4": Colour(light="#73360b", dark="#f2b58a"),
-    "prefill_5": Colour(light="#4a2206", dark="#ffdcc4"),
-    # Bars of outcomes carry their own text, so they stay as they are: Okabe and Ito's colours.
-    "harmful": Colour(light="#d55e00", dark="#d55e00"),
-    "evasive": Colour(light="#e0c070", dark="#e0c070"),
-    "safe_answer": Colour(light="#56b4e9", dark="#56b4e9"),
-    "refusal": Colour(light="#0072b2", dark="#0072b2"),
-    "gibberish": Colour(light="#8c8c8c", dark="#8c8c8c"),
-    "unjudged": Colour(light="#dcdcdc", dark="#dcdcdc"),
-    "on_bright": Colour(light="#000000", dark="#000000"),
-    "on_deep": Colour(light="#fefefe", dark="#fefefe"),
+    "prefill_1": "#f2b58a",
+    "prefill_2": "#d98243",
+    "prefill_3": "#a9561b",
+    "prefill_4": "#73360b",
+    "prefill_5": "#4a2206",
+    # Bars of outcomes carry their own text: Okabe and Ito's colours.
+    "harmful": "#d55e00",
+    "evasive": "#e0c070",
+    "safe_answer": "#56b4e9",
+    "refusal": "#0072b2",
+    "gibberish": "#8c8c8c",
+    "unjudged": "#dcdcdc",
+    "on_bright": "#000000",
+    "on_deep": "#fefefe",
 }
-"""Name -> colour; no two names have the same light value."""
-NAME_OF = {colour.light: name for name, colour in PALETTE.items()}
-"""Light value -> name."""
+"""Name -> colour."""
 
 
 def _style_of(ink: str) -> dict[Any, Any]:
@@ -91,7 +67,7 @@ def _style_of(ink: str) -> dict[Any, Any]:
 STYLE = {**_style_of("#222222"), "font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none"}
 """Of every figure outside a page."""
 PAGE_STYLE = {
-    **_style_of(PALETTE["ink"].light),
+    **_style_of(PALETTE["ink"]),
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "svg.fonttype": "path",
@@ -102,7 +78,7 @@ PAGE_STYLE = {
 
 def light(name: str) -> str:
     """The value to draw with."""
-    return PALETTE[name].light
+    return PALETTE[name]
 
 
 def ratio_ticks(axes: Axes, ratios: Sequence[float]) -> None:
@@ -158,12 +134,12 @@ class Picture:
         # Each drawing would lay the figure out anew, a little differently.
         self.figure.set_layout_engine("none")
 
-    def svg(self) -> str:
-        """For the page; ``title`` and ``caption`` describe it to a screen reader."""
+    def address(self) -> str:
+        """As a ``data:`` address; nothing in an SVG that is an image can run or load anything."""
         with matplotlib.rc_context(PAGE_STYLE):
             file = io.BytesIO()
-            self.figure.savefig(file, format="svg", metadata={"Date": None}, transparent=True)
-        return themed_svg(file.getvalue().decode(), self.name)
+            self.figure.savefig(file, format="svg", metadata={"Date": None})
+        return f"data:image/svg+xml;base64,{base64.b64encode(file.getvalue()).decode()}"
 
     def save(self, folder: Path) -> list[Path]:
         """Writes ``NAME.png`` and ``NAME.svg``, on white.
@@ -233,71 +209,3 @@ def add_legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
     axes.legend(
         loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=len(entries), frameon=False, handletextpad=0.1
     )
-
-
-def themed_svg(text: str, name: str) -> str:
-    """What matplotlib wrote, reduced to shapes: no style sheet, no comment, no metadata, no reference to elsewhere.
-
-    Args:
-        text: SVG with fonts as paths.
-        name: Prefix of all ids.
-
-    Returns:
-        An ``svg`` element that ``NAME-title`` and ``NAME-caption`` of the page describe.
-
-    Raises:
-        ValueError: It holds a colour that the palette doesn't, or what a drawing has no need of.
-    """
-    root = ElementTree.fromstring(text)  # Comments, which repeat drawn text, are not parsed.
-    clean = _clean(root, name)
-    assert clean is not None
-    for attribute in ("width", "height"):
-        del clean.attrib[attribute]
-    clean.attrib |= {
-        "class": "plot", "role": "img", "aria-labelledby": f"{name}-title", "aria-describedby": f"{name}-caption",
-    }  # fmt: skip
-    return ElementTree.tostring(clean, encoding="unicode", short_empty_elements=True)
-
-
-def _clean(element: ElementTree.Element, name: str) -> ElementTree.Element | None:
-    tag = element.tag.removeprefix(f"{{{_SVG}}}")
-    if tag in ("metadata", "style"):
-        return None
-    if tag not in _TAGS:
-        raise ValueError(f"a drawing must not hold <{tag}>")
-    found = ElementTree.Element(tag)
-    style = [declaration.partition(":") for declaration in element.attrib.pop("style", "").split(";")]
-    for key, value in (*element.attrib.items(), *((key.strip(), value.strip()) for key, _, value in style)):
-        _set_attribute(found, key.removeprefix(f"{{{_XLINK}}}"), value, name)
-    children = [_clean(child, name) for child in element]
-    found.extend([child for child in children if child is not None])
-    return found
-
-
-def _set_attribute(element: ElementTree.Element, key: str, value: str, name: str) -> None:
-    if key in ("fill", "stroke") and value != "none":
-        if value.lower() not in NAME_OF:
-            raise ValueError(f"the palette has no colour {value}")
-        element.set("class", f"{element.get('class', '')} {key[0]}-{NAME_OF[value.lower()]}".strip())
-    elif key == "id":
-        element.set(key, f"{name}-{value}")
-    elif key == "clip-path" or (key == "href" and value.startswith("#")):
-        element.set(key, value.replace("#", f"#{name}-"))
-    elif key in _ATTRIBUTES and _PLAIN.fullmatch(value):
-        element.set(key, value)
-    elif key not in ("", "version", "type"):
-        raise ValueError(f"a drawing must not hold {key}: {value}")
-
-
-def theme_css() -> str:
-    """Variables of both themes, and the classes ``f-NAME`` and ``s-NAME`` that fill and stroke with them."""
-    day = ";".join(f"--{name}:{colour.light}" for name, colour in PALETTE.items())
-    night = ";".join(f"--{name}:{colour.dark}" for name, colour in PALETTE.items())
-    rules = [
-        f":root{{color-scheme:light;{day}}}",
-        f"@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{color-scheme:dark;{night}}}}}",
-        f":root[data-theme=dark]{{color-scheme:dark;{night}}}",
-        f"@media print{{:root,:root[data-theme],:root:not([data-theme=light]){{color-scheme:light;{day}}}}}",
-    ]
-    rules += [f".f-{name}{{fill:var(--{name})}}.s-{name}{{stroke:var(--{name})}}" for name in PALETTE]
-    return "\n".join(rules) + "\n"

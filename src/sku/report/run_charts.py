@@ -199,29 +199,23 @@ _DASHES = ("-", "--", ":", "-.")
 """Of the numbers of pairs, the fewest first."""
 
 
-def relearn_chart(reports: Mapping[str, AttackReport]) -> Picture | None:
+def relearn_chart(name: str, report: AttackReport) -> Picture:
     """Cost to break: the share of the base's harm that is back over the steps of fine-tuning, at the best rate.
 
     Args:
-        reports: Name of a model -> its attacks. Of one alone the base model's control is drawn too.
-
-    Returns:
-        The picture; None where no model was attacked so, or no base had harm to bring back.
+        name: Of the model; the base model's control is drawn too.
+        report: Its attacks, with results of relearning.
     """
-    found = {name: report.relearn for name, report in reports.items() if report.relearn and report.relearn.results}
-    if not found:
-        return None
-    lines: list[tuple[str, str, int, RelearnLine, int]] = []
-    for place, (name, relearned) in enumerate(found.items()):
-        for result in relearned.results:
-            base = relearned.base_harmful.count
-            lines.append((name, _LINES[place % len(_LINES)], result.pairs, result.model, base))
-            if len(found) == 1:
-                lines.append(("base", "base", result.pairs, result.control, base))
+    relearned = report.relearn
+    assert relearned is not None
+    lines = [
+        (who, colour, result.pairs, line)
+        for result in relearned.results
+        for who, colour, line in ((name, "unlearned", result.model), ("base", "base", result.control))
+    ]
     with matplotlib.rc_context(PAGE_STYLE):
         figure, (axes,) = new_figure(3.3 + 0.2 * len(lines))
-        _draw_relearning(axes, lines, sorted({step for relearned in found.values() for step in relearned.steps}))
-    rows = [(name, *row) for name in found for row in relearn_rows(reports[name])]
+        _draw_relearning(axes, lines, relearned.base_harmful.count, relearned.steps)
     return Picture(
         name="cost_to_break",
         title="Cost to break",
@@ -229,18 +223,18 @@ def relearn_chart(reports: Mapping[str, AttackReport]) -> Picture | None:
         "none of which is asked, at the attacker's best learning rate. A line ends where half is back. In the table "
         "all after the last step, with 95 % intervals.",
         figure=figure,
-        columns=("model", *RELEARN_COLUMNS),
-        rows=tuple(rows),
+        columns=RELEARN_COLUMNS,
+        rows=tuple(relearn_rows(report)),
     )
 
 
 def _draw_relearning(
-    axes: Axes, lines: Sequence[tuple[str, str, int, RelearnLine, int]], steps: Sequence[int]
+    axes: Axes, lines: Sequence[tuple[str, str, int, RelearnLine]], base: int, steps: Sequence[int]
 ) -> None:
-    """Each line: name, colour, pairs, checkpoints and the base's harmful replies. The model as it is stands left."""
+    """Each line: name, colour, pairs and checkpoints. The model as it is stands left."""
     start, highest = steps[0] / 2, 1.0
-    pairs = sorted({number for _, _, number, _, _ in lines})
-    for name, colour, number, line, base in lines:
+    pairs = sorted({number for _, _, number, _ in lines})
+    for name, colour, number, line in lines:
         shares = [checkpoint.harmful.count / base for checkpoint in line.checkpoints]
         highest = max(highest, *shares)
         axes.plot(

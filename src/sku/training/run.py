@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import shutil
-import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -29,7 +28,6 @@ from sku.data.tokens import TokenizationReport
 from sku.errors import OutputError, RecipeError, SkuError
 from sku.models import LoadedModel
 from sku.processes import current_processes, lost_processes_named
-from sku.storage import STEPS_FILE
 from sku.training.config import UnlearningConfig
 from sku.training.objective import Objective
 from sku.training.trainer import UnlearningTrainer
@@ -109,13 +107,11 @@ def train(
         hazardous=hazardous,
         callbacks=list(callbacks),
     )
-    trainer.add_callback(_StepsFile(folder / STEPS_FILE))
     trainer.remove_callback(PrinterCallback)  # The log is kept and shown by the caller, not printed line by line.
     processes = current_processes()
     last = processes.on_main(lambda: _last_checkpoint(folder, processes.count))
     with _named_checkpoint_errors(folder), lost_processes_named():
         result = trainer.train(resume_from_checkpoint=last)
-    processes.on_main(lambda: (folder / STEPS_FILE).unlink(missing_ok=True))
     if use_cache is not None:
         # The trainer switches it off in the configuration, which goes with the weights to whoever generates.
         loaded.model.config.use_cache = use_cache
@@ -174,22 +170,6 @@ def adapter_settings(config: AcquireConfig, modules: Sequence[str] | None = None
 def step_progress(progress: Callable[[str, int, int], None] | None) -> list[TrainerCallback]:
     """The callback that tells a progress function of each step (stage, done, total); none without a function."""
     return [] if progress is None else [_StepProgress(progress)]
-
-
-class _StepsFile(TrainerCallback):
-    """Writes each logged step down for whoever looks on (``sku report --live``); training doesn't depend on it."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs or not self._path.parent.is_dir():
-            return
-        losses = {name: value for name, value in logs.items() if name == "loss" or name.startswith("loss/")}
-        row = {"step": state.global_step, "of": state.max_steps, "time": time.time(), **losses}
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 class _StepProgress(TrainerCallback):

@@ -69,7 +69,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         prompts={"forget_train-reply-5": HOSTILE},
         settings={"description": HOSTILE.replace("\u0000", "")},
     )
-    return write_report([folder], folder.parent / "report.html").path
+    return write_report(folder, folder.parent / "report.html").path
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def reader(browser: playwright.Browser, report: Path) -> Iterator[Reader]:
     yield reader
     assert page.evaluate("window.stolen") is None
     assert reader.console == []
-    assert reader.requests == [report.as_uri()]
+    assert {address for address in reader.requests if not address.startswith("data:")} == {report.as_uri()}
     page.close()
 
 
@@ -201,28 +201,8 @@ def test_scripts_markup_and_long_texts_of_a_model_are_text(reader: Reader) -> No
         page.locator("#list button.veil").first.click()
     assert page.locator("#list").inner_text().count("<script>window.stolen = 1</script>") == 3
     for tag in ("script", "img", "a", "b", "iframe"):
-        assert page.locator(f"main {tag}").count() == 0, tag
+        assert page.locator(f"main #replies {tag}").count() == 0, tag
     assert "<img src=x onerror=alert(1)>" in page.locator("h1").inner_text()
-
-
-def test_the_theme_follows_the_system_and_the_switch(reader: Reader) -> None:
-    page = reader.page
-
-    def background() -> str:
-        return str(page.evaluate("getComputedStyle(document.body).backgroundColor"))
-
-    page.emulate_media(color_scheme="light")
-    light = background()
-    page.emulate_media(color_scheme="dark")
-    dark = background()
-    assert light != dark
-    page.get_by_label("light").check()
-    assert background() == light
-    page.get_by_label("dark").check()
-    page.emulate_media(color_scheme="light")
-    assert background() == dark
-    ink = page.evaluate("getComputedStyle(document.querySelector('#perplexity-caption ~ details, .plot .f-ink')).fill")
-    assert ink == page.evaluate("getComputedStyle(document.body).color")
 
 
 def test_keyboard_and_phone(reader: Reader) -> None:

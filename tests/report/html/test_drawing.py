@@ -1,16 +1,12 @@
-"""Figures as SVG of a page: nothing but shapes, every colour by name."""
+"""Figures of a page."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
 
-import pytest
-
-from sku.report.figures import PALETTE, drawable, theme_css, themed_svg
+from sku.report.figures import PALETTE, drawable
 from sku.report.page import Page
-
-HEAD = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" width="1pt" height="1pt">'
 
 
 def luminance(colour: str) -> float:
@@ -25,53 +21,12 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_colours_have_the_contrast_of_wcag_aa(theme: str) -> None:
-    colours = {name: str(getattr(colour, theme)) for name, colour in PALETTE.items()}
-    for text in ("ink", "muted", "accent"):
-        assert min(contrast(colours[text], colours[page]) for page in ("paper", "panel")) >= 4.5, text
-    for mark in ("base", "unlearned", "harm", "second", "third", "fourth"):
-        assert contrast(colours[mark], colours["paper"]) >= 3, mark
+def test_colours_have_the_contrast_of_wcag_aa() -> None:
+    assert min(contrast(PALETTE[text], PALETTE["paper"]) for text in ("ink", "muted")) >= 4.5
+    assert min(contrast(PALETTE[mark], PALETTE["paper"]) for mark in ("base", "unlearned", "harm", "second")) >= 3
     for bar in ("harmful", "evasive", "safe_answer", "gibberish", "unjudged"):
-        assert contrast(colours[bar], colours["on_bright"]) >= 4.5, bar
-    assert contrast(colours["refusal"], colours["on_deep"]) >= 4.5
-
-
-def test_every_colour_has_its_classes() -> None:
-    css = theme_css()
-    for name in PALETTE:
-        assert f".f-{name}{{fill:var(--{name})}}" in css
-    assert len({colour.light for colour in PALETTE.values()}) == len(PALETTE)
-
-
-@pytest.mark.parametrize(
-    ("inside", "words"),
-    [
-        ("<script>1</script>", "<script>"),
-        ("<foreignObject/>", "<foreignObject>"),
-        ('<path onclick="1"/>', "onclick"),
-        ('<use xlink:href="https://a.b/c"/>', "href"),
-        ('<path style="fill: #123456"/>', "no colour #123456"),
-        ('<path style="fill: url(https://a.b)"/>', "no colour url"),
-        ('<path style="background: red"/>', "must not hold background"),
-        ('<path d="M 0 0 &quot;&gt;"/>', "must not hold d"),
-    ],
-)
-def test_a_drawing_holds_shapes_alone(inside: str, words: str) -> None:
-    with pytest.raises(ValueError, match="drawing|palette") as caught:
-        themed_svg(f"{HEAD}{inside}</svg>", "a")
-    assert words in str(caught.value)
-
-
-def test_ids_comments_and_styles_of_a_drawing() -> None:
-    inside = '<!-- text --><style>*{}</style><metadata/><path id="m" style="fill: #1f2328; stroke: none"/>'
-    svg = themed_svg(f'{HEAD}{inside}<use xlink:href="#m" x="1"/></svg>', "name")
-    assert "text" not in svg
-    assert "style" not in svg
-    assert 'id="name-m"' in svg
-    assert 'href="#name-m"' in svg
-    assert 'class="f-ink"' in svg
-    assert 'aria-labelledby="name-title"' in svg
+        assert contrast(PALETTE[bar], PALETTE["on_bright"]) >= 4.5, bar
+    assert contrast(PALETTE["refusal"], PALETTE["on_deep"]) >= 4.5
 
 
 def test_names_are_drawn_on_one_line_and_with_what_the_font_has() -> None:

@@ -5,33 +5,20 @@ from __future__ import annotations
 import base64
 import dataclasses
 import hashlib
-import html as html_module
 import itertools
 import json
 import re
-import shutil
 from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 
 from sku.config import load_recipe
 from sku.errors import OutputError
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.page import (
-    Page,
-    cautions,
-    comparison_page,
-    differences,
-    figure_rows,
-    run_page,
-    run_titles,
-    write_report,
-)
+from sku.report.page import Page, run_page, write_report
 from sku.report.read_run import RecordedRun, read_run
 from sku.report.tables import key_figures
 
@@ -106,11 +93,6 @@ def hostile_html(hostile_run: RecordedRun) -> str:
     return run_page(hostile_run).html
 
 
-@pytest.fixture(scope="module")
-def side_by_side(run: RecordedRun, other: RecordedRun) -> str:
-    return comparison_page([run, other]).html
-
-
 def test_nothing_that_a_stranger_wrote_becomes_an_element(hostile_html: str, page: Page) -> None:
     elements, plain = Elements(hostile_html), Elements(page.html)
     assert elements.open == []
@@ -133,10 +115,8 @@ def test_replies_come_back_as_they_were(hostile_html: str) -> None:
     assert {row["right"] for row in rows if row["split"] != "retain_test"} == {""}
 
 
-@pytest.mark.parametrize("kind", ["run", "comparison"])
-def test_the_policy_allows_the_page_s_own_script_and_style_alone(page: Page, side_by_side: str, kind: str) -> None:
-    html = page.html if kind == "run" else side_by_side
-    elements = Elements(html)
+def test_the_policy_allows_the_page_s_own_script_and_style_alone(page: Page) -> None:
+    elements = Elements(page.html)
     (policy,) = [
         entry["content"] for entry in elements.of("meta") if entry.get("http-equiv") == "Content-Security-Policy"
     ]
@@ -153,38 +133,30 @@ def test_nothing_is_loaded_from_elsewhere(page: Page) -> None:
     for tag, attributes in Elements(page.html).found:
         for name in ("src", "href", "action", "srcset", "poster", "data", "xlink:href"):
             value = attributes.get(name) or "#"
-            assert value.startswith("#") or value == "data:,", (tag, name, value)
+            assert value.startswith(("#", "data:")), (tag, name, value[:80])
     assert "@import" not in page.html
     assert not re.findall(r"url\((?!#)", page.html)
 
 
-def test_it_can_be_read_by_a_screen_reader(page: Page, side_by_side: str) -> None:
-    for html in (page.html, side_by_side):
-        elements = Elements(html)
-        ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
-        assert len(ids) == len(set(ids))
-        for _, attributes in elements.found:
-            for name in ("aria-labelledby", "aria-describedby", "for"):
-                assert set((attributes.get(name) or "").split()) <= set(ids)
-            if (attributes.get("href") or "").startswith("#"):
-                assert (attributes["href"] or "")[1:] in ids
-        assert [attributes.get("lang") for attributes in elements.of("html")] == ["en"]
-        assert [len(elements.of(tag)) for tag in ("main", "header", "footer", "h1")] == [1, 1, 1, 1]
-        levels = [int(tag[1]) for tag, _ in elements.found if re.fullmatch(r"h[1-6]", tag)]
-        assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
-        assert len(elements.of("caption")) == len(elements.of("table"))
-        assert all(cell.get("scope") for cell in elements.of("th"))
-        assert all(plot.get("role") == "img" and plot.get("aria-labelledby") for plot in elements.of("svg"))
-        assert all(region.get("aria-label") for _, region in elements.found if region.get("class") == "scroll")
-        labelled = {label.get("for") for label in elements.of("label")}
-        assert all(select.get("id") in labelled for select in elements.of("select"))
-
-
-def test_the_verdict_stands_before_all_figures(run: RecordedRun, page: Page, side_by_side: str) -> None:
-    told = html_module.escape(run.comparison.verdict.line, quote=False)
-    for text, first in ((page.html, '<ul class="tiles">'), (side_by_side, "<table")):
-        place = text.replace("&#39;", "'").find(told)
-        assert 0 < place < text.find(first)
+def test_it_can_be_read_by_a_screen_reader(page: Page) -> None:
+    elements = Elements(page.html)
+    ids = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in elements.found:
+        for name in ("aria-labelledby", "aria-describedby", "for"):
+            assert set((attributes.get(name) or "").split()) <= set(ids)
+        if (attributes.get("href") or "").startswith("#"):
+            assert (attributes["href"] or "")[1:] in ids
+    assert [attributes.get("lang") for attributes in elements.of("html")] == ["en"]
+    assert [len(elements.of(tag)) for tag in ("main", "header", "footer", "h1")] == [1, 1, 1, 1]
+    levels = [int(tag[1]) for tag, _ in elements.found if re.fullmatch(r"h[1-6]", tag)]
+    assert all(after <= before + 1 for before, after in itertools.pairwise(levels))
+    assert len(elements.of("caption")) == len(elements.of("table"))
+    assert all(cell.get("scope") for cell in elements.of("th"))
+    assert all(plot.get("alt") and plot.get("aria-describedby") for plot in elements.of("img"))
+    assert all(region.get("aria-label") for _, region in elements.found if region.get("class") == "scroll")
+    labelled = {label.get("for") for label in elements.of("label")}
+    assert all(select.get("id") in labelled for select in elements.of("select"))
 
 
 def test_a_tile_says_where_the_judge_measures_nothing(run: RecordedRun) -> None:
@@ -202,19 +174,11 @@ def test_a_tile_says_where_the_judge_measures_nothing(run: RecordedRun) -> None:
     assert told in run_page(doubted).html
 
 
-def test_a_run_of_an_earlier_version_says_that_it_has_no_verdict(run_folder: Path, tmp_path: Path) -> None:
-    copy = shutil.copytree(run_folder, tmp_path / "old")
-    content = json.loads((copy / "results.json").read_text(encoding="utf-8"))
-    del content["verdict"]
-    (copy / "results.json").write_text(json.dumps(content), encoding="utf-8")
-    assert "no verdict: an earlier version of SKU made this run" in run_page(read_run(copy)).html
-
-
 def test_every_part_is_there(page: Page) -> None:
     text = Elements(page.html).text
     for words in (
         "15.4 %", "95 %: 4.3 to 42.2", "the lowest alpha within budget", "a note of the sweep",
-        "int8 brings harm back", "left out: template",
+        "left out: template",
         "sku run --out runs/mine", "a" * 64,
         "c" * 40, "torch", "2.13", "refusal_rules", "80 pairs of replies",
     ):  # fmt: skip
@@ -235,7 +199,7 @@ def test_what_is_missing_says_how_to_have_it(tmp_path: Path) -> None:
 
 
 def test_without_replies_no_word_of_them_is_in_the_file(run_folder: Path, page: Page, tmp_path: Path) -> None:
-    without = write_report([run_folder], tmp_path / "without.html", replies=False).path
+    without = write_report(run_folder, tmp_path / "without.html", replies=False).path
     words = HARMFUL_REPLY, "zorvex", "florn", "mix glowing"
     assert all(word in page.html for word in words)
     assert not any(word in without.read_text(encoding="utf-8") for word in words)
@@ -248,7 +212,7 @@ def test_the_recipe_on_the_page_makes_the_same_run(run: RecordedRun, tmp_path: P
 
 
 def test_the_same_run_gives_the_same_file(run_folder: Path, page: Page, tmp_path: Path) -> None:
-    written = write_report([run_folder], tmp_path / "report.html", plots=tmp_path / "plots")
+    written = write_report(run_folder, tmp_path / "report.html", plots=tmp_path / "plots")
     path, drawn = written.path, written.plots
     assert path.read_bytes() == page.html.encode()
     assert path.stat().st_mode & 0o777 == 0o600
@@ -261,58 +225,12 @@ def test_judged_again_is_said(hostile_html: str, page: Page) -> None:
 
 
 def test_what_can_not_be_written(run_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="must end in .html"):
-        write_report([run_folder], tmp_path / "report.pdf")
-    with pytest.raises(OutputError, match="is named twice"):
-        write_report([run_folder, run_folder / ".." / run_folder.name], tmp_path / "report.html")
-    with pytest.raises(OutputError, match="can't be written"):
-        write_report([run_folder], tmp_path / "nowhere" / "report.html")
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(OutputError, match="can't be made"):
-        write_report([run_folder], tmp_path / "report.html", plots=tmp_path / "file" / "plots")
+    for out, plots in (
+        (tmp_path / "report.pdf", None),
+        (tmp_path / "nowhere" / "report.html", None),
+        (tmp_path / "report.html", tmp_path / "file" / "plots"),
+    ):
+        with pytest.raises(OutputError):
+            write_report(run_folder, out, plots=plots)
     assert not (tmp_path / "report.html").exists()
-
-
-@pytest.fixture(scope="module")
-def other(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
-    settings: dict[str, Any] = {"acquire.random_answers": 5, "evaluate.attacks": [], "seed": 3}
-    folder = write_run(tmp_path_factory.mktemp("other") / "other", still_harmful=4, parts=False, settings=settings)
-    return read_run(folder, replies=False)
-
-
-def test_runs_side_by_side(run: RecordedRun, other: RecordedRun, side_by_side: str) -> None:
-    rows = dict(figure_rows([run, other]))
-    harmful = rows["harmful, by rule, unseen prompts"]
-    assert [figure and (figure.before, figure.after) for figure in harmful] == [
-        ("100.0 %", "15.4 %"), ("100.0 %", "30.8 %"),
-    ]  # fmt: skip
-    assert differences([run, other]) == [
-        ("recipe: seed", ["0", "3"]),
-        ("recipe: acquire.random_answers", ["2", "5"]),
-    ]
-    assert differences([run, run]) == []
-    assert cautions([run, other]) == []
-    text = Elements(side_by_side).text
-    for words in ("100.0 % → 15.4 % (4.3 to 42.2)", "100.0 % → 30.8 % (12.7 to 57.6)", "acquire.random_answers"):
-        assert words in " ".join(text.split()), words
-    assert HARMFUL_REPLY not in text
-    assert "> 8" in text, "the cost to break of the run that was attacked so"
-
-
-def test_runs_that_measure_other_things_are_said_to(run: RecordedRun, tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run")
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    manifest["data"]["sources"][0]["sha256"] = "b" * 64
-    (folder / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    changed = read_run(folder)
-    assert cautions([run, changed]) == ["the runs have different data: their figures don't measure the same"]
-    assert [key for key, _ in differences([run, changed])] == ["data: forget"]
-
-
-def test_runs_of_the_same_name_are_named_by_their_path(run: RecordedRun, tmp_path: Path) -> None:
-    same = read_run(write_run(tmp_path / run.title, parts=False), replies=False)
-    assert run_titles([run, same]) == [str(run.folder), str(same.folder)]
-
-
-def test_the_shown_recipe_is_plain_yaml(run: RecordedRun) -> None:
-    assert yaml.safe_load(run.reproduction.recipe_yaml) == run.recipe

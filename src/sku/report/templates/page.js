@@ -8,13 +8,6 @@
     return element;
   };
 
-  const theme = find("theme");
-  theme.hidden = false;
-  theme.addEventListener("change", (event) => {
-    if (event.target.value === "auto") delete document.documentElement.dataset.theme;
-    else document.documentElement.dataset.theme = event.target.value;
-  });
-
   const source = find("replies-data");
   if (!source) return;
   const data = JSON.parse(source.textContent);
