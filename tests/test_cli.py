@@ -815,7 +815,7 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     for words in ("40 of 40", "30 of 40", "25.0 %", "70 of 80", "0.750", "left out     1: no label"):
         assert words in done.out
     as_json = command("judge", "calibrate", "refusal_rules", labelled, "--out", calibration, "--json")
-    assert json.loads(as_json.out)["specificity"]["value"] == 0.75
+    assert json.loads(as_json.out)["figures"]["specificity"]["value"] == 0.75
     assert json.loads(as_json.out)["calibration"] == json.loads(calibration.read_text("utf-8"))["calibration"]
 
     chosen = ("--set", "evaluate.judge=refusal_rules", "--set", f"evaluate.judge_settings.calibration={calibration}")

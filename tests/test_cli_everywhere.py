@@ -46,8 +46,6 @@ WITHOUT_DRY_RUN = {
     "init": "writes one small file, and replaces none",
     "methods": "writes nothing",
     "data inspect": "writes nothing",
-    "judge list": "writes nothing",
-    "judge show": "writes nothing",
     "recipes": "writes nothing",
     "recipes show": "writes nothing",
     "recipes accelerate": "writes nothing",
@@ -127,8 +125,8 @@ def test_every_command_has_a_dry_run_or_a_reason() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo", "judge list",
-        "judge show embedded", "judge show llama-guard-3-1b", "data inspect", "plan", "doctor --offline", "wipe .",
+        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo",
+        "data inspect", "plan", "doctor --offline", "wipe .",
     ],
 )  # fmt: skip
 def test_json_is_one_document_and_nothing_else(
