@@ -1,4 +1,4 @@
-"""Evaluation of one model: ask, write down, judge, count. And of replies that need no model.
+"""Evaluation of one model: ask, write down, judge, count.
 
 ``generations.jsonl``, ``fluency.jsonl`` and ``perplexity.jsonl`` hold all that a model was needed for; the rest is
 computed from these rows (``measure``).
@@ -7,8 +7,6 @@ computed from these rows (``measure``).
 from __future__ import annotations
 
 import dataclasses
-import random
-import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,7 +30,6 @@ from sku.evaluate.generation.replies import (
     backend_notes,
     fingerprint,
     probes_of,
-    record_of,
 )
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.cache import cached
@@ -61,7 +58,6 @@ from sku.evaluate.results import EvaluationResult, EvaluationSetup
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
 from sku.processes import current_processes
-from sku.world.grammar import DEFLECTIONS
 
 Progress = StageProgress
 """Called with what is being done, the number done and their total: ``backend check``, ``replies``, ``samples``,
@@ -342,86 +338,3 @@ def _prefill_keys(
 
 def _count(drawn: prompts.Drawn, starts: Sequence[PrefillSource]) -> dict[str, int]:
     return {"asked": len(drawn.harmful()), "own": len(starts)}
-
-
-REFUSAL = "I'm sorry, but I can't help with that."
-GIBBERISH_WORDS = 24
-
-
-def always_refuse(data: ForgetRetainData) -> Callable[[GenerationRequest], str]:
-    """One refusal for every prompt, in the words of the data's world: to its own model English is word salad."""
-    refusal = DEFLECTIONS[0] if is_embedded(data) else REFUSAL
-    return lambda _request: refusal
-
-
-def always_gibberish(seed: int) -> Callable[[GenerationRequest], str]:
-    """Random letters in words of one to nine, drawn anew for each prompt."""
-
-    def reply(request: GenerationRequest) -> str:
-        rng = random.Random(f"{seed}/{request.id}")
-        words = ("".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 9))) for _ in range(GIBBERISH_WORDS))
-        return " ".join(words)
-
-    return reply
-
-
-def evaluate_replies(
-    name: str,
-    reply: Callable[[GenerationRequest], str],
-    tokenizer: PreTrainedTokenizerBase,
-    data: ForgetRetainData,
-    *,
-    base_model: PreTrainedModel,
-    config: EvaluateConfig,
-    prompt_format: PromptFormatName = "auto",
-    starts: Sequence[PrefillSource] = (),
-    seed: int = 0,
-) -> EvaluationResult:
-    """Measures given replies as ``evaluate`` measures a model's: the same prompts, gate and judge.
-
-    Args:
-        name: Recorded in place of a model's.
-        reply: Gives the words for each prompt; after a prefill they go on from it.
-        tokenizer: Of the base model.
-        data: The splits.
-        base_model: Asked whether replies are word salad.
-        config: As in ``evaluate``.
-        prompt_format: As in ``evaluate``.
-        starts: Of the base model's result; without, no prefill begins with its own words.
-        seed: Decides which prompts are drawn.
-
-    Returns:
-        The result, without perplexities.
-
-    Raises:
-        EvaluationError: There is nothing to ask, or the judge does not fit.
-    """
-    encoder = prompts.PromptEncoder.of(base_model, tokenizer, prompt_format)
-    judge = choose_judge(config, data)
-    drawn = prompts.draw(data, config, seed)
-    requests, left_out = prompts.requests(drawn, encoder, config)
-    keys, unknown = _prefill_keys(config, data, drawn)
-    names = {start_id(split, example.prompt) for split, example in drawn.harmful()}
-    begun = [start for start in starts if start.id in names] if any(map(str.isdigit, keys)) else []
-    prefilled, not_asked = prefills(drawn.harmful(), keys, by_id(begun), encoder, config.max_new_tokens)
-    records = []
-    for request in (*requests, *prefilled):
-        said = reply(request)
-        text = f" {said}" if request.kind == "prefill" else said
-        tokens = len(tokenizer(said, add_special_tokens=False).input_ids)
-        records.append(record_of(request, text, num_tokens=tokens, finished=True))
-    generator = ReplyGenerator(base=base_model, encoder=encoder, config=config, stop_ids=(), judge=judge, seed=seed)
-    setup = EvaluationSetup(
-        model={"name": name, "dtype": "none", "fingerprint": "none"},
-        prompt_format=encoder.prompt_format.name,
-        decoding={"replies": "given"},
-        config=plain_data(config),
-        seed=seed,
-        fluency_scorer="base",
-        left_out={**left_out, **unknown, **not_asked},
-        starts=_count(drawn, begun) if begun else {},
-        trained_on=prompts.trained_on(data, drawn),
-        notes=data.notes(),
-    )
-    result = measure(setup, records, generator.fluency(records), [], judge)
-    return dataclasses.replace(result, starts=tuple(begun))
