@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sku.kept_replies import KeptReplies
 
 _STAYS = (
-    "figures, and outcomes and verdicts by hash: sku report, card, push, export and chat work as before; sku judge "
+    "figures, and outcomes and verdicts by hash: sku report, push, export and chat work as before; sku judge "
     "again, and replies in a report, need a new evaluation"
 )
 
