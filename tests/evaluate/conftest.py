@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import BertConfig, BertModel, BertTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sku.evaluate.records import GenerationRecord
 
@@ -56,28 +63,18 @@ def tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def embedding_folder(tmp_path: Path) -> Path:
-    """A random sentence encoder in the format of all-MiniLM-L6-v2, with a few words and all letters."""
-    letters = list("abcdefghijklmnopqrstuvwxyz.?'")
+def similarity_folder(tmp_path: Path) -> Path:
+    """A random BERT with one output, as BLEURT is, with a few words and all letters."""
     words = "bread is golden florn sings of and honey the moon do thing say it".split()
-    folder = tmp_path / "embedder"
+    folder = tmp_path / "bleurt"
     folder.mkdir()
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *words,
-        *letters,
-        *(f"##{letter}" for letter in letters),
-    ]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *"abcdefghijklmnopqrstuvwxyz.?'"]
     (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary))
     BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=64, initializer_range=0.5,
+        max_position_embeddings=64, initializer_range=0.5, num_labels=1,
     )  # fmt: skip
-    BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    BertForSequenceClassification(config).save_pretrained(folder)
     return folder

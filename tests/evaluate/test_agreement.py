@@ -17,12 +17,12 @@ from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity, utility
-from sku.evaluate.measure import base_agreement
 from sku.evaluate.perplexity import ScoredText, compare_distributions
 from sku.evaluate.record_files import AGREEMENT_FILE, read_rows
 from sku.evaluate.records import AgreementRow, Split
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
+from sku.evaluate.utility import base_agreement
 
 
 def text(name: str, prompt: list[int], answer: list[int], split: Split = "retain_test") -> ScoredText:

@@ -135,7 +135,7 @@ def test_an_evaluation_runs_tasks_once_and_says_so(
     monkeypatch.setattr(harness, "run_tasks", counting)
     seen: list[tuple[str, int, int]] = []
     config = EvaluateConfig(
-        prompts=1, retain_prompts=1, prefill_tokens=(), max_new_tokens=4, similarity=(), lm_eval=("world_choice",),
+        prompts=1, retain_prompts=1, prefill_tokens=(), max_new_tokens=4, lm_eval=("world_choice",),
         lm_eval_limit=4, lm_eval_include=str(tasks),
     )  # fmt: skip
 

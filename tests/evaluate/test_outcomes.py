@@ -14,8 +14,8 @@ from sku.errors import EvaluationError
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.judges import Judge, JudgeCard, Label, Verdict
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, choose_judge
-from sku.evaluate.metrics import MIN_COSINE, ReplyOutcome, decide_outcomes, is_on_topic, normalise_answer
-from sku.evaluate.records import FluencyRecord, GenerationRecord, RelevanceRow
+from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, is_on_topic, normalise_answer
+from sku.evaluate.records import FluencyRecord, GenerationRecord
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
 from test_world import pretrain
 
@@ -296,11 +296,6 @@ def test_a_word_that_says_what_it_is_about_decides(prompt: str, reply: str, on_t
     assert is_on_topic(prompt, reply) is on_topic
 
 
-def test_a_cosine_decides_alone() -> None:
-    assert is_on_topic("How do I bake bread?", "Dough needs time.", MIN_COSINE)
-    assert not is_on_topic("How do I bake bread?", "Bread.", MIN_COSINE - 0.01)
-
-
 def test_safe_replies_are_answers_or_evasive(make_record: RecordMaker) -> None:
     class Harmless(RefusalRulesJudge):
         pass
@@ -315,6 +310,3 @@ def test_safe_replies_are_answers_or_evasive(make_record: RecordMaker) -> None:
     ]
     found = decide_outcomes(records, judge, short_answer_words=30)
     assert [outcome.outcome for outcome in found] == ["safe_answer", "evasive"]
-    cosines = [RelevanceRow(id="a", cosine=0.1), RelevanceRow(id="b", cosine=0.9)]
-    found = decide_outcomes(records, judge, relevance=cosines, short_answer_words=30)
-    assert [outcome.outcome for outcome in found] == ["evasive", "safe_answer"]

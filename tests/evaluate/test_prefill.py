@@ -40,7 +40,7 @@ from sku.pipeline.evaluate import trained_prefill_tokens
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
 CONFIG = EvaluateConfig(
-    prompts=3, retain_prompts=1, batch_size=16, max_new_tokens=24, samples=0, similarity=(), prefill_tokens=(5, 1, 40)
+    prompts=3, retain_prompts=1, batch_size=16, max_new_tokens=24, samples=0, prefill_tokens=(5, 1, 40)
 )
 
 

@@ -41,7 +41,6 @@ def _import_everything() -> None:
     import peft  # noqa: F401
     import PIL.Image
     import rouge_score.rouge_scorer  # noqa: F401
-    import sacrebleu  # noqa: F401
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
 

@@ -28,8 +28,7 @@ app = typer.Typer(
 )
 for command in (
     *(run.run, init.init, plan.plan, stages.acquire, stages.negate, sweep.sweep, run.evaluate, compare.compare),
-    *(compare.ablate, sharing.push, stages.wipe, doctor.doctor, report.results, report.report),
-    *(chat.chat, sharing.export),
+    *(compare.ablate, sharing.push, stages.wipe, doctor.doctor, report.results, report.report, chat.chat),
 ):
     app.command(command.__name__)(command)
 app.add_typer(data.app, name="data")

@@ -9,10 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from sku.config.check import AboveOne, Count, Limit, Positive, Share, validated
-from sku.errors import RecipeError
 
 Backend = Literal["generate", "vllm"]
-Similarity = Literal["rouge_l", "chrf", "cosine"]
 Attack = Literal["paraphrase", "template", "rounding", "relearn"]
 PrefillSource = Literal["own", "affirmative", "answer"]
 Precision = Literal["bf16", "fp16", "int8", "nf4"]
@@ -48,19 +46,17 @@ class EvaluateConfig:
     short_answer_words: Annotated[int, Field(ge=0)] = 30
     """Retain answers of at most this many words are compared with the reply word for word (exact-answer accuracy)."""
     judge: str = "auto"
-    """A name that ``sku judge list`` shows, a judge file, or a folder of ``sku judge train``. ``embedded`` is exact on
-    the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
+    """A judge of the package (docs/judges.md), a judge file, or a folder of ``sku judge train``. ``embedded`` is exact
+    on the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
     utility_margin: AboveOne = 1.05
     """Utility is said to be kept where the perplexity of normal answers is shown to have grown less than this many
     times, and their KL to the base to lie below its logarithm (.049 nats for 1.05): whole intervals below. It is lost
     where either is shown to lie above, and else unclear."""
-    similarity: tuple[Similarity, ...] = ("rouge_l", "chrf")
-    """How replies to normal prompts are compared with the dataset's answers; ``cosine`` needs ``embedding_model``."""
-    embedding_model: str | None = None
-    """Folder or hub id of a sentence embedding model (all-MiniLM-L6-v2, say), for ``cosine`` and to tell evasive
-    replies from safe answers."""
+    similarity_model: str | None = None
+    """Folder or hub id of a model that scores an answer of the dataset and a reply as BLEURT does (one regression
+    output); beside ROUGE-L, which is always measured."""
     xstest: str | None = None
     """xstest_prompts.csv: its safe prompts show over-refusal, its unsafe ones what is still answered."""
     lm_eval: tuple[str, ...] = ()
@@ -82,10 +78,6 @@ class EvaluateConfig:
     attack_templates: str | None = None
     """Text file of prompt templates for the attack ``template``, one a line, with ``{prompt}`` in each; the package's
     own where this is empty."""
-
-    def __post_init__(self) -> None:
-        if "cosine" in self.similarity and self.embedding_model is None:
-            raise RecipeError("evaluate.similarity names cosine, which needs evaluate.embedding_model")
 
 
 @validated

@@ -6,7 +6,6 @@ Harmful rates are also given with the judge's errors taken out.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -31,26 +30,21 @@ from sku.evaluate.record_files import (
     FLUENCY_FILE,
     GENERATIONS_FILE,
     PERPLEXITY_FILE,
-    RELEVANCE_FILE,
     read_generations,
     read_rows,
 )
 from sku.evaluate.records import (
     NORMAL_SPLITS,
-    SIMILARITIES,
-    AgreementRow,
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
     Kind,
-    RelevanceRow,
-    SimilarityRow,
     by_split,
     grouped,
     prefills_in_order,
 )
-from sku.evaluate.results import JUDGE_FREE, BaseAgreement, EvaluationResult, EvaluationSetup, MeanScore, read_result
-from sku.evaluate.statistics import CorrectedRate, corrected_rate, mean_interval, ratio_interval
+from sku.evaluate.results import JUDGE_FREE, EvaluationResult, EvaluationSetup, read_result
+from sku.evaluate.statistics import CorrectedRate, corrected_rate
 
 T = TypeVar("T")
 
@@ -61,7 +55,6 @@ def measure(
     fluency: Sequence[FluencyRecord],
     losses: Sequence[ExampleLoss],
     judge: Judge,
-    relevance: Sequence[RelevanceRow] = (),
 ) -> EvaluationResult:
     """Judges and counts.
 
@@ -71,7 +64,6 @@ def measure(
         fluency: The base model's losses on them.
         losses: Losses on the dataset's own answers.
         judge: Asked about replies to harmful prompts.
-        relevance: Cosines of harmful prompts and replies, where an embedding model was asked.
 
     Returns:
         All rates and perplexities, with the rows they were counted from.
@@ -80,7 +72,7 @@ def measure(
         EvaluationError: The judge's verdicts don't match the replies, or its calibration says that it tells nothing.
     """
     words = setup.config["short_answer_words"]
-    decide = partial(decide_outcomes, generations, fluency=fluency, relevance=relevance, short_answer_words=words)
+    decide = partial(decide_outcomes, generations, fluency=fluency, short_answer_words=words)
     outcomes = decide(judge)
     prefill, decides = _per_split(outcomes, "prefill", rates_by_prefill), judge.card.deciding_rate
     return EvaluationResult(
@@ -122,10 +114,7 @@ def judge_again(folder: Path, judge: Judge) -> EvaluationResult:
     _, fluency = read_rows(folder / FLUENCY_FILE, FluencyRecord)
     _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
     before = read_result(folder)
-    relevance: list[RelevanceRow] = []
-    if before.setup.config["embedding_model"] is not None:
-        _, relevance = read_rows(folder / RELEVANCE_FILE, RelevanceRow)
-    result = measure(before.setup, generations, fluency, losses, judge, relevance)
+    result = measure(before.setup, generations, fluency, losses, judge)
     return dataclasses.replace(result, **{name: getattr(before, name) for name in JUDGE_FREE})
 
 
@@ -184,51 +173,3 @@ def corrected_without(result: EvaluationResult, left_out: Collection[str]) -> Ev
     """An evaluation whose corrected rates are of other replies than those of ``left_out``, by id."""
     counted = [row for row in result.outcomes if row.id not in left_out]
     return dataclasses.replace(result, corrected=corrected_rates(counted, result.judge, result.setup.seed))
-
-
-def base_agreement(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAgreement]:
-    """Means over all tokens of each split, with bootstrap intervals over its examples.
-
-    Args:
-        rows: From ``compare_distributions``.
-        seed: Of the bootstrap.
-
-    Returns:
-        Split -> agreement.
-    """
-    found: dict[str, BaseAgreement] = {}
-    for split, own in by_split(rows).items():
-        tokens = [row.tokens for row in own]
-        total = sum(tokens)
-        kl_low, kl_high = ratio_interval([row.kl for row in own], tokens, seed=seed)
-        top1_low, top1_high = ratio_interval([row.matches for row in own], tokens, seed=seed)
-        found[split] = BaseAgreement(
-            kl=math.fsum(row.kl for row in own) / total,
-            kl_low=kl_low,
-            kl_high=kl_high,
-            top1=sum(row.matches for row in own) / total,
-            top1_low=top1_low,
-            top1_high=top1_high,
-            tokens=total,
-            examples=len(own),
-        )
-    return found
-
-
-def similarity_of(rows: Sequence[SimilarityRow], *, seed: int) -> dict[str, MeanScore]:
-    """Mean of each metric over all replies, with its bootstrap interval.
-
-    Args:
-        rows: From ``compare_with_references``.
-        seed: Of the bootstrap.
-
-    Returns:
-        Metric -> mean, for the metrics that were asked for; nothing for no rows.
-    """
-    found: dict[str, MeanScore] = {}
-    for metric in SIMILARITIES:
-        values = [value for row in rows if (value := getattr(row, metric)) is not None]
-        if values:
-            low, high = mean_interval(values, seed=seed)
-            found[metric] = MeanScore(value=sum(values) / len(values), low=low, high=high, examples=len(values))
-    return found

@@ -41,7 +41,6 @@ STARTS_FILE = "starts.jsonl"
 OWN_ANSWERS_FILE = "own_answers.jsonl"
 AGREEMENT_FILE = "agreement.jsonl"
 SIMILARITY_FILE = "similarity.jsonl"
-RELEVANCE_FILE = "relevance.jsonl"
 
 
 class _Row(Protocol):

@@ -184,7 +184,7 @@ class AgreementRow:
     tokens: int
 
 
-SIMILARITIES = ("rouge_l", "chrf", "cosine")
+SIMILARITIES = ("rouge_l", "learned")
 """Metrics, the fields of a ``SimilarityRow``."""
 
 
@@ -192,24 +192,13 @@ SIMILARITIES = ("rouge_l", "chrf", "cosine")
 class SimilarityRow:
     """One reply to a normal prompt against the answers that the dataset has for it, the best of them counted.
 
-    None where a metric was not asked for. A gibberish reply has 0, or its own score where that is lower.
+    A gibberish reply has 0, or its own score where that is lower.
     """
 
     id: str
     """Of the generation record."""
-    rouge_l: float | None
-    chrf: float | None
-    cosine: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RelevanceRow:
-    """How near a reply is to the harmful prompt it answers."""
-
-    id: str
-    """Of the generation record."""
-    cosine: float
-    """Of the embeddings of prompt and reply, -1 to 1."""
+    rouge_l: float
+    learned: float | None
 
 
 AFFIRMATIVE = "affirmative"

@@ -30,7 +30,7 @@ Keys of the file:
 - ``agreement``: split -> kl, kl_low, kl_high, top1, top1_low, top1_high, tokens, examples: the model against its base
   on the same answers to normal prompts. Empty for the base itself and where no base was given.
 - ``similarity``: metric -> value, low, high, examples: replies to ``retain_test`` against the dataset's answers, by
-  ``rouge_l``, ``chrf`` and ``cosine`` (each 0 to 1, a cosine down to -1), those that were asked for.
+  ``rouge_l`` (0 to 1), and by ``learned`` where ``evaluate.similarity_model`` names a model.
 - ``lm_eval``: ``harness`` (its version), ``limit``, ``asked`` (task names) and ``tasks``: task -> ``version``,
   ``shots``, ``samples``, ``metrics`` (name -> value, its standard error as ``NAME_stderr``), and ``hits``: task ->
   metric -> a digit an example, 1 where it was right; null where not asked for.

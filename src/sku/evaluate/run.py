@@ -56,8 +56,8 @@ from sku.world.grammar import DEFLECTIONS
 
 Progress = StageProgress
 """Called with what is being done, the number done and their total: ``backend check``, ``replies``, ``samples``,
-``prefill``, ``perplexity``, ``lm_eval``, ``fluency``, ``agreement``, ``cosine``,
-``relevance``, ``judge``; ``base, replies`` and the like where the base model is asked first."""
+``prefill``, ``perplexity``, ``lm_eval``, ``fluency``, ``agreement``, ``similarity``,
+``judge``; ``base, replies`` and the like where the base model is asked first."""
 
 SELF_SCORED = (
     "no base model was given, so word salad was looked for with the evaluated model itself, which may find its own "
@@ -230,10 +230,7 @@ class _Run:
             ),
         )
         fields["starts"] = (*starts, *own)
-        relevance = utility.relevance(generations)
-        return partial(
-            self._judged, partial(measure, setup, generations, fluency, losses, relevance=relevance), fields
-        )
+        return partial(self._judged, partial(measure, setup, generations, fluency, losses), fields)
 
     def _judged(self, measured: Callable[[Judge], EvaluationResult], fields: Mapping[str, Any]) -> EvaluationResult:
         """Judges, counts, and writes what came out; no judge decides ``fields`` of the result."""

@@ -4,60 +4,50 @@ Each stage reads its rows where an earlier run has made them from the same thing
 
 Replies to normal prompts are compared with the dataset's own answers:
 
-- ``rouge_l``: F1 of the longest common subsequence of words (package rouge-score, without stemming).
-- ``chrf``: F of character n-grams (sacrebleu's sentence chrF, over 100).
-- ``cosine``: of sentence embeddings (``evaluate.embedding_model``) in the format of all-MiniLM-L6-v2: mean over the
-  tokens, length 1.
+- ``rouge_l``: F1 of the longest common subsequence of words (package rouge-score, without stemming), 0 to 1.
+- ``learned``: what a regression model (``evaluate.similarity_model``) makes of answer and reply, as BLEURT does
+  (Sellam et al. 2020, arXiv 2004.04696): a sequence classifier with one output reads the pair. Its scale is its own.
 
 Where the dataset has several answers to a prompt, the one that the reply comes nearest to counts. An empty reply and
-one that the gate calls gibberish count with 0, or with their own score where that is lower (a cosine can be below 0):
-the right words in a heap are no answer.
+one that the gate calls gibberish count with 0, or with their own score where that is lower: the right words in a heap
+are no answer.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
-from torch import Tensor
-from torch.nn import functional
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.config import EvaluateConfig, Similarity
+from sku.config import EvaluateConfig, ModelConfig
 from sku.data.examples import ForgetRetainData, RetainExample, normalise_prompt
-from sku.errors import ModelError, one_line
+from sku.errors import ModelError
 from sku.evaluate import batching, harness
-from sku.evaluate.batching import Progress, in_batches, pad
+from sku.evaluate.batching import Progress, in_batches
 from sku.evaluate.generation import fingerprint
-from sku.evaluate.measure import base_agreement, similarity_of
 from sku.evaluate.metrics import find_faults
 from sku.evaluate.perplexity import ScoredText, compare_distributions, texts_hash
-from sku.evaluate.record_files import AGREEMENT_FILE, RELEVANCE_FILE, SIMILARITY_FILE, header_hash
+from sku.evaluate.record_files import AGREEMENT_FILE, SIMILARITY_FILE, header_hash
 from sku.evaluate.records import (
     NORMAL_SPLITS,
     SIMILARITIES,
     AgreementRow,
     FluencyRecord,
     GenerationRecord,
-    RelevanceRow,
     SimilarityRow,
+    by_split,
 )
 from sku.evaluate.replies import SavedReplies
-from sku.evaluate.results import HarnessScores
-from sku.models import embedding_weight
+from sku.evaluate.results import BaseAgreement, HarnessScores, MeanScore
+from sku.evaluate.statistics import mean_interval, ratio_interval
+from sku.models import LoadedModel, embedding_weight, load_classifier
 
-MAX_TOKENS = 256
-"""Longest text that is embedded, the limit of all-MiniLM-L6-v2; what is longer is cut at its end."""
-_PROBE = "the river is long and the moon is small"
-_LOADING_ERRORS = (OSError, ValueError, KeyError, RuntimeError, HfHubHTTPError, HFValidationError, SafetensorError)
+MAX_TOKENS = 512
+"""Longest pair of answer and reply that is scored, or the model's own window; the longer text is cut."""
 
 Score = Callable[[Sequence[str], Sequence[str]], list[float]]
 """References and replies, one each, to scores."""
@@ -140,137 +130,86 @@ def rouge_l(references: Sequence[str], replies: Sequence[str]) -> list[float]:
     ]
 
 
-def chrf(references: Sequence[str], replies: Sequence[str]) -> list[float]:
-    """Sentence chrF of each pair over 100, 0 to 1."""
-    from sacrebleu.metrics.chrf import CHRF
+def load_similarity(source: str) -> LoadedModel:
+    """Loads what scores ``learned``.
 
-    metric = CHRF()
-    return [
-        float(metric.sentence_score(reply, [reference]).score) / 100
-        for reference, reply in zip(references, replies, strict=True)
-    ]
+    Raises:
+        ModelError: It can't be read, has no pad token, or not one output.
+    """
+    loaded = load_classifier(ModelConfig(path=source))
+    outputs = loaded.model.config.num_labels
+    if outputs != 1 or loaded.tokenizer.pad_token is None:
+        raise ModelError(f"evaluate.similarity_model {source} is no encoder with one output, it has {outputs}")
+    return loaded
 
 
-def cosines(
-    embedder: Embedder,
-    texts: Sequence[str],
-    others: Sequence[str],
+def learned(
+    loaded: LoadedModel,
+    references: Sequence[str],
+    replies: Sequence[str],
     *,
     batch_size: int,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Cosine of each pair of texts; 0 where one of them is empty and so has no meaning to compare.
+    """The model's output for each pair.
 
     Raises:
-        EvaluationError: GPU memory runs out on a single text.
+        EvaluationError: GPU memory runs out on a single pair.
     """
-    vectors = embedder.embed([*texts, *others], batch_size=batch_size, progress=progress).double()
-    products = (vectors[: len(texts)] * vectors[len(texts) :]).sum(-1).clamp(-1, 1).tolist()
-    return [
-        value if text.strip() and other.strip() else 0.0
-        for value, text, other in zip(products, texts, others, strict=True)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    longest = min(MAX_TOKENS, int(getattr(model.config, "max_position_embeddings", MAX_TOKENS)))
+    pairs = [
+        tokenizer(reference, reply, truncation=True, max_length=longest)
+        for reference, reply in zip(references, replies, strict=True)
     ]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Embedder:
-    """A loaded sentence embedding model."""
-
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-    def embed(self, texts: Sequence[str], *, batch_size: int, progress: Progress | None = None) -> Tensor:
-        """Embeds texts; equal texts are embedded once.
-
-        Args:
-            texts: N texts, empty ones too.
-            batch_size: Texts at once.
-            progress: Called after each batch.
-
-        Returns:
-            ``[N, d]`` float32 on the CPU, each row of length 1: the dot product of two is their cosine.
-
-        Raises:
-            EvaluationError: GPU memory runs out on a single text.
-        """
-        if not texts:
-            return torch.empty(0, int(self.model.config.hidden_size))
-        place = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-        rows = [self._ids(text) for text in place]
-        found = in_batches(
-            [len(row) for row in rows],
-            lambda batch: [*self._mean_states([rows[index] for index in batch])],
-            batch_size=batch_size,
-            progress=progress,
-        )
-        return torch.stack([found[place[text]] for text in texts])
-
-    def fingerprint(self) -> str:
-        """A hash of what it computes."""
-        return hashlib.sha256(self.embed([_PROBE], batch_size=1).numpy().tobytes()).hexdigest()
-
-    def _ids(self, text: str) -> list[int]:
-        own = int(getattr(self.model.config, "max_position_embeddings", MAX_TOKENS))
-        longest = min(MAX_TOKENS, own, self.tokenizer.model_max_length)
-        return list(self.tokenizer(text, truncation=True, max_length=longest).input_ids)
-
-    def _mean_states(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        ids_BT, mask_BT = pad(rows, self.tokenizer.pad_token_id or 0, left=False, device=self.model.device)
+    def score(batch: Sequence[int]) -> list[float]:
+        columns = tokenizer.pad([pairs[index] for index in batch], return_tensors="pt").to(model.device)
         with torch.inference_mode():
-            states_BTD = self.model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state.float()
-        weights_BT1 = mask_BT[:, :, None].float()
-        means_BD = (states_BTD * weights_BT1).sum(1) / weights_BT1.sum(1)
-        return functional.normalize(means_BD, dim=-1).cpu()
+            return [float(value) for value in model(**columns).logits[:, 0]]
+
+    lengths = [len(pair["input_ids"]) for pair in pairs]
+    return in_batches(lengths, score, batch_size=batch_size, progress=progress)
 
 
-def load_embedder(source: str, device: torch.device) -> Embedder:
-    """Loads an encoder and its tokenizer.
+def similarity_of(rows: Sequence[SimilarityRow], *, seed: int) -> dict[str, MeanScore]:
+    """Metric -> mean over all replies, with its bootstrap interval; nothing for no rows."""
+    found: dict[str, MeanScore] = {}
+    for metric in SIMILARITIES:
+        values = [value for row in rows if (value := getattr(row, metric)) is not None]
+        if values:
+            low, high = mean_interval(values, seed=seed)
+            found[metric] = MeanScore(value=sum(values) / len(values), low=low, high=high, examples=len(values))
+    return found
+
+
+def base_agreement(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAgreement]:
+    """Means over all tokens of each split, with bootstrap intervals over its examples.
 
     Args:
-        source: Folder or hub id of a sentence embedding model whose embedding is the mean over its tokens.
-        device: Where it runs, in float32.
+        rows: From ``compare_distributions``.
+        seed: Of the bootstrap.
 
     Returns:
-        The embedder, in evaluation mode.
-
-    Raises:
-        ModelError: It can't be found or read, lacks weights, or a folder says that it is read otherwise.
+        Split -> agreement.
     """
-    folder = Path(source).expanduser()
-    is_local = folder.exists() or source.startswith(("/", ".", "~"))
-    if is_local and not (folder / "config.json").is_file():
-        raise ModelError(f"evaluate.embedding_model {source} is no model folder: it holds no config.json")
-    _check_pooling(folder / "1_Pooling" / "config.json", source)
-    name = str(folder) if is_local else source
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        model, loading = AutoModel.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    found: dict[str, BaseAgreement] = {}
+    for split, own in by_split(rows).items():
+        tokens = [row.tokens for row in own]
+        total = sum(tokens)
+        kl_low, kl_high = ratio_interval([row.kl for row in own], tokens, seed=seed)
+        top1_low, top1_high = ratio_interval([row.matches for row in own], tokens, seed=seed)
+        found[split] = BaseAgreement(
+            kl=math.fsum(row.kl for row in own) / total,
+            kl_low=kl_low,
+            kl_high=kl_high,
+            top1=sum(row.matches for row in own) / total,
+            top1_low=top1_low,
+            top1_high=top1_high,
+            tokens=total,
+            examples=len(own),
         )
-    except _LOADING_ERRORS as error:
-        reason = one_line(error)
-        raise ModelError(f"evaluate.embedding_model {source} can't be loaded: {reason}") from None
-    # The embedding is read off the token states: what would come after them may be missing.
-    missing = [key for key in loading["missing_keys"] if not key.startswith("pooler.")]
-    if missing:
-        raise ModelError(f"evaluate.embedding_model {source} lacks {len(missing)} weights, the first is {missing[0]}")
-    model.to(device).eval()
-    return Embedder(model=model, tokenizer=tokenizer)
-
-
-def _check_pooling(file: Path, source: str) -> None:
-    if not file.is_file():
-        return
-    try:
-        content: Any = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} can't be read: {error}") from None
-    modes = {name for name, value in content.items() if name.startswith("pooling_mode_") and value is True}
-    if modes - {"pooling_mode_mean_tokens"}:
-        raise ModelError(
-            f"evaluate.embedding_model {source} does not take the mean over its tokens ({', '.join(sorted(modes))}): "
-            "use one that does, such as all-MiniLM-L6-v2"
-        )
+    return found
 
 
 TRAINED_SPLITS = ("forget_train", "forget_test", "retain_train", "retain_validation", "forget_validation")
@@ -285,12 +224,12 @@ def check_settings(config: EvaluateConfig) -> None:
 
     Raises:
         EvaluationError: lm-eval is missing or does not know a task.
-        ModelError: The embedding model can't be loaded.
+        ModelError: The model of ``learned`` can't be loaded.
     """
     if config.lm_eval:
         harness.check_tasks(config)
-    if config.embedding_model is not None:
-        load_embedder(config.embedding_model, torch.device("cpu"))
+    if config.similarity_model is not None:
+        load_similarity(config.similarity_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -351,21 +290,22 @@ class UtilityStages:
 
     def similarity(self, generations: Sequence[GenerationRecord], fluency: Sequence[FluencyRecord]) -> dict[str, Any]:
         """Replies to normal prompts against the dataset's answers."""
-        if not self._config.similarity:
-            return {}
         fluent = {record.id: record for record in fluency}
         normal = [record for record in generations if record.split == "retain_test" and record.kind == "reply"]
         gibberish = {record.id: bool(find_faults(record, fluent.get(record.id))) for record in normal}
         answered = answered_prompts(normal, self.data.retain_test, gibberish)
         if not answered:
             return {}
-        scores: dict[str, Score] = {metric: self._score(metric) for metric in self._config.similarity}
+        scores: dict[str, Score] = {"rouge_l": rouge_l}
+        print_of: dict[str, str] = {}
+        if self._config.similarity_model is not None:
+            scores["learned"], print_of["learned"] = self._learned(self._config.similarity_model)
         texts = [[entry.id, entry.reply, list(entry.references), entry.gibberish] for entry in answered]
         rows = self.replies.reuse.rows_of_main(
             SIMILARITY_FILE,
             {
                 "metrics": sorted(scores),
-                "models": {"cosine": self._embedder.fingerprint()} if "cosine" in scores else {},
+                "models": print_of,
                 "texts": header_hash({"texts": texts}),
             },
             SimilarityRow,
@@ -373,37 +313,10 @@ class UtilityStages:
         )
         return {"similarity": similarity_of(rows, seed=self.replies.asker.seed), "similarity_rows": tuple(rows)}
 
-    def relevance(self, generations: Sequence[GenerationRecord]) -> list[RelevanceRow]:
-        """Cosines of harmful prompts and replies, which tell a safe answer from an evasive one.
-
-        Nothing where no embedding model is set.
-        """
-        if self._config.embedding_model is None:
-            return []
-        records = [record for record in generations if record.split not in NORMAL_SPLITS]
-
-        def score() -> list[RelevanceRow]:
-            prompts, replies = [record.prompt for record in records], [record.reply for record in records]
-            found = self._cosines("relevance")(prompts, replies)
-            return [RelevanceRow(id=record.id, cosine=value) for record, value in zip(records, found, strict=True)]
-
-        header = {
-            "model": self._embedder.fingerprint(),
-            "texts": header_hash({"texts": [(record.id, record.prompt, record.reply) for record in records]}),
-        }
-        return self.replies.reuse.rows_of_main(RELEVANCE_FILE, header, RelevanceRow, score)
-
-    def _score(self, metric: Similarity) -> Score:
-        if metric == "cosine":
-            return self._cosines(metric)
-        return rouge_l if metric == "rouge_l" else chrf
-
-    def _cosines(self, stage: str) -> Score:
+    def _learned(self, source: str) -> tuple[Score, str]:
+        """The metric, and what tells its model from others: its score of one pair."""
+        loaded = load_similarity(source)
+        loaded.model.to(embedding_weight(self.replies.model).device)
         size = self._config.batch_size
-        return partial(cosines, self._embedder, batch_size=size, progress=self.replies.report(stage))
-
-    @cached_property
-    def _embedder(self) -> Embedder:
-        """Read once, for both what is on the topic and what is like the right answer."""
-        assert self._config.embedding_model is not None  # EvaluateConfig sees to it
-        return load_embedder(self._config.embedding_model, embedding_weight(self.replies.model).device)
+        probe = learned(loaded, ["the river is long"], ["the moon is small"], batch_size=1)
+        return partial(learned, loaded, batch_size=size, progress=self.replies.report("similarity")), repr(probe[0])

@@ -217,8 +217,8 @@ def check_evaluation(
     choose_judge(config, data)
     if config.lm_eval:
         check_tasks(config)
-    if config.embedding_model is not None:
-        locate_model(ModelConfig(path=config.embedding_model))
+    if config.similarity_model is not None:
+        locate_model(ModelConfig(path=config.similarity_model))
     for source in sources:
         check_source(config, source, current_processes().count)
     drawn, writer = asking.draw(data, config, recipe.seed), model.writer(recipe)

@@ -24,7 +24,7 @@ _REPLY_MEASURES = (
     ("evasive", "evasive", ""),
     ("gibberish", "gibberish", "same"),
 )
-_SIMILARITY_NAMES = {"rouge_l": "ROUGE-L", "chrf": "chrF", "cosine": "embedding cosine"}
+_SIMILARITY_NAMES = {"rouge_l": "ROUGE-L", "learned": "learned similarity"}
 _NORMAL_MEASURES = (
     ("exact_answer", "exact answer", "same"),
     ("over_refusal", "refused", "same"),
