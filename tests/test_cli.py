@@ -116,7 +116,7 @@ def test_python_m_sku() -> None:
 
 def test_every_command_has_help(command: Command) -> None:
     listed = command("--help").out
-    commands = "run acquire negate evaluate compare ablate results methods data recipes judge"
+    commands = "run acquire negate evaluate compare results methods data recipes judge"
     for name in commands.split():
         assert name in listed
         assert command(name, "--help").code == 0
@@ -489,20 +489,20 @@ def test_a_dry_run_foretells_the_run(command: Command, whole_run: Path, tmp_path
     assert told["settings"]["asked"] == asked
     held = sum(path.stat().st_size for path in (whole_run / "unlearned").rglob("*") if path.is_file())
     assert told["disk_bytes"] > held * 0.9
-    assert re.fullmatch(r"about \d\.\d GiB at most, [\d.]+ GiB are free on cpu: fits", told["memory"])
+    assert re.fullmatch(r"about \d\.\d GiB at most \(.*\), [\d.]+ GiB are free on cpu: fits", told["memory"])
 
 
 @pytest.mark.integration
-def test_a_dry_run_names_the_setting_with_which_a_run_fits(
+def test_a_dry_run_says_that_memory_may_not_suffice(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("run", "--dry-run", "--out", tmp_path / "run", *SMALL)
-    monkeypatch.setattr("sku.plan.fit._free_memory", lambda: 2**29)
+    monkeypatch.setattr("sku.memory._free_memory", lambda: 2**29)
     told = command(*words, "--json", "--set", "acquire.training.per_device_train_batch_size=64")
     memory = json.loads(told.out)["memory"]
-    assert "0.5 GiB are free on cpu: may not fit; " in memory
+    assert memory.endswith("0.5 GiB are free on cpu: may not fit")
     told = command(*words, "--set", "method=npo")
-    assert "no estimate of memory: sku plan knows stage 1 of sku" in told.out
+    assert "no estimate of memory: it is of stage 1 of sku" in told.out
 
 
 def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -511,7 +511,7 @@ def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, mo
     def stop(*_: Any, **__: Any) -> None:
         raise sku.errors.ModelError("enough seen")
 
-    line = "about 128.0 GiB at most, 64.0 GiB are free on cuda: may not fit; what would fit: --set acquire."
+    line = "about 128.0 GiB at most, 64.0 GiB are free on cuda: may not fit"
     monkeypatch.setattr("sku.models.pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("sku.pipeline.run.memory_fit", lambda _: MemoryFit(fits=False, text=line))
     monkeypatch.setattr("sku.pipeline.run._execute", stop)
@@ -538,7 +538,7 @@ def test_a_dry_run_of_a_resume_looks_at_the_folder(command: Command, whole_run: 
     assert_one_line(command(*again, "--resume", "--seed", "7"), "another recipe")
 
 
-def test_dry_runs_of_the_other_commands(command: Command, whole_run: Path, bad_model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_of_stage_2(command: Command, whole_run: Path, bad_model: Path, tmp_path: Path) -> None:
     def told(*arguments: str | Path) -> dict[str, Any]:
         done = command(*arguments, "--dry-run", "--json")
         assert (done.code, done.err) == (0, ""), done.err
@@ -548,14 +548,7 @@ def test_dry_runs_of_the_other_commands(command: Command, whole_run: Path, bad_m
     out = tmp_path / "out"
     found = told("negate", "embedded", bad_model, "--out", out)
     assert found["disk_bytes"] == (whole_run / "unlearned" / "model.safetensors").stat().st_size
-    found = told("sweep", bad_model, "--out", out, "--recipe", "embedded")
-    assert (found["stages"], found["settings"]["bad model"]) == (
-        ["measure 5 alphas up to where the utility budget binds"],
-        str(bad_model),
-    )
-    assert found["bad_model"] == "kept"
-    assert told("evaluate", whole_run / "unlearned", "--out", out)["bad_model"] == "none"
-    assert_one_line(command("evaluate", bad_model, "--out", out, "--dry-run"), "bad model of stage 1")
+    assert_one_line(command("evaluate", bad_model, "--out", out), "bad model of stage 1")
     assert names(tmp_path) == set()
 
 
@@ -738,95 +731,39 @@ def test_the_packaged_model_is_as_it_was(whole_run: Path, bad_model: Path) -> No
     assert recorded == {name: digest(embedded_model_path() / name) for name in recorded}
 
 
-@pytest.fixture
-def whole_comparison(command: Command, folder: Path) -> Path:
-    """``sku compare``, once: FT and the controls."""
-    out = folder / "comparison"
-    with FileLock(folder / "comparison.lock"):
-        if not (folder / "compared.txt").exists():
-            done = command(
-                "compare", "--methods", "fine_tune", "--seeds", "1", "--out", out,
-                *SMALL, "--set", "compare.strengths=[1.0]", "--set", "compare.max_strength=1.0", "--set", "methods={}",
-            )  # fmt: skip
-            assert done.code == 0, done.err
-            (folder / "compared.txt").write_text(done.out + done.err, encoding="utf-8")
-    return out
-
-
 @pytest.mark.integration
-def test_compare_prints_a_short_table_and_says_where_the_evidence_is(whole_comparison: Path, folder: Path) -> None:
-    printed = (folder / "compared.txt").read_text(encoding="utf-8")
-    for words in ("at equal utility", "as published", "FT", "Base model", "Random direction", "5 jobs"):
-        assert words in printed
-    assert "4/5 fine_tune, seed 0: complete" in printed
-    assert f"{whole_comparison / 'table.md'}" in printed
-    assert_next(printed, ["results", str(whole_comparison / "records")])
-    assert sorted(path.name for path in whole_comparison.iterdir()) == [
-        "overview.png", "overview.svg", "records", "table.md", "trade_off.png", "trade_off.svg",
-    ]  # fmt: skip
-
-
-@pytest.mark.integration
-def test_results_are_rebuilt_from_the_records_alone(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
-    written = (whole_comparison / "table.md").read_text(encoding="utf-8")
-    done = command(
-        "results", whole_comparison / "records", "--figure", tmp_path / "figure.svg",
-        "--overview", tmp_path / "overview.svg",
-    )  # fmt: skip
+def test_compare_prints_a_table_that_results_rebuilds_and_puts_on_a_page(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    done = command("compare", "--methods", "fine_tune", "--seeds", "1", "--out", out, *SMALL, "--set", "methods={}")
     assert done.code == 0, done.err
-    assert "### At equal utility" in done.out
-    as_json = json.loads(command("results", whole_comparison / "records", "--json").out)
-    assert as_json["markdown"] + "\n" == done.out
-    assert len(as_json["records"]) == 5
-    assert {line for line in written.splitlines() if "FT" in line} <= set(done.out.splitlines())
-    assert (tmp_path / "figure.svg").stat().st_size > 1000
-    written_overview = (whole_comparison / "overview.svg").read_bytes()
-    assert (tmp_path / "overview.svg").read_bytes() == written_overview
-
-
-@pytest.mark.integration
-def test_results_of_any_number_of_folders_are_one_table(
-    command: Command, whole_comparison: Path, tmp_path: Path
-) -> None:
-    table = tmp_path / "table.json"
-    done = command("results", whole_comparison, "--table", table)
-    assert done.code == 0, done.err
-    rows = json.loads(table.read_text(encoding="utf-8"))
-    assert {row["model"] for row in rows} == {"embedded"}
-    assert {"base", "fine_tune"} <= {row["method"] for row in rows}
-    assert all(0 <= row["harmful_unseen"] <= 1 for row in rows)
-    twice = command("results", whole_comparison, whole_comparison)
-    assert_one_line(twice, "2 folders are named, and these tables are of one: add --table")
-    assert_one_line(command("results", whole_comparison, "--table", table, "--brief"), "--table is written alone")
-
-
-@pytest.mark.integration
-def test_results_go_between_their_marks(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
+    for words in ("at equal utility", "as published", "FT", "Base model", "Random direction"):
+        assert words in done.out
+    assert "1/2 fine_tune--seed0: complete" in done.err
+    assert_next(done.out, ["results", str(out)])
+    figure = tmp_path / "overview.svg"
+    again = command("results", out, "--figure", figure)
+    assert again.out.strip() == (out / "table.md").read_text(encoding="utf-8").strip()
+    assert figure.read_bytes() == (out / "overview.svg").read_bytes()
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- results:records -->\nold\n<!-- end:records -->\nafter\n", encoding="utf-8")
-    assert command("results", whole_comparison / "records", "--update", page).code == 0
+    page.write_text("before\n<!-- results:compared-brief -->\nold\n<!-- end:compared-brief -->\n", encoding="utf-8")
+    assert command("results", out, "--brief", "--update", page).code == 0
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- results:records -->\n\n### At equal utility")
-    assert text.endswith("<!-- end:records -->\nafter\n")
+    assert "| FT |" in text
     assert "old" not in text
-    assert command("results", whole_comparison / "records", "--update", page).code == 0
-    assert page.read_text(encoding="utf-8") == text, "a second update changes nothing"
-    page.write_text("<!-- results:records-brief --><!-- end:records-brief -->", encoding="utf-8")
-    assert command("results", whole_comparison / "records", "--brief", "--update", page).code == 0
-    brief = page.read_text(encoding="utf-8")
-    assert "| FT |" in brief
-    assert brief.index("harmful, judge's own word, unseen") < brief.index("harmful, by rule, unseen")
-    assert "utility cost" not in brief
-    page.write_text("no marks\n", encoding="utf-8")
-    assert_one_line(command("results", whole_comparison / "records", "--update", page), "must hold the lines")
-    assert page.read_text(encoding="utf-8") == "no marks\n"
+    table = tmp_path / "table.json"
+    assert command("results", out / "fine_tune--seed0", "--table", table).code == 0
+    assert [row["method"] for row in json.loads(table.read_text(encoding="utf-8"))] == ["fine_tune"]
+    assert_one_line(command("results", out, out), "add --table")
+    assert_one_line(command("results", out, "--table", table, "--brief"), "--table is written alone")
 
 
-def test_compare_and_ablate_refuse_what_they_don_t_know(command: Command, tmp_path: Path) -> None:
+def test_compare_refuses_what_it_does_not_know(command: Command, tmp_path: Path) -> None:
     assert_one_line(command("compare", "--methods", "nqo", "--out", tmp_path / "a"), "Did you mean npo")
-    assert_one_line(command("ablate", "--groups", "modes", "--out", tmp_path / "a"), "Did you mean modules")
-    assert_one_line(command("ablate", "--set", "method=npo", "--out", tmp_path / "a"), "takes SKU apart")
-    assert_one_line(command("results", tmp_path), "holds no record")
+    assert_one_line(command("compare", "--ablate", "modes", "--out", tmp_path / "a"), "Did you mean modules")
+    assert_one_line(
+        command("compare", "--ablate", "all", "--methods", "npo", "--out", tmp_path / "a"), "leave one out"
+    )
+    assert_one_line(command("results", tmp_path), "comparison.json")
     assert not (tmp_path / "a").exists()
 
 
@@ -879,15 +816,12 @@ def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
     labelled.write_text("prompt,reply,label\na,b,1\nc,I can't help with that.,0\n", encoding="utf-8")
     calibrate = ("judge", "calibrate", "refusal_rules", labelled, "--out")
     new = tmp_path / "new" / "folder" / "a.json"
-    assert command(*calibrate, new, "--dry-run").code == 0
-    assert not new.parent.exists()
     assert command(*calibrate, new).code == 0
     assert new.is_file()
 
     monkeypatch.setattr(RefusalRulesJudge, "judge", lambda *_: pytest.fail("asked in vain"))
     for wrong, message in ((labelled / "a.json", "can't be written"), (tmp_path, "is a folder")):
         assert_one_line(command(*calibrate, wrong), message)
-        assert_one_line(command(*calibrate, wrong, "--dry-run"), message)
 
 
 @pytest.mark.integration

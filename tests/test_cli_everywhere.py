@@ -27,7 +27,7 @@ from sku.cli.init import described
 from sku.cli.main import app
 from sku.cli.options import listed_methods, method_names, words_of
 from sku.cli.sweep import next_commands
-from sku.comparison.jobs import ABLATIONS
+from sku.comparison.rows import ABLATIONS
 from sku.config import load_recipe
 from sku.errors import DataError
 from sku.methods import METHODS
@@ -39,33 +39,12 @@ RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.cli.main import main\nma
 
 WITHOUT_JSON: dict[str, str] = {}
 """Command -> why it has no --json. None so far: every command has a result that a program can read."""
-WITHOUT_DRY_RUN = {
-    "plan": "writes nothing itself",
-    "chat": "writes nothing but labels that somebody gives on its page",
-    "doctor": "writes nothing",
-    "init": "writes one small file, and replaces none",
-    "data inspect": "writes nothing",
-    "report": "writes one file from records, in seconds, and can be repeated",
-    "results": "prints; the files that it writes are named one by one in its options",
-    "judge export": "writes one new file from records, in a second, and replaces none",
-}
 DRY_RUNS: dict[str, list[str]] = {
     "run": ["--set", "negate.alpha=1", "--out", "{out}"],
-    "acquire": ["--out", "{out}"],
     "negate": ["embedded", "{bad}", "--out", "{out}"],
-    "sweep": ["--out", "{out}"],
-    "evaluate": ["embedded", "--out", "{out}"],
-    "compare": ["--set", "negate.alpha=1", "--methods", "npo", "--out", "{out}"],
-    "ablate": ["--set", "negate.alpha=1", "--groups", "preservation", "--out", "{out}"],
-    "data own": [
-        "--model", "embedded", "--harmful", "embedded", "--normal", "embedded",
-        "--judge", "embedded", "--out", "{out}",
-    ],
-    "judge calibrate": ["refusal_rules", "{labels}", "--out", "{out}"],
-    "judge train": ["{labels}", "--out", "{out}"],
     "wipe": ["{bad}"],
-}  # fmt: skip
-"""Command -> arguments. ``push`` and ``judge again`` need a finished run: tests/sharing, tests/test_cli_judge.py."""
+}
+"""Command -> arguments. ``push`` needs a finished run: tests/sharing."""
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -111,16 +90,10 @@ def test_every_command_has_json_or_a_reason() -> None:
     assert without == set(WITHOUT_JSON)
 
 
-def test_every_command_has_a_dry_run_or_a_reason() -> None:
-    without = {name for name, item in COMMANDS.items() if "--dry-run" not in options_of(item)}
-    assert without == set(WITHOUT_DRY_RUN)
-    assert set(DRY_RUNS) | {"push", "judge again"} == set(COMMANDS) - without
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
-        "init", "init embedded", "init ddp", "init npo", "data inspect", "plan", "doctor --offline", "wipe .",
+        "init", "init embedded", "init ddp", "init npo", "data inspect", "doctor --offline", "wipe .",
     ],
 )  # fmt: skip
 def test_json_is_one_document_and_nothing_else(
@@ -148,9 +121,7 @@ def test_wipe_asks_on_standard_error(command: Command, bad: Path, monkeypatch: p
 def test_a_dry_run_writes_nothing(
     command: Command, name: str, bad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labels = tmp_path / "labels.csv"
-    labels.write_text("prompt,reply,label\na,b,1\nc,I can't help.,0\n", encoding="utf-8")
-    named = {"{out}": tmp_path / "out", "{bad}": bad, "{labels}": labels}
+    named = {"{out}": tmp_path / "out", "{bad}": bad}
     words = [*name.split(), *(named.get(word, word) for word in DRY_RUNS[name]), "--dry-run"]
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -187,21 +158,6 @@ def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> 
     trained = 4 * (4 * 2 * 8 * (128 + 128))
     assert found["disk_bytes"] == 2 * trained + 4 * 935_040, "trained, negated, and the whole model"
     assert "negated_adapter/" in found["writes"]
-
-
-def test_a_dry_run_of_a_comparison_names_rows_that_would_fail(command: Command, tmp_path: Path) -> None:
-    """DPO prefers safe answers, and this data has none; the real call makes the other rows all the same."""
-    for name in ("forget", "retain"):
-        rows = "".join(f"{name} question {number},an answer of {number}\n" for number in range(20))
-        (tmp_path / f"{name}.csv").write_text(f"prompt,completion\n{rows}", encoding="utf-8")
-    data = ("--forget", tmp_path / "forget.csv", "--retain", tmp_path / "retain.csv", "--set", "negate.alpha=1")
-    sets = ("--set", "evaluate.attacks=[]", "--set", "evaluate.judge=refusal_rules", "--out", tmp_path / "out")
-    code, out, err = command("compare", "--methods", "dpo,npo", *data, *sets, "--dry-run", "--json")
-    assert code == 0, err
-    found = json.loads(out)
-    assert set(found["settings"]["steps"]) == {"npo"}
-    assert any(note.startswith("dpo would fail: none of the ") for note in found["notes"])
-    assert found["bad_model"] == "deleted at the end", "the random direction takes its length from SKU"
 
 
 def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import wants_own_replies
-from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
+from sku.errors import NoAlphaError, OutputError, ProcessError, SkuError, named_memory_errors
+from sku.evaluate.record_files import create_private_folder
+from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
 from sku.methods.run import MethodRun, prepare, with_safe_dtype, with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.own_replies.job import judge_of
@@ -32,16 +37,16 @@ from sku.pipeline.evaluate import Measured, Measuring, check_one_process_attacks
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
-from sku.plan import Plan, Progress
-from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
+from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
-from sku.storage import RUN_VERSION, bytes_in, check_place, remove_hazardous, write_json
+from sku.storage import RUN_VERSION, bytes_in, check_place, new_folder, remove_hazardous, write_json
 from sku.sweep.meter import draw_questions
 from sku.sweep.run import check_one_process
 
 _log = logging.getLogger(__name__)
+_BASE = Path("evaluation", "base")
 UNWRITTEN = (
     "the examples are the prompts, as the model's own replies to them are not written yet: some prompts will have "
     "none, others several"
@@ -79,13 +84,16 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     return plan_run(recipe, out, resume=resume).execute(progress)
 
 
-def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[FinishedRun]:
+def plan_run(
+    recipe: Recipe, out: Path, *, resume: bool = False, base_of: Path | None = None
+) -> CommandPlan[FinishedRun]:
     """Checks all of a run but what only weights and training show, and plans it.
 
     Args:
         recipe: As in ``run_recipe``.
         out: As in ``run_recipe``.
         resume: As in ``run_recipe``.
+        base_of: Folder of another run, whose evaluation of the base model is taken over as far as it fits.
 
     Raises:
         SkuError: As ``run_recipe``; also where the disk is too small.
@@ -93,21 +101,25 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     processes = current_processes()
     check_one_process_attacks(recipe, processes)
     check_place(out)
+    if base_of is not None and not (base_of / _BASE).is_dir():
+        raise OutputError(f"{base_of} holds no evaluation of a base model: give the folder of another run")
     unlearning = Unlearning(recipe, RunFolder(out, processes, _no_progress))
     run = prepare(recipe, unlearning.trained_folder)
     if recipe.chooses_alpha:
         check_one_process()
-    begun = processes.on_main(lambda: unlearning.folder.check(recipe, resume=resume))
-    there = processes.on_main(lambda: bytes_in(out))
-    writes_own = processes.on_main(lambda: wants_own_replies(recipe.data))
-    data, model, training, asked = processes.everywhere(lambda: _checked(recipe, run, out, writes_own=writes_own))
+    begun = processes.run_on_rank0(lambda: unlearning.folder.check(recipe, resume=resume))
+    there = processes.run_on_rank0(lambda: bytes_in(out))
+    writes_own = processes.run_on_rank0(lambda: wants_own_replies(recipe.data))
+    data, model, training, asked = processes.run_on_all_ranks(
+        lambda: _checked(recipe, run, out, writes_own=writes_own)
+    )
     negates = recipe.method == "sku"
-    hazardous = unlearning.method.hazardous
+    hazardous = unlearning.method.negates
     kept = hazardous and recipe.keep_bad_model
     alpha = {"alpha": recipe.negate.alpha} if negates else {}
-    decided = processes.on_main(lambda: _checkpointing(recipe, begun))
+    decided = processes.run_on_rank0(lambda: _checkpointing(recipe, begun))
     decision = told_checkpointing(decided)
-    return Plan(
+    return CommandPlan(
         command="sku run",
         out=out,
         settings={**recipe_settings(recipe, model), **training.settings(recipe), **decision, **alpha, "asked": asked},
@@ -131,7 +143,13 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
             *("results.json", "manifest.json", "training_log.jsonl", "before_after.png", "before_after.svg"),
         ),
         execute=lambda progress: _execute(
-            recipe, out, None if writes_own else data, resume=resume, decided=decided, progress=progress
+            recipe,
+            out,
+            None if writes_own else data,
+            resume=resume,
+            base_of=base_of,
+            decided=decided,
+            progress=progress,
         ),
         disk_bytes=training.peak_bytes + model.bytes(recipe.negate.output_dtype),
         disk_there=there,
@@ -179,14 +197,17 @@ def _execute(
     data: ForgetRetainData | None,
     *,
     resume: bool,
+    base_of: Path | None,
     decided: Checkpointing | None,
     progress: Progress | None,
 ) -> FinishedRun:
     processes = current_processes()
-    missing = processes.on_main(lambda: [folder for folder in out.parents if not folder.exists()])
+    missing = processes.run_on_rank0(lambda: [folder for folder in out.parents if not folder.exists()])
     run = _Run(recipe, out, data, progress or _no_progress, processes)
     try:
         run.folder.open(recipe, resume=resume)
+        if base_of is not None:
+            processes.run_on_rank0(lambda: _take_over(base_of / _BASE, out / _BASE))
         if decided is not None:
             _log.info("activation checkpointing is %s", decided.line)
             run.folder.note(activation_checkpointing=dataclasses.asdict(decided))
@@ -208,6 +229,14 @@ def _execute(
         raise
     finally:
         run.folder.close()
+
+
+def _take_over(source: Path, target: Path) -> None:
+    """Copies an evaluation; rows in it that don't fit are made anew."""
+    if not target.exists():
+        create_private_folder(target.parent)
+        with new_folder(target, private=True) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
 def _remove_made(folder: RunFolder, missing: list[Path]) -> None:
@@ -236,7 +265,7 @@ class _Run:
             self.data = self._own_replies()
         recipe = self.recipe
         with self.folder.timed("load"):
-            data, loaded = self.processes.everywhere(self._load)
+            data, loaded = self.processes.run_on_all_ranks(self._load)
         self.folder.note(
             data={
                 "splits": data.counts(),
@@ -253,37 +282,43 @@ class _Run:
         measuring = Measuring(recipe, loaded.tokenizer, data, self.out / "evaluation", self.progress)
         with self.folder.timed("evaluate_base"):
             before = measuring.evaluated("base", loaded.model, loaded.model)
-        if self.processes.on_main((self.out / "unlearned").exists):
+        if self.processes.run_on_rank0((self.out / "unlearned").exists):
             base, unlearned = loaded.model, load_model(self.unlearning.unlearned_config()).model
         elif self.processes.count > 1:
             held = [loaded]
             del loaded  # So that its memory is free for the models that are read anew.
             base, unlearned = self.unlearning.by_all_processes(held, data)
         else:
-            base, unlearned = self.unlearning.by_one_process(loaded, data)
+
+            def measure_published(model: PreTrainedModel, original: PreTrainedModel) -> object:
+                return measuring.evaluated("published", model, original, starts=before.starts)
+
+            base, unlearned = self.unlearning.by_one_process(loaded, data, measure_published)
         # The unlearned model stands: nothing needs the bad one any more.
-        self.processes.on_main(self.unlearning.remove_trained)
+        self.processes.run_on_rank0(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
             after = measuring.evaluated(
                 "unlearned", unlearned, base, source=self.out / "unlearned", starts=before.starts
             )
         measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
-        return self.processes.on_main(lambda: self._report(measured))
+        return self.processes.run_on_rank0(lambda: self._report(measured))
 
     def _own_replies(self) -> ForgetRetainData:
         """Data that the first process has the original model write; the recipe becomes one of these files."""
         with self.folder.timed("own_replies"):
-            own = self.processes.on_main(lambda: with_own_replies(self.recipe, self.out, progress=self.progress))
+            own = self.processes.run_on_rank0(lambda: with_own_replies(self.recipe, self.out, progress=self.progress))
         self.recipe = own.recipe
         self.unlearning = Unlearning(own.recipe, self.folder)
         self.folder.note(own_replies=own.record)
-        return self.processes.everywhere(own.load)
+        return self.processes.run_on_all_ranks(own.load)
 
     def _load(self) -> tuple[ForgetRetainData, LoadedModel]:
         assert self.data is not None
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
         # Once more: own replies are not those that the plan saw.
         check_data(self.recipe, self.data)
+        if self.recipe.compare.published is not None:
+            return self.data.answered(), loaded
         visits = with_visited(self.recipe, self.data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded
 
