@@ -259,7 +259,7 @@ BELOW_0 = (
     "acquire.training.learning_rate", "acquire.training.weight_decay", "data.unseen_fraction",
     "sweep.kl_budget", "compare.kl_budget",
     "compare.over_refusal_limit",
-    "sweep.validation_fraction", "sweep.harm_target", "sweep.gibberish_limit", "sweep.over_refusal_limit",
+    "sweep.harm_target", "sweep.gibberish_limit", "sweep.over_refusal_limit",
     "sweep.utility_budget", "sweep.hopeless_ratio", "evaluate.samples",
     "compare.utility_budget", "compare.max_strength",
 )  # fmt: skip
