@@ -16,7 +16,7 @@ from sku.comparison.bench import Bench
 from sku.comparison.jobs import comparison_jobs
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 from sku.models import load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.task_vector import TaskVector
@@ -120,8 +120,8 @@ def test_a_wrong_operator_is_refused_before_anything_is_loaded(tmp_path: Path) -
 
 def test_other_methods_have_none(tmp_path: Path) -> None:
     changed = recipe("method=npo", f"negate.operators=[{NULL_SPACE}]", "acquire.tuning=full")
-    assert prepare(changed, tmp_path).operators == ()
-    assert len(prepare(recipe(f"negate.operators=[{NULL_SPACE}]"), tmp_path).operators) == 1
+    assert resolve_method(changed, tmp_path).operators == ()
+    assert len(resolve_method(recipe(f"negate.operators=[{NULL_SPACE}]"), tmp_path).operators) == 1
 
 
 def test_a_comparison_sweeps_the_operated_vector(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from sku.config import Recipe, SearchConfig, load_recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.methods.run import prepare, train_method
+from sku.methods.run import resolve_method, train_method
 
 SEARCHED = (
     *SMALL,
@@ -57,11 +57,11 @@ def test_the_settings_reach_the_training_of_their_method_alone(method: str) -> N
     """RMU has a rate of its own in the recipe."""
     recipe = load_recipe("embedded", [f"method={method}"])
     changed = with_training(recipe, 0.5, 7)
-    training = prepare(changed, Path("unused")).training
+    training = resolve_method(changed, Path("unused")).training
     assert (training.learning_rate, training.max_steps) == (0.5, 7)
     other = dataclasses.replace(changed, method="dpo")
     if method != "sku":
-        assert prepare(other, Path("unused")).training.max_steps == 150
+        assert resolve_method(other, Path("unused")).training.max_steps == 150
 
 
 def test_a_search_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_comparison_searches_once_and_takes_what_it_chose(tmp_path: Path, monk
     trained: list[tuple[float, int | None]] = []
 
     def train(recipe: Recipe, *args: Any) -> Any:
-        training = prepare(recipe, Path("unused")).training
+        training = resolve_method(recipe, Path("unused")).training
         trained.append((training.learning_rate, recipe.acquire.seed))
         return train_method(recipe, *args)
 

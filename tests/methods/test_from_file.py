@@ -17,7 +17,7 @@ from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError
 from sku.methods import method_named
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
@@ -100,7 +100,7 @@ def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
     """Settings go by the method's own name, and the other rows are not disturbed by them."""
     recipe = load_recipe("embedded", ["methods.wga.settings.beta=0.5"])
     jobs = comparison_jobs(recipe, ["npo", str(wga_file)], seeds=1)
-    runs = {job.name: prepare(job.recipe, Path("work")) for job in jobs}
+    runs = {job.name: resolve_method(job.recipe, Path("work")) for job in jobs}
     assert runs["wga"].settings.beta == 0.5
     assert runs["npo"].method.name == "npo"
     assert method_named(str(wga_file)) is runs["wga"].method
@@ -110,7 +110,7 @@ def test_wrong_settings_of_the_file_are_refused(wga_file: Path) -> None:
     recipe = load_recipe("embedded", ["methods.wga.settings.beta=-1"])
     job = next(job for job in comparison_jobs(recipe, [str(wga_file)], seeds=1) if job.name == "wga")
     with pytest.raises(RecipeError, match="methods.wga.settings.beta is -1"):
-        prepare(job.recipe, Path("work"))
+        resolve_method(job.recipe, Path("work"))
 
 
 @pytest.mark.parametrize(

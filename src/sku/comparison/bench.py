@@ -32,7 +32,7 @@ from sku.methods import method_named
 from sku.methods.run import (
     common_visits,
     operator_context,
-    prepare,
+    resolve_method,
     subtracted_by,
     train_method,
     with_safe_dtype,
@@ -146,7 +146,7 @@ class Bench:
 
         def measure(recipe: Recipe) -> Trial:
             own = dataclasses.replace(row, recipe=recipe)
-            training = prepare(recipe, self.work).training
+            training = resolve_method(recipe, self.work).training
             trial = Trial(learning_rate=training.learning_rate, max_steps=training.max_steps)
             folder = self.work / f"{row.name}--search-{trial.learning_rate:g}-{trial.max_steps}"
             try:
@@ -203,7 +203,7 @@ class Bench:
         model = trained.model
         vector = subtracted_by(method, model, self.base)
         account = _account(trained)
-        if operators := prepare(job.recipe, folder).operators:
+        if operators := resolve_method(job.recipe, folder).operators:
             operated = operate(vector, operators, self._operator_context(job.recipe))
             vector, account["operators"] = operated.vector, list(operated.records)
         account["norm"] = vector.norm()
@@ -266,7 +266,7 @@ class Bench:
         return Utility(perplexity=perplexity, kl=kl, over_refusal=0.0, cost=cost)
 
     def _strength(self, job: Job) -> float:
-        return prepare(job.recipe, self.work).strength
+        return resolve_method(job.recipe, self.work).strength
 
     def _of_base(self) -> EvaluationResult:
         """The base model's evaluation, made once: every job's prefills begin with its starts."""

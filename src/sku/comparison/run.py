@@ -21,7 +21,7 @@ from sku.comparison.jobs import Job, record_of
 from sku.comparison.worker import OtherProcess
 from sku.errors import EvaluationError, ProcessError
 from sku.evaluate.batching import StageProgress
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 from sku.report.method_records import MethodRecord, read_record
 from sku.reproducibility import content_sha256
 from sku.storage import LOCK_FILE, check_place, mark_hazardous, named_disk_errors, own_by_file, write_json
@@ -101,7 +101,7 @@ def check_jobs(jobs: Sequence[Job], out: Path) -> None:
         RecipeError: A setting of some job is unknown or impossible.
     """
     for job in jobs:
-        prepare(job.recipe, out / WORK)
+        resolve_method(job.recipe, out / WORK)
 
 
 def record_path(out: Path, job: Job) -> Path:

@@ -13,7 +13,7 @@ from sku.config import Recipe, refuse_final
 from sku.data.examples import ForgetRetainData
 from sku.errors import ModelError, RecipeError, SkuError, named_memory_errors
 from sku.evaluate.record_files import create_private_folder
-from sku.methods.run import TWINS, has_twins, prepare, train_method, twin_folder, with_safe_dtype
+from sku.methods.run import TWINS, MethodRun, has_twins, resolve_method, train_method, twin_folder, with_safe_dtype
 from sku.models import load_model
 from sku.pipeline.checks import (
     check_trained_model,
@@ -51,17 +51,17 @@ def plan_acquire(recipe: Recipe, out: Path) -> Plan[list[dict[str, Any]]]:
     processes = current_processes()
     processes.on_main(lambda: check_new(out))
     processes.on_main(lambda: check_can_be_made(out))
-    prepare(recipe, out)  # Refused before anything is read.
-    model, data = processes.everywhere(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
-    training = processes.everywhere(lambda: check_training(recipe, model, data, out))
     decided = processes.on_main(lambda: decide_checkpointing(recipe))
+    run = resolve_method(with_checkpointing(recipe, decided), out)  # Refused before anything is read.
+    model, data = processes.everywhere(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
+    training = processes.everywhere(lambda: check_training(recipe, model, data, run))
     return Plan(
         command="sku acquire",
         out=out,
         settings={**recipe_settings(recipe, model), **training.settings(recipe), **told_checkpointing(decided)},
         stages=(training.stage,),
         writes=("the bad model" if recipe.acquire.tuning == "full" else "the bad model's adapter",),
-        execute=lambda progress: train_bad_model(recipe, data, out, decided, progress),
+        execute=lambda progress: train_bad_model(recipe, training.run, data, out, decided, progress),
         disk_bytes=training.peak_bytes,
         memory=lambda: memory_fit(with_checkpointing(recipe, decided)),
         bad_model="kept",
@@ -71,7 +71,12 @@ def plan_acquire(recipe: Recipe, out: Path) -> Plan[list[dict[str, Any]]]:
 
 
 def train_bad_model(
-    recipe: Recipe, data: ForgetRetainData, out: Path, decided: Checkpointing | None, progress: Progress | None
+    recipe: Recipe,
+    run: MethodRun,
+    data: ForgetRetainData,
+    out: Path,
+    decided: Checkpointing | None,
+    progress: Progress | None,
 ) -> list[dict[str, Any]]:
     """Trains and saves the bad model; gives the training log."""
     processes = current_processes()
@@ -82,8 +87,7 @@ def train_bad_model(
         with named_memory_errors("load"):
             loaded = load_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
         with named_memory_errors("acquire"):
-            trained = with_checkpointing(recipe, decided)
-            acquired = train_method(trained, loaded, data, checkpoints, step_progress(progress))
+            acquired = train_method(recipe, loaded, data, checkpoints, step_progress(progress), run)
         for twin in TWINS if has_twins(recipe) else ():
             (twin_folder(checkpoints, twin) / "final").rename(twin_folder(temporary, twin))
         processes.on_main(lambda: shutil.rmtree(checkpoints))
@@ -113,13 +117,13 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
     if bad is None and there:
         check_same_training(trained, recipe)
     check_can_be_made(out)
-    prepare(recipe, trained)
+    decided = None if there else decide_checkpointing(recipe)
+    run = resolve_method(with_checkpointing(recipe, decided), trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)
     questions = draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
     texts = sum(map(len, questions.texts.values()))
-    training = None if there else check_training(recipe, model, data, trained)
-    decided = None if there else decide_checkpointing(recipe)
+    training = None if there else check_training(recipe, model, data, run)
     tried = f"alpha {', '.join(f'{alpha:g}' for alpha in recipe.sweep.alphas)}"
     if not recipe.sweep.alphas:
         tried = f"{recipe.sweep.points} alphas up to where the utility budget binds"
@@ -127,10 +131,10 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
     def execute(progress: Progress | None) -> Sweep:
         from sku.report.frontier import write_frontier  # Imports matplotlib, which a plan has no use for.
 
-        if not there:
+        if training is not None:
             create_private_folder(out)
             try:
-                train_bad_model(recipe, data, trained, decided, progress)
+                train_bad_model(recipe, training.run, data, trained, decided, progress)
             except SkuError:
                 with suppress(OSError):  # Not empty: it was there before.
                     out.rmdir()

@@ -15,7 +15,7 @@ from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
 from sku.errors import SkuError
 from sku.methods import method_named
-from sku.methods.run import with_safe_dtype
+from sku.methods.run import resolve_method, with_safe_dtype
 from sku.pipeline.checks import (
     CheckedModel,
     CheckedTraining,
@@ -109,7 +109,7 @@ def _checked_rows(
             # Each with a skeleton of its own: an adapter is added to it.
             own = dataclasses.replace(models[config], skeleton=copy.deepcopy(models[config].skeleton))
             try:
-                trained[job.name] = check_training(job.recipe, own, data, out)
+                trained[job.name] = check_training(job.recipe, own, data, resolve_method(job.recipe, out))
             except SkuError as error:
                 failing[job.name] = f"{job.name} would fail: {error}"
     return trained, list(failing.values())

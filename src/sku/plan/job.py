@@ -21,7 +21,7 @@ from sku.config.data import ModelConfig
 from sku.config.recipe import Recipe
 from sku.config.stages import AcquireConfig, LoraSettings, Tuning
 from sku.errors import ModelError, RecipeError
-from sku.methods.run import prepare, with_safe_dtype
+from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_config, plain_model, with_adapter, without_weights
 from sku.training.config import ReferenceMode, UnlearningConfig, check_optimizer
 from sku.training.run import adapter_settings
@@ -304,7 +304,7 @@ def _training_and_optimizer(recipe: Recipe, *, on_cpu: bool) -> tuple[Unlearning
     if settings.get("bf16") == "auto" and not on_cpu:
         settings["bf16"] = True
     acquire = dataclasses.replace(recipe.acquire, training=settings)
-    training = prepare(dataclasses.replace(recipe, acquire=acquire), Path("planned"), device="cpu").training
+    training = resolve_method(dataclasses.replace(recipe, acquire=acquire), Path("planned"), device="cpu").training
     if paged:
         check_optimizer(optim, on_gpu=True)
     else:
