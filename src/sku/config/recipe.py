@@ -26,7 +26,7 @@ from sku.errors import RecipeError, did_you_mean, one_line
 S = TypeVar("S")
 _LONGEST_NAME = 200
 NEGATING_METHODS = ("sku", "task_vector")
-"""Methods whose result the base turns round: what a bad model learned is subtracted."""
+"""Methods that train a bad model, whose task vector is subtracted."""
 
 
 @validated
@@ -77,15 +77,14 @@ class Recipe:
 
     @property
     def forget_validation(self) -> float:
-        """Share of the harmful prompts to hold out: to choose alpha, to ask stage 1, to fit operators; 0 for none."""
-        needed = self.chooses_alpha or self.checks_stage_1 or self.negate.fits_operators
+        """Share of the harmful prompts to hold out: to choose alpha, to ask stage 1; 0 for none."""
+        needed = self.chooses_alpha or self.checks_stage_1
         return self.sweep.validation_fraction if needed else 0.0
 
     @property
     def search_validation(self) -> float:
-        """The same of a comparison: for ``compare.search`` and operators that are fitted to them."""
-        needed = self.compare.search is not None or self.negate.fits_operators
-        return self.sweep.validation_fraction if needed else 0.0
+        """The same of a comparison: for ``compare.search``."""
+        return 0.0 if self.compare.search is None else self.sweep.validation_fraction
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""

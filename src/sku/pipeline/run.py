@@ -14,10 +14,10 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts, wants_own_replies
 from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
+from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
 from sku.methods import method_named
 from sku.methods.run import MethodRun, resolve_method, visited_examples, with_safe_dtype
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
-from sku.negate.operators.base import check_operators
 from sku.own_replies.job import judge_of
 from sku.pipeline.checks import (
     CheckedModel,
@@ -34,8 +34,7 @@ from sku.pipeline.evaluate import Measured, Measuring, check_one_process_attacks
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning, trained_folder
-from sku.plan import Plan, Progress
-from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
+from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
@@ -86,7 +85,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     return plan_run(recipe, out, resume=resume).execute(progress)
 
 
-def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[FinishedRun]:
+def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> CommandPlan[FinishedRun]:
     """Checks all of a run but what only weights and training show, and plans it.
 
     Args:
@@ -100,21 +99,21 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     processes = current_processes()
     check_one_process_attacks(recipe, processes)
     check_place(out)
-    hazardous = method_named(recipe.method).hazardous
+    hazardous = method_named(recipe.method).negates
     if recipe.chooses_alpha:
         check_one_process()
-    begun = processes.on_main(lambda: RunFolder(out, processes, _no_progress).check(recipe, resume=resume))
-    decided = processes.on_main(lambda: _checkpointing(recipe, begun))
+    begun = processes.run_on_rank0(lambda: RunFolder(out, processes, _no_progress).check(recipe, resume=resume))
+    decided = processes.run_on_rank0(lambda: _checkpointing(recipe, begun))
     run = resolve_method(with_checkpointing(recipe, decided), trained_folder(out, hazardous=hazardous))
-    there = processes.on_main(lambda: bytes_in(out))
-    writes_own = processes.on_main(lambda: wants_own_replies(recipe.data))
-    prompts = processes.everywhere(lambda: own_prompts_of(recipe)) if writes_own else None
-    data, model, training, asked = processes.everywhere(lambda: _checked(recipe, run, out, prompts))
+    there = processes.run_on_rank0(lambda: bytes_in(out))
+    writes_own = processes.run_on_rank0(lambda: wants_own_replies(recipe.data))
+    prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if writes_own else None
+    data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, out, prompts))
     negates = recipe.method == "sku"
     kept = hazardous and recipe.keep_bad_model
     alpha = {"alpha": recipe.negate.alpha} if negates else {}
     decision = told_checkpointing(decided)
-    return Plan(
+    return CommandPlan(
         command="sku run",
         out=out,
         settings={**recipe_settings(recipe, model), **training.settings(recipe), **decision, **alpha, "asked": asked},
@@ -171,7 +170,6 @@ def _checked(
         data = load_recipe_data(recipe)
     check_data(recipe, data)
     model = check_trained_model(recipe)
-    check_operators(run.operators, model.skeleton, data)
     asked = check_evaluation(recipe, model, data, readable_source(recipe.model), out / "unlearned")
     if recipe.chooses_alpha or recipe.checks_stage_1:
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
@@ -195,7 +193,7 @@ def _execute(
     progress: Progress | None,
 ) -> FinishedRun:
     processes = current_processes()
-    missing = processes.on_main(lambda: [folder for folder in out.parents if not folder.exists()])
+    missing = processes.run_on_rank0(lambda: [folder for folder in out.parents if not folder.exists()])
     run = _Run(recipe, out, resolved, progress or _no_progress, processes)
     try:
         run.folder.open(recipe, resume=resume)
@@ -248,7 +246,7 @@ class _Run:
         written = None if isinstance(self.data, ForgetRetainData) else self._own_replies(self.data)
         recipe = self.recipe
         with self.folder.timed("load"):
-            data, loaded = self.processes.everywhere(lambda: self._load(written))
+            data, loaded = self.processes.run_on_all_ranks(lambda: self._load(written))
         self.folder.note(
             data={
                 "splits": data.counts(),
@@ -265,7 +263,7 @@ class _Run:
         measuring = Measuring(recipe, loaded.tokenizer, data, self.out / "evaluation", self.progress)
         with self.folder.timed("evaluate_base"):
             before = measuring.evaluated("base", loaded.model, loaded.model)
-        if self.processes.on_main((self.out / "unlearned").exists):
+        if self.processes.run_on_rank0((self.out / "unlearned").exists):
             base, unlearned = loaded.model, load_model(self.unlearning.unlearned_config()).model
         elif self.processes.count > 1:
             held = [loaded]
@@ -274,23 +272,23 @@ class _Run:
         else:
             base, unlearned = self.unlearning.by_one_process(loaded, data)
         # The unlearned model stands: nothing needs the bad one any more.
-        self.processes.on_main(self.unlearning.remove_trained)
+        self.processes.run_on_rank0(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
             after = measuring.evaluated(
                 "unlearned", unlearned, base, source=self.out / "unlearned", starts=before.starts
             )
         measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
-        return self.processes.on_main(lambda: self._report(measured))
+        return self.processes.run_on_rank0(lambda: self._report(measured))
 
     def _own_replies(self, prompts: OwnPrompts) -> ForgetRetainData:
         """Data that the first process has the original model write; the recipe becomes one of these files."""
         with self.folder.timed("own_replies"):
-            own = self.processes.on_main(
+            own = self.processes.run_on_rank0(
                 lambda: with_own_replies(self.recipe, self.out, prompts, progress=self.progress)
             )
         self.recipe = own.recipe
         self.folder.note(own_replies=own.record)
-        return self.processes.everywhere(own.load)
+        return self.processes.run_on_all_ranks(own.load)
 
     def _load(self, written: ForgetRetainData | None) -> tuple[ForgetRetainData, LoadedModel]:
         """The data with what training visits of them, and the model."""
@@ -301,7 +299,6 @@ class _Run:
         else:  # Not what the plan saw.
             data = written
             check_data(self.recipe, data)
-            check_operators(self.run.operators, loaded.model, data)
             self.run = self.run.tokenized(self.recipe, data, loaded.tokenizer, loaded.model)
         assert self.run.joint is not None
         self.unlearning = Unlearning(self.recipe, self.folder, self.run)
