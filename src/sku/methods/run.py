@@ -138,7 +138,7 @@ def resolve_method(recipe: Recipe, folder: Path, *, device: str | None = None) -
     return MethodRun(
         method=method,
         settings=settings,
-        strength=recipe.negate.given_alpha if is_sku else own.strength,
+        strength=recipe.negate.given_alpha if is_sku else own.given_strength,
         training=training,
     )
 
@@ -420,32 +420,6 @@ def _joint(
     written = resolve_prompt_format(recipe.model.prompt_format, tokenizer)
     encoder = Encoder(tokenizer, written, training.max_length, training.max_answer_tokens)
     return JointDataset(data, encoder, rows=rows, seed=training.seed)
-
-
-def common_visits(
-    recipe: Recipe, data: ForgetRetainData, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> ForgetRetainData:
-    """As ``with_visited``, of SKU with the recipe's own seed: what the methods of one comparison are all asked.
-
-    Each sees the same joint examples in the same order; another number of steps, another seed, or rows that lack a
-    safe answer make it another part of them.
-
-    Args:
-        recipe: Of any job of the comparison.
-        data: The splits.
-        tokenizer: Of the model.
-        model: The original one, asked for its shape alone.
-
-    Returns:
-        As ``with_visited``.
-    """
-    plain = dataclasses.replace(
-        recipe,
-        method="sku",
-        acquire=dataclasses.replace(recipe.acquire, seed=None),
-        negate=dataclasses.replace(recipe.negate, transform=None),
-    )
-    return with_visited(plain, data, tokenizer, model)
 
 
 def visited_examples(joint: JointDataset, training: UnlearningConfig, *, processes: int = 1) -> tuple[int, ...] | None:

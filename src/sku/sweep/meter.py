@@ -31,7 +31,7 @@ from sku.evaluate.record_files import header_hash
 from sku.evaluate.records import Split, Start
 from sku.evaluate.replies import Asker
 from sku.evaluate.statistics import Estimate, ratio_interval
-from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, Limits, UtilityCost
+from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, UtilityCost
 from sku.evaluate.validation import NormalText, Scores, perplexity_ratio, validation_texts
 from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
@@ -187,7 +187,7 @@ class Changed:
     """What is subtracted."""
     normal: NormalText
     """Normal sets and how the base scores them."""
-    config: Limits
+    config: SweepConfig
     """Budget and limits."""
 
     def write(self, alpha: float) -> None:
