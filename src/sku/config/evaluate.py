@@ -75,7 +75,7 @@ class MethodConfig:
     """One method other than SKU, whose own settings are ``acquire`` and ``negate``."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The method's own settings, such as ``beta``; ``sku methods NAME`` lists them. Its paper's are the defaults."""
+    """The method's own settings, such as ``beta``; ``sku init NAME`` lists them. Its paper's are the defaults."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Laid over ``acquire.training``, where the method needs another learning rate, say."""
     strength: Positive | Literal["auto"] = 1.0
@@ -92,8 +92,6 @@ class MethodConfig:
 class CompareConfig:
     """What ``sku compare`` runs beside the recipe itself."""
 
-    methods: tuple[str, ...] = ()
-    """Names of the methods; all where this is empty."""
     seeds: Count = 3
     """Training seeds: that of the recipe and those after it. Data and test prompts are the same for all."""
     published: Positive | None = None
