@@ -20,8 +20,7 @@ from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledS
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, build_from, build_judge, choose_judge
 from sku.evaluate.judges.precomputed import export_labels
 from sku.evaluate.metrics import rate
-from sku.evaluate.record_files import GENERATIONS_FILE, from_plain, write_rows
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GENERATIONS_FILE, GenerationRecord, from_plain, write_rows
 from sku.world.grammar import hazards, normal_exchanges
 
 from .conftest import RecordMaker
@@ -269,7 +268,7 @@ def test_a_calibration_of_another_judge_is_refused(tmp_path: Path) -> None:
 
 def broken(**changes: Any) -> str:
     card = RefusalRulesJudge.card
-    content = {"schema_version": 2, "judge": {"key": card.key}, "calibration": dataclasses.asdict(CALIBRATION)}
+    content = {"schema_version": 6, "judge": {"key": card.key}, "calibration": dataclasses.asdict(CALIBRATION)}
     return json.dumps({**content, **changes})
 
 

@@ -10,10 +10,9 @@ import pytest
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges import Calibration, JudgeCard
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
-from sku.evaluate.measure import corrected_rates, measure
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import ExampleLoss, Kind, Split
-from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup
+from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup, corrected_rates, measure
 from sku.evaluate.verdict import OverallVerdict
 
 Counts = Mapping[tuple[Split, Kind], Mapping[Outcome, int]]
@@ -72,7 +71,7 @@ def result(counts: Counts, card: JudgeCard, *, nll: float = 20.0, kl: float | No
 
 def measured_from(outcomes: tuple[ReplyOutcome, ...], card: JudgeCard) -> EvaluationResult:
     """What ``measure`` would count from these outcomes."""
-    from sku.evaluate import measure as counting
+    from sku.evaluate import results as counting
     from sku.evaluate.metrics import rates_by_prefill, rates_of, worst_prefill
 
     prefill = counting._per_split(outcomes, "prefill", rates_by_prefill)

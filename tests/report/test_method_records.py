@@ -45,7 +45,7 @@ def test_a_record_comes_back_from_its_file(tmp_path: Path) -> None:
 
 def test_the_file_is_short_and_says_what_it_holds() -> None:
     plain = make_record("sku", make_point("hr", losses={"forget_test": (1.23456, 2.0)})).to_dict()
-    assert plain["schema_version"] == 3
+    assert plain["schema_version"] == 6
     assert plain["tokens"] == {"forget_test": "10 10"}
     assert plain["points"][0]["outcomes"] == {"forget_test/reply": "hr"}
     assert plain["points"][0]["losses"] == {"forget_test": "1.2346 2.0000"}
@@ -135,7 +135,7 @@ def edit(plain: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 BREAKS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "other version": (lambda plain: edit(plain, schema_version=1), "schema version 1, this SKU reads 3"),
+    "other version": (lambda plain: edit(plain, schema_version=1), "schema version 1, this SKU reads 6"),
     "no object": (lambda plain: [plain], "does not hold keys and values"),
     "unknown key": (lambda plain: edit(plain, extra=1), "missing or unknown fields extra"),
     "missing key": (lambda plain: {name: plain[name] for name in plain if name != "judge"}, "unknown fields judge"),
@@ -196,7 +196,7 @@ def test_records_that_were_asked_different_things_are_refused(
 def test_failed_records_and_controls_without_losses_fit_to_any(tmp_path: Path) -> None:
     control = dataclasses.replace(POINT, losses={})
     write(tmp_path, make_record("a", control), make_record("base", POINT), failed_record("npo", 0, "the loss is NaN"))
-    assert len(read_records(tmp_path)) == 3
+    assert len(read_records(tmp_path)) == 6
 
 
 def test_the_invented_comparison_fits_together(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.results import AttackCard
+from sku.attacks import AttackCard
 from sku.config import Precision, Recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
 from sku.data.joint import PLACE, parse_templates

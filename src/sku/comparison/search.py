@@ -238,7 +238,7 @@ class Harm:
         for tokens, group in groups.items():
             rates = rates_of([outcomes[request.id] for request in group])
             name = "free" if tokens == FREE else str(tokens)
-            shares[name] = rates["harmful_at_most"].value + rates["gibberish"].value
+            shares[name] = rates["harmful_upper_bound"].value + rates["gibberish"].value
         return shares
 
     @cached_property

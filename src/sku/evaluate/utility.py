@@ -31,15 +31,17 @@ from sku.evaluate.batching import Progress, in_batches
 from sku.evaluate.generation import fingerprint
 from sku.evaluate.metrics import find_faults
 from sku.evaluate.perplexity import ScoredText, compare_distributions, texts_hash
-from sku.evaluate.record_files import AGREEMENT_FILE, SIMILARITY_FILE, header_hash
 from sku.evaluate.records import (
+    AGREEMENT_FILE,
     NORMAL_SPLITS,
     SIMILARITIES,
+    SIMILARITY_FILE,
     AgreementRow,
     FluencyRecord,
     GenerationRecord,
     SimilarityRow,
     by_split,
+    header_hash,
 )
 from sku.evaluate.replies import SavedReplies
 from sku.evaluate.results import BaseAgreement, HarnessScores, MeanScore

@@ -18,7 +18,7 @@ from sku.errors import EvaluationError
 from sku.evaluate import batching
 from sku.evaluate.asking import Writer, draw_examples, free_requests
 from sku.evaluate.gate import is_refusal
-from sku.evaluate.metrics import MAX_EXPONENT, unclear
+from sku.evaluate.metrics import MAX_EXPONENT, passes_surface_checks
 from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.records import Split
 from sku.evaluate.replies import Asker
@@ -147,7 +147,9 @@ class Refusals:
         """As the outcome ``refused``: broken language is none, and where the right answer is a refusal it is one."""
         records = self._asker.ask(model, self._requests)
         refused = [
-            record for record in unclear(records) if is_refusal(record.reply) and not is_refusal(record.reference)
+            record
+            for record in passes_surface_checks(records)
+            if is_refusal(record.reply) and not is_refusal(record.reference)
         ]
         return len(refused) / len(records)
 

@@ -17,7 +17,7 @@ from sku.data.examples import ForgetExample, ForgetRetainData, draw_rows
 from sku.data.load import OwnPrompts, load_own_prompts, load_parts
 from sku.data.sources.read import lacks_answers
 from sku.errors import DataError, RecipeError
-from sku.evaluate.record_files import create_private_folder, json_lines
+from sku.evaluate.records import create_private_folder, json_lines
 from sku.kept_replies import MIXED_FILE
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model

@@ -29,7 +29,7 @@ from sku.pipeline.checks import (
     load_recipe_data,
     recipe_settings,
 )
-from sku.pipeline.evaluate import Measured, Measuring, check_one_process_attacks, measured_stages, readable_source
+from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, measured_stages, readable_source
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
@@ -38,7 +38,7 @@ from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, told_c
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
-from sku.storage import RUN_VERSION, bytes_in, check_place, remove_hazardous, write_json
+from sku.storage import RECORD_VERSION, bytes_in, check_place, remove_hazardous, write_json
 from sku.sweep.meter import draw_questions
 from sku.sweep.run import check_one_process
 
@@ -50,7 +50,7 @@ UNWRITTEN = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinishedRun(Measured):
+class FinishedRun(MeasuredPair):
     """What a run gives back."""
 
     folder: Path
@@ -290,7 +290,7 @@ class _Run:
         visits = with_visited(self.recipe, self.data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded
 
-    def _report(self, measured: Measured) -> FinishedRun:
+    def _report(self, measured: MeasuredPair) -> FinishedRun:
         self.folder.note(bad_model={"kept": (self.out / "bad").exists()})
         _write_results(self.out, measured, {**self.folder.manifest, "status": "complete"})
         write_cards(self.out, within_run=True)
@@ -308,7 +308,7 @@ class _Run:
             self.unlearning.remove_trained()
 
 
-def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]) -> None:
+def _write_results(folder: Path, measured: MeasuredPair, manifest: Mapping[str, Any]) -> None:
     """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
     from sku.report.result_charts import before_after_figure  # Imports matplotlib, which a plan has no use for.
 
@@ -318,7 +318,7 @@ def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]
     write_json(
         folder / "results.json",
         {
-            "schema_version": RUN_VERSION,
+            "schema_version": RECORD_VERSION,
             "verdict": plain.pop("verdict"),
             "table": [dataclasses.asdict(row) for row in before_after_rows(measured.comparison)],
             **plain,

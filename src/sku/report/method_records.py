@@ -20,12 +20,11 @@ from typing import Any, Literal
 
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import Outcome, ReplyOutcome
-from sku.evaluate.record_files import from_plain, read_json_object
-from sku.evaluate.records import HARMFUL_SPLITS, ExampleLoss, grouped, prefills_in_order
+from sku.evaluate.records import HARMFUL_SPLITS, ExampleLoss, from_plain, grouped, prefills_in_order, read_json_object
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.utility_cost import Utility
+from sku.storage import RECORD_VERSION
 
-SCHEMA_VERSION = 3
 BASE = "base"
 """Name of the row of the untouched model, which perplexities are compared with."""
 ROLES = ("published", "matched", "sweep")
@@ -289,7 +288,7 @@ class MethodRecord:
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; losses are rounded to 4 decimals."""
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": RECORD_VERSION,
             **vars(self),
             "tokens": {split: " ".join(map(str, row)) for split, row in self.tokens.items()},
             "points": [point.to_dict() for point in self.points],
@@ -310,7 +309,7 @@ class MethodRecord:
                 **plain,
                 "points": [Point.from_dict(point, f"{where} point {number}") for number, point in points],
             }
-        return from_plain(cls, plain, where, _AGAIN, version=SCHEMA_VERSION)
+        return from_plain(cls, plain, where, _AGAIN, versioned=True)
 
 
 def read_records(folder: Path) -> list[MethodRecord]:
