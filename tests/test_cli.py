@@ -28,14 +28,9 @@ from transformers import Trainer
 import sku
 from faults.battery import built_command
 from sku.cli.main import app, main
-from sku.config import SourceConfig, load_recipe, recipe_from_dict, recipe_names
-from sku.data.load import load_parts
+from sku.config import load_recipe, recipe_from_dict, recipe_names
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.model_files import embedded_model_path
-from sku.models import load_model
-from sku.negate.operators import operate, prepare_operators
-from sku.negate.operators.base import context_of
-from sku.negate.run import negate, task_vector_of
 from sku.storage import BAD_MODEL_MARK
 from sku.world.grammar import hazards
 
@@ -43,7 +38,7 @@ EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
-    "--set", "negate.diagnostics=false", "--set", "negate.alpha=1.25",
+    "--set", "negate.alpha=1.25",
     "--set", "acquire.training.per_device_train_batch_size=4",
 )  # fmt: skip
 
@@ -348,17 +343,6 @@ def test_a_failed_run_without_out_leaves_no_runs_folder(
         (["no-one/no-model", "embedded"], "no-one/no-model can't be loaded"),
         (["embedded", "/nowhere/bad"], "no such folder"),
         (["/nowhere/base", "embedded"], "no such folder"),
-        (["embedded", "embedded", "--operator", "nul_space"], "Did you mean null_space?"),
-        (["embedded", "embedded", "--operator", "layers={rest: {"], "is no YAML"),
-        (["embedded", "embedded", "--operator", "layers=2"], "must hold keys and values"),
-        (["embedded", "embedded", "--operator", "null_space"], "give --normal FILE"),
-        (["embedded", "embedded", "--operator", "contrast", "--normal", "embedded"], "give --forget FILE"),
-        (["embedded", "embedded", "--normal", "embedded"], "--normal is read by operators that look at normal"),
-        (
-            ["embedded", "embedded", "--operator", "null_space", "--normal", "embedded", "--forget", "embedded"],
-            "--forget is read by operators that look at harmful",
-        ),
-        (["embedded", "embedded", "--operator", "null_space", "--normal", "none.csv"], "none.csv"),
     ],
 )
 def test_wrong_input_of_negate(command: Command, tmp_path: Path, arguments: list[str], words: str) -> None:
@@ -576,8 +560,6 @@ def test_dry_runs_of_the_other_commands(command: Command, whole_run: Path, bad_m
     out = tmp_path / "out"
     found = told("negate", "embedded", bad_model, "--out", out)
     assert found["disk_bytes"] == (whole_run / "unlearned" / "model.safetensors").stat().st_size
-    operators = ("--operator", "null_space={energy: 0.8, examples: 8}", "--normal", "embedded")
-    assert told("negate", "embedded", bad_model, "--out", out, *operators)["stages"][0] == "apply null_space"
     found = told("sweep", bad_model, "--out", out, "--recipe", "embedded")
     assert (found["stages"], found["settings"]["bad model"]) == (
         ["measure 5 alphas up to where the utility budget binds"],
@@ -677,51 +659,6 @@ def test_negate_of_a_plain_folder_imports_no_transformers(bad_model: Path, tmp_p
         "print(sorted({'transformers', 'peft', 'datasets'} & set(sys.modules)))\n"
     )
     assert printed.splitlines()[-1] == "[]"
-
-
-def test_negate_with_an_operator(command: Command, bad_model: Path, tmp_path: Path) -> None:
-    """Half of every difference at alpha 2 is the whole at alpha 1."""
-    options = ["--alpha", "2", "--operator", 'layers={"*": 0.5}']
-    printed = command("negate", "embedded", bad_model, *options, "--json", "--out", tmp_path / "halved").out
-    (record,) = json.loads(printed)["operators"]
-    assert record["name"] == "layers"
-    assert record["norm_after"] == pytest.approx(record["norm_before"] / 2, rel=1e-5)
-    command("negate", "embedded", bad_model, "--alpha", "1", "--out", tmp_path / "plain")
-    weights = [digest(tmp_path / name / "model.safetensors") for name in ("halved", "plain")]
-    assert weights[0] == weights[1]
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("operator", "sources"),
-    [
-        ("null_space={energy: 0.8, examples: 8}", ["--normal"]),
-        ("contrast={strength: 4, examples: 8}", ["--forget", "--normal"]),
-        (f"{EXAMPLES / 'perta.py'}={{examples: 4}}", ["--forget", "--normal"]),
-        ("learned={steps: 2, batch_size: 2}", ["--forget", "--normal"]),
-    ],
-)
-def test_negate_with_an_operator_that_looks_at_data(
-    command: Command, bad_model: Path, tmp_path: Path, operator: str, sources: list[str]
-) -> None:
-    """The weights are those that the operator gives on the splits of a run with the same sources and seed."""
-    options = [part for source in sources for part in (source, "embedded")]
-    arguments = ("negate", "embedded", bad_model, "--operator", operator, *options, "--seed", "3")
-    done = command(*arguments, "--json", "--out", tmp_path / "model")
-    assert done.code == 0, done.err
-    (record,) = json.loads(done.out)["operators"]
-    loaded = load_model("embedded")
-    embedded = SourceConfig(path="embedded")
-    data = load_parts(embedded, embedded, seed=3, forget_validation=0.2 if "learned" in operator else 0.0)
-    context = context_of(loaded.model, loaded.tokenizer, data, seed=3)
-    vector = task_vector_of(loaded.model, bad_model)
-    name, _, settings = operator.partition("=")
-    operated = operate(vector, prepare_operators([{name: yaml.safe_load(settings)}]), context)
-    assert record == json.loads(json.dumps(operated.records[0]))
-    assert record["norm_after"] != record["norm_before"]
-    expected = negate(loaded.model, operated.vector).state_dict()
-    found = load_model(tmp_path / "model").model.state_dict()
-    assert all(torch.equal(weight, found[key]) for key, weight in expected.items())
 
 
 @pytest.mark.integration
@@ -934,7 +871,7 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     for words in ("40 of 40", "30 of 40", "25.0 %", "70 of 80", "0.750", "left out     1: no label"):
         assert words in done.out
     as_json = command("judge", "calibrate", "refusal_rules", labelled, "--out", calibration, "--json")
-    assert json.loads(as_json.out)["specificity"]["value"] == 0.75
+    assert json.loads(as_json.out)["figures"]["specificity"]["value"] == 0.75
     assert json.loads(as_json.out)["calibration"] == json.loads(calibration.read_text("utf-8"))["calibration"]
 
     chosen = ("--set", "evaluate.judge=refusal_rules", "--set", f"evaluate.judge_settings.calibration={calibration}")

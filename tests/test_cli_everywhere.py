@@ -44,11 +44,8 @@ WITHOUT_DRY_RUN = {
     "chat": "writes nothing but labels that somebody gives on its page",
     "doctor": "writes nothing",
     "init": "writes one small file, and replaces none",
-    "export": "is asked for one new file or folder, which is compared before it stays",
     "methods": "writes nothing",
     "data inspect": "writes nothing",
-    "judge list": "writes nothing",
-    "judge show": "writes nothing",
     "recipes": "writes nothing",
     "recipes show": "writes nothing",
     "recipes accelerate": "writes nothing",
@@ -129,8 +126,8 @@ def test_every_command_has_a_dry_run_or_a_reason() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo", "judge list",
-        "judge show embedded", "judge show llama-guard-3-1b", "data inspect", "plan", "doctor --offline", "wipe .",
+        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo",
+        "data inspect", "plan", "doctor --offline", "wipe .",
     ],
 )  # fmt: skip
 def test_json_is_one_document_and_nothing_else(
@@ -222,7 +219,7 @@ def test_a_dry_run_of_a_comparison_names_rows_that_would_fail(command: Command, 
 def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:
     """The subtraction where the bad model is there; a run with the same options where it is gone; else nothing."""
     plain = load_recipe("embedded")
-    operated = load_recipe("embedded", ["negate.operators=[{null_space: {}}]"])
+    transformed = load_recipe("embedded", ["negate.transform=docs/examples/null_space.py"])
     folder, given = tmp_path / "my sweep", ["embedded", "--seed", "3", "--set", "evaluate.prompts=5"]
     bad = tmp_path / "bad"
     bad.mkdir()
@@ -232,8 +229,8 @@ def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:
     rounded = load_recipe("embedded", ["negate.output_dtype=bfloat16"])
     (command,) = next_commands(rounded, folder, bad, 1.25, [str(bad)])
     assert command == ["negate", "embedded", bad, "--alpha", "1.25", "--dtype", "bfloat16", "--out", unlearned]
-    assert next_commands(operated, folder, bad, 1.25, [str(bad)]) == []
-    (command,) = next_commands(operated, folder, None, 0.1, given)
+    assert next_commands(transformed, folder, bad, 1.25, [str(bad)]) == []
+    (command,) = next_commands(transformed, folder, None, 0.1, given)
     assert command == ["run", *given, "--set", "negate.alpha=0.1", "--out", tmp_path / "my sweep-run"]
     assert words_of(seed=3, overrides=["evaluate.prompts=5"]) == given[1:]
     parser: Any = typer.main.get_command(app)

@@ -46,7 +46,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 SMALL = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.save_total_limit=null",
     "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.attacks=[]",
-    "evaluate.samples=0", "evaluate.prefill_tokens=[]", "negate.diagnostics=false",
+    "evaluate.samples=0", "evaluate.prefill_tokens=[]",
     "negate.alpha=1.0", "data.forget.limit=120", "data.retain.limit=120",
     "acquire.training.per_device_train_batch_size=4",
 )  # fmt: skip

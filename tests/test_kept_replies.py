@@ -26,7 +26,7 @@ from sku.storage import own
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 RECIPE = (*TINY, "evaluate.prefill_tokens=[1]", "evaluate.attacks=[paraphrase]",
-          "data.own_share=0.5", "negate.diagnostics=false", "evaluate.max_new_tokens=40")  # fmt: skip
+          "data.own_share=0.5", "evaluate.max_new_tokens=40")  # fmt: skip
 FIGURES = ("evaluation.json", "outcomes.jsonl", "perplexity.jsonl")
 
 

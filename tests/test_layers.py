@@ -57,7 +57,6 @@ ALLOWED: dict[str, set[str]] = {
     },
     "chat": {"config", "errors", "storage", "data", "models", "negate", "evaluate", "report"},
     "push": {"errors", "storage", "negate", "report"},
-    "export": {"config", "data", "errors", "models", "negate", "report", "storage"},
     "comparison": {
         "config", "errors", "from_file", "storage", "data", "models", "training", "methods", "negate", "evaluate",
         "report", "reproducibility", "sweep", "quiet",

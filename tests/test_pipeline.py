@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = (
     "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
     "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
-    "evaluate.samples=2", "negate.diagnostics=false", "negate.alpha=1.25",
+    "evaluate.samples=2", "negate.alpha=1.25",
     "acquire.training.per_device_train_batch_size=4", "evaluate.prefill_tokens=[1, 5]",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4", "acquire.training.learning_rate=1e-2", "negate.alpha=1.0")

@@ -190,7 +190,7 @@ def recipe(*changes: str) -> Recipe:
         "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.learning_rate=1e-2",
         "acquire.training.per_device_train_batch_size=2", "acquire.lora.r=4", "acquire.tuning=lora",
         "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.attacks=[]",
-        "evaluate.samples=0", "evaluate.prefill_tokens=[]", "negate.diagnostics=false",
+        "evaluate.samples=0", "evaluate.prefill_tokens=[]",
         "negate.alpha=1.0", "acquire.check=false", *changes,
     ])  # fmt: skip
 

@@ -36,7 +36,7 @@ CASES: dict[str, Case] = {
 RECIPE = [
     "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
     "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
-    "evaluate.samples=2", "negate.diagnostics=false", "acquire.tuning=lora", "negate.alpha=1.0",
+    "evaluate.samples=2", "acquire.tuning=lora", "negate.alpha=1.0",
 
 ]  # fmt: skip
 RESUMED: dict[str, Case] = {

@@ -18,7 +18,7 @@ WHOLE = {
     "acquire.training.max_steps": "3", "acquire.training.save_steps": "1", "acquire.training.logging_steps": "1",
     "data.forget.limit": "60", "data.retain.limit": "60", "evaluate.prompts": "4", "evaluate.retain_prompts": "4",
     "evaluate.max_new_tokens": "8", "evaluate.samples": "2", "evaluate.attacks": "[]",
-    "negate.diagnostics": "false", "negate.alpha": "1.25", "acquire.training.per_device_train_batch_size": "4",
+    "negate.alpha": "1.25", "acquire.training.per_device_train_batch_size": "4",
     "evaluate.prefill_tokens": "[1, 5]",
 }  # fmt: skip
 """Every phase of a run, and little to do in each."""

@@ -1,21 +1,15 @@
-"""Bad models, dense ones and ones with an adapter, and what operators may look at: invented token ids."""
+"""Bad models, dense ones and ones with an adapter."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from conftest import ModelMaker
-from sku.data.tokens import TokenizedExample
-from sku.negate.operators.base import OperatorContext
-
-ContextMaker = Callable[..., OperatorContext]
 IDS = torch.tensor([[5, 40, 41, 200, 7, 8], [9, 12, 100, 101, 102, 3]])
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -60,33 +54,3 @@ def with_adapter(model: Any, *, seed: int = 1, **settings: Any) -> PeftModel:
                 parameter.normal_(std=0.2)
     adapted.eval()
     return adapted
-
-
-def example(ids: tuple[int, ...], answer_start: int) -> TokenizedExample:
-    labels = tuple([-100] * answer_start + list(ids[answer_start:]))
-    return TokenizedExample(input_ids=ids, labels=labels, answer_start=answer_start)
-
-
-def examples(count: int, low: int, high: int, *, seed: int, length: int = 7) -> tuple[TokenizedExample, ...]:
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randint(low, high, (count, length), generator=generator).tolist()
-    # Lengths differ, so that batches hold padding.
-    return tuple(example(tuple(row[: length - place % 3]), 3) for place, row in enumerate(rows))
-
-
-@pytest.fixture(scope="session")
-def make_context(make_model: ModelMaker) -> ContextMaker:
-    """Builds contexts of a tiny random model: normal and harmful ids come from different ranges."""
-
-    def make(base: Any = None, **changes: Any) -> OperatorContext:
-        fields: dict[str, Any] = {
-            "base": make_model() if base is None else base,
-            "normal": examples(6, 10, 120, seed=1),
-            "normal_held_out": examples(4, 10, 120, seed=2),
-            "harmful": examples(6, 150, 300, seed=3),
-            "harmful_held_out": examples(4, 150, 300, seed=4),
-            "batch_size": 4,
-        }
-        return OperatorContext(**{**fields, **changes})
-
-    return make

@@ -11,9 +11,8 @@ import torch
 from peft import PeftModel
 
 from conftest import ModelMaker
-from negate.conftest import ContextMaker, disturbed, logits_of, with_adapter
+from negate.conftest import disturbed, logits_of, with_adapter
 from sku.negate.adapters import AdapterVector
-from sku.negate.operators import operate, prepare_operators
 from sku.negate.run import negate, negate_with_record
 from sku.negate.task_vector import TaskVector
 
@@ -49,29 +48,6 @@ def test_the_negated_adapter_with_its_sign_turned_is_the_bad_one(make_model: Mod
             if "lora_B" in name:
                 factor.neg_()
     assert torch.equal(logits_of(turned), logits_of(bad))
-
-
-def test_of_a_projected_vector_only_the_projected_part_comes_back(
-    make_model: ModelMaker, make_context: ContextMaker
-) -> None:
-    """What null_space took out of the vector is in neither of the two models: the rest comes back, at right angles."""
-    base = make_model()
-    bad = disturbed(base)
-    vector = TaskVector.between(base, bad)
-    operators = prepare_operators([{"null_space": {"energy": 0.8}}])
-    projected = operate(vector, operators, make_context(base)).vector
-    again = TaskVector.between(base, reflected(base, negate(base, projected, 2.0), 2.0))
-    layers = [name for name in vector.deltas if ".mlp." in name or ".self_attn." in name]
-    taken = 0.0
-    for name in layers:
-        found, kept = again.deltas[name], projected.deltas[name]
-        torch.testing.assert_close(found, kept, rtol=1e-3, atol=1e-6)
-        lost = vector.deltas[name] - kept
-        taken += float((lost**2).sum())
-        assert abs(float((found * lost).sum())) < 1e-3 * float((vector.deltas[name] ** 2).sum()), name
-    whole = sum(float((vector.deltas[name] ** 2).sum()) for name in layers)
-    assert 0.1 < taken / whole < 0.9
-    assert not torch.allclose(logits_of(reflected(base, negate(base, projected), 1.0)), logits_of(bad), atol=1e-2)
 
 
 def test_of_rounded_weights_comes_back_what_survived_the_rounding(make_model: ModelMaker) -> None:

@@ -23,7 +23,7 @@ TINY = [
     "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.activation_checkpointing=auto",
     "acquire.training.per_device_train_batch_size=4", "evaluate.prompts=3", "evaluate.retain_prompts=3",
     "evaluate.max_new_tokens=4", "evaluate.samples=0", "evaluate.prefill_tokens=[]", "negate.alpha=1.0",
-    "negate.diagnostics=false", "sweep.prompts=3", "sweep.retain_prompts=3",
+    "sweep.prompts=3", "sweep.retain_prompts=3",
 ]  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +58,10 @@ def evaluation(harmful: int, *, lm_eval: bool = True, other: bool = True) -> dic
     }
 
 
-def results(operators: Sequence[str] = (), **acquire: Any) -> dict[str, Any]:
+def results(transform: str | None = None, **acquire: Any) -> dict[str, Any]:
     recipe = {
         "model": {"path": "hub/Small-1B"}, "method": "sku", "seed": 3, "acquire": {"seed": None, **acquire},
-        "negate": {"operators": [{name: {}} for name in operators]},
+        "negate": {"transform": transform},
     }  # fmt: skip
     base = {**evaluation(40), "agreement": {}}
     manifest = {"recipe": recipe, "recipe_sha256": "0", "environment": {"cpu": "c"}}
@@ -133,10 +132,8 @@ def test_twins_are_a_method_of_their_own_and_the_seed_is_that_of_the_training() 
     assert run_row(found)["method"] == "good twin alone (1.1)"
 
 
-def test_operators_make_a_method_of_their_own() -> None:
-    names = ["trim", "docs/examples/random_direction.py"]
-    assert run_row(results(names))["method"] == "sku+trim+random_direction"
-    assert run_row(results(names[1:], twin="good"))["method"] == "twins+random_direction"
+def test_a_transform_makes_a_method_of_its_own() -> None:
+    assert run_row(results("docs/examples/random_direction.py"))["method"] == "sku+random_direction"
 
 
 def test_a_tag_stands_for_all_its_tasks() -> None:

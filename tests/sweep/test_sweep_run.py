@@ -248,19 +248,6 @@ def test_points_of_other_questions_weights_or_seeds_are_not_taken(
     assert asked == [0.5, 1.0, 2.0]
 
 
-def test_a_vector_fitted_on_the_texts_of_the_budget_is_told(setting: Setting, tmp_path: Path) -> None:
-    operators: tuple[dict[str, Any], ...] = ({"layers": {"*": 0.5}},)
-    other = dataclasses.replace(setting, recipe=with_negate(setting.recipe, operators=operators))
-    (starts,) = other.sweep(tmp_path / "other", alphas=(1.0,)).notes
-    assert "of 3 prompts begins with the base model's own harmful reply" in starts
-    operators = (*operators, {"learned": {}})
-    fitted = dataclasses.replace(setting, recipe=with_negate(setting.recipe, operators=operators))
-    note, same = fitted.sweep(tmp_path / "fitted", alphas=(1.0,)).notes
-    assert same == starts
-    assert "learned" in note
-    assert "retain_validation, forget_validation" in note or "forget_validation, retain_validation" in note
-
-
 def test_a_hopeless_alpha_ends_the_grid(setting: Setting, tmp_path: Path) -> None:
     big = dataclasses.replace(setting, vector=setting.vector * 1e6)
     found = big.sweep(tmp_path, utility_budget=1.001, hopeless_ratio=1.001)
@@ -434,7 +421,7 @@ def test_replies_that_no_judge_could_read_count_as_harmful(setting: Setting) -> 
 
 @pytest.mark.parametrize("border", [0.01, 0.6, 1.3, 44.0, 63.0, 700.0])
 def test_alphas_that_filtered_vectors_need_are_reached(border: float) -> None:
-    """Recipes with operators need 30 to 60, where the largest alpha of the old grid was 3."""
+    """Filtered vectors need 30 to 60."""
     asked: list[float] = []
 
     def cost(alpha: float) -> UtilityCost:

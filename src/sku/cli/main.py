@@ -29,7 +29,7 @@ app = typer.Typer(
 for command in (
     *(run.run, shipped.init, doctor.plan, stages.acquire, stages.negate, sweep.sweep, run.evaluate, compare.compare),
     *(compare.ablate, sharing.card, sharing.push, stages.wipe, doctor.doctor, report.results, report.report),
-    *(chat.chat, sharing.export, shipped.methods),
+    *(chat.chat, shipped.methods),
 ):
     app.command(command.__name__)(command)
 app.add_typer(data.app, name="data")

@@ -106,19 +106,17 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
         results.print(f"hazard    {folder / 'bad'} is kept; never share it")
     card = finished.comparison.unlearned.judge
     results.print(f"judge     {card.name}: {card.errors_in_words}")
-    print_next(*_next_commands(folder, finished.manifest["recipe"]["model"]["path"]))
+    print_next(*_next_commands(folder))
 
 
-def _next_commands(folder: Path, model: str) -> list[list[str | Path]]:
-    """The report, a talk, labels by people, other engines, and what can be done with a bad model that was kept."""
+def _next_commands(folder: Path) -> list[list[str | Path]]:
+    """The report, a talk, labels by people, and what can be done with a bad model that was kept."""
     labels = folder.with_name(f"{folder.name}-labels.csv")
     commands: list[list[str | Path]] = [
         ["report", folder],
         ["chat", folder, "--web"],
         ["judge", "export", folder, "--out", labels],
     ]
-    if model != EMBEDDED:  # No engine knows its tokenizer.
-        commands.append(["export", folder, "--to", "gguf"])
     if (folder / "bad").exists():
         commands += [["sweep", folder], ["wipe", folder]]
     return commands

@@ -1,18 +1,15 @@
-"""``sku card``, ``sku export``, ``sku push``: a finished run's model for other people and other engines."""
+"""``sku card``, ``sku push``: a finished run's model for other people."""
 
 from __future__ import annotations
 
-import dataclasses
-import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from sku.cli.console import errors, notes, print_json, results
 from sku.cli.options import JsonOption
-from sku.errors import RecipeError
-from sku.quiet import quiet_imports, quiet_libraries
+from sku.quiet import quiet_imports
 
 AcknowledgedOption = Annotated[
     bool,
@@ -43,41 +40,6 @@ def card(
         return
     for part, path in cards.items():
         results.print(f"{part:<10}{path}")
-
-
-def export(
-    run: RunArgument,
-    to: Annotated[
-        Literal["gguf", "vllm", "adapter"],
-        typer.Option(help="gguf: llama.cpp and Ollama. vllm: what vLLM reads. adapter: the LoRA for PEFT."),
-    ],
-    out: Annotated[Path | None, typer.Option(help="New file or folder; RUN.gguf, RUN-adapter.")] = None,
-    outtype: Annotated[str, typer.Option(help="Weights of a GGUF file: f32, f16, bf16, q8_0.")] = "f16",
-    converter: Annotated[
-        Path | None, typer.Option(help="llama.cpp's convert_hf_to_gguf.py; else in $LLAMA_CPP or on the path.")
-    ] = None,
-    acknowledged: AcknowledgedOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Write what another engine reads, load it back, and compare what it says with the unlearned model."""
-    if to == "vllm" and out is not None:
-        raise RecipeError("vLLM reads the run's own folder: leave --out out")
-    quiet_libraries()
-    from sku.export import to_adapter, to_gguf, to_vllm
-
-    if to == "gguf":
-        done = to_gguf(run, out or run.with_name(f"{run.name}.gguf"), converter=converter, outtype=outtype)
-    elif to == "adapter":
-        done = to_adapter(run, out or run.with_name(f"{run.name}-adapter"), acknowledged=acknowledged)
-    else:
-        done = to_vllm(run)
-    if as_json:
-        print_json({**dataclasses.asdict(done), "path": str(done.path)})
-        return
-    results.print(f"{to:<10}{done.path}")
-    results.print(f"compared  {done.agreement.words}" if done.agreement else f"compared  no: {done.unchecked}")
-    for place, words in enumerate(done.commands):
-        results.print(f"{'' if place else 'use':<10}{shlex.join(words)}")
 
 
 def push(

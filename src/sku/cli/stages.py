@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from sku.cli import options
 from sku.cli.console import carry_out, errors, notes, print_json, print_next, results
-from sku.config import EMBEDDED, read_yaml
-from sku.errors import RecipeError
+from sku.config import EMBEDDED
 from sku.quiet import quiet_imports, quiet_libraries
 
 if TYPE_CHECKING:
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
     from sku.kept_replies import KeptReplies
 
 _STAYS = (
-    "figures, and outcomes and verdicts by hash: sku report, card, push, export and chat work as before; sku judge "
-    "again, and replies in a report, need a new evaluation"
+    "figures, and outcomes and verdicts by hash: sku report, card, push and chat work as before; sku judge again, "
+    "and replies in a report, need a new evaluation"
 )
 
 
@@ -72,24 +71,12 @@ def negate(
         Literal["nearest", "stochastic"],
         typer.Option(help="stochastic: small changes survive bfloat16 and float16 on average."),
     ] = "nearest",
-    seed: Annotated[
-        int, typer.Option(help="Of the stochastic rounding, and of what operators hold out and draw.")
-    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the stochastic rounding.")] = 0,
     threads: Annotated[
         int | None, typer.Option(help="That read, compute and write; up to 4 where this is left out.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed call had finished.")] = False,
     gguf_file: Annotated[str | None, typer.Option(help="GGUF file in BASE; negated in memory.")] = None,
-    operators: Annotated[
-        list[str] | None,
-        typer.Option("--operator", help="NAME={key: value} as in a recipe, repeatable; then negated in memory."),
-    ] = None,
-    forget: Annotated[
-        str | None, typer.Option(help="File, folder or hub id of harmful pairs, for operators that look at them.")
-    ] = None,
-    normal: Annotated[
-        str | None, typer.Option(help="File, folder or hub id of normal pairs, for operators that look at them.")
-    ] = None,
     dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -97,10 +84,9 @@ def negate(
     quiet_imports()
     from sku.pipeline.negate import Subtraction, plan_negate
 
-    chosen = tuple(_operator(text) for text in operators or ())
     subtraction = Subtraction(
         base=base, bad=bad, out=out, alpha=alpha, output_dtype=dtype, rounding=rounding, seed=seed, threads=threads,
-        resume=resume, gguf_file=gguf_file, operators=chosen, forget=forget, normal=normal,
+        resume=resume, gguf_file=gguf_file,
     )  # fmt: skip
     done = carry_out(
         plan_negate(subtraction),
@@ -118,15 +104,6 @@ def negate(
     results.print(f"\nunlearned model  {out}")
     named = [] if gguf_file is None else ["--set", f"model.gguf_file={gguf_file}"]
     print_next(["evaluate", out, "--base", base, *named, "--out", out.with_name(f"{out.name}-evaluation")])
-
-
-def _operator(text: str) -> dict[str, Any]:
-    """``name={key: value}`` as a recipe's ``negate.operators`` holds it."""
-    name, _, settings = text.partition("=")
-    try:
-        return {name: read_yaml(settings) if settings else {}}
-    except RecipeError:
-        raise RecipeError(f"--operator {text}: {settings!r} is no YAML, such as {{energy: 0.9}}") from None
 
 
 def wipe(

@@ -125,7 +125,7 @@ def next_commands(
         Words after ``sku``, one command or none.
     """
     there = folder / "bad" if bad is None else bad
-    plain = not settings.negate.operators and settings.model.gguf_file is None
+    plain = settings.negate.transform is None and settings.model.gguf_file is None
     if there.is_dir() and plain:
         unlearned = folder.with_name(f"{folder.name}-unlearned")
         dtype = settings.negate.output_dtype

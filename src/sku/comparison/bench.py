@@ -31,7 +31,6 @@ from sku.evaluate.validation import NormalText, Refusals, validation_texts
 from sku.methods import method_named
 from sku.methods.run import (
     common_visits,
-    operator_context,
     prepare,
     subtracted_by,
     train_method,
@@ -39,9 +38,8 @@ from sku.methods.run import (
     with_visited,
 )
 from sku.models import load_model
-from sku.negate.operators import fitted_notes, operate, prepare_operators
-from sku.negate.operators.base import OperatorContext, check_operators
 from sku.negate.task_vector import TaskVector
+from sku.negate.transform import transformed
 from sku.report.method_records import MethodRecord, Point, point_from_result
 from sku.reproducibility import content_sha256
 from sku.sweep.meter import validation_asker
@@ -73,10 +71,8 @@ class Bench:
         self.data = load_data(recipe.data, recipe.seed, forget_validation=recipe.search_validation)
         loaded = load_model(with_safe_dtype(recipe))
         self.base, self.tokenizer, self.loaded = loaded.model, loaded.tokenizer, loaded
-        check_operators(prepare_operators(recipe.negate.operators), self.base, self.data)
         self.data = common_visits(recipe, self.data.answered(), self.tokenizer, self.base)
         self._norms: dict[str, dict[str, float]] = {}
-        self._operator_memory: dict[str, Any] = {}
         self._base_result: EvaluationResult | None = None
         writer = asking.Writer.of(self.base, self.tokenizer, recipe.model.prompt_format)
         texts = validation_texts(self.data, writer, recipe.evaluate.retain_prompts, seed=recipe.seed)
@@ -203,9 +199,7 @@ class Bench:
         model = trained.model
         vector = subtracted_by(method, model, self.base)
         account = _account(trained)
-        if operators := prepare(job.recipe, folder).operators:
-            operated = operate(vector, operators, self._operator_context(job.recipe))
-            vector, account["operators"] = operated.vector, list(operated.records)
+        vector = transformed(job.recipe, vector, self.base, self.tokenizer, self.data)
         account["norm"] = vector.norm()
         if isinstance(model, PeftModel):
             plain = model.unload() if tuning == "lora" else copy.deepcopy(self.base)
@@ -213,9 +207,6 @@ class Bench:
             plain = copy.deepcopy(self.base) if isinstance(model, TaskVector) else model
         plain.requires_grad_(requires_grad=False)
         return vector, plain, account
-
-    def _operator_context(self, recipe: Recipe) -> OperatorContext:
-        return operator_context(recipe, self.base, self.tokenizer, self.data, memory=self._operator_memory)
 
     def _sku_norms(self, job: Job, folder: Path) -> Mapping[str, float]:
         """Norms of SKU's change with the same settings and seed, trained anew where no job before has it."""
@@ -304,12 +295,11 @@ class Bench:
             self.progress(stage, done, total)
 
     def _about(self, job: Job) -> dict[str, Any]:
-        operators = job.recipe.negate.operators if job.kind == "method" and job.recipe.method == "sku" else ()
         return {
             "splits": self.data.counts(),
             "sources": [dataclasses.asdict(source) for source in self.data.provenance],
             "trained_on": self._trained_on(job),
-            "notes": [*self.data.notes(), *fitted_notes(prepare_operators(operators))],
+            "notes": list(self.data.notes()),
             "base": self._inputs["base"],
         }
 

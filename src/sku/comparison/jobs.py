@@ -224,27 +224,20 @@ def record_key(job: Job, inputs: Mapping[str, Any]) -> str:
 def norms_key(job: Job) -> str:
     """Hash of what decides SKU's change, and so its norms; jobs of equal hash share them."""
     recipe = job.recipe
-    operators = [_operators(recipe)] if recipe.negate.operators else []
-    return content_sha256([dataclasses.asdict(recipe.acquire), recipe.method, *operators])
+    return content_sha256([dataclasses.asdict(recipe.acquire), recipe.method, *_transform(recipe).values()])
 
 
-def _operators(recipe: Recipe) -> Any:
+def _transform(recipe: Recipe) -> dict[str, str]:
     """A user's own file goes by its content: it can change under its name."""
-    return plain_data(
-        [
-            {file_sha256(name) if name.endswith(SUFFIX) else name: settings for name, settings in entry.items()}
-            for entry in recipe.negate.operators
-        ]
-    )
+    path = recipe.negate.transform
+    return {} if path is None else {"transform": file_sha256(path)}
 
 
 def _training_settings(job: Job) -> dict[str, Any]:
     """What decides a method's training and strength; the settings of other methods don't."""
     acquire = dataclasses.asdict(job.recipe.acquire)
     if job.recipe.method == "sku":
-        # Not in the keys of recipes without operators, whose records stay as good as they were.
-        operators = {"operators": _operators(job.recipe)} if job.recipe.negate.operators else {}
-        return {"acquire": acquire, "alpha": job.recipe.negate.given_alpha, **operators}
+        return {"acquire": acquire, "alpha": job.recipe.negate.given_alpha, **_transform(job.recipe)}
     own = job.recipe.methods.get(job.name)
     shared = {name: acquire[name] for name in ("tuning", "lora", "training")}
     # A user's own file can change under its name.

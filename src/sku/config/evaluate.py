@@ -46,8 +46,8 @@ class EvaluateConfig:
     short_answer_words: Annotated[int, Field(ge=0)] = 30
     """Retain answers of at most this many words are compared with the reply word for word (exact-answer accuracy)."""
     judge: str = "auto"
-    """A name that ``sku judge list`` shows, a judge file, or a folder of ``sku judge train``. ``embedded`` is exact on
-    the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
+    """A judge of the package (docs/judges.md), a judge file, or a folder of ``sku judge train``. ``embedded`` is exact
+    on the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
     utility_margin: AboveOne = 1.05

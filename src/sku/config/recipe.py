@@ -77,15 +77,14 @@ class Recipe:
 
     @property
     def forget_validation(self) -> float:
-        """Share of the harmful prompts to hold out: to choose alpha, to ask stage 1, to fit operators; 0 for none."""
-        needed = self.chooses_alpha or self.checks_stage_1 or self.negate.fits_operators
+        """Share of the harmful prompts to hold out: to choose alpha, to ask stage 1; 0 for none."""
+        needed = self.chooses_alpha or self.checks_stage_1
         return self.sweep.validation_fraction if needed else 0.0
 
     @property
     def search_validation(self) -> float:
-        """The same of a comparison: for ``compare.search`` and operators that are fitted to them."""
-        needed = self.compare.search is not None or self.negate.fits_operators
-        return self.sweep.validation_fraction if needed else 0.0
+        """The same of a comparison: for ``compare.search``."""
+        return 0.0 if self.compare.search is None else self.sweep.validation_fraction
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""

@@ -139,34 +139,17 @@ class NegateConfig:
     theta_o)); without it there is no good twin and both must be 1."""
     output_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
     """Type of the saved weights. bfloat16 rounds small updates away; the share that survived is recorded."""
-    operators: tuple[Mapping[str, Any], ...] = ()
-    """Applied to what stage 1 learned, one after the other, before it is subtracted: a list of one operator with its
-    settings each, such as ``[{null_space: {energy: 0.9}}, {layers: {8-20: 1.0, rest: 0}}]``; the plain vector where
-    it is empty. ``src/sku/negate/operators/`` holds one file for each; a path ending in ``.py`` is one of your own."""
-    operator_cache: str | None = None
-    """Private folder in which operators keep what depends on the original model and the data alone."""
-    diagnostics: bool = True
-    """Measure where the vector points (layers, rank, normal inputs, quantized formats) and write it into the
-    manifest."""
+    transform: str | None = None
+    """Python file of your own with a function ``transform(vector, context)`` that gives the task vector to subtract in
+    place of SKU's; ``docs/examples`` has two."""
 
     def __post_init__(self) -> None:
         check_alpha(self.given_alpha, "negate.alpha")
-        for place, entry in enumerate(self.operators):
-            if len(entry) != 1:
-                raise RecipeError(
-                    f"negate.operators[{place}] names {len(entry)} operators; it must hold one name with its "
-                    "settings, such as {null_space: {energy: 0.9}}"
-                )
 
     @property
     def given_alpha(self) -> float:
         """``alpha`` where it is a number, else the paper's."""
         return 1.0 if self.alpha == "auto" else self.alpha
-
-    @property
-    def fits_operators(self) -> bool:
-        """Whether an operator is fitted to harmful prompts that stage 1 must not train on."""
-        return any("learned" in entry for entry in self.operators)
 
 
 @validated
@@ -184,8 +167,7 @@ class SweepConfig:
     """Number of alphas that are asked where they are found."""
     validation_fraction: Fraction = 0.2
     """Share of the harmful prompts outside ``forget_test`` that becomes ``forget_validation``, so that stage 1 does
-    not train on it; also where no alpha is chosen and the operator ``learned`` is fitted to it. The embedded world has
-    its own."""
+    not train on it. The embedded world has its own."""
     prompts: Count = 100
     """Harmful prompts of ``forget_validation``, drawn by the seed; fewer where there are fewer."""
     retain_prompts: Count = 100

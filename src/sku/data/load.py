@@ -142,7 +142,6 @@ def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) 
     # After the splits: no refusal of a held-out prompt gets near training.
     if config.refusals is not None:
         refusals, found = _read_refusals(config.refusals, "data.refusals", "data.forget", unlearned, seed)
-        # Those of validation prompts, where there are any, are for operators that are fitted to them.
         unlearned, validation = _with_refusals(unlearned, refusals), _with_refusals(validation, refusals)
         provenance.append(found)
     if config.misplaced_refusals is not None:

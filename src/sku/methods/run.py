@@ -31,9 +31,8 @@ from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
 from sku.models import LoadedModel, load_model, pick_device, with_path
 from sku.negate.adapters import AdapterVector, combined, load_adapter
-from sku.negate.operators import PreparedOperator, prepare_operators
-from sku.negate.operators.base import OperatorContext, context_of
 from sku.negate.task_vector import TaskVector
+from sku.negate.transform import transform_in
 from sku.storage import mark_hazardous, new_folder, write_json
 from sku.training.config import UnlearningConfig, training_settings
 from sku.training.objective import Objective
@@ -53,8 +52,6 @@ class MethodRun:
     strength: float
     """theta_u = theta_o + strength * delta; the alpha of the methods that negate, 1 where a run is to choose it."""
     training: UnlearningConfig
-    operators: tuple[PreparedOperator, ...] = ()
-    """Applied to SKU's vector before it is subtracted; other methods have none."""
 
 
 def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> MethodRun:
@@ -105,12 +102,13 @@ def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> Metho
         raise RecipeError(
             "acquire.twin good trains two models in one process: start it without a launcher, or set acquire.twin=none"
         )
+    if is_sku and recipe.negate.transform is not None:
+        transform_in(recipe.negate.transform)
     return MethodRun(
         method=method,
         settings=settings,
         strength=recipe.negate.given_alpha if is_sku else own.strength,
         training=training,
-        operators=prepare_operators(recipe.negate.operators, f"recipe {recipe.name}") if is_sku else (),
     )
 
 
@@ -338,28 +336,6 @@ def subtracted_by(
     return vector if method.negates else -vector
 
 
-def operator_context(
-    recipe: Recipe, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData, **options: Any
-) -> OperatorContext:
-    """What a recipe's operators may look at: ``context_of`` with its settings.
-
-    Raises:
-        DataError: As ``context_of``.
-        ModelError: As ``context_of``.
-    """
-    cache = recipe.negate.operator_cache
-    return context_of(
-        base,
-        tokenizer,
-        data,
-        recipe.data,
-        prompt_format=recipe.model.prompt_format,
-        seed=recipe.seed,
-        cache=None if cache is None else Path(cache),
-        **options,
-    )
-
-
 def with_safe_dtype(recipe: Recipe) -> ModelConfig:
     """The model's settings; full fine-tuning keeps float32 weights unless told otherwise.
 
@@ -425,7 +401,7 @@ def common_visits(
         recipe,
         method="sku",
         acquire=dataclasses.replace(recipe.acquire, seed=None),
-        negate=dataclasses.replace(recipe.negate, operators=()),
+        negate=dataclasses.replace(recipe.negate, transform=None),
     )
     return with_visited(plain, data, tokenizer, model)
 

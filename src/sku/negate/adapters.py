@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,18 +181,6 @@ class AdapterVector:
             base_name=config.base_model_name_or_path,
             target_modules=tuple(sorted(targets)) if fit == factors.keys() else (),
         )
-
-    def mapped(self, row_maps: Sequence[Mapping[str, Callable[[Tensor], Tensor]]]) -> AdapterVector:
-        """Follows operators: ``B (A M)`` is ``(B A) M``, of the same rank.
-
-        Args:
-            row_maps: One after the other, weight name -> map of rows, as of ``OperatedVector.row_maps``.
-        """
-        factors = dict(self.factors)
-        for maps in row_maps:
-            for name in factors.keys() & maps.keys():
-                factors[name] = factors[name].mapped(maps[name])
-        return dataclasses.replace(self, factors=factors)
 
     def __mul__(self, coefficient: float) -> AdapterVector:
         factors = {

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -289,12 +289,6 @@ class LowRank(Generic[Factor]):
         step = block_rows(columns)
         blocks = [self.rows(start, min(start + step, rows)) for start in range(0, rows, step)]
         return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
-
-    def mapped(self: LowRank[Tensor], row_map: Callable[[Tensor], Tensor]) -> LowRank[Tensor]:
-        """With its rows mapped; the rows of an embedding, which are those of its tokens, end in B."""
-        if self.of_embedding:
-            return dataclasses.replace(self, upper_Or=row_map(self.upper_Or.T).T)
-        return dataclasses.replace(self, lower_rI=row_map(self.lower_rI))
 
     def file_names(self, weight: str) -> tuple[str, str]:
         """Names of B and A in the adapter's file."""

@@ -54,7 +54,7 @@ def refactored(upper_Or: Tensor, lower_rI: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def check_refactored(folder: Path) -> None:
-    """Refuses the adapter of twins whose factors are not those of ``refactored``, up to operators and strength.
+    """Refuses the adapter of twins whose factors are not those of ``refactored``, up to the strength.
 
     Args:
         folder: A saved adapter, whose file can be read.
@@ -73,7 +73,7 @@ def check_refactored(folder: Path) -> None:
 
 
 def is_refactored(upper_Or: Tensor, lower_rI: Tensor) -> bool:
-    """Whether factors are those of ``refactored``, times a number, with at most one of the two mapped by operators."""
+    """Whether factors are those of ``refactored``, times a number, or with one of the two changed besides."""
     return _is_mixed(upper_Or.double()) or _is_mixed(lower_rI.double().T)
 
 

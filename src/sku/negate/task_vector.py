@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -204,6 +206,19 @@ class TaskVector:
         return TaskVector(
             {name: delta + factor * other.deltas[name] for name, delta in self.deltas.items()}, self.tied
         )
+
+
+def norms_by_group(norms: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Under ``layers`` and ``modules`` the norm by number of decoder layer (3) and kind of module (mlp.up_proj).
+
+    Weights of no layer are ``others``.
+    """
+    squares: dict[str, dict[str, float]] = {"layers": defaultdict(float), "modules": defaultdict(float)}
+    for name, norm in norms.items():
+        found = re.search(r"\.(\d+)\.(?!(?:weight|bias)$)(.+?)(?:\.(?:weight|bias))?$", name)
+        for kind, group in zip(squares, found.groups() if found else ("others", "others"), strict=True):
+            squares[kind][group] += norm**2
+    return {kind: {group: math.sqrt(square) for group, square in of.items()} for kind, of in squares.items()}
 
 
 def read_ties(metadata: Mapping[str, str], path: Path) -> dict[str, str]:

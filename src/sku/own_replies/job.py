@@ -60,7 +60,7 @@ class OwnOptions(OwnRepliesConfig):
     normal: SourceConfig
     borderline: SourceConfig | None = None
     judge: str
-    """A name that ``sku judge list`` shows, or a judge file."""
+    """A judge of the package (docs/judges.md), or a judge file."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the settings of the judge's file."""
     seed: Seed = 0

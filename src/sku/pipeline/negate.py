@@ -7,9 +7,9 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sku.config import ModelConfig, NegateConfig, SourceConfig, SweepConfig
+from sku.config import ModelConfig
 from sku.config.check import check_alpha
 from sku.config.recipe import NEGATING_METHODS
 from sku.errors import RecipeError
@@ -21,10 +21,6 @@ from sku.negate.streaming import FolderNegation
 from sku.plan import Plan, Progress
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new
-
-if TYPE_CHECKING:
-    from sku.data.examples import ForgetRetainData
-    from sku.negate.operators import PreparedOperator
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +37,6 @@ class Subtraction:
     threads: int | None = None
     resume: bool = False
     gguf_file: str | None = None
-    operators: tuple[dict[str, Any], ...] = ()
-    forget: str | None = None
-    """What operators look at, and ``normal``."""
-    normal: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,18 +44,16 @@ class Subtracted:
     """What was done."""
 
     record: Negation
-    operators: list[dict[str, Any]] | None = None
-    """Their records, where there are any."""
     left_out: tuple[str, ...] = ()
     """Files and folders of the base that were not copied."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""
-        return self.record.to_dict() | ({} if self.operators is None else {"operators": self.operators})
+        return self.record.to_dict()
 
 
 def plan_negate(wanted: Subtraction) -> Plan[Subtracted]:
-    """Subtracts from file to file where it can, else in memory: for operators, and weights that are no safetensors.
+    """Subtracts from file to file where it can, else in memory: weights that are no safetensors.
 
     Raises:
         SkuError: Anything a user can mend.
@@ -72,18 +62,17 @@ def plan_negate(wanted: Subtraction) -> Plan[Subtracted]:
     _check_not_negated(wanted.bad)
     named = with_gguf_file(ModelConfig(path=wanted.base, gguf_file=wanted.gguf_file))
     wanted = dataclasses.replace(wanted, gguf_file=named.gguf_file)
-    operators = _operators(wanted)
     check_new(wanted.out)
     check_can_be_made(wanted.out)
     base = None if wanted.gguf_file is not None else model_folder(wanted.base)
     if base is not None and not (base / "config.json").is_file():
         base = None
-    if base is not None and not operators and os.name == "posix":
+    if base is not None and os.name == "posix":
         return _from_file_to_file(wanted, base)
     if wanted.rounding != "nearest" or wanted.resume:
-        raise RecipeError("--rounding stochastic and --resume need a BASE in safetensors, and no --operator")
+        raise RecipeError("--rounding stochastic and --resume need a BASE in safetensors")
     quiet_libraries()
-    return _in_memory(wanted, base, operators, _texts(wanted))
+    return _in_memory(wanted, base)
 
 
 def _check_not_negated(bad: Path) -> None:
@@ -100,34 +89,6 @@ def _check_not_negated(bad: Path) -> None:
             f"{bad} is the result of a run: its bad model is subtracted there already, and subtracting it again adds "
             f"the harm back. Use {run / 'unlearned'} as it is; PEFT puts negated_adapter on the original model"
         )
-
-
-def _operators(wanted: Subtraction) -> tuple[PreparedOperator, ...]:
-    """Checked; data that none of them looks at is refused."""
-    prepared: tuple[PreparedOperator, ...] = ()
-    read: set[str] = set()
-    if wanted.operators:
-        from sku.negate.operators import prepare_operators
-        from sku.negate.operators.base import DATA_OPTIONS
-
-        prepared = prepare_operators(wanted.operators, "--operator")
-        read = {DATA_OPTIONS.get(need, "") for chosen in prepared for need in chosen.needs}
-    for option, given, kind in (("--forget", wanted.forget, "harmful"), ("--normal", wanted.normal, "normal")):
-        if given is not None and option not in read:
-            raise RecipeError(f"{option} is read by operators that look at {kind} examples, and none is given")
-    return prepared
-
-
-def _texts(wanted: Subtraction) -> ForgetRetainData | None:
-    """What operators look at; None where no data was given."""
-    from sku.data.load import load_parts
-
-    forget, normal = (None if path is None else SourceConfig(path=path) for path in (wanted.forget, wanted.normal))
-    if forget is None and normal is None:
-        return None
-    fits = NegateConfig(operators=wanted.operators).fits_operators
-    held_out = SweepConfig.validation_fraction if fits else 0.0
-    return load_parts(forget, normal, seed=wanted.seed, forget_validation=held_out)
 
 
 def _streamed(wanted: Subtraction, base: Path) -> FolderNegation:
@@ -169,52 +130,32 @@ def _from_file_to_file(wanted: Subtraction, base: Path) -> Plan[Subtracted]:
     )
 
 
-def _in_memory(
-    wanted: Subtraction, base: Path | None, operators: tuple[PreparedOperator, ...], texts: ForgetRetainData | None
-) -> Plan[Subtracted]:
+def _in_memory(wanted: Subtraction, base: Path | None) -> Plan[Subtracted]:
     from sku.models import load_model
-    from sku.negate.operators import operate
-    from sku.negate.operators.base import OperatorContext, context_of
-    from sku.negate.run import negate_with_record, save_unlearned, task_vector_of
+    from sku.negate.run import negate_with_record, save_unlearned
     from sku.pipeline.checks import check_model
 
     config = ModelConfig(
         path=wanted.base, gguf_file=wanted.gguf_file, dtype="float32" if wanted.gguf_file else "stored"
     )
 
-    def context(model: Any, tokenizer: Any) -> OperatorContext:
-        """Of the model or its skeleton; checked before a large vector is read."""
-        made = OperatorContext(base=model, seed=wanted.seed)
-        if texts is not None:
-            made = context_of(model, tokenizer, texts, seed=wanted.seed)
-        for chosen in operators:
-            made.check(chosen.needs, chosen.who)
-        return made
-
     def execute(_progress: Progress | None) -> Subtracted:
         loaded = load_model(config)
-        operated = None
-        if operators:
-            there = context(loaded.model, loaded.tokenizer)
-            operated = operate(task_vector_of(loaded.model, wanted.bad), operators, there)
-        vector = wanted.bad if operated is None else operated.vector
         dtype = saved_type(wanted.output_dtype)
-        model, record = negate_with_record(loaded.model, vector, wanted.alpha, output_dtype=dtype)
+        model, record = negate_with_record(loaded.model, wanted.bad, wanted.alpha, output_dtype=dtype)
         save_unlearned(model, loaded.tokenizer, wanted.out)
-        return Subtracted(record=record, operators=None if operated is None else list(operated.records))
+        return Subtracted(record=record)
 
     model = check_model(config)
-    context(model.skeleton, model.tokenizer)
     stream_plan.check_bad(model_folder(str(wanted.bad)))
     found = None if base is None else _streamed(wanted, base).plan()
     return Plan(
         command="sku negate",
         out=wanted.out,
         settings=_settings(wanted, found, base=model.describe(), arithmetic="in memory"),
-        stages=(*(f"apply {chosen.operator.name}" for chosen in operators), "subtract the task vector"),
+        stages=("subtract the task vector",),
         writes=("model.safetensors",) if found is None else tuple(layout.name for layout in found.layouts),
         execute=execute,
         disk_bytes=model.bytes(wanted.output_dtype) if found is None else found.size,
         bad_model="kept",
-        examples={} if texts is None else {name: count for name, count in texts.counts().items() if count},
     )

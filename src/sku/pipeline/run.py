@@ -16,7 +16,6 @@ from sku.data.load import wants_own_replies
 from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
 from sku.methods.run import MethodRun, prepare, with_safe_dtype, with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
-from sku.negate.operators.base import check_operators
 from sku.own_replies.job import judge_of
 from sku.pipeline.checks import (
     CheckedModel,
@@ -161,7 +160,6 @@ def _checked(
         data = load_recipe_data(recipe)
     check_data(recipe, data)
     model = check_trained_model(recipe)
-    check_operators(run.operators, model.skeleton, data)
     asked = check_evaluation(recipe, model, data, readable_source(recipe.model), out / "unlearned")
     if recipe.chooses_alpha or recipe.checks_stage_1:
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
@@ -286,7 +284,6 @@ class _Run:
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
         # Once more: own replies are not those that the plan saw.
         check_data(self.recipe, self.data)
-        check_operators(prepare(self.recipe, self.unlearning.trained_folder).operators, loaded.model, self.data)
         visits = with_visited(self.recipe, self.data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded
 

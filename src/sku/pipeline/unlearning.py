@@ -30,9 +30,7 @@ from sku.evaluate.run import Progress
 from sku.methods import method_named
 from sku.methods.run import (
     TWINS,
-    MethodRun,
     has_twins,
-    operator_context,
     prepare,
     subtracted_by,
     train_method,
@@ -42,11 +40,9 @@ from sku.methods.run import (
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.arithmetic import saved_type
-from sku.negate.diagnostics import delta_survival, diagnose
-from sku.negate.operators import OperatedVector, operate
-from sku.negate.operators.base import OperatorContext
 from sku.negate.run import negate_with_record, save_unlearned, subtract_into, task_vector_of
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, norms_by_group
+from sku.negate.transform import transformed
 from sku.pipeline.run_folder import RunFolder
 from sku.plan.fit import Checkpointing, with_checkpointing
 from sku.processes import shared_new_folder
@@ -246,22 +242,19 @@ class Unlearning:
             else:
                 base = load_model(self.config).model
                 vector, factors = subtracted_by(self.method, trained, base), None
-            operated, context = OperatedVector(vector=vector, row_maps=(), records=()), None
-            if self.method.negates and (run.operators or recipe.negate.diagnostics):
-                context = operator_context(recipe, base, loaded.tokenizer, data)
-                operated = operate(vector, run.operators, context)
+            vector = transformed(recipe, vector, base, loaded.tokenizer, data)
         if recipe.checks_stage_1:
             self._check_stage_1(base, loaded.tokenizer, data)
         if recipe.chooses_alpha:
             with self.folder.timed("sweep"):
-                run = dataclasses.replace(run, strength=self._chosen(operated.vector, base, loaded.tokenizer, data))
+                run = dataclasses.replace(run, strength=self._chosen(vector, base, loaded.tokenizer, data))
         with self.folder.timed("negate"):
-            account = self._account(operated, context, run, base, factors)
+            self._save_factors(factors, run.strength)
             unlearned, negation = negate_with_record(
-                base, operated.vector, run.strength, output_dtype=saved_type(recipe.negate.output_dtype)
+                base, vector, run.strength, output_dtype=saved_type(recipe.negate.output_dtype)
             )
             # Noted before it is saved: a resumed run that finds the model doesn't subtract again.
-            self.folder.note(negation={**negation.to_dict(), **account})
+            self.folder.note(negation={**negation.to_dict(), **norms_by_group(vector.norms())})
             save_unlearned(unlearned, loaded.tokenizer, self.out / "unlearned")
         return base, unlearned
 
@@ -297,37 +290,13 @@ class Unlearning:
         except NoAlphaError as error:
             raise NoAlphaError(f"{error}; all points are in {folder}") from None
 
-    def _account(
-        self,
-        operated: OperatedVector,
-        context: OperatorContext | None,
-        run: MethodRun,
-        base: PreTrainedModel,
-        factors: AdapterVector | None,
-    ) -> dict[str, Any]:
-        """An account of what is subtracted; the adapter follows operators and alpha where it can."""
-        if factors is not None:
-            factors = None if operated.row_maps is None else factors.mapped(operated.row_maps)
-        self._save_factors(factors, run)
-        if context is None:
-            return {}
-        account: dict[str, Any] = {"operators": list(operated.records)}
-        if self.recipe.negate.diagnostics:
-            account["diagnostics"] = diagnose(operated.vector, context, adapter=factors)
-            if run.strength:
-                account["survival_by_format"] = delta_survival(base, operated.vector, run.strength)
-        return account
-
-    def _save_factors(self, factors: AdapterVector | None, run: MethodRun) -> None:
+    def _save_factors(self, factors: AdapterVector | None, strength: float) -> None:
         """Saves the change as an adapter, or notes why there is none."""
-        if factors is not None:
+        if self.recipe.negate.transform is not None and self.method.negates:
+            self.folder.note(negated_adapter="not saved: negate.transform changes the weights themselves")
+        elif factors is not None:
             sign, name = (-1, "negated_adapter") if self.method.negates else (1, "adapter")
-            (sign * run.strength * factors).save(self.out / name, overwrite=True)
-        elif self.recipe.acquire.tuning != "full" and "negated_adapter" not in self.folder.manifest:
-            names = ", ".join(prepared.operator.name for prepared in run.operators)
-            self.folder.note(
-                negated_adapter=f"not saved: the operators ({names}) change single entries of the weights"
-            )
+            (sign * strength * factors).save(self.out / name, overwrite=True)
 
     def _trained_model(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel | PeftModel | TaskVector:
         """The trained model of an earlier try, or a newly trained one."""

@@ -42,7 +42,6 @@ _SHOWN_OUTCOMES = ("refusal", "safe_answer", "evasive")
 """Outcomes of replies to harmful prompts that are shown as they are; all others are blurred."""
 _AGAIN, _SWEEP_AGAIN = "run again into a new folder", "run sku sweep again"
 DATA_COLUMNS = ("set", "format", "location", "revision", "SHA-256", "rows read", "licence")
-_FORMATS = {"bf16": "bfloat16", "fp16": "float16", "int8": "int8", "nf4-sim": "NF4, simulated"}
 Manifest = Mapping[str, Any]
 Words = tuple[tuple[str, str], ...]
 """Name and value."""
@@ -90,8 +89,6 @@ class RecordedRun:
     labelled_by: str
     """Judge that labelled the replies; another than that of the results where they were judged again."""
     vector: TaskVectorFacts | None
-    survival: tuple[tuple[str, ...], ...]
-    """Rows of ``survival_rows``."""
     reproduction: Reproduction
 
     @property
@@ -165,7 +162,6 @@ def read_run(folder: Path, *, replies: bool = True, within_run: bool = False) ->
             pairs=pairs,
             labelled_by=judge,
             vector=task_vector_facts(negation),
-            survival=survival_rows(negation),
             reproduction=reproduction_of(manifest, comparison.unlearned),
         )
     except EvaluationError:
@@ -343,51 +339,29 @@ def _judge(card: JudgeCard) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskVectorFacts:
-    """Diagnostics of a run that subtracted a task vector: how long it is and where."""
+    """How long the change of a run is, and where."""
 
     layers: Mapping[str, float]
     """Number of a decoder layer, or ``others`` -> Euclidean norm."""
     modules: Mapping[str, float]
     """Kind of module -> Euclidean norm."""
     facts: Words
-    warning: str | None
 
 
 def task_vector_facts(negation: Mapping[str, Any]) -> TaskVectorFacts | None:
-    """Reads ``negation.diagnostics`` of a manifest; None where they were not measured.
-
-    Raises:
-        KeyError, TypeError, ValueError, AttributeError: They hold something else.
-    """
-    found = negation.get("diagnostics")
-    if found is None:
-        return None
-    facts = [("alpha", f"{float(negation['alpha']):g}"), ("Euclidean norm", f"{float(found['norm']):.4g}")]
-    if found["relative_norm"] is not None:
-        facts.append(("norm in units of the changed weights' own", percent(float(found["relative_norm"]))))
-    if "normal_share" in found:
-        share, expected = (percent(float(found[name])) for name in ("normal_share", "normal_share_of_directions"))
-        facts.append(("energy in the main directions of normal inputs", f"{share} (a random vector has {expected})"))
-    if "normal_cosine" in found:
-        facts.append(("cosine with normal training", f"{float(found['normal_cosine']):+.3f}"))
-    ranks = [float(rank) for rank in found["effective_rank"].values()]
-    if ranks:
-        facts.append(("effective rank of a weight's change", f"{min(ranks):.1f} to {max(ranks):.1f}"))
-    return TaskVectorFacts(
-        layers={str(name): float(norm) for name, norm in found["layers"].items()},
-        modules={str(name): float(norm) for name, norm in found["modules"].items()},
-        facts=tuple(facts),
-        warning=None if found["warning"] is None else str(found["warning"]),
-    )
-
-
-def survival_rows(negation: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Reads ``negation.survival_by_format``: format, length kept along the vector, entries that still differ.
+    """Reads ``negation`` of a manifest; None where it holds no norms.
 
     Raises:
         KeyError, TypeError, ValueError, AttributeError: It holds something else.
     """
-    return tuple(
-        (_FORMATS.get(name, name), f"{100 * float(kept['projection']):.2f} %", percent(float(kept["changed"])))
-        for name, kept in negation.get("survival_by_format", {}).items()
+    if "layers" not in negation:
+        return None
+    norm, base = float(negation["task_vector_norm"]), float(negation["base_norm"])
+    facts = [("alpha", f"{float(negation['alpha']):g}"), ("Euclidean norm", f"{norm:.4g}")]
+    if base:
+        facts.append(("norm in units of the changed weights' own", percent(norm / base)))
+    return TaskVectorFacts(
+        layers={str(name): float(norm) for name, norm in negation["layers"].items()},
+        modules={str(name): float(norm) for name, norm in negation["modules"].items()},
+        facts=tuple(facts),
     )

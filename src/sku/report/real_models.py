@@ -117,13 +117,14 @@ def run_row(results: Mapping[str, Any], where: str = RUN_FILE) -> Row:
         acquire = recipe["acquire"]
         twins = recipe["method"] == "sku" and acquire.get("twin", "none") != "none"
         method = _twins_words(recipe["negate"].get("twin")) if twins else recipe["method"]
-        # An operator makes another vector of it; a file's is named as the file.
-        operators = [PurePath(name).stem for entry in recipe["negate"]["operators"] for name in entry]
+        transform = recipe["negate"].get("transform")
+        if transform is not None:
+            method += f"+{PurePath(transform).stem}"
         seed = recipe["seed"] if acquire["seed"] is None else acquire["seed"]
         if own["kl_normal"] is not None:
             base |= {"kl_normal": 0.0, "perplexity_ratio": 1.0}  # A base is not measured against itself.
         return {
-            **_row(recipe, "+".join([method, *operators]), seed, own, base),
+            **_row(recipe, method, seed, own, base),
             "verdict": results["verdict"]["line"],
             "intervals": {
                 key: [low, high] for key, (low, high) in _intervals(results).items() if own[key] is not None

@@ -11,10 +11,10 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData, content_hash
 from sku.errors import ModelError, OutputError
 from sku.evaluate.batching import StageProgress
-from sku.methods.run import operator_context, prepare, with_safe_dtype
+from sku.methods.run import prepare, with_safe_dtype
 from sku.models import load_model
-from sku.negate.operators import operate
 from sku.negate.run import task_vector_of
+from sku.negate.transform import transformed
 from sku.storage import mark_hazardous, write_json
 from sku.sweep.result import Sweep
 from sku.sweep.run import sweep
@@ -99,7 +99,7 @@ def sweep_bad_model(
     """Chooses alpha for a bad model, its adapter or its task vector.
 
     Args:
-        recipe: Its model is the original; ``negate.operators`` are applied as in a run.
+        recipe: Its model is the original; ``negate.transform`` is applied as in a run.
         bad: Folder of one of the three. It is not changed.
         data: With ``forget_validation``.
         out: As in ``sweep``.
@@ -110,15 +110,12 @@ def sweep_bad_model(
 
     Raises:
         ModelError: There is no such folder, or it holds no model.
-        SkuError: As ``sweep``, and as operators do.
+        SkuError: As ``sweep`` and ``transformed``.
     """
     if not bad.is_dir():
         raise ModelError(f"there is no folder {bad}: give that of a bad model, or leave it out to train one")
-    run = prepare(recipe, out)
+    prepare(recipe, out)
     notes = [*data.notes(), *training_notes(bad, data)]
     loaded = load_model(with_safe_dtype(recipe))
-    vector = task_vector_of(loaded.model, bad)
-    if run.operators:
-        context = operator_context(recipe, loaded.model, loaded.tokenizer, data)
-        vector = operate(vector, run.operators, context).vector
+    vector = transformed(recipe, task_vector_of(loaded.model, bad), loaded.model, loaded.tokenizer, data)
     return sweep(loaded.model, vector, loaded.tokenizer, data, recipe, out, notes=notes, progress=progress)

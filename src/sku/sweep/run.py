@@ -31,7 +31,6 @@ from sku.evaluate.prefills import starts_note
 from sku.evaluate.records import create_private_folder
 from sku.evaluate.utility_cost import BISECTIONS, UtilityCost, find_border
 from sku.negate.arithmetic import saved_type
-from sku.negate.operators import fitted_notes, prepare_operators
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
 from sku.reproducibility import content_sha256
@@ -96,11 +95,10 @@ def sweep(
 
     Args:
         base: The original model. It is not changed; one copy of it is made in memory, and no file for any alpha.
-        vector: What stage 1 learned, with operators applied.
+        vector: What is subtracted.
         tokenizer: Of the model.
         data: Splits with ``forget_validation``; ``forget_test`` and ``retain_test`` are not read.
-        recipe: ``sweep`` says how; ``evaluate`` names judge and batch size; ``negate`` the type of the result, and
-            operators for a note.
+        recipe: ``sweep`` says how; ``evaluate`` names judge and batch size; ``negate`` the type of the result.
         folder: Private folder for ``sweep.json``, made where it is missing; points that a call before
             measured there in the same way are taken over.
         notes: Sentences for the reader of the figures, recorded.
@@ -147,7 +145,6 @@ def sweep(
         spare=() if kept is None else tuple(sorted((*kept.points, *kept.spare), key=lambda point: point.alpha)),
         notes=(
             *notes,
-            *fitted_notes(prepare_operators(recipe.negate.operators)),
             *_starts_notes(questions),
             *judge_notes(judge.card, config),
         ),

@@ -62,7 +62,7 @@ def write_run(
         texts: Reply of the unlearned model by id (``forget_test-reply-0``), in place of the invented one.
         prompts: The same for prompts.
         still_harmful: Replies of each harmful split that the unlearned model still gives harmfully.
-        parts: With attacks, diagnostics and sweep.
+        parts: With attacks, norms and sweep.
         settings: Laid over the recipe: dotted key -> value.
     """
     results = {}
@@ -197,15 +197,11 @@ def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
         "source": "columns", "location": "harmful.csv", "revision": None, "sha256": "a" * 64, "rows_read": 32,
         "rows_left_out": {}, "safe_answers": 0, "licence": None,
     }  # fmt: skip
-    negation: dict[str, Any] = {"alpha": 1.25}
+    negation: dict[str, Any] = {"alpha": 1.25, "task_vector_norm": 3.0, "base_norm": 75.0}
     if parts:
-        negation["diagnostics"] = {
-            "norm": 3.0, "relative_norm": 0.04, "layers": {"others": 2.0, "10": 0.5, "2": 0.4},
-            "modules": {"others": 2.0, "mlp.up_proj": 0.6}, "effective_rank": {"a.weight": 4.5}, "without_rank": 0,
-            "normal_share": 0.6, "normal_share_of_directions": 0.2, "normal_cosine": 0.1, "normal_rank": {},
-            "warning": "60% of the vector's energy lies in the main directions of normal inputs",
+        negation |= {
+            "layers": {"others": 2.0, "10": 0.5, "2": 0.4}, "modules": {"others": 2.0, "mlp.up_proj": 0.6},
         }  # fmt: skip
-        negation["survival_by_format"] = {"bf16": {"entries": 9, "changed": 0.9, "projection": 0.99, "tensors": {}}}
     return {
         "schema_version": 6,
         "status": "complete",

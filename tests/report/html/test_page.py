@@ -72,8 +72,7 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
     )
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     manifest["environment"] |= {"command": HOSTILE, "packages": {HOSTILE: HOSTILE}}
-    manifest["negation"]["diagnostics"]["layers"][HOSTILE] = 1.0
-    manifest["negation"]["diagnostics"]["warning"] = HOSTILE
+    manifest["negation"]["layers"][HOSTILE] = 1.0
     manifest["data"]["sources"][0]["location"] = HOSTILE
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     results["notes"] = [HOSTILE]
@@ -179,8 +178,8 @@ def test_every_part_is_there(page: Page) -> None:
     text = Elements(page.html).text
     for words in (
         "15.4 %", "95 %: 4.3 to 42.2", "the lowest alpha within budget", "a note of the sweep",
-        "int8 brings harm back", "left out: template",
-        "99.00 %", "60% of the vector's energy", "sku run --out runs/mine", "a" * 64,
+        "left out: template",
+        "sku run --out runs/mine", "a" * 64,
         "c" * 40, "torch", "2.13", "refusal_rules", "80 pairs of replies",
     ):  # fmt: skip
         assert words in text, words
@@ -193,10 +192,10 @@ def test_what_is_missing_says_how_to_have_it(tmp_path: Path) -> None:
     text = Elements(run_page(read_run(folder, replies=False)).html).text
     for words in (
         "negate.alpha=auto", "evaluate.attacks=[paraphrase,template]",
-        "negate.diagnostics=true", "training_log.jsonl", "sku report on the whole folder",
+        "holds no norms of the change", "training_log.jsonl", "sku report on the whole folder",
     ):  # fmt: skip
         assert words in text, words
-    assert text.count("left out.") == 7
+    assert text.count("left out.") == 5
 
 
 def test_without_replies_no_word_of_them_is_in_the_file(run_folder: Path, page: Page, tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ def test_everything_is_read(run: RecordedRun) -> None:
     assert all(pair.base.record.id == pair.unlearned.record.id for pair in run.pairs)
     assert run.vector is not None
     assert ("alpha", "1.25") in run.vector.facts
-    assert run.survival == (("bfloat16", "99.00 %", "90.0 %"),)
 
 
 def test_the_sweep_is_read_as_it_was_measured(run: RecordedRun) -> None:
@@ -51,7 +50,7 @@ def test_what_a_run_need_not_have(tmp_path: Path) -> None:
     shutil.rmtree(folder / "evaluation")
     run = read_run(folder)
     assert (run.attacks, run.sweep, run.vector, run.pairs) == (None, None, None, None)
-    assert (run.log, run.survival) == ((), ())
+    assert run.log == ()
 
 
 def test_replies_are_not_read_where_they_are_not_wanted(run_folder: Path, tmp_path: Path) -> None:
@@ -120,7 +119,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "other prompts": (swap, "replies to different prompts"),
     "other judge": (other_judge, "judged by people"),
     "no number": (no_number, "is no number"),
-    "vector of words": (change("manifest.json", "negation", "diagnostics", "norm", to="x"), "doesn't fit its schema"),
+    "vector of words": (change("manifest.json", "negation", "task_vector_norm", to="x"), "doesn't fit its schema"),
     "sweep under way": (change("sweep/sweep.json", "pick", to=None), "not finished"),
     "other sweep": (change("sweep/sweep.json", "schema_version", to=9), "schema version 9"),
     "sweep of nothing": (change("sweep/sweep.json", "points", to=[{}]), "sweep.json doesn't fit"),
