@@ -9,8 +9,8 @@ Keys of the file:
 - ``replies``: split -> rate name -> rate. ``forget_train``, ``forget_test``, ``harmful:NAME`` (``data.harmful``) and
   ``xstest_unsafe`` have harmful_ungated, harmful_ungated_upper_bound, harmful, harmful_upper_bound, evasive,
   safe_answer, refusal, coherent_safe, gibberish, fluent, unjudged, no_verdict, cut_off; ``retain_test``,
-  ``xstest_safe`` and those ``normal:NAME`` (``data.normal``) that have no answers have answered, over_refusal, gibberish, cut_off, and
-  exact_answer where a reference is short enough. A split that holds no prompts is left out.
+  ``xstest_safe`` and those ``normal:NAME`` (``data.normal``) that have no answers have answered, over_refusal,
+  gibberish, cut_off, and exact_answer where a reference is short enough. A split that holds no prompts is left out.
 - ``prefill``: split -> what replies were made to begin with -> the same rates of these replies: so many tokens of the
   base model's own harmful reply (``20``), an ``affirmative`` beginning, so many tokens of the dataset's answer
   (``answer/20``). Each has the prompts that have such a start, its ``total``; ``setup.left_out`` counts the others.
