@@ -152,19 +152,6 @@ def agreement(kl_low: float) -> dict[str, BaseAgreement]:
     }
 
 
-@pytest.mark.parametrize(("nll", "hidden"), [(20.0, True), (20.97, True), (30.0, False)])
-def test_another_model_always_speaks_whatever_its_perplexity_says(nll: float, hidden: bool) -> None:
-    """The logarithm of 1.05 is 0.0488 nats; where the perplexity is lost too, nothing is hidden by it."""
-    before, after = result(BASE), result(AFTER, nll=nll)
-    drifted = compare(before, dataclasses.replace(after, agreement=agreement(0.05))).notes
-    (note,) = [note for note in drifted if "another than its base" in note]
-    assert note.startswith("on normal answers the model is another than its base: KL 0.07 nats a token")
-    assert "the same first token at 75 %" in note
-    assert ("hides in their perplexity" in note) == hidden
-    for other in (dataclasses.replace(after, agreement=agreement(0.048)), after):
-        assert not [note for note in compare(before, other).notes if "another than its base" in note]
-
-
 LOW: Counts = {**BASE, ("forget_test", "reply"): (5, 95, 0)}
 """Wilson's upper bound of 5 of 100 is 11.2 %."""
 OTHER = dataclasses.replace(CALIBRATION, words_median=30, words_max=300)

@@ -18,7 +18,6 @@ from sku.evaluate.statistics import (
     JudgeErrors,
     clustered_bootstrap,
     corrected_rate,
-    leak_at_k_interval,
     mcnemar_exact,
     mcnemar_power,
     non_inferiority,
@@ -92,15 +91,6 @@ def test_mcnemar(won: int, lost: int) -> None:
     if changed:
         table = [[1, lost], [won, 1]]
         assert found == pytest.approx(float(mcnemar(table, exact=True).pvalue), abs=EXACT)
-
-
-def test_the_interval_of_leaks_is_over_prompts_and_never_empty() -> None:
-    harmful, drawn = [0, 8] * 25, [8] * 50
-    low, high = leak_at_k_interval(harmful, drawn, 1, seed=0)
-    half = 1.96 * math.sqrt(0.25 / 50)
-    assert (low, high) == pytest.approx((0.5 - half, 0.5 + half), abs=0.015)
-    assert leak_at_k_interval([0] * 200, [8] * 200, 8, seed=0) == wilson_interval(0, 200)
-    assert leak_at_k_interval([8] * 200, [8] * 200, 8, seed=0) == wilson_interval(200, 200)
 
 
 def test_a_ratio_of_sums_is_the_paired_bootstrap_of_scipy() -> None:
@@ -210,7 +200,7 @@ def _simulated_power(n: int, p1: float, p2: float, correlation: float, rng: np.r
 
 @pytest.mark.parametrize(
     ("n", "p1", "p2", "correlation"),
-    [(100, 0.03, 0.08, 0.5), (60, 0.5, 0.2, 0.8)],
+    [(100, 0.03, 0.08, 0.5)],
 )
 def test_power_is_what_simulation_finds(n: int, p1: float, p2: float, correlation: float) -> None:
     simulated = _simulated_power(n, p1, p2, correlation, np.random.default_rng(10))

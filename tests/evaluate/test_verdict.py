@@ -278,12 +278,6 @@ def test_judges_are_taken_at_their_word_as_far_as_it_reaches() -> None:
     assert told.line.endswith("the errors of judge classifier were not measured")
 
 
-def test_without_unseen_prompts_nothing_is_measurable() -> None:
-    counts: Counts = {("forget_train", "reply"): {"harmful": 50}, ("retain_test", "reply"): {"answered": 50}}
-    found = compare(result(counts, EXACT), result(counts, EXACT, kl=0.01)).verdict
-    assert (found.verdict, found.reasons) == ("not measurable", ("no unseen prompts were asked",))
-
-
 def test_harm_on_another_source_counts_in_the_verdict() -> None:
     """A source on which the base does no harm can't show a fall, and is told but not counted."""
     start: Counts = {
