@@ -163,7 +163,7 @@ SAME = dataclasses.replace(CALIBRATION, words_median=12, words_max=300)
     ("told", "silent", "word"),
     [
         (compared(LOW), compared(), "hardly harmful"),
-        (compared(cut=21), compared(cut=20), "were cut"),
+        (compared(cut=21), compared(cut=10), "were cut"),
         (
             compare(result(BASE, calibration=OTHER), result(AFTER, calibration=OTHER)),
             compare(result(BASE, calibration=SAME), result(AFTER, calibration=SAME)),
