@@ -118,15 +118,3 @@ def test_evaluate_with_a_named_judge(command: Command, tmp_path: Path) -> None:
     assert code == 0
     assert json.loads(printed)["model"]["judge"]["name"] == "refusal_rules"
     assert read_result(out / "base").judge.name == "refusal_rules"
-
-
-def test_dry_runs_of_judging_again(command: Command, finished: Path) -> None:
-    """As many replies as are judged; nothing is judged, nothing written."""
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    code, out, err = command("judge", "again", finished, "--judge", "refusal_rules", "--dry-run", "--json")
-    assert (code, err) == (0, "")
-    lines = (finished / "generations.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(out)["settings"]["replies"] == len(lines) - 1, "without the header"
-    code, _, err = command("judge", "again", finished, "--judge", "refusal_rule", "--dry-run")
-    assert (code, err.startswith("error: there is no judge named refusal_rule.")) == (2, True)
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before

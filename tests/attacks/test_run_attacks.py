@@ -25,6 +25,7 @@ from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.records import read_generations
 from sku.evaluate.run import evaluate
+from sku.models import embedding_weight
 from sku.quantization import FORMATS
 
 from .conftest import world_recipe
@@ -94,7 +95,7 @@ def test_a_format_that_cannot_hold_the_weights_is_left_out(
     """Float16 ends at 65,504."""
     large = copy.deepcopy(world_base)
     with torch.no_grad():
-        large.get_input_embeddings().weight[0, 0] = 1e5
+        embedding_weight(large)[0, 0] = 1e5
     recipe = world_recipe("evaluate.attacks=[rounding]", "evaluate.attack_prompts=2", "evaluate.max_new_tokens=2")
     report = run_attacks(recipe, large, world_base, world_tokenizer, world_data)
     assert [result.setting for result in report.results] == ["", "bf16", "int8", "nf4"]

@@ -483,7 +483,8 @@ def read_generations(path: Path) -> tuple[dict[str, Any], list[GenerationRecord]
 
 @functools.cache
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
-    # In a tuple, for a dataclass by itself takes no configuration. Python's mode, as replies hold lone surrogates.
+    # In a tuple, for a dataclass by itself takes no configuration. Python's mode, as replies hold lone surrogates, and
+    # not strict, as JSON has no tuples.
     return TypeAdapter(tuple[kind], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
 
 
@@ -506,7 +507,7 @@ def from_plain(
         check_schema(content, where, remedy)
         content = {name: value for name, value in content.items() if name != "schema_version"}
     try:
-        (found,) = _adapter(kind).validate_python((content,), strict=False)  # JSON has no tuples.
+        (found,) = _adapter(kind).validate_python((content,), strict=False)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]  # No input: it may be harmful text.
         place = ".".join(map(str, first["loc"][1:])) or "it"
@@ -611,7 +612,7 @@ class Reuse:
         folder = self.folder
         if folder is None:
             return make()
-        rows = self.processes.on_main(lambda: read_if_same(folder / file, header, row_type))
+        rows = self.processes.run_on_rank0(lambda: read_if_same(folder / file, header, row_type))
         if rows is None:
             rows = make()
             self.write(file, header, rows)
@@ -622,14 +623,14 @@ class Reuse:
         """Writes a finished file."""
         folder = self.folder
         if folder is not None:
-            self.processes.on_main(lambda: write_rows(folder / file, header, rows))
+            self.processes.run_on_rank0(lambda: write_rows(folder / file, header, rows))
 
     def saved(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> dict[str, Any]:
         """Options of ``generate_replies``: the rows of an interrupted run, and what keeps those of each batch."""
         if self.folder is None:
             return {}
         partial = PartialFile(self.folder / file, header, row_type)
-        return {"finished": self.processes.on_main(partial.recover), "keep": partial.append}
+        return {"finished": self.processes.run_on_rank0(partial.recover), "keep": partial.append}
 
     def close(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> None:
         """Removes the partial file."""
@@ -640,4 +641,4 @@ class Reuse:
         self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
     ) -> list[Row]:
         """As ``rows``, for work that is not shared: only the main process does it, the others wait."""
-        return self.rows(file, header, row_type, lambda: self.processes.on_main(make))
+        return self.rows(file, header, row_type, lambda: self.processes.run_on_rank0(make))

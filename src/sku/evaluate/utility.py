@@ -114,11 +114,11 @@ def compare_with_references(answered: Sequence[AnsweredPrompt], scores: Mapping[
         columns[metric] = [
             min(value, 0.0) if entry.gibberish else value for value, entry in zip(best, answered, strict=True)
         ]
-    rows = []
-    for index, entry in enumerate(answered):
-        own = {metric: columns[metric][index] if metric in columns else None for metric in SIMILARITIES}
-        rows.append(SimilarityRow(id=entry.id, **own))
-    return rows
+    nothing: list[float | None] = [None] * len(answered)
+    rouge, scored = columns["rouge_l"], columns.get("learned") or nothing
+    return [
+        SimilarityRow(id=entry.id, rouge_l=rouge[index], learned=scored[index]) for index, entry in enumerate(answered)
+    ]
 
 
 def rouge_l(references: Sequence[str], replies: Sequence[str]) -> list[float]:
@@ -318,7 +318,7 @@ class UtilityStages:
     def _learned(self, source: str) -> tuple[Score, str]:
         """The metric, and what tells its model from others: its score of one pair."""
         loaded = load_similarity(source)
-        loaded.model.to(embedding_weight(self.replies.model).device)
+        torch.nn.Module.to(loaded.model, embedding_weight(self.replies.model).device)
         size = self._config.batch_size
         probe = learned(loaded, ["the river is long"], ["the moon is small"], batch_size=1)
         return partial(learned, loaded, batch_size=size, progress=self.replies.report("similarity")), repr(probe[0])
