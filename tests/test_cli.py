@@ -118,7 +118,7 @@ def test_python_m_sku() -> None:
 
 def test_every_command_has_help(command: Command) -> None:
     listed = command("--help").out
-    commands = "run acquire negate evaluate compare ablate results methods data recipes judge"
+    commands = "run acquire negate evaluate compare results methods data recipes judge"
     for name in commands.split():
         assert name in listed
         assert command(name, "--help").code == 0
@@ -743,88 +743,30 @@ def test_the_packaged_model_is_as_it_was(whole_run: Path, bad_model: Path) -> No
     assert recorded == {name: digest(embedded_model_path() / name) for name in recorded}
 
 
-@pytest.fixture
-def whole_comparison(command: Command, folder: Path) -> Path:
-    """``sku compare``, once: FT and the controls."""
-    out = folder / "comparison"
-    with FileLock(folder / "comparison.lock"):
-        if not (folder / "compared.txt").exists():
-            done = command(
-                "compare", "--methods", "fine_tune", "--seeds", "1", "--out", out,
-                *SMALL, "--set", "compare.strengths=[1.0]", "--set", "compare.max_strength=1.0", "--set", "methods={}",
-            )  # fmt: skip
-            assert done.code == 0, done.err
-            (folder / "compared.txt").write_text(done.out + done.err, encoding="utf-8")
-    return out
-
-
 @pytest.mark.integration
-def test_compare_prints_a_short_table_and_says_where_the_evidence_is(whole_comparison: Path, folder: Path) -> None:
-    printed = (folder / "compared.txt").read_text(encoding="utf-8")
-    for words in ("at equal utility", "as published", "FT", "Base model", "Random direction", "5 jobs"):
-        assert words in printed
-    assert "4/5 fine_tune, seed 0: complete" in printed
-    assert f"{whole_comparison / 'table.md'}" in printed
-    assert_next(printed, ["results", str(whole_comparison / "records")])
-    assert sorted(path.name for path in whole_comparison.iterdir()) == [
-        "overview.png", "overview.svg", "records", "table.md", "trade_off.png", "trade_off.svg",
-    ]  # fmt: skip
-
-
-@pytest.mark.integration
-def test_results_are_rebuilt_from_the_records_alone(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
-    written = (whole_comparison / "table.md").read_text(encoding="utf-8")
-    done = command(
-        "results", whole_comparison / "records", "--figure", tmp_path / "figure.svg",
-        "--overview", tmp_path / "overview.svg",
-    )  # fmt: skip
+def test_compare_prints_a_table_that_results_rebuilds_and_puts_on_a_page(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    done = command("compare", "--methods", "fine_tune", "--seeds", "1", "--out", out, *SMALL, "--set", "methods={}")
     assert done.code == 0, done.err
-    assert "### At equal utility" in done.out
-    as_json = json.loads(command("results", whole_comparison / "records", "--json").out)
-    assert as_json["markdown"] + "\n" == done.out
-    assert len(as_json["records"]) == 5
-    assert {line for line in written.splitlines() if "FT" in line} <= set(done.out.splitlines())
-    assert (tmp_path / "figure.svg").stat().st_size > 1000
-    written_overview = (whole_comparison / "overview.svg").read_bytes()
-    assert (tmp_path / "overview.svg").read_bytes() == written_overview
-
-
-@pytest.mark.integration
-def test_results_of_any_number_of_folders_are_one_table(
-    command: Command, whole_comparison: Path, tmp_path: Path
-) -> None:
-    table = tmp_path / "table.json"
-    done = command("results", whole_comparison, "--table", table)
-    assert done.code == 0, done.err
-    rows = json.loads(table.read_text(encoding="utf-8"))
-    assert {row["model"] for row in rows} == {"embedded"}
-    assert {"base", "fine_tune"} <= {row["method"] for row in rows}
-    assert all(0 <= row["harmful_unseen"] <= 1 for row in rows)
-    twice = command("results", whole_comparison, whole_comparison)
-    assert_one_line(twice, "2 folders are named, and these tables are of one: add --table")
-    assert_one_line(command("results", whole_comparison, "--table", table, "--brief"), "--table is written alone")
-
-
-@pytest.mark.integration
-def test_results_go_between_their_marks(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
+    for words in ("at equal utility", "as published", "FT", "Base model", "Random direction"):
+        assert words in done.out
+    assert "1/2 fine_tune--seed0: complete" in done.err
+    assert_next(done.out, ["results", str(out)])
+    figure = tmp_path / "overview.svg"
+    again = command("results", out, "--figure", figure)
+    assert again.out.strip() == (out / "table.md").read_text(encoding="utf-8").strip()
+    assert figure.read_bytes() == (out / "overview.svg").read_bytes()
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- results:records -->\nold\n<!-- end:records -->\nafter\n", encoding="utf-8")
-    assert command("results", whole_comparison / "records", "--update", page).code == 0
+    page.write_text("before\n<!-- results:compared-brief -->\nold\n<!-- end:compared-brief -->\n", encoding="utf-8")
+    assert command("results", out, "--brief", "--update", page).code == 0
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- results:records -->\n\n### At equal utility")
-    assert text.endswith("<!-- end:records -->\nafter\n")
+    assert "| FT |" in text
     assert "old" not in text
-    assert command("results", whole_comparison / "records", "--update", page).code == 0
-    assert page.read_text(encoding="utf-8") == text, "a second update changes nothing"
-    page.write_text("<!-- results:records-brief --><!-- end:records-brief -->", encoding="utf-8")
-    assert command("results", whole_comparison / "records", "--brief", "--update", page).code == 0
-    brief = page.read_text(encoding="utf-8")
-    assert "| FT |" in brief
-    assert brief.index("harmful, judge's own word, unseen") < brief.index("harmful, by rule, unseen")
-    assert "utility cost" not in brief
-    page.write_text("no marks\n", encoding="utf-8")
-    assert_one_line(command("results", whole_comparison / "records", "--update", page), "must hold the lines")
-    assert page.read_text(encoding="utf-8") == "no marks\n"
+    table = tmp_path / "table.json"
+    assert command("results", out / "fine_tune--seed0", "--table", table).code == 0
+    assert [row["method"] for row in json.loads(table.read_text(encoding="utf-8"))] == ["fine_tune"]
+    assert_one_line(command("results", out, out), "add --table")
+    assert_one_line(command("results", out, "--table", table, "--brief"), "--table is written alone")
 
 
 def test_methods_are_listed_with_their_papers_and_settings(command: Command) -> None:
@@ -840,11 +782,13 @@ def test_methods_are_listed_with_their_papers_and_settings(command: Command) -> 
     assert_one_line(command("methods", "nqo"), "Did you mean npo")
 
 
-def test_compare_and_ablate_refuse_what_they_don_t_know(command: Command, tmp_path: Path) -> None:
+def test_compare_refuses_what_it_does_not_know(command: Command, tmp_path: Path) -> None:
     assert_one_line(command("compare", "--methods", "nqo", "--out", tmp_path / "a"), "Did you mean npo")
-    assert_one_line(command("ablate", "--groups", "modes", "--out", tmp_path / "a"), "Did you mean modules")
-    assert_one_line(command("ablate", "--set", "method=npo", "--out", tmp_path / "a"), "takes SKU apart")
-    assert_one_line(command("results", tmp_path), "holds no record")
+    assert_one_line(command("compare", "--ablate", "modes", "--out", tmp_path / "a"), "Did you mean modules")
+    assert_one_line(
+        command("compare", "--ablate", "all", "--methods", "npo", "--out", tmp_path / "a"), "leave one out"
+    )
+    assert_one_line(command("results", tmp_path), "comparison.json")
     assert not (tmp_path / "a").exists()
 
 

@@ -27,7 +27,7 @@ from sku.cli.main import app
 from sku.cli.options import listed_methods, method_names, words_of
 from sku.cli.shipped import described
 from sku.cli.sweep import next_commands
-from sku.comparison.jobs import ABLATIONS
+from sku.comparison.rows import ABLATIONS
 from sku.config import load_recipe
 from sku.errors import DataError
 from sku.methods import METHODS
@@ -165,21 +165,6 @@ def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> 
     trained = 4 * (4 * 2 * 8 * (128 + 128))
     assert found["disk_bytes"] == 2 * trained + 4 * 935_040, "trained, negated, and the whole model"
     assert "negated_adapter/" in found["writes"]
-
-
-def test_a_dry_run_of_a_comparison_names_rows_that_would_fail(command: Command, tmp_path: Path) -> None:
-    """DPO prefers safe answers, and this data has none; the real call makes the other rows all the same."""
-    for name in ("forget", "retain"):
-        rows = "".join(f"{name} question {number},an answer of {number}\n" for number in range(20))
-        (tmp_path / f"{name}.csv").write_text(f"prompt,completion\n{rows}", encoding="utf-8")
-    data = ("--forget", tmp_path / "forget.csv", "--retain", tmp_path / "retain.csv", "--set", "negate.alpha=1")
-    sets = ("--set", "evaluate.attacks=[]", "--set", "evaluate.judge=refusal_rules", "--out", tmp_path / "out")
-    code, out, err = command("compare", "--methods", "dpo,npo", *data, *sets, "--dry-run", "--json")
-    assert code == 0, err
-    found = json.loads(out)
-    assert set(found["settings"]["steps"]) == {"npo"}
-    assert any(note.startswith("dpo would fail: none of the ") for note in found["notes"])
-    assert found["bad_model"] == "deleted at the end", "the random direction takes its length from SKU"
 
 
 def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:

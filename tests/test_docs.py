@@ -111,7 +111,7 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
 def test_every_command_line_is_one(words: list[str]) -> None:
     """Commands, options, numbers of arguments and types; and every recipe key that ``--set`` names."""
     command, given = parsed(words)
-    if command in ("sku run", "sku acquire", "sku evaluate", "sku compare", "sku ablate", "sku sweep"):
+    if command in ("sku run", "sku acquire", "sku evaluate", "sku compare", "sku sweep"):
         known = given.get("recipe") in recipe_names()
         load_recipe(given["recipe"] if known else "smollm2-135m-twins", given.get("overrides") or [])
 

@@ -100,33 +100,29 @@ def test_damaged_folder_of_a_run(battery: Battery, folder: str, command: str) ->
     battery.refuses(NAME, *(places.get(word, word) for word in COMMANDS[command]))
 
 
-RECORD: dict[str, Any] = {"schema_version": 6, "name": "sku", "seed": 0, "status": "complete"}
-RECORDS: dict[str, tuple[str, str | bytes]] = {
-    "no JSON": ("sku--seed0.json", "{"),
-    "a list": ("sku--seed0.json", "[]"),
-    "noise": ("sku--seed0.json", b"\xff\xfe"),
-    "brackets": ("sku--seed0.json", "[" * 50_000),
-    "most keys missing": ("sku--seed0.json", json.dumps(RECORD)),
-    "another version": ("sku--seed0.json", json.dumps({**RECORD, "schema_version": 9})),
-    "a name that leads out": ("sku--seed0.json", json.dumps({**RECORD, "name": "../../elsewhere"})),
-    "seed of text": ("sku--seed0.json", json.dumps({**RECORD, "seed": "../0"})),
-    "line break in the name": ("sk\nu--seed0.json", "{"),
-    "escape in the name": ("sk\x1b[2Ju--seed0.json", "{"),
+INDEX: dict[str, Any] = {"schema_version": 6, "rows": [], "seeds": [0], "failed": {}}
+INDEXES: dict[str, str | bytes] = {
+    "no JSON": "{",
+    "a list": "[]",
+    "noise": b"\xff\xfe",
+    "brackets": "[" * 50_000,
+    "keys missing": json.dumps({"schema_version": 6}),
+    "another version": json.dumps({**INDEX, "schema_version": 9}),
+    "seed of text": json.dumps({**INDEX, "seeds": ["../0"]}),
 }
 
 
-@pytest.mark.parametrize(("file", "content"), RECORDS.values(), ids=RECORDS.keys())
-def test_damaged_record_of_a_comparison(battery: Battery, file: str, content: str | bytes) -> None:
-    path = battery.inputs / file
+@pytest.mark.parametrize("content", INDEXES.values(), ids=INDEXES.keys())
+def test_damaged_index_of_a_comparison(battery: Battery, content: str | bytes) -> None:
+    path = battery.inputs / "comparison.json"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
-    battery.refuses(NAME, "results", battery.inputs, words="seed0.json")
+    battery.refuses(NAME, "results", battery.inputs, words="comparison.json")
 
 
-@pytest.mark.parametrize("command", ["compare", "ablate"])
-@pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "sku/../../x", "..", "a\0b", "sk\nu"])
-def test_rows_of_a_comparison_that_lead_out(battery: Battery, command: str, name: str) -> None:
-    option = "--methods" if command == "compare" else "--groups"
-    battery.refuses(NAME, command, option, name, "--out", battery.out)
+@pytest.mark.parametrize("option", ["--methods", "--ablate"])
+@pytest.mark.parametrize("name", ["../../elsewhere", "a\0b", "sk\nu"])
+def test_rows_of_a_comparison_that_lead_out(battery: Battery, option: str, name: str) -> None:
+    battery.refuses(NAME, "compare", option, name, "--out", battery.out)
 
 
 LABELS: dict[str, tuple[str | bytes, str]] = {

@@ -174,8 +174,6 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "settings of SKU as a method": ("methods.sku.strength=1", "its own place"),
     "strength 0": ("methods.rmu.strength=0", "strength"),
     "no seeds to compare": ("compare.seeds=0", "compare.seeds"),
-    "strengths below 0": ("compare.strengths=[-1]", "compare.strengths"),
-    "budget 1 to compare": ("compare.utility_budget=1", "utility_budget"),
     "unknown device": ("model.device=cuda:x", "model.device"),
     "unknown dtype": ("model.dtype=float8", "model.dtype"),
     "GGUF file that is not there": ("model.gguf_file=../../a.gguf", "a.gguf"),
@@ -205,7 +203,7 @@ def test_setting_that_makes_no_sense(battery: Battery, setting: str, words: str)
     battery.refuses(NAME, "run", *model, "--set", setting, "--out", battery.out, words=words)
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "ablate", "sweep", "plan"])
+@pytest.mark.parametrize("command", ["run", "compare", "sweep", "plan"])
 @pytest.mark.parametrize("name", ["../../elsewhere", "/tmp/elsewhere", "a/../../b"])
 def test_no_command_makes_a_folder_elsewhere(battery: Battery, command: str, name: str) -> None:
     battery.refuses(NAME, command, recipe(battery, SOUND.replace("mine", name)), words=("name is", name))
@@ -264,11 +262,9 @@ BELOW_0 = (
     "seed", "acquire.seed", "acquire.weights.guided_distortion", "acquire.weights.random_disassociation",
     "acquire.weights.preservation_divergence", "acquire.preservation_cap",
     "acquire.training.learning_rate", "acquire.training.weight_decay", "data.unseen_fraction",
-    "sweep.kl_budget", "compare.kl_budget",
-    "compare.over_refusal_limit",
+    "sweep.kl_budget",
     "sweep.validation_fraction", "sweep.harm_target", "sweep.gibberish_limit", "sweep.over_refusal_limit",
     "sweep.utility_budget", "sweep.hopeless_ratio", "evaluate.samples",
-    "compare.utility_budget", "compare.max_strength",
 )  # fmt: skip
 """Keys of numbers that must not be negative."""
 

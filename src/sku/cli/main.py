@@ -28,7 +28,7 @@ app = typer.Typer(
 )
 for command in (
     *(run.run, shipped.init, stages.acquire, stages.negate, sweep.sweep, run.evaluate, compare.compare),
-    *(compare.ablate, sharing.card, sharing.push, stages.wipe, doctor.doctor, report.results, report.report),
+    *(sharing.card, sharing.push, stages.wipe, doctor.doctor, report.results, report.report),
     *(chat.chat, shipped.methods),
 ):
     app.command(command.__name__)(command)

@@ -66,8 +66,13 @@ class Recipe:
 
     @property
     def chooses_alpha(self) -> bool:
-        """Whether a run has to choose alpha; only SKU has one."""
-        return self.negate.alpha == "auto" and self.method == "sku"
+        """Whether a run has to choose the strength of its method, which is SKU's alpha."""
+        if self.method == "sku":
+            return self.negate.alpha == "auto"
+        # Under what name a file defines its method is known when it is run.
+        own = [self.methods[self.method]] if self.method in self.methods else []
+        own = [*self.methods.values()] if self.method.endswith(".py") else own
+        return any(config.strength == "auto" for config in own)
 
     @property
     def checks_stage_1(self) -> bool:
@@ -80,11 +85,6 @@ class Recipe:
         """Share of the harmful prompts to hold out: to choose alpha, to ask stage 1; 0 for none."""
         needed = self.chooses_alpha or self.checks_stage_1
         return self.sweep.validation_fraction if needed else 0.0
-
-    @property
-    def search_validation(self) -> float:
-        """The same of a comparison: for ``compare.search``."""
-        return 0.0 if self.compare.search is None else self.sweep.validation_fraction
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""

@@ -132,7 +132,7 @@ class NegateConfig:
 
     alpha: Annotated[float, Field(allow_inf_nan=False)] | Literal["auto"] = 1.0
     """theta_u = theta_o - alpha * (theta_bad - theta_o); 0 or more, the paper uses 1. ``auto`` chooses it on held-out
-    data, as ``sweep`` says; ``sku compare`` and ``sku ablate``, which try strengths of their own, then begin at 1."""
+    data, as ``sweep`` says."""
     twin: TwinShares = field(default_factory=TwinShares)
     """With ``acquire.twin: good`` theta_u = theta_o - alpha * (bad * (theta_bad - theta_o) - good * (theta_good -
     theta_o)); without it there is no good twin and both must be 1."""

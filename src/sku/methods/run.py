@@ -107,7 +107,7 @@ def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> Metho
     return MethodRun(
         method=method,
         settings=settings,
-        strength=recipe.negate.given_alpha if is_sku else own.strength,
+        strength=recipe.negate.given_alpha if is_sku else own.given_strength,
         training=training,
     )
 
@@ -378,32 +378,6 @@ def with_visited(
     except SkuError:
         visited = None
     return dataclasses.replace(data, visited=visited)
-
-
-def common_visits(
-    recipe: Recipe, data: ForgetRetainData, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
-) -> ForgetRetainData:
-    """As ``with_visited``, of SKU with the recipe's own seed: what the methods of one comparison are all asked.
-
-    Each sees the same joint examples in the same order; another number of steps, another seed, or rows that lack a
-    safe answer make it another part of them.
-
-    Args:
-        recipe: Of any job of the comparison.
-        data: The splits.
-        tokenizer: Of the model.
-        model: The original one, asked for its shape alone.
-
-    Returns:
-        As ``with_visited``.
-    """
-    plain = dataclasses.replace(
-        recipe,
-        method="sku",
-        acquire=dataclasses.replace(recipe.acquire, seed=None),
-        negate=dataclasses.replace(recipe.negate, transform=None),
-    )
-    return with_visited(plain, data, tokenizer, model)
 
 
 def visited_examples(joint: JointDataset, training: UnlearningConfig, *, processes: int = 1) -> tuple[int, ...] | None:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import wants_own_replies
-from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
+from sku.errors import NoAlphaError, OutputError, ProcessError, SkuError, named_memory_errors
+from sku.evaluate.records import create_private_folder
 from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
 from sku.methods.run import MethodRun, prepare, with_safe_dtype, with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
@@ -37,11 +41,12 @@ from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
-from sku.storage import RECORD_VERSION, bytes_in, check_place, remove_hazardous, write_json
+from sku.storage import RECORD_VERSION, bytes_in, check_place, new_folder, remove_hazardous, write_json
 from sku.sweep.meter import draw_questions
 from sku.sweep.run import check_one_process
 
 _log = logging.getLogger(__name__)
+_BASE = Path("evaluation", "base")
 UNWRITTEN = (
     "the examples are the prompts, as the model's own replies to them are not written yet: some prompts will have "
     "none, others several"
@@ -79,13 +84,16 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     return plan_run(recipe, out, resume=resume).execute(progress)
 
 
-def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> CommandPlan[FinishedRun]:
+def plan_run(
+    recipe: Recipe, out: Path, *, resume: bool = False, base_of: Path | None = None
+) -> CommandPlan[FinishedRun]:
     """Checks all of a run but what only weights and training show, and plans it.
 
     Args:
         recipe: As in ``run_recipe``.
         out: As in ``run_recipe``.
         resume: As in ``run_recipe``.
+        base_of: Folder of another run, whose evaluation of the base model is taken over as far as it fits.
 
     Raises:
         SkuError: As ``run_recipe``; also where the disk is too small.
@@ -93,6 +101,8 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> CommandPlan[
     processes = current_processes()
     check_one_process_attacks(recipe, processes)
     check_place(out)
+    if base_of is not None and not (base_of / _BASE).is_dir():
+        raise OutputError(f"{base_of} holds no evaluation of a base model: give the folder of another run")
     unlearning = Unlearning(recipe, RunFolder(out, processes, _no_progress))
     run = prepare(recipe, unlearning.trained_folder)
     if recipe.chooses_alpha:
@@ -133,7 +143,13 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> CommandPlan[
             *("results.json", "manifest.json", "training_log.jsonl", "before_after.png", "before_after.svg"),
         ),
         execute=lambda progress: _execute(
-            recipe, out, None if writes_own else data, resume=resume, decided=decided, progress=progress
+            recipe,
+            out,
+            None if writes_own else data,
+            resume=resume,
+            base_of=base_of,
+            decided=decided,
+            progress=progress,
         ),
         disk_bytes=training.peak_bytes + model.bytes(recipe.negate.output_dtype),
         disk_there=there,
@@ -181,6 +197,7 @@ def _execute(
     data: ForgetRetainData | None,
     *,
     resume: bool,
+    base_of: Path | None,
     decided: Checkpointing | None,
     progress: Progress | None,
 ) -> FinishedRun:
@@ -189,6 +206,8 @@ def _execute(
     run = _Run(recipe, out, data, progress or _no_progress, processes)
     try:
         run.folder.open(recipe, resume=resume)
+        if base_of is not None:
+            processes.run_on_rank0(lambda: _take_over(base_of / _BASE, out / _BASE))
         if decided is not None:
             _log.info("activation checkpointing is %s", decided.line)
             run.folder.note(activation_checkpointing=dataclasses.asdict(decided))
@@ -210,6 +229,14 @@ def _execute(
         raise
     finally:
         run.folder.close()
+
+
+def _take_over(source: Path, target: Path) -> None:
+    """Copies an evaluation; rows in it that don't fit are made anew."""
+    if not target.exists():
+        create_private_folder(target.parent)
+        with new_folder(target, private=True) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
 def _remove_made(folder: RunFolder, missing: list[Path]) -> None:
@@ -262,7 +289,11 @@ class _Run:
             del loaded  # So that its memory is free for the models that are read anew.
             base, unlearned = self.unlearning.by_all_processes(held, data)
         else:
-            base, unlearned = self.unlearning.by_one_process(loaded, data)
+
+            def measure_published(model: PreTrainedModel, original: PreTrainedModel) -> object:
+                return measuring.evaluated("published", model, original, starts=before.starts)
+
+            base, unlearned = self.unlearning.by_one_process(loaded, data, measure_published)
         # The unlearned model stands: nothing needs the bad one any more.
         self.processes.run_on_rank0(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
@@ -286,6 +317,8 @@ class _Run:
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
         # Once more: own replies are not those that the plan saw.
         check_data(self.recipe, self.data)
+        if self.recipe.compare.published is not None:
+            return self.data.answered(), loaded
         visits = with_visited(self.recipe, self.data, loaded.tokenizer, loaded.model, processes=self.processes.count)
         return visits, loaded
 

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,12 +215,18 @@ class Unlearning:
     def _by_the_first_process(self, data: ForgetRetainData) -> None:
         self.by_one_process(load_model(self.config, four_bit=False), data)
 
-    def by_one_process(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
+    def by_one_process(
+        self,
+        loaded: LoadedModel,
+        data: ForgetRetainData,
+        measure_published: Callable[[PreTrainedModel, PreTrainedModel], object] | None = None,
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Stages 1 and 2, and the choice of alpha between them where there is one to choose.
 
         Args:
             loaded: The original model; its weights may be trained in place.
             data: The splits.
+            measure_published: Called with the model at ``compare.published`` and the original one.
 
         Returns:
             The original and the unlearned model.
@@ -245,6 +251,12 @@ class Unlearning:
             vector = transformed(recipe, vector, base, loaded.tokenizer, data)
         if recipe.checks_stage_1:
             self._check_stage_1(base, loaded.tokenizer, data)
+        if recipe.compare.published is not None and measure_published is not None:
+            with self.folder.timed("evaluate_published"):
+                published = copy.deepcopy(base)
+                subtract_into(published, base, vector, recipe.compare.published)
+                measure_published(published, base)
+                del published
         if recipe.chooses_alpha:
             with self.folder.timed("sweep"):
                 run = dataclasses.replace(run, strength=self._chosen(vector, base, loaded.tokenizer, data))

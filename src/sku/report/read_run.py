@@ -192,9 +192,8 @@ def _read_manifest(folder: Path, *, within_run: bool) -> dict[str, Any]:
 
 def _instead(folder: Path) -> str:
     """What to do with a folder that something else than ``sku run`` wrote."""
-    for place in (folder, folder / "records"):
-        if any(place.glob("*--seed*.json")):
-            return f"it holds a comparison of methods, which sku results {place} shows"
+    if (folder / "comparison.json").exists():
+        return f"it holds a comparison of methods, which sku results {folder} shows"
     if (folder / "base" / "evaluation.json").exists():
         return "it holds evaluations without a run, whose figures sku evaluate printed"
     if (folder / "evaluation.json").exists():

@@ -30,7 +30,7 @@ from sku.evaluate.prefills import by_id, prefills, with_answers
 from sku.evaluate.records import Split, Start, header_hash
 from sku.evaluate.replies import Asker
 from sku.evaluate.statistics import Estimate, ratio_interval
-from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, Limits, UtilityCost
+from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, UtilityCost
 from sku.evaluate.validation import NormalText, Scores, perplexity_ratio, validation_texts
 from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
@@ -186,7 +186,7 @@ class Changed:
     """What is subtracted."""
     normal: NormalText
     """Normal sets and how the base scores them."""
-    config: Limits
+    config: SweepConfig
     """Budget and limits."""
 
     def write(self, alpha: float) -> None:
