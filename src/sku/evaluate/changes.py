@@ -112,15 +112,7 @@ Changes = dict[str, dict[str, RateChange]]
 
 
 def paired_change(before: Sequence[bool], after: Sequence[bool]) -> RateChange:
-    """A rate before and after, counted on the same prompts.
-
-    Args:
-        before: Hit or not, per prompt; at least one.
-        after: The same prompts, in the same order.
-
-    Returns:
-        Both rates and their difference.
-    """
+    """A rate before and after, counted on the same prompts."""
     old_rate, new_rate = rate(before), rate(after)
     assert old_rate is not None
     assert new_rate is not None
@@ -159,16 +151,7 @@ OverPrompts = TypeVar("OverPrompts", RateChange, LeakChange)
 def change_over_prompts(
     kind: type[OverPrompts], old: Any, new: Any, before: Mapping[str, float], after: Mapping[str, float], *, seed: int
 ) -> OverPrompts:
-    """A figure of sampled replies before and after, of which each prompt counts once.
-
-    Args:
-        kind: What is made.
-        old: A ``Rate`` or an ``Estimate``, as the kind has it.
-        new: The same after.
-        before: Prompt -> its own share before.
-        after: The same after.
-        seed: Of the bootstrap and of the permutations.
-    """
+    """A figure of sampled replies before and after, of which each prompt counts once."""
     steps = [after[prompt] - before[prompt] for prompt in sorted(before)]
     low, high = change_interval(steps, seed=seed)
     return kind(
@@ -204,14 +187,6 @@ def score_change(
 
 def perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, PerplexityChange]:
     """Perplexities of two models on the same answers.
-
-    Args:
-        base: Of the original model, with its rows.
-        unlearned: Of the other one, with its rows.
-        seed: Of the bootstrap.
-
-    Returns:
-        Split -> change, for the splits that both were measured on.
 
     Raises:
         EvaluationError: Answers were cut differently.

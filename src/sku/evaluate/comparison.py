@@ -155,9 +155,6 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
         unlearned: Of the unlearned model, on the same prompts with the same settings.
         seed: Of the bootstrap.
 
-    Returns:
-        Changes with intervals.
-
     Raises:
         EvaluationError: The two were not asked the same, or judged or decoded differently.
     """
@@ -273,14 +270,7 @@ OTHER_LENGTH = 2.0
 
 
 def comparison_notes(found: Compared) -> tuple[str, ...]:
-    """What a reader of the table must know.
-
-    Returns:
-        One sentence each: utility, drift from the base, power, base models that were hardly harmful, harmful sets that
-        don't count, what the judge can't tell, rates below its floor, replies that it gave no verdict on, prompts that
-        it read without their middle, replies that were cut, a judge that was calibrated on replies of another length,
-        which source its errors are from, what either evaluation noted, and what was left out of it.
-    """
+    """What a reader of the table must know."""
     base, unlearned = found.base, found.unlearned
     return (
         *(f"utility on {answers_words(split)}: {utility.words}" for split, utility in found.utility.items()),

@@ -102,9 +102,6 @@ def decide_outcomes(
         fluency: The base model's losses, of replies long enough to shuffle.
         short_answer_words: References of at most this many words are compared with the reply.
 
-    Returns:
-        One outcome per record, in order.
-
     Raises:
         EvaluationError: The judge's verdicts don't match the records.
     """
@@ -196,10 +193,6 @@ _ANY_QUESTION = frozenset(
 def is_on_topic(prompt: str, reply: str) -> bool:
     """Whether a reply speaks of what the prompt asks.
 
-    Args:
-        prompt: What was asked.
-        reply: The model's words, its prefill left out.
-
     Returns:
         True for a reply on the topic. A prompt of common words alone has no topic to miss.
     """
@@ -229,11 +222,7 @@ class Wording:
 
 
 def wording_of(records: Sequence[GenerationRecord]) -> Wording:
-    """Counts words over replies.
-
-    Args:
-        records: Of one split and kind; at least one.
-    """
+    """Counts words over replies."""
     texts = [tuple(words_of(record.reply)) for record in records]
     pairs = [pair for text in texts for pair in pairwise(text)]
     return Wording(
@@ -329,12 +318,7 @@ def rates_by_prefill(replies: Sequence[ReplyOutcome]) -> dict[str, dict[str, Rat
 
 
 def worst_prefill(rates: Mapping[str, Mapping[str, Rate]], name: str = "harmful") -> str:
-    """The key of the prefill after which most replies are harmful; of equals the first in order.
-
-    Args:
-        rates: Of one split, by key; at least one.
-        name: Of the rate that decides.
-    """
+    """The key of the prefill after which most replies are harmful; of equals the first in order."""
     return max(prefills_in_order(rates), key=lambda key: rates[key][name].value)
 
 
@@ -417,15 +401,7 @@ def leak_of(replies: Sequence[ReplyOutcome], k: int, name: str = "harmful") -> E
 
 
 def sample_rates(replies: Sequence[ReplyOutcome], names: Container[str] | None = None) -> dict[str, Rate]:
-    """The rates of sampled replies; their intervals are over prompts, as replies to one prompt are not independent.
-
-    Args:
-        replies: Of kind ``sample``, of one split.
-        names: Which rates; all of them if None.
-
-    Returns:
-        As ``rates_of``.
-    """
+    """The rates of sampled replies; their intervals are over prompts, as replies to one prompt are not independent."""
     prompts = [prompt_hash(reply.id) for reply in replies]
     rates = {}
     for name, found in rates_of(replies).items():

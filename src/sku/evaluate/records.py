@@ -246,11 +246,6 @@ _ANSWER = "answer/"
 def prefill_key(source: PrefillSource, tokens: int) -> str:
     """Name of a prefill in records and results.
 
-    Args:
-        source: Whose words the reply is made to begin with: the base model's ``own`` harmful reply, an ``affirmative``
-            beginning, or the dataset's ``answer``.
-        tokens: How many; not read for an affirmative beginning, which is given whole.
-
     Returns:
         ``20``, ``affirmative``, ``answer/20``.
     """
@@ -277,12 +272,6 @@ def prefills_in_order(keys: Iterable[str]) -> list[str]:
 
 def record_id(split: Split, kind: Kind, prompt: str, number: int | str = 0) -> str:
     """Name of a prompt in the records: says nothing of its words, and is the same for every model.
-
-    Args:
-        split: Of the prompt.
-        kind: Of the reply.
-        prompt: The user's words.
-        number: Which sample, or the key of a prefill; not read for a free reply.
 
     Returns:
         Such as ``unseen-prefill3-0123456789abcdef``.
@@ -332,10 +321,6 @@ def write_json_object(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
     """Reads what ``write_json_object`` wrote.
-
-    Args:
-        path: The file.
-        remedy: What a user can do where it holds something else.
 
     Raises:
         EvaluationError: The file is missing or broken.
@@ -411,11 +396,6 @@ def json_lines(contents: Iterable[Any]) -> str:
 def write_rows(path: Path, header: Mapping[str, Any], rows: Iterable[Any]) -> None:
     """Writes a header and one line per row.
 
-    Args:
-        path: File to write; what is there is replaced.
-        header: What the rows were made from. ``schema_version`` and ``rows`` (their number) are added.
-        rows: Dataclass instances.
-
     Raises:
         OutputError: The file can't be written.
     """
@@ -425,13 +405,6 @@ def write_rows(path: Path, header: Mapping[str, Any], rows: Iterable[Any]) -> No
 
 def read_rows(path: Path, row_type: type[Row]) -> tuple[dict[str, Any], list[Row]]:
     """Reads and checks what ``write_rows`` wrote.
-
-    Args:
-        path: The file.
-        row_type: Dataclass of its rows.
-
-    Returns:
-        The header as it was given to ``write_rows``, and the rows in order.
 
     Raises:
         EvaluationError: No such file, another schema, a broken, missing or doubled row; with the line number.
@@ -529,13 +502,7 @@ class PartialFile(Generic[Row]):
     """The partial file of one finished file."""
 
     def __init__(self, path: Path, header: Mapping[str, Any], row_type: type[Row]) -> None:
-        """Touches nothing yet.
-
-        Args:
-            path: The finished file.
-            header: What its rows are made from: rows under another header are of no use.
-            row_type: Dataclass of the rows.
-        """
+        """Touches nothing yet."""
         self.path = path.with_name(f".{path.name}.partial")
         self._header = {"schema_version": RECORD_VERSION, **header}
         self._row_type = row_type
@@ -596,15 +563,6 @@ class Reuse:
         self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
     ) -> list[Row]:
         """The rows of a file.
-
-        Args:
-            file: Its name.
-            header: What its rows are made from.
-            row_type: Of the rows.
-            make: Called in every process where the file does not hold them; gives all rows in each.
-
-        Returns:
-            The rows, in every process.
 
         Raises:
             OutputError: The file can't be written.

@@ -381,16 +381,6 @@ def measure(
 ) -> EvaluationResult:
     """Judges and counts.
 
-    Args:
-        setup: What was asked.
-        generations: Replies.
-        fluency: The base model's losses on them.
-        losses: Losses on the dataset's own answers.
-        judge: Asked about replies to harmful prompts.
-
-    Returns:
-        All rates and perplexities, with the rows they were counted from.
-
     Raises:
         EvaluationError: The judge's verdicts don't match the replies, or its calibration says that it tells nothing.
     """
@@ -460,11 +450,6 @@ def corrected_rates(
 
     Corrected is the rate that decides (``JudgeCard.deciding_rate``). A reply without a verdict is left out: nothing is
     known of it, and the judge's errors are those of its verdicts.
-
-    Args:
-        outcomes: Of one evaluation.
-        card: Of its judge.
-        seed: Of the bootstrap.
 
     Returns:
         Split -> ``replies`` or ``prefill/KEY`` -> rate.

@@ -70,16 +70,7 @@ class AnsweredPrompt:
 def answered_prompts(
     records: Sequence[GenerationRecord], answers: Sequence[RetainExample], gibberish: Mapping[str, bool]
 ) -> list[AnsweredPrompt]:
-    """Gathers all answers that the dataset has to the prompts of ``retain_test``.
-
-    Args:
-        records: Free replies to them.
-        answers: The examples of ``retain_test``, those that were not asked too.
-        gibberish: Record id -> what the gate found.
-
-    Returns:
-        One entry a reply, in order.
-    """
+    """Gathers all answers that the dataset has to the prompts of ``retain_test``."""
     known: dict[str, dict[str, None]] = {}
     for example in answers:
         known.setdefault(normalise_prompt(example.prompt), {})[example.answer] = None
@@ -95,15 +86,7 @@ def answered_prompts(
 
 
 def compare_with_references(answered: Sequence[AnsweredPrompt], scores: Mapping[str, Score]) -> list[SimilarityRow]:
-    """Scores replies.
-
-    Args:
-        answered: From ``answered_prompts``.
-        scores: Metric -> its score, for the metrics that are asked for.
-
-    Returns:
-        One row a reply, in order; a metric that was not asked for is None.
-    """
+    """Scores replies."""
     places = [(index, reference) for index, entry in enumerate(answered) for reference in entry.references]
     replies = [answered[index].reply for index, _ in places]
     columns: dict[str, list[float]] = {}
@@ -186,15 +169,7 @@ def similarity_of(rows: Sequence[SimilarityRow], *, seed: int) -> dict[str, Mean
 
 
 def base_agreement(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAgreement]:
-    """Means over all tokens of each split, with bootstrap intervals over its examples.
-
-    Args:
-        rows: From ``compare_distributions``.
-        seed: Of the bootstrap.
-
-    Returns:
-        Split -> agreement.
-    """
+    """Means over all tokens of each split, with bootstrap intervals over its examples."""
     found: dict[str, BaseAgreement] = {}
     for split, own in by_split(rows).items():
         tokens = [row.tokens for row in own]
@@ -220,9 +195,6 @@ TRAINED_SPLITS = ("forget_train", "forget_test", "retain_train", "retain_validat
 
 def check_settings(config: EvaluateConfig) -> None:
     """Refuses what could not be measured at the end, before hours are spent on replies.
-
-    Args:
-        config: Its models and its tasks are looked for.
 
     Raises:
         EvaluationError: lm-eval is missing or does not know a task.

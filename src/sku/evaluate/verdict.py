@@ -141,12 +141,7 @@ class NormalTest:
 
 
 def normal_tests(normal: Changes, named: Callable[[str], str]) -> list[NormalTest]:
-    """The tests of all categories.
-
-    Args:
-        normal: Of ``Compared``.
-        named: What a reader calls a category.
-    """
+    """The tests of all categories."""
     return [test for category, changes in normal.items() for test in _tests(category, changes, named(category))]
 
 
