@@ -25,7 +25,7 @@ from sku.config import (
     recipe_names,
 )
 from sku.errors import RecipeError
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 from sku.training.run import adapter_settings
 
 RECIPES = Path(sku.__file__).parent / "recipes"
@@ -295,7 +295,7 @@ def test_every_recipe_of_the_package_can_be_run_as_it_is(name: str, tmp_path: Pa
     assert recipe.description
     training = {key: value for key, value in recipe.acquire.training.items() if key not in ("bf16", "fp16", "tf32")}
     acquire = dataclasses.replace(recipe.acquire, training=training)
-    settings = prepare(dataclasses.replace(recipe, acquire=acquire), tmp_path, device="cpu").training
+    settings = resolve_method(dataclasses.replace(recipe, acquire=acquire), tmp_path, device="cpu").training
     assert settings.max_steps > 0 or settings.num_train_epochs > 0
     assert isinstance(settings.learning_rate, float)
     assert (adapter_settings(recipe.acquire) is None) == (recipe.acquire.tuning == "full")
