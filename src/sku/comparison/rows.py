@@ -63,7 +63,7 @@ def comparison_rows(recipe: Recipe, methods: Sequence[str] = ()) -> list[Row]:
     Raises:
         RecipeError: An unknown method, or two of one name.
     """
-    names = methods or recipe.compare.methods or [method.name for method in METHODS]
+    names = methods or [method.name for method in METHODS]
     found = {name: method_named(name) for name in names}
     twice = [name for name, count in Counter(method.name for method in found.values()).items() if count > 1]
     if twice:

@@ -115,7 +115,7 @@ def sweep(
     check_one_process()
     config = recipe.sweep
     if not data.forget_validation:
-        raise EvaluationError("forget_validation is empty: load the data with sweep.validation_fraction")
+        raise EvaluationError("forget_validation is empty: load the data with forget_validation")
     create_private_folder(folder)
     writer = Writer.of(base, tokenizer, recipe.model.prompt_format)
     judge = cached(choose_judge(recipe.evaluate, data), folder)
