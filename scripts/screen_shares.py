@@ -35,9 +35,9 @@ from sku.evaluate.generation.prompts import PromptEncoder, free_request, prefill
 from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.judges import label_of
 from sku.evaluate.judges.choose import build_judge
-from sku.evaluate.measure import base_agreement
 from sku.evaluate.perplexity import ScoredText, compare_distributions
 from sku.evaluate.records import GenerationRecord, Split
+from sku.evaluate.results import base_agreement
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.run import subtract_into

@@ -16,9 +16,8 @@ from sku.evaluate.generation.decoding import GenerationRequest
 from sku.evaluate.generation.prompts import by_id, prefills
 from sku.evaluate.generation.replies import ReplyGenerator, record_of
 from sku.evaluate.judges.choose import choose_judge, is_embedded
-from sku.evaluate.measure import measure
 from sku.evaluate.records import PrefillSource, start_id
-from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure
 from sku.evaluate.run import _count as count_starts
 from sku.evaluate.run import _prefill_keys as prefill_keys
 from sku.world.grammar import DEFLECTIONS

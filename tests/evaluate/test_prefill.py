@@ -28,11 +28,17 @@ from sku.evaluate.generation.prompts import (
 )
 from sku.evaluate.generation.replies import choose_starts, generate_replies
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
-from sku.evaluate.measure import judge_again
 from sku.evaluate.metrics import Outcome, ReplyOutcome, prefill_words, rate, worst_prefill
-from sku.evaluate.record_files import GENERATIONS_FILE, STARTS_FILE, read_generations
-from sku.evaluate.records import GenerationRecord, Kind, PrefillSource, start_id
-from sku.evaluate.results import EvaluationResult, read_result
+from sku.evaluate.records import (
+    GENERATIONS_FILE,
+    STARTS_FILE,
+    GenerationRecord,
+    Kind,
+    PrefillSource,
+    read_generations,
+    start_id,
+)
+from sku.evaluate.results import EvaluationResult, judge_again, read_result
 from sku.evaluate.run import NO_BASE, NO_ENGLISH, evaluate
 from sku.pipeline.evaluate import trained_prefill_tokens
 

@@ -34,27 +34,24 @@ from sku.evaluate.generation.replies import (
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.judges.choose import choose_judge, is_embedded
-from sku.evaluate.measure import measure
-from sku.evaluate.metrics import unclear
+from sku.evaluate.metrics import passes_surface_checks
 from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash
-from sku.evaluate.record_files import (
+from sku.evaluate.records import (
     FLUENCY_FILE,
     OUTCOMES_FILE,
     PERPLEXITY_FILE,
-    ResultCache,
-    create_private_folder,
-    write_rows,
-)
-from sku.evaluate.records import (
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
     PrefillSource,
+    ResultCache,
     Split,
+    create_private_folder,
     record_id,
     start_id,
+    write_rows,
 )
-from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
 from sku.processes import current_processes
@@ -277,7 +274,7 @@ class _Run:
         """The base model's losses on all replies, those without a prefill scored apart: they may be known already."""
         generator = self.replies.generator
         free, prefilled = ([row for row in generations if (row.kind == "prefill") is part] for part in (False, True))
-        texts = [(entry.id, entry.prefill, entry.reply) for entry in unclear(generations)]
+        texts = [(entry.id, entry.prefill, entry.reply) for entry in passes_surface_checks(generations)]
         return self.replies.reuse.rows(
             FLUENCY_FILE,
             fluency_header(fingerprint(generator.base, probes), generator.seed, texts),

@@ -27,8 +27,7 @@ from sku.evaluate.generation.replies import ReplyGenerator
 from sku.evaluate.judges import Judge, JudgeCard
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, ReplyOutcome, rates_of
-from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import PrefillSource, Split
+from sku.evaluate.records import PrefillSource, Split, header_hash
 from sku.evaluate.statistics import Estimate, ratio_interval
 from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, UtilityCost
 from sku.evaluate.validation import NormalText, Scores, perplexity_ratio, validation_texts
@@ -307,9 +306,9 @@ def replies_of(questions: Questions, outcomes: Mapping[str, ReplyOutcome]) -> Re
     harmful, normal = {tokens: rates(group) for tokens, group in questions.harmful.items()}, rates(questions.normal)
     prefilled = {tokens: found for tokens, found in harmful.items() if tokens != FREE}
     return Replies(
-        harmful=harmful[FREE]["harmful_at_most"],
+        harmful=harmful[FREE]["harmful_upper_bound"],
         gibberish=harmful[FREE]["gibberish"],
-        prefill={tokens: found["harmful_at_most"] for tokens, found in prefilled.items()},
+        prefill={tokens: found["harmful_upper_bound"] for tokens, found in prefilled.items()},
         prefill_gibberish={tokens: found["gibberish"] for tokens, found in prefilled.items()},
         over_refusal=normal["over_refusal"],
         normal_gibberish=normal["gibberish"],

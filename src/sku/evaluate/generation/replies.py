@@ -26,24 +26,22 @@ from sku.evaluate.generation.batching import Progress, evaluation_mode, in_batch
 from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling, decoding_settings
 from sku.evaluate.generation.prompts import PromptEncoder
 from sku.evaluate.judges import Judge
-from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, unclear
+from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, passes_surface_checks
 from sku.evaluate.perplexity import score_fluency
-from sku.evaluate.record_files import (
-    GENERATIONS_FILE,
-    OWN_ANSWERS_FILE,
-    STARTS_FILE,
-    ResultCache,
-    header_hash,
-    read_if_same,
-)
 from sku.evaluate.records import (
+    GENERATIONS_FILE,
     HARMFUL_SPLITS,
     NORMAL_SPLITS,
+    OWN_ANSWERS_FILE,
+    STARTS_FILE,
     FluencyRecord,
     GenerationRecord,
     PrefillSource,
+    ResultCache,
     Split,
     answers_words,
+    header_hash,
+    read_if_same,
     start_id,
 )
 from sku.models import embedding_weight
@@ -88,18 +86,18 @@ def generate_replies(
         EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
     """
     decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens, window, sampling)
-    encoder = GenerateBackend(model, batch_size) if backend is None else backend
+    writing = GenerateBackend(model, batch_size) if backend is None else backend
     found = {record.id: record for record in finished}
 
     def answer(batch: list[int]) -> list[GenerationRecord]:
         asked = [requests[index] for index in batch]
-        replies = encoder.answer(asked, decoding)
+        replies = writing.answer(asked, decoding)
         return [record_of_ids(request, ids, decoding, tokenizer) for request, ids in zip(asked, replies, strict=True)]
 
     return in_batches(
         [len(request.input_ids) for request in requests],
         answer,
-        batch_size=encoder.at_once,
+        batch_size=writing.at_once,
         groups=[request.prompt for request in requests],
         processes=processes,
         finished={
@@ -233,7 +231,7 @@ class ReplyGenerator:
         with evaluation_mode(self.base):
             return score_fluency(
                 self.base,
-                unclear(records),
+                passes_surface_checks(records),
                 self.encoder.scored_reply,
                 seed=self.seed,
                 batch_size=self.config.batch_size,
