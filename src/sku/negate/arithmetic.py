@@ -82,7 +82,7 @@ class Negation:
             **more,
         )
 
-    def to_dict(self) -> dict[str, float | int | str]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         return dataclasses.asdict(self)
 
@@ -91,9 +91,13 @@ class Negation:
 class StreamedNegation(Negation):
     """The same of a subtraction from file to file."""
 
-    rounding: Rounding = "nearest"
-    rounding_seed: int = 0
+    rounding: Rounding
+    rounding_seed: int
     """Of the stochastic rounding; the nearest one draws nothing."""
+    layers: Mapping[str, float]
+    """Norm of the task vector by number of decoder layer; ``others`` for weights of none."""
+    modules: Mapping[str, float]
+    """The same by kind of module, such as ``mlp.up_proj``."""
 
 
 @dataclass(frozen=True, kw_only=True)

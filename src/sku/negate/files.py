@@ -42,7 +42,10 @@ DTYPES = {
 """Names of types in a header that have a size in whole bytes here."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 SINGLE_FILE = "model.safetensors"
-_FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+_FETCHED = (
+    "*.json", "model*.safetensors", "adapter_model.safetensors", "task_vector.safetensors", "*.model", "*.txt",
+    "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 _TAKEN = (
     "generation_config.json", "*token*.json", "*.model", "vocab*", "merges*", "*.tiktoken", "*.jinja",
     "chat_template.json", "added_tokens.json", "special_tokens_map.json", "*processor_config.json", "*.py", "LICENSE*",
@@ -102,11 +105,12 @@ class StoredFile:
             raise ModelError(f"{self.path} was changed while it was read; run again when nothing writes to it")
 
 
-def model_folder(source: str) -> Path:
+def model_folder(source: str, revision: str | None = None) -> Path:
     """The folder of a model; one of the hub is fetched, without weights in other formats.
 
     Args:
         source: Local folder, hub id or ``embedded``, as ``sku.load_model`` takes it.
+        revision: Of a hub model.
 
     Returns:
         A folder, which need not exist where a local one was named.
@@ -121,7 +125,7 @@ def model_folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_FETCHED)))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(_FETCHED)))
     except (OSError, ValueError) as error:
         raise ModelError(f"model {source} can't be loaded: {one_line(error)}") from error
 

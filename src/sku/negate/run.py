@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel
@@ -12,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config.check import check_alpha
 from sku.config.data import ModelConfig
 from sku.errors import RecipeError, TaskVectorError
-from sku.models import check_plain_weights, load_model
+from sku.models import LoadedModel, check_plain_weights, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.arithmetic import Negation, overflows, subtract_tensors, unusable_result
 from sku.negate.files import ADAPTER_CONFIG
@@ -124,6 +127,23 @@ def save_unlearned(
     with new_folder(folder, overwrite=overwrite) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def base_as_files(loaded: LoadedModel, beside: Path) -> Iterator[Path]:
+    """The model as transformers saves it, in a folder that is gone afterwards: for GGUF, and names that it changes.
+
+    Args:
+        loaded: Model and tokenizer.
+        beside: The folder lies beside this one.
+
+    Raises:
+        OutputError: The disk is too small.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{beside.name}.", suffix=".unfinished", dir=beside.parent) as place:
+        save_unlearned(loaded.model, loaded.tokenizer, Path(place) / "base")
+        yield Path(place) / "base"
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -157,13 +157,13 @@ class TaskVector:
         """Euclidean norm of the whole vector."""
         return math.sqrt(sum(norm**2 for norm in self.norms().values()))
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
         """Writes the vector as safetensors into a new private folder: it is as hazardous as the bad model.
 
         Raises:
             OutputError: The folder exists or can't be written.
         """
-        with new_folder(Path(folder), private=True) as temporary:
+        with new_folder(Path(folder), private=True, overwrite=overwrite) as temporary:
             self.write(temporary)
 
     def write(self, folder: Path) -> None:
