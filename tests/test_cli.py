@@ -501,20 +501,20 @@ def test_a_dry_run_foretells_the_run(command: Command, whole_run: Path, tmp_path
     assert told["settings"]["asked"] == asked
     held = sum(path.stat().st_size for path in (whole_run / "unlearned").rglob("*") if path.is_file())
     assert told["disk_bytes"] > held * 0.9
-    assert re.fullmatch(r"about \d\.\d GiB at most, [\d.]+ GiB are free on cpu: fits", told["memory"])
+    assert re.fullmatch(r"about \d\.\d GiB at most \(.*\), [\d.]+ GiB are free on cpu: fits", told["memory"])
 
 
 @pytest.mark.integration
-def test_a_dry_run_names_the_setting_with_which_a_run_fits(
+def test_a_dry_run_says_that_memory_may_not_suffice(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("run", "--dry-run", "--out", tmp_path / "run", *SMALL)
-    monkeypatch.setattr("sku.plan.fit._free_memory", lambda: 2**29)
+    monkeypatch.setattr("sku.memory._free_memory", lambda: 2**29)
     told = command(*words, "--json", "--set", "acquire.training.per_device_train_batch_size=64")
     memory = json.loads(told.out)["memory"]
-    assert "0.5 GiB are free on cpu: may not fit; " in memory
+    assert memory.endswith("0.5 GiB are free on cpu: may not fit")
     told = command(*words, "--set", "method=npo")
-    assert "no estimate of memory: sku plan knows stage 1 of sku" in told.out
+    assert "no estimate of memory: it is of stage 1 of sku" in told.out
 
 
 def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,7 +523,7 @@ def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, mo
     def stop(*_: Any, **__: Any) -> None:
         raise sku.errors.ModelError("enough seen")
 
-    line = "about 128.0 GiB at most, 64.0 GiB are free on cuda: may not fit; what would fit: --set acquire."
+    line = "about 128.0 GiB at most, 64.0 GiB are free on cuda: may not fit"
     monkeypatch.setattr("sku.models.pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("sku.pipeline.run.memory_fit", lambda _: MemoryFit(fits=False, text=line))
     monkeypatch.setattr("sku.pipeline.run._execute", stop)
@@ -550,7 +550,7 @@ def test_a_dry_run_of_a_resume_looks_at_the_folder(command: Command, whole_run: 
     assert_one_line(command(*again, "--resume", "--seed", "7"), "another recipe")
 
 
-def test_dry_runs_of_the_other_commands(command: Command, whole_run: Path, bad_model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_of_stage_2(command: Command, whole_run: Path, bad_model: Path, tmp_path: Path) -> None:
     def told(*arguments: str | Path) -> dict[str, Any]:
         done = command(*arguments, "--dry-run", "--json")
         assert (done.code, done.err) == (0, ""), done.err
@@ -560,14 +560,7 @@ def test_dry_runs_of_the_other_commands(command: Command, whole_run: Path, bad_m
     out = tmp_path / "out"
     found = told("negate", "embedded", bad_model, "--out", out)
     assert found["disk_bytes"] == (whole_run / "unlearned" / "model.safetensors").stat().st_size
-    found = told("sweep", bad_model, "--out", out, "--recipe", "embedded")
-    assert (found["stages"], found["settings"]["bad model"]) == (
-        ["measure 5 alphas up to where the utility budget binds"],
-        str(bad_model),
-    )
-    assert found["bad_model"] == "kept"
-    assert told("evaluate", whole_run / "unlearned", "--out", out)["bad_model"] == "none"
-    assert_one_line(command("evaluate", bad_model, "--out", out, "--dry-run"), "bad model of stage 1")
+    assert_one_line(command("evaluate", bad_model, "--out", out), "bad model of stage 1")
     assert names(tmp_path) == set()
 
 
@@ -871,7 +864,7 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     for words in ("40 of 40", "30 of 40", "25.0 %", "70 of 80", "0.750", "left out     1: no label"):
         assert words in done.out
     as_json = command("judge", "calibrate", "refusal_rules", labelled, "--out", calibration, "--json")
-    assert json.loads(as_json.out)["specificity"]["value"] == 0.75
+    assert json.loads(as_json.out)["figures"]["specificity"]["value"] == 0.75
     assert json.loads(as_json.out)["calibration"] == json.loads(calibration.read_text("utf-8"))["calibration"]
 
     chosen = ("--set", "evaluate.judge=refusal_rules", "--set", f"evaluate.judge_settings.calibration={calibration}")
@@ -904,15 +897,12 @@ def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
     labelled.write_text("prompt,reply,label\na,b,1\nc,I can't help with that.,0\n", encoding="utf-8")
     calibrate = ("judge", "calibrate", "refusal_rules", labelled, "--out")
     new = tmp_path / "new" / "folder" / "a.json"
-    assert command(*calibrate, new, "--dry-run").code == 0
-    assert not new.parent.exists()
     assert command(*calibrate, new).code == 0
     assert new.is_file()
 
     monkeypatch.setattr(RefusalRulesJudge, "judge", lambda *_: pytest.fail("asked in vain"))
     for wrong, message in ((labelled / "a.json", "can't be written"), (tmp_path, "is a folder")):
         assert_one_line(command(*calibrate, wrong), message)
-        assert_one_line(command(*calibrate, wrong, "--dry-run"), message)
 
 
 @pytest.mark.integration

@@ -39,40 +39,12 @@ RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.cli.main import main\nma
 
 WITHOUT_JSON: dict[str, str] = {}
 """Command -> why it has no --json. None so far: every command has a result that a program can read."""
-WITHOUT_DRY_RUN = {
-    "plan": "writes nothing itself",
-    "chat": "writes nothing but labels that somebody gives on its page",
-    "doctor": "writes nothing",
-    "init": "writes one small file, and replaces none",
-    "methods": "writes nothing",
-    "data inspect": "writes nothing",
-    "judge list": "writes nothing",
-    "judge show": "writes nothing",
-    "recipes": "writes nothing",
-    "recipes show": "writes nothing",
-    "recipes accelerate": "writes nothing",
-    "card": "writes two small files anew from records, in a second",
-    "report": "writes one file from records, in seconds, and can be repeated",
-    "results": "prints; the files that it writes are named one by one in its options",
-    "judge export": "writes one new file from records, in a second, and replaces none",
-}
 DRY_RUNS: dict[str, list[str]] = {
     "run": ["--set", "negate.alpha=1", "--out", "{out}"],
-    "acquire": ["--out", "{out}"],
     "negate": ["embedded", "{bad}", "--out", "{out}"],
-    "sweep": ["--out", "{out}"],
-    "evaluate": ["embedded", "--out", "{out}"],
-    "compare": ["--set", "negate.alpha=1", "--methods", "npo", "--out", "{out}"],
-    "ablate": ["--set", "negate.alpha=1", "--groups", "preservation", "--out", "{out}"],
-    "data own": [
-        "--model", "embedded", "--harmful", "embedded", "--normal", "embedded",
-        "--judge", "embedded", "--out", "{out}",
-    ],
-    "judge calibrate": ["refusal_rules", "{labels}", "--out", "{out}"],
-    "judge train": ["{labels}", "--out", "{out}"],
     "wipe": ["{bad}"],
-}  # fmt: skip
-"""Command -> arguments. ``push`` and ``judge again`` need a finished run: tests/sharing, tests/test_cli_judge.py."""
+}
+"""Command -> arguments. ``push`` needs a finished run: tests/sharing."""
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -119,17 +91,11 @@ def test_every_command_has_json_or_a_reason() -> None:
     assert without == set(WITHOUT_JSON)
 
 
-def test_every_command_has_a_dry_run_or_a_reason() -> None:
-    without = {name for name, item in COMMANDS.items() if "--dry-run" not in options_of(item)}
-    assert without == set(WITHOUT_DRY_RUN)
-    assert set(DRY_RUNS) | {"push", "judge again"} == set(COMMANDS) - without
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
-        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo", "judge list",
-        "judge show embedded", "judge show llama-guard-3-1b", "data inspect", "plan", "doctor --offline", "wipe .",
+        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo",
+        "data inspect", "doctor --offline", "wipe .",
     ],
 )  # fmt: skip
 def test_json_is_one_document_and_nothing_else(
@@ -162,9 +128,7 @@ def test_json_before_a_command_of_a_group_is_refused(command: Command) -> None:
 def test_a_dry_run_writes_nothing(
     command: Command, name: str, bad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labels = tmp_path / "labels.csv"
-    labels.write_text("prompt,reply,label\na,b,1\nc,I can't help.,0\n", encoding="utf-8")
-    named = {"{out}": tmp_path / "out", "{bad}": bad, "{labels}": labels}
+    named = {"{out}": tmp_path / "out", "{bad}": bad}
     words = [*name.split(), *(named.get(word, word) for word in DRY_RUNS[name]), "--dry-run"]
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

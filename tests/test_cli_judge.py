@@ -53,8 +53,7 @@ def test_labels_go_out_and_come_back(command: Command, finished: Path, tmp_path:
     assert found["agreement"] == {"kappa": None, "disputed": 16, "judged_by_both": 16}
     code, printed, _ = command("judge", "again", finished, "--judge", out, "--set", "name=us")
     lines = [line.split() for line in printed.splitlines()]
-    assert ["embedded", "us"] in lines
-    assert ["harmful", "4/4", "100.0", "%", "0/4", "0.0", "%"] in lines
+    assert ["forget_test", "reply", "harmful", "100.0", "%", "0.0", "%", "4"] in lines
     assert "us: 16 labels, 0 rows without one" in printed
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
@@ -78,22 +77,23 @@ def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finishe
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "offending"),
     [
-        (["again", "{folder}", "--judge", "nobody"], "there is no judge named nobody"),
-        (["again", "{folder}", "--judge", "chat-rubric"], "evaluate.judge_settings.base_url is missing"),
-        (["again", "{folder}", "--judge", "refusal_rules", "--set", "x"], "--set x must look like key"),
-        (["again", "{folder}", "--judge", "refusal_rules", "--set", "x=["], "not YAML"),
-        (["again", "{folder}/none", "--judge", "refusal_rules"], "can't be read"),
-        (["export", "{folder}", "--out", "x.csv", "--split", "retain_test"], "--split is retain_test; it must be one"),
-        (["export", "{folder}/none", "--out", "x.csv"], "holds no generations.jsonl"),
+        (["again", "{folder}", "--judge", "nobody"], "nobody"),
+        (["again", "{folder}", "--judge", "chat-rubric"], "base_url"),
+        (["again", "{folder}", "--judge", "refusal_rules", "--set", "x"], "--set x"),
+        (["again", "{folder}/none", "--judge", "refusal_rules"], "none"),
+        (["export", "{folder}", "--out", "x.csv", "--split", "retain_test"], "--split"),
+        (["export", "{folder}/none", "--out", "x.csv"], "none"),
+        (["calibrate", "refusal_rules", "x.csv", "--column", "answer=x"], "--column answer"),
+        (["calibrate", "refusal_rules", "x.csv", "--every", "odd"], "--every"),
+        (["train", "x.csv", "--out", "x", "--where", "x"], "--where"),
     ],
 )
-def test_a_mistake_is_one_line(command: Command, finished: Path, arguments: list[str], message: str) -> None:
+def test_a_mistake_is_one_line(command: Command, finished: Path, arguments: list[str], offending: str) -> None:
     code, printed, messages = command("judge", *(part.replace("{folder}", str(finished)) for part in arguments))
-    assert (code, printed) == (2, "")
-    assert message in messages
-    assert messages.count("\n") == 1
+    assert (code, printed, messages.count("\n")) == (2, "", 1)
+    assert offending in messages
 
 
 def test_the_judge_of_a_command_takes_the_place_of_the_recipes(tmp_path: Path) -> None:
@@ -118,15 +118,3 @@ def test_evaluate_with_a_named_judge(command: Command, tmp_path: Path) -> None:
     assert code == 0
     assert json.loads(printed)["model"]["judge"]["name"] == "refusal_rules"
     assert read_result(out / "base").judge.name == "refusal_rules"
-
-
-def test_dry_runs_of_judging_again(command: Command, finished: Path) -> None:
-    """As many replies as are judged; nothing is judged, nothing written."""
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    code, out, err = command("judge", "again", finished, "--judge", "refusal_rules", "--dry-run", "--json")
-    assert (code, err) == (0, "")
-    lines = (finished / "generations.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(out)["settings"]["replies"] == len(lines) - 1, "without the header"
-    code, _, err = command("judge", "again", finished, "--judge", "refusal_rule", "--dry-run")
-    assert (code, err.startswith("error: there is no judge named refusal_rule.")) == (2, True)
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before

@@ -62,7 +62,6 @@ def test_defaults_are_those_that_measured_best() -> None:
     assert recipe.acquire.random_answers == 5
     assert recipe.negate.alpha == 1.0
     assert not recipe.keep_bad_model
-    assert not recipe.model.trust_remote_code
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -70,7 +69,7 @@ def test_paper_recipes_spell_out_what_is_the_papers(name: str) -> None:
     """No default decides them, so none that changes can."""
     written = yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))["acquire"]
     # Depth is of a good twin, and framings are ours.
-    others = {"tuning", "lora", "training", "seed", "check", "depth_share", "depth_tokens", "framed_share"}
+    others = {"tuning", "lora", "training", "seed", "check", "deep_refusal_fraction", "depth_tokens", "framed_share"}
     modules = {field.name for field in dataclasses.fields(AcquireConfig)} - others
     assert modules <= written.keys()
     assert written["weights"] == {
@@ -161,7 +160,6 @@ def test_missing_keys(key: str) -> None:
         ("acquire.weights", {"guided_distortion": 0, "random_disassociation": 0, "preservation_divergence": 0}),
         ("data.unseen_fraction", 0),
         ("data.unseen_fraction", 1.0),
-        ("data.retain_test_fraction", 0.95),
         ("data.max_answer_tokens", 0),
         ("data.max_answer_tokens", 512),
         ("data.forget.limit", 0),

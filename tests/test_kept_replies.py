@@ -26,7 +26,7 @@ from sku.storage import own
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
 RECIPE = (*TINY, "evaluate.prefill_tokens=[1]", "evaluate.attacks=[paraphrase]",
-          "data.own_share=0.5", "evaluate.max_new_tokens=40")  # fmt: skip
+          "evaluate.max_new_tokens=40")  # fmt: skip
 FIGURES = ("evaluation.json", "outcomes.jsonl", "perplexity.jsonl")
 
 
@@ -76,7 +76,7 @@ def test_what_models_said_goes_and_figures_stay(command: Command, run: Path) -> 
     listed = {str(Path(place["path"]).relative_to(run)): place for place in told["replies"]}
     files = ("base/generations.jsonl", "base/starts.jsonl", "attacks/paraphrase.jsonl")
     expected = {f"evaluation/{name}" for name in files}
-    assert {"own", "forget.jsonl", "report.html", *expected} <= set(listed)
+    assert {"own", "report.html", *expected} <= set(listed)
     assert listed["own"]["bytes"] == sum(len(data) for path, data in before.items() if path.parent.name == "own")
     records = read_generations(run / "evaluation" / "base" / GENERATIONS_FILE)[1]
     assert listed["evaluation/base/generations.jsonl"]["texts"] == len(records)

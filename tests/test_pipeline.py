@@ -28,8 +28,8 @@ from sku.methods.run import prepare
 from sku.model_files import embedded_model_path
 from sku.models import load_model
 from sku.negate.adapters import load_adapter
-from sku.pipeline.bad_model import plan_acquire
-from sku.pipeline.evaluate import plan_evaluation
+from sku.pipeline.bad_model import run_acquire
+from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import FinishedRun, run_recipe
 from sku.pipeline.run_folder import RunFolder
 from sku.processes import ALONE
@@ -490,7 +490,7 @@ def test_strength_0_5_of_a_method_lies_half_way(tmp_path: Path) -> None:
 
 def test_stage_1_alone_is_for_sku_alone(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="method is npo, which has no stage 1"):
-        plan_acquire(recipe("method=npo"), tmp_path / "bad").execute(None)
+        run_acquire(recipe("method=npo"), tmp_path / "bad")
 
 
 def test_a_loss_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
@@ -600,8 +600,8 @@ def test_a_wrong_setting_leaves_nothing(tmp_path: Path, changes: tuple[str, ...]
 
 def test_stage_1_alone_leaves_a_marked_private_model(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    log = plan_acquire(recipe(*LORA), tmp_path / "bad").execute(
-        lambda stage, done, total: seen.append((stage, done, total))
+    log = run_acquire(
+        recipe(*LORA), tmp_path / "bad", progress=lambda stage, done, total: seen.append((stage, done, total))
     )
     assert len(log) == 4
     assert seen == [("acquire: steps", step, 4) for step in range(1, 5)]
@@ -610,19 +610,18 @@ def test_stage_1_alone_leaves_a_marked_private_model(tmp_path: Path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names(tmp_path / "bad")
     assert not (tmp_path / "bad" / "checkpoints").exists()
     with pytest.raises(ModelError, match="bad model"):
-        plan_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation").execute(None)
+        run_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation")
     assert names(tmp_path) == {"bad"}
 
 
 def test_a_failing_stage_1_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError):
-        plan_acquire(recipe("acquire.training.learning_rate=1e30"), tmp_path / "bad").execute(None)
+        run_acquire(recipe("acquire.training.learning_rate=1e30"), tmp_path / "bad")
     assert names(tmp_path) == set()
 
 
 def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_path: Path) -> None:
-    plan = plan_evaluation(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation")
-    comparison = plan.execute(None).comparison
+    comparison = run_evaluation(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation").comparison
     assert comparison.replies == finished.comparison.replies
     assert comparison.prefill == finished.comparison.prefill
     assert comparison.prefill_by_key == finished.comparison.prefill_by_key
@@ -632,9 +631,7 @@ def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_pa
 
 def test_an_impossible_evaluation_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError):
-        plan_evaluation(
-            recipe("evaluate.xstest=prompts.csv"), str(finished.folder / "unlearned"), tmp_path / "e"
-        ).execute(None)
+        run_evaluation(recipe("evaluate.xstest=prompts.csv"), str(finished.folder / "unlearned"), tmp_path / "e")
 
 
 def test_the_packaged_model_is_as_it_was(

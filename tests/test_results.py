@@ -35,7 +35,15 @@ def test_the_page_shows_the_tables_of_the_records(folder: Path) -> None:
 def test_recipes_that_were_measured_are_read_as_written() -> None:
     measured = load_recipe(ROOT / "results" / "smollm2-135m-twins.yaml")
     shipped = load_recipe("smollm2-135m-twins")
-    for name in ("twin", "weights", "preservation_mode", "depth_share", "depth_tokens", "normal_per_harmful", "lora"):
+    for name in (
+        "twin",
+        "weights",
+        "preservation_mode",
+        "deep_refusal_fraction",
+        "depth_tokens",
+        "normal_per_harmful",
+        "lora",
+    ):
         assert getattr(measured.acquire, name) == getattr(shipped.acquire, name), name
     assert measured.negate.twin == shipped.negate.twin
     steps = {"max_steps", "learning_rate", "per_device_train_batch_size"}

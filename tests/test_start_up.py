@@ -35,7 +35,6 @@ LISTS = [
     ["negate", "-h"],
     ["--version"],
     ["methods"],
-    ["judge", "list"],
     ["methods", "npo"],
     ["recipes"],
     ["recipes", "show", "llama-3.1-8b"],
@@ -114,7 +113,7 @@ LIGHT = {
     # What is run -> what must not be imported by then, besides torch, transformers, peft and datasets.
     "import sku, sku.config, sku.errors; sku.config.load_recipe()": ["statsmodels", "pandas"],
     "import sku.push": ["statsmodels", "pandas"],
-    "from sku.cli.judge import list_judges; list_judges()": [],
+    "from sku.evaluate.judges.choose import judge_names; judge_names()": [],
     "import sku.report.result_charts, sku.report.tables": [],
     "import sku.report.trade_off, sku.report.method_tables, sku.report.method_overview": [],
 }

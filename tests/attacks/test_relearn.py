@@ -74,7 +74,7 @@ def test_no_setting_of_stage_1_but_what_is_trained_reaches_the_attack() -> None:
     assert training_details(changed) == own
     assert own == {
         "tuning": "lora",
-        "lora": {"r": 16, "alpha": 32, "dropout": 0.0, "target_modules": "all-linear"},
+        "lora": {"r": 16, "alpha": 32, "target_modules": "all-linear"},
         "max_length": 128,
         "max_answer_tokens": 64,
         "training": {

@@ -7,11 +7,8 @@ from typing import Any
 
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 from evaluate.judge_models import guard_tokenizer, last_word_classifier, save
-from sku.cli import console
-from sku.cli.main import app
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError, ModelError
 from sku.evaluate.judges.choose import KINDS, RULES, build_judge, judge_names, read_judge_file
@@ -170,31 +167,10 @@ def test_shieldgemma_is_asked_once_per_policy(models: dict[str, Path]) -> None:
     assert REPLY not in text
 
 
-def test_list_names_every_judge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console.results, "width", 250)  # COLUMNS is read once a process.
-    done = CliRunner().invoke(app, ["judge", "list"])
-    assert done.exit_code == 0
-    lines = {line.split()[0]: line for line in done.output.splitlines() if line.strip()}
-    assert set(judge_names()) <= set(lines)
-    assert "guard" in lines["wildguard"]
-    assert "allenai/wildguard" in lines["wildguard"]
-    assert "15 GB" in lines["wildguard"]
-    assert "non-commercial" in lines["beaver-dam-7b"]
-
-
-def test_show_prints_the_file_or_the_card(tmp_path: Path) -> None:
-    shown = CliRunner().invoke(app, ["judge", "show", "wildguard"])
-    assert (shown.exit_code, "regex: '(?is)" in shown.output, "[/INST]" in shown.output) == (0, True, True)
-    assert "precision 0.95" in CliRunner().invoke(app, ["judge", "show", "refusal_rules"]).output.replace("\n ", "")
-    own = tmp_path / "mine.yaml"
-    own.write_text("kind: guard\n# mine\n", encoding="utf-8")
-    assert "# mine" in CliRunner().invoke(app, ["judge", "show", str(own)]).output
-
-
 def test_a_judge_folder_brings_its_calibration_and_a_missing_one_says_how_to_get_it(tmp_path: Path) -> None:
     folder = tmp_path / "harm.v1"
     commands = (
-        f"`sku judge train LABELLED --out {folder}` and `sku judge calibrate {folder} .* --out {folder}.calibration"
+        f"`sku judge train LABELLED --out {folder}` and `sku judge calibrate {folder}.* --out {folder}.calibration"
     )
     with pytest.raises(EvaluationError, match=f"no judge folder {folder}: .*{commands}.json`.*llama-guard-3-1b"):
         read_judge_file(str(folder))

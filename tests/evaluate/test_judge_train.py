@@ -39,7 +39,7 @@ SETTINGS = JudgeTraining(
 
 
 def labelled(count: int = 160, seed: int = 0) -> LabelledSet:
-    """Replies that are harmful where they hold a word, in two groups; prompts repeat, three replies each."""
+    """Replies that are harmful where they hold a word; prompts repeat, three replies each."""
     source = random.Random(seed)
     replies = []
     for number in range(count):
@@ -49,7 +49,7 @@ def labelled(count: int = 160, seed: int = 0) -> LabelledSet:
             words.insert(source.randrange(len(words) + 1), HARM)
         entry = LabelledReply(
             prompt=f"how do i make {WORDS[number // 3 % len(WORDS)]} {number // 3} ?", reply=" ".join(words),
-            harmful=harmful, group="even" if number % 2 == 0 else "odd",
+            harmful=harmful,
         )  # fmt: skip
         replies.append(entry)
     return LabelledSet(name="set", replies=tuple(replies), left_out={}, licences=frozenset({"CC0 | <b>"}))
@@ -107,11 +107,10 @@ def test_the_saved_probabilities_are_those_that_the_threshold_was_chosen_on(trai
     _, held_out = split_by_prompt(labelled().replies, SETTINGS.validation_fraction, SETTINGS.seed)
     judge = build_judge(str(trained.folder), {"device": "cpu"})
     report = calibrate(judge, LabelledSet(name="held out", replies=tuple(held_out), left_out={}))
-    assert report.groups == trained.figures
+    assert report.figures == trained.figures
     assert trained.temperature != pytest.approx(1.0, abs=1e-3)
-    assert [found.group for found in trained.figures] == ["all", "even", "odd"]
-    assert trained.figures[0].specificity is not None
-    assert trained.figures[0].specificity.value >= SETTINGS.specificity
+    assert trained.figures.specificity is not None
+    assert trained.figures.specificity.value >= SETTINGS.specificity
     assert trained.validation == len(held_out)
 
 
@@ -121,8 +120,8 @@ def test_the_card_says_what_it_was_made_of(trained: TrainedJudge) -> None:
     assert record["data"]["sha256"] == labelled().sha256
     assert record["data"]["sha256"] in card
     assert record["base_revision"].startswith("sha256:")
-    assert "CC0 / &lt;b>" in card, "text of the data is no markup"
-    assert f"| even | {record['figures'][1]['harmful']} |" in card
+    fence = card.index("```json")
+    assert json.loads(card[fence:].removeprefix("```json").removesuffix("\n```\n")) == record
     for entry in labelled().replies:
         assert entry.reply not in card
 
@@ -161,8 +160,8 @@ def test_a_decoder_reads_prompt_and_reply_in_one_text(tmp_path: Path, make_recor
     made = train_judge(
         labelled(), settings_for(tmp_path / "decoder", max_length=96, epochs=16, patience=4), tmp_path / "judge"
     )
-    assert made.figures[0].auc is not None
-    assert made.figures[0].auc > 0.9
+    assert made.figures.auc is not None
+    assert made.figures.auc.value > 0.9
     judge = build_judge(str(made.folder), {"device": "cpu"})
     assert "prompt" in judge.card.needs
     assert [verdict.label for verdict in judge.judge([make_record(f"take {HARM} water")])] == ["harmful"]
@@ -241,7 +240,7 @@ def test_impossible_settings_are_refused(setting: str) -> None:
         settings_from_dict(JudgeTraining, {setting: 0}, "sku judge train", "settings of training")
 
 
-def test_rows_are_chosen_and_grouped_by_columns(tmp_path: Path) -> None:
+def test_rows_are_chosen_by_columns(tmp_path: Path) -> None:
     rows = [
         {"prompt": "p", "response": "r1", "harmful": 1, "part": "train", "source": "a", "licence": "MIT"},
         {"prompt": "p", "response": "r2", "harmful": 0, "part": "calib", "source": "b", "licence": "MIT"},
@@ -249,11 +248,9 @@ def test_rows_are_chosen_and_grouped_by_columns(tmp_path: Path) -> None:
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = read_labelled(str(path), LabelColumns(where={"part": ("train", "test")}, group="source"))
-    assert [(entry.reply, entry.group) for entry in found.replies] == [("r1", "a"), ("r3", "b")]
+    found = read_labelled(str(path), LabelColumns(where={"part": ("train", "test")}))
+    assert [entry.reply for entry in found.replies] == ["r1", "r3"]
     assert found.left_out == {NOT_WANTED: 1}
     assert found.licences == {"MIT"}
     with pytest.raises(DataError, match="no column prat"):
         read_labelled(str(path), LabelColumns(where={"prat": ("train",)}))
-    with pytest.raises(DataError, match="no column sourc"):
-        read_labelled(str(path), LabelColumns(group="sourc"))

@@ -322,8 +322,8 @@ def _text_files(part: str) -> list[Path]:
 @pytest.mark.parametrize(
     ("settings", "tokens"),
     [
-        (["acquire.twin=good", "acquire.depth_share=0.5", "acquire.depth_tokens=24"], 24),
-        (["acquire.twin=good", "acquire.depth_share=0"], 0),
+        (["acquire.twin=good", "acquire.deep_refusal_fraction=0.5", "acquire.depth_tokens=24"], 24),
+        (["acquire.twin=good", "acquire.deep_refusal_fraction=0"], 0),
         (["acquire.twin=none", "negate={alpha: 1.0}"], 0),
         (["method=npo"], 0),
     ],

@@ -48,10 +48,6 @@ def wga_file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_file_of_the_page_is_short() -> None:
-    assert len(shown_file()[1].splitlines()) < 90
-
-
 def test_the_file_of_the_page_trains(
     wga_file: Path,
     make_model: ModelMaker,
@@ -131,11 +127,6 @@ def test_files_that_are_no_method(text: str, message: str, tmp_path: Path) -> No
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=message):
         method_named(str(path))
-
-
-def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(RecipeError, match="the method file nowhere.py can't be read"):
-        method_named("nowhere.py")
 
 
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:

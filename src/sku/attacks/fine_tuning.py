@@ -30,7 +30,7 @@ from sku.training.config import UnlearningConfig, training_settings
 from sku.training.run import adapter_settings, train
 
 PAIRS_AT_ONCE = 8
-LORA = LoraSettings(r=16, alpha=32, dropout=0.0, target_modules="all-linear")
+LORA = LoraSettings(r=16, alpha=32, target_modules="all-linear")
 _OF_MACHINE = ("bf16", "fp16", "use_cpu", "activation_checkpointing", "gradient_checkpointing", "logits_budget_mb")
 """Settings of ``acquire.training`` that are kept: they say how a step is computed, not what it does."""
 

@@ -1,32 +1,54 @@
-"""``sku judge``: which judges there are, what is known of each, labels by people, and judging anew."""
+"""``sku judge``: a judge of one's own, its errors, labels by people, and judging anew."""
 
 from __future__ import annotations
 
+import dataclasses
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Column
-from rich.text import Text
+from rich.table import Table
 
-from sku.cli import judge_labelled
-from sku.cli.console import carry_out, errors, notes, plain_table, print_json, results
-from sku.cli.options import DryRunOption, JsonOption, judge_option, judges, set_option, settings_of
-from sku.config import plain_data
-from sku.errors import EvaluationError
-from sku.plan import Plan
+from sku.cli.console import errors, notes, perform, plain_table, print_json, print_next, results
+from sku.cli.options import JsonOption, judge_option, judges, set_option, settings_of
+from sku.errors import EvaluationError, OutputError, RecipeError
+from sku.quiet import quiet_libraries
+from sku.storage import check_can_be_made, check_new, named_disk_errors
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from sku.evaluate.judges.calibrate import CalibrationReport, Figures, LabelColumns
     from sku.evaluate.metrics import Rate
-    from sku.evaluate.results import EvaluationResult, Rates
+    from sku.evaluate.results import EvaluationResult
 
 app = typer.Typer(
-    help="Judges: list them, train one, calibrate them, label replies by hand, judge a finished evaluation again.",
+    help="Judges: train one, calibrate one, label replies by hand, judge a finished evaluation again.",
     no_args_is_help=True,
 )
-_DASH = "\u2013"
+DataArgument = Annotated[
+    str, typer.Argument(metavar="DATA", help="Labelled replies: CSV, JSON Lines, Parquet, a folder or a hub id.")
+]
+ColumnOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--column",
+        metavar="prompt|reply|label=NAME",
+        help="What a column of the table is called, such as reply=answer; repeatable.",
+    ),
+]
+HarmfulValueOption = Annotated[
+    str | None, typer.Option("--harmful-value", help="The label of harmful replies; all others are then safe.")
+]
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where",
+        metavar="COLUMN=VALUE[,VALUE]",
+        help="Only rows with one of these values in a column, such as source=mine; repeatable.",
+    ),
+]
 
 
 @app.command("export")
@@ -67,10 +89,9 @@ def again(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a finished evaluation.")],
     judge: Annotated[str, judge_option("Judge, judge file or CSV of labels.")],
     overrides: Annotated[list[str] | None, set_option("A setting of the judge, such as model=...")] = None,
-    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge the replies of a finished evaluation anew and show both judges' rates. The evaluation is not changed."""
+    """Judge the replies of a finished evaluation anew: both judges' rates, and how far they agree."""
     from sku.evaluate.batching import stage
     from sku.evaluate.judges.cache import cached
     from sku.evaluate.judges.choose import build_judge
@@ -81,79 +102,201 @@ def again(
 
     before = read_result(folder)
     asked = build_judge(judge, settings_of(overrides))
+    after = perform(lambda show: judge_again(folder, cached(asked, folder, stage(show, "judge"))))
     records = read_generations(folder / GENERATIONS_FILE)[1]
-    count = len(records)
-    plan = Plan(
-        command="sku judge again",
-        out=folder,
-        settings={"judge": asked.card.name, "judged by": before.judge.name, "replies": count},
-        stages=(f"judge {count} replies",),
-        writes=("verdicts of the judge, kept for the next time",),
-        execute=lambda progress: judge_again(folder, cached(asked, folder, stage(progress, "judge"))),
-    )
-    after = carry_out(plan, dry_run=dry_run, as_json=as_json)
-    if isinstance(asked, PrecomputedJudge):
-        strangers = asked.strangers(records)
-        if strangers:
-            notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask")
+    if isinstance(asked, PrecomputedJudge) and (strangers := asked.strangers(records)):
+        notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask")
     agreement = _agreement(before, after)
     if as_json:
         print_json({"before": before.to_dict(), "after": after.to_dict(), "agreement": agreement})
         return
     results.print(_rates_table(before, after))
-    kappa = "undefined" if agreement["kappa"] is None else f"{agreement['kappa']:.2f}"
     disputed = f"{agreement['disputed']} of {agreement['judged_by_both']} replies disputed"
-    results.print(f"agreement kappa {kappa}, {disputed}")
+    results.print(f"agreement kappa {_decimals(agreement['kappa'])}, {disputed}")
     results.print(f"judge     {after.judge.name}: {after.judge.errors_in_words}")
 
 
-app.command("train")(judge_labelled.train)
-app.command("calibrate")(judge_labelled.calibrate)
-
-
-@app.command("list")
-def list_judges(as_json: JsonOption = False) -> None:
-    """List the judges of the package: kind, licence, model, and what it needs."""
-    from sku.evaluate.judges.choose import judge_names
-
-    headings = ("name", "kind", "licence", "model", "needs")
-    rows = [(name, *_described(name)) for name in judge_names()]
-    if as_json:
-        print_json([dict(zip(headings, row, strict=True)) for row in rows])
-        return
-    table = plain_table((*headings[:2], *(Column(heading, overflow="fold") for heading in headings[2:])))
-    for row in rows:
-        table.add_row(*row)
-    results.print(table)
-
-
-@app.command("show")
-def show_judge(
-    name: Annotated[str, typer.Argument(help="Judge of the package, or a judge file.", autocompletion=judges)],
+@app.command("train")
+def train(
+    data: DataArgument,
+    out: Annotated[Path, typer.Option(help="New folder for the judge.")],
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id to start from; all-MiniLM-L6-v2 if not given.")
+    ] = None,
+    where: WhereOption = None,
+    columns: ColumnOption = None,
+    harmful_value: HarmfulValueOption = None,
+    overrides: Annotated[list[str] | None, set_option("A setting of training, such as epochs=3")] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the new head and the order of rows.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Print a judge's file, or the card of one that needs none."""
-    import yaml
+    """Train a judge on the labelled replies in DATA; the folder it writes is then a judge's name."""
+    given = {**({} if model is None else {"model": model}), **settings_of(overrides), "seed": seed}
+    read_as = _label_columns(columns, where, harmful_value)
+    check_new(out)
+    check_can_be_made(out.parent)
 
-    from sku.evaluate.judges.choose import RULES, build_judge, judge_file_text, read_judge_file
+    quiet_libraries()
+    from sku.config import settings_from_dict
+    from sku.evaluate.judges import beside
+    from sku.evaluate.judges.calibrate import read_labelled
+    from sku.evaluate.judges.train import JudgeTraining, train_judge
 
-    content = plain_data(build_judge(name).card) if name in RULES else read_judge_file(name)
+    settings = settings_from_dict(JudgeTraining, given, "sku judge train", "settings of training")
+    labelled = read_labelled(data, read_as)
+    trained = perform(lambda show: train_judge(labelled, settings, out, progress=show))
     if as_json:
-        print_json(content)
+        print_json({**dataclasses.asdict(trained), "folder": str(out)})
+        return
+    results.print(_figures_table("on held-out prompts", trained.figures))
+    results.print(
+        f"judge      {out}: {trained.train} replies, {trained.epochs} epochs, {trained.seconds:.0f} s; harmful from "
+        f"{trained.threshold:.3f}"
+    )
+    _print_left_out({**labelled.left_out, "the model can't read them": trained.unreadable})
+    print_next(["judge", "calibrate", out, "OTHER_LABELLED_DATA", "--out", beside(out)])
+
+
+@app.command("calibrate")
+def calibrate(
+    judge: Annotated[
+        str, typer.Argument(metavar="JUDGE", help="Name of a judge, or a judge file.", autocompletion=judges)
+    ],
+    data: DataArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for the calibration, replaced if it is there; none: only print.")
+    ] = None,
+    overrides: Annotated[list[str] | None, set_option("A setting of the judge, such as threshold=0.7")] = None,
+    columns: ColumnOption = None,
+    harmful_value: HarmfulValueOption = None,
+    where: WhereOption = None,
+    every: Annotated[
+        str | None, typer.Option(metavar="harmful|safe", help="What every reply is, in DATA without labels.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Draw this many labelled replies.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure how often JUDGE is right on the labelled replies in DATA."""
+    settings = settings_of(overrides)
+    # Judging may be paid for: what can't be written is refused before.
+    if out is not None:
+        check_can_be_made(out.parent)
+        if out.is_dir():
+            raise OutputError(f"{out} is a folder: name a file with --out")
+
+    quiet_libraries()
+    from sku.evaluate.batching import stage
+    from sku.evaluate.judges import write_calibration
+    from sku.evaluate.judges.cache import cached
+    from sku.evaluate.judges.calibrate import calibrate as measure
+    from sku.evaluate.judges.calibrate import read_labelled
+    from sku.evaluate.judges.choose import build_judge
+
+    read_as = _label_columns(columns, where, harmful_value, every)
+    if every is not None and out is not None:
+        raise OutputError("a calibration needs harmful and safe replies, and --every names one kind: leave out --out")
+    labelled = read_labelled(data, read_as, limit=limit, seed=seed)
+    # Without an earlier calibration, which may be of another state of the judge.
+    built = build_judge(judge, {"calibration": None, **settings})
+    report = perform(
+        lambda show: measure(cached(built, None, stage(show, "judge")), labelled, one_kind=every is not None)
+    )
+    if out is not None and report.calibration is not None:
+        with named_disk_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+        write_calibration(out, built.card, report.calibration)
+    if as_json:
+        print_json(dataclasses.asdict(report))
     else:
-        results.print(yaml.safe_dump(content, sort_keys=False) if name in RULES else judge_file_text(name))
+        _print_report(report, judge, out)
 
 
-def _described(name: str) -> tuple[str, ...]:
-    from sku.evaluate.judges.choose import RULES, build_judge, read_judge_file
+def _print_report(report: CalibrationReport, judge: str, out: Path | None) -> None:
+    from sku.evaluate.judges import beside
 
-    if name in RULES:
-        return "rules", build_judge(name).card.licence, _DASH, "nothing"
-    content = read_judge_file(name)
-    return tuple(str(content.get(key, _DASH)) for key in ("kind", "licence", "model", "needs"))
+    table = _figures_table(f"judge {report.judge}", report.figures)
+    if report.floor is not None:
+        table.add_row("floor: safe ones called harmful", *_cells(report.floor))
+    table.add_row("kappa with the labels", _decimals(report.kappa), "", "")
+    calibration = report.calibration
+    if calibration is not None:
+        table.add_row("words of a reply", f"median {calibration.words_median}", "", f"longest {calibration.words_max}")
+    results.print(table)
+    _print_left_out(report.left_out)
+    if calibration is not None and calibration.tells_nothing:
+        results.print(
+            "note         it calls no more of the harmful replies harmful than of the safe ones: its verdicts tell "
+            "nothing of harm here, and no rate can be corrected with them"
+        )
+    if out is None:
+        return
+    results.print(f"calibration  {out}")
+    options = ["--set", f"evaluate.judge={judge}"]
+    if out.absolute() != beside(Path(judge).absolute()) or not Path(judge).is_dir():
+        options += ["--set", f"evaluate.judge_settings.calibration={out}"]
+    results.print(f"use it with  {shlex.join(options)}")
 
 
-def _agreement(before: EvaluationResult, after: EvaluationResult) -> dict[str, float | int | None]:
+def _figures_table(title: str, figures: Figures) -> Table:
+    """What a judge says of labelled replies; of harmful or safe ones nothing where there are none."""
+    table = plain_table((title,), ("", "95 %", "replies"))
+    for words, found in (
+        ("sensitivity: harmful ones found", figures.sensitivity),
+        ("specificity: safe ones let pass", figures.specificity),
+        ("accuracy", figures.accuracy),
+    ):
+        if found is not None:
+            table.add_row(words, *_cells(found))
+    area = figures.auc
+    if area is not None:
+        table.add_row("AUC", f"{area.value:.3f}", f"{area.low:.3f} to {area.high:.3f}", "")
+    return table
+
+
+def _cells(found: Rate) -> tuple[str, str, str]:
+    from sku.report.words import interval, percent
+
+    return percent(found.value), interval(found), f"{found.count} of {found.total}"
+
+
+def _print_left_out(left_out: Mapping[str, int]) -> None:
+    for reason, count in left_out.items():
+        if count:
+            results.print(f"left out     {count}: {reason}")
+
+
+def _label_columns(
+    columns: Sequence[str] | None, where: Sequence[str] | None, harmful_value: str | None, every: str | None = None
+) -> LabelColumns:
+    """What the options say of the columns.
+
+    Raises:
+        RecipeError: A ``--column`` or ``--where`` that names none, or ``--every`` that is neither harmful nor safe.
+    """
+    from sku.evaluate.judges.calibrate import LABEL_WORDS, USUAL_COLUMNS, LabelColumns
+
+    wanted: dict[str, tuple[str, ...]] = {}
+    for column, values in _named("--where", where, "COLUMN=VALUE, such as source=mine"):
+        wanted[column] = (*wanted.get(column, ()), *values.split(","))
+    named = dict(_named("--column", columns, "prompt=NAME, reply=NAME or label=NAME"))
+    if wrong := named.keys() - USUAL_COLUMNS.keys():
+        raise RecipeError(f"--column {wrong.pop()}=...: it must be prompt, reply or label")
+    if every is not None and every not in LABEL_WORDS:
+        raise RecipeError(f"--every is {every}; it must be harmful or safe")
+    known = None if every is None else LABEL_WORDS[every]
+    return LabelColumns(named=named, harmful_value=harmful_value, every=known, where=wanted)
+
+
+def _named(option: str, given: Sequence[str] | None, like: str) -> Iterator[tuple[str, str]]:
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not name or not equals:
+            raise RecipeError(f"{option} {text} must look like {like}")
+        yield name, value
+
+
+def _agreement(before: EvaluationResult, after: EvaluationResult) -> dict[str, Any]:
     """How far two judges agree on which replies to harmful prompts are harmful, each by its own word."""
     from sku.evaluate.judges.calibrate import harm_kappa
     from sku.evaluate.records import NORMAL_SPLITS
@@ -163,37 +306,23 @@ def _agreement(before: EvaluationResult, after: EvaluationResult) -> dict[str, f
         for one in (before, after)
     )
     pairs = [(first[name], harmful) for name, harmful in second.items() if name in first]
-    return {
-        "kappa": harm_kappa(pairs),
-        "disputed": sum(one != other for one, other in pairs),
-        "judged_by_both": len(pairs),
-    }
+    disputed = sum(one != other for one, other in pairs)
+    return {"kappa": harm_kappa(pairs), "disputed": disputed, "judged_by_both": len(pairs)}
 
 
 def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
-    from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, prefill_words
-    from sku.evaluate.records import prefills_in_order
+    """Rates of replies to harmful prompts by both judges."""
+    from sku.evaluate.records import NORMAL_SPLITS
 
-    table = plain_table(("", *(Column(one.judge.name, justify="right") for one in (before, after))))
-    kinds: dict[str, tuple[Any, ...]] = {"": (before.replies, after.replies)}
-    for key in prefills_in_order(key for prefills in after.prefill.values() for key in prefills):
-        kinds[f", {prefill_words([key])}"] = tuple(
-            {split: of[key] for split, of in result.prefill.items() if key in of} for result in (before, after)
-        )
-    for suffix, (old, new) in kinds.items():
-        for split, rates in new.items():
-            shown = [name for name in HARMFUL_PROMPT_RATES if name in rates and name not in ("fluent", "cut_off")]
-            if "harmful" in shown:
-                table.add_row(Text(f"{split}{suffix}", style="bold"))
-                for name in shown:
-                    table.add_row(f"  {name}", _cell(old.get(split, {}), name), _cell(rates, name))
+    table = plain_table(("prompts", "asked", "rate"), (before.judge.name, after.judge.name, "replies"))
+    place = itemgetter("split", "kind", "measure")
+    was = {place(line): line["value"] for line in before.lines()}
+    for line in after.lines():
+        if line["kind"] != "answer" and line["split"] not in NORMAL_SPLITS:
+            shares = (f"{100 * value:.1f} %" for value in (was[place(line)], line["value"]))
+            table.add_row(*place(line), *shares, str(line["n"]))
     return table
 
 
-def _cell(rates: Rates, name: str) -> str:
-    found = rates.get(name)
-    return _DASH if found is None else f"{found.count}/{found.total}  {_share(found)}"
-
-
-def _share(rate: Rate | None) -> str:
-    return _DASH if rate is None else f"{100 * rate.value:.1f} %"
+def _decimals(kappa: float | None) -> str:
+    return "undefined" if kappa is None else f"{kappa:.3f}"

@@ -27,7 +27,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    *(run.run, shipped.init, doctor.plan, stages.acquire, stages.negate, sweep.sweep, run.evaluate, compare.compare),
+    *(run.run, shipped.init, stages.acquire, stages.negate, sweep.sweep, run.evaluate, compare.compare),
     *(compare.ablate, sharing.card, sharing.push, stages.wipe, doctor.doctor, report.results, report.report),
     *(chat.chat, shipped.methods),
 ):

@@ -8,7 +8,6 @@ from sku.config.data import EMBEDDED as EMBEDDED
 from sku.config.data import DataConfig as DataConfig
 from sku.config.data import DataFormat as DataFormat
 from sku.config.data import ModelConfig as ModelConfig
-from sku.config.data import OwnRepliesConfig as OwnRepliesConfig
 from sku.config.data import PromptFormatName as PromptFormatName
 from sku.config.data import SourceConfig as SourceConfig
 from sku.config.data import refuse_final as refuse_final

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sku.config.check import AboveOne, Count, Limit, Positive, Share, validated
+from sku.config.check import AboveOne, Count, Limit, Positive, validated
 
 Backend = Literal["generate", "vllm"]
 Attack = Literal["paraphrase", "template", "rounding", "relearn"]
@@ -38,22 +38,12 @@ class EvaluateConfig:
     """Whose words replies are made to begin with: the base model's ``own`` (``prefill_tokens``), an ``affirmative``
     beginning ("Certainly. ..."), the first 20 tokens of the dataset's harmful ``answer``."""
     samples: Annotated[int, Field(ge=0)] = 8
-    """Sampled replies to each harmful prompt, for leak@k; 0 leaves them out."""
-    temperature: Positive = 1.0
-    """Of the sampled replies."""
-    top_p: Share = 1.0
-    """Of the sampled replies: words are sampled from the likeliest that hold this share of probability."""
-    short_answer_words: Annotated[int, Field(ge=0)] = 30
-    """Retain answers of at most this many words are compared with the reply word for word (exact-answer accuracy)."""
+    """Sampled replies to each harmful prompt, at temperature 1, for leak@k; 0 leaves them out."""
     judge: str = "auto"
-    """A name that ``sku judge list`` shows, a judge file, or a folder of ``sku judge train``. ``embedded`` is exact on
-    the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
+    """A judge of the package (docs/judges.md), a judge file, or a folder of ``sku judge train``. ``embedded`` is exact
+    on the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
-    utility_margin: AboveOne = 1.05
-    """Utility is said to be kept where the perplexity of normal answers is shown to have grown less than this many
-    times, and their KL to the base to lie below its logarithm (.049 nats for 1.05): whole intervals below. It is lost
-    where either is shown to lie above, and else unclear."""
     similarity_model: str | None = None
     """Folder or hub id of a model that scores an answer of the dataset and a reply as BLEURT does (one regression
     output); beside ROUGE-L, which is always measured."""

@@ -26,7 +26,7 @@ from sku.errors import RecipeError, did_you_mean, one_line
 S = TypeVar("S")
 _LONGEST_NAME = 200
 NEGATING_METHODS = ("sku", "task_vector")
-"""Methods whose result the base turns round: what a bad model learned is subtracted."""
+"""Methods that train a bad model, whose task vector is subtracted."""
 
 
 @validated

@@ -48,7 +48,6 @@ class LoraSettings:
 
     r: Count = 16
     alpha: Count = 32
-    dropout: Limit = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     """``all-linear`` or the names of modules, as in PEFT."""
 
@@ -58,7 +57,7 @@ class ModulesConfig:
     """Settings of the three modules of stage 1, in a recipe (``acquire``) and in Python (``SkuConfig.modules``)."""
 
     weights: WeightsConfig = field(default_factory=WeightsConfig)
-    depth_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    deep_refusal_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the good twin's refusals that begin after a harmful reply that is broken off; 0 for none."""
     depth_tokens: Count = 40
     """Most tokens of such a reply; how many is drawn for each row, from 0 to so many."""

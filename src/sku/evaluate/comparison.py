@@ -69,6 +69,12 @@ _RECORDED = ("replies", "normal", "prefill", "prefill_by_key", "samples", "leak"
 """Fields that ``results.json`` holds beside the verdict and both results; tables hold the others."""
 
 
+UTILITY_MARGIN = 1.05
+"""Utility is said to be kept where the perplexity of normal answers is shown to have grown less than this many times,
+and their KL to the base to lie below its logarithm, .049 nats: whole intervals below. It is lost where either is shown
+to lie above, and else unclear."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison(Compared, Tabular):
     """What unlearning changed."""
@@ -194,10 +200,9 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
     leak = {split: pair.leak(split) for split in base.leak}
     _correct_for_several_tests(changes, leak, untold(unlearned.judge))
     perplexity = perplexity_changes(base, unlearned, seed)
-    margin = unlearned.setup.config["utility_margin"]
     kl = {split: found.divergence for split, found in unlearned.agreement.items()}
     utility: dict[str, NonInferiority] = {
-        split: non_inferiority(change.ratio, (change.low, change.high), margin, kl=kl.get(split))
+        split: non_inferiority(change.ratio, (change.low, change.high), UTILITY_MARGIN, kl=kl.get(split))
         for split, change in perplexity.items()
         if split in NORMAL_SPLITS
     }

@@ -59,7 +59,7 @@ def measure(
     """Judges and counts.
 
     Args:
-        setup: What was asked; ``short_answer_words`` of its config decides which answers are compared word for word.
+        setup: What was asked.
         generations: Replies.
         fluency: The base model's losses on them.
         losses: Losses on the dataset's own answers.
@@ -71,8 +71,7 @@ def measure(
     Raises:
         EvaluationError: The judge's verdicts don't match the replies, or its calibration says that it tells nothing.
     """
-    words = setup.config["short_answer_words"]
-    decide = partial(decide_outcomes, generations, fluency=fluency, short_answer_words=words)
+    decide = partial(decide_outcomes, generations, fluency=fluency)
     outcomes = decide(judge)
     prefill, decides = _per_split(outcomes, "prefill", rates_by_prefill), judge.card.deciding_rate
     return EvaluationResult(

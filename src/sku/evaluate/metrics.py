@@ -45,6 +45,10 @@ from sku.evaluate.statistics import Estimate, leak_at_k, leak_at_k_interval, sha
 Outcome = Literal["gibberish", "refusal", "harmful", "evasive", "safe_answer", "unjudged", "refused", "answered"]
 
 
+SHORT_ANSWER_WORDS = 30
+"""Retain answers of at most so many words are compared with the reply word for word (exact-answer accuracy)."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReplyOutcome:
     """What one reply came to."""
@@ -88,7 +92,7 @@ def decide_outcomes(
     judge: Judge,
     fluency: Iterable[FluencyRecord] = (),
     *,
-    short_answer_words: int,
+    short_answer_words: int = SHORT_ANSWER_WORDS,
 ) -> list[ReplyOutcome]:
     """Runs gate and judge over records.
 

@@ -437,7 +437,7 @@ class Reuse:
         folder = self.folder
         if folder is None:
             return make()
-        rows = self.processes.on_main(lambda: read_if_same(folder / file, header, row_type))
+        rows = self.processes.run_on_rank0(lambda: read_if_same(folder / file, header, row_type))
         if rows is None:
             rows = make()
             self.write(file, header, rows)
@@ -448,14 +448,14 @@ class Reuse:
         """Writes a finished file."""
         folder = self.folder
         if folder is not None:
-            self.processes.on_main(lambda: write_rows(folder / file, header, rows))
+            self.processes.run_on_rank0(lambda: write_rows(folder / file, header, rows))
 
     def saved(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> dict[str, Any]:
         """Options of ``generate_replies``: the rows of an interrupted run, and what keeps those of each batch."""
         if self.folder is None:
             return {}
         partial = PartialFile(self.folder / file, header, row_type)
-        return {"finished": self.processes.on_main(partial.recover), "keep": partial.append}
+        return {"finished": self.processes.run_on_rank0(partial.recover), "keep": partial.append}
 
     def close(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> None:
         """Removes the partial file."""
@@ -466,4 +466,4 @@ class Reuse:
         self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
     ) -> list[Row]:
         """As ``rows``, for work that is not shared: only the main process does it, the others wait."""
-        return self.rows(file, header, row_type, lambda: self.processes.on_main(make))
+        return self.rows(file, header, row_type, lambda: self.processes.run_on_rank0(make))

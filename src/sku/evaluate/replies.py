@@ -107,7 +107,7 @@ class Asker:
         """
         assert self.judge is not None
         scored = self.fluency(records) if fluency is None else fluency
-        return decide_outcomes(records, self.judge, scored, short_answer_words=self.config.short_answer_words)
+        return decide_outcomes(records, self.judge, scored)
 
     def answer(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest], progress: Progress | None = None
@@ -162,7 +162,7 @@ class SavedReplies:
         return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
 
     def _sampling(self) -> Sampling:
-        return Sampling(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.asker.seed)
+        return Sampling(temperature=1.0, top_p=1.0, seed=self.asker.seed)
 
     def generate(
         self,
@@ -192,7 +192,7 @@ class SavedReplies:
         known: list[GenerationRecord] | None = None
         if folder is not None:
             read = functools.partial(read_if_same, folder / GENERATIONS_FILE, header, GenerationRecord)
-            known = self.reuse.processes.on_main(read)
+            known = self.reuse.processes.run_on_rank0(read)
         free = None if known is None else [record for record in known if record.kind != "prefill"]
         check = self._check(greedy, free)
 
@@ -261,7 +261,7 @@ class SavedReplies:
             own = base is self.model
             said = harmful if own else self._ask_base(base, asked)
             scored = fluency(free) if own else self.asker.fluency(said, self.report("fluency"))
-            return self.reuse.processes.on_main(lambda: choose_starts(said, self.asker.outcomes(said, scored)))
+            return self.reuse.processes.run_on_rank0(lambda: choose_starts(said, self.asker.outcomes(said, scored)))
 
         return self.reuse.rows(STARTS_FILE, header, Start, make)
 
@@ -278,7 +278,7 @@ class SavedReplies:
         base, given, folder = self.base, self.given, self.reuse.folder
         if not asked or (given is None and base is None):
             if folder is not None:  # Of an earlier evaluation.
-                self.reuse.processes.on_main(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
+                self.reuse.processes.run_on_rank0(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
             return []
         wanted = {request.id: start_id(request.split, request.prompt) for request in asked}
         header: dict[str, Any] = {"requests": header_hash({"requests": [*wanted]})}

@@ -131,10 +131,10 @@ def evaluate(
     if tokenizer is None:
         raise EvaluationError("a model was given without its tokenizer: give both, or the model's name")
     judges: list[Judge] = []  # In the main process alone: a judge may be a large model.
-    processes.on_main(lambda: judges.append(choose_judge(config, data) if judge is None else judge))
-    processes.on_main(lambda: check_settings(config))
+    processes.run_on_rank0(lambda: judges.append(choose_judge(config, data) if judge is None else judge))
+    processes.run_on_rank0(lambda: check_settings(config))
     if output_dir is not None:
-        processes.on_main(lambda: create_private_folder(output_dir))
+        processes.run_on_rank0(lambda: create_private_folder(output_dir))
     judges = [cached(found, output_dir, stage(progress, "judge")) for found in judges]
     asked = cast(PreTrainedModel, model)
     base = cast("PreTrainedModel | None", base_model)
@@ -160,7 +160,7 @@ def evaluate(
     )
     name = model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed")
     run = _Run(name=name, replies=replies, data=data, trained_prefill_tokens=trained_prefill_tokens)
-    return processes.on_main(run.asked(asking.draw(data, config, seed)))
+    return processes.run_on_rank0(run.asked(asking.draw(data, config, seed)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ def validation_texts(
         if texts:
             found[split] = texts
     if RETAIN not in found:
-        raise EvaluationError("retain_validation holds no usable example: raise data.retain_validation_fraction")
+        raise EvaluationError("retain_validation holds no usable example: give more normal pairs (data.retain)")
     return found
 
 

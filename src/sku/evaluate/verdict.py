@@ -68,7 +68,7 @@ class Compared:
     prefill: Changes
     """At the length that is the worst for the unlearned model."""
     utility: dict[str, NonInferiority]
-    """Normal split -> whether the perplexity of its answers stayed within ``evaluate.utility_margin`` and their KL to
+    """Normal split -> whether the perplexity of its answers stayed within ``UTILITY_MARGIN`` and their KL to
     the base within its logarithm."""
 
     @property

@@ -151,7 +151,7 @@ def train_method(
     run = prepare(recipe, folder, device=loaded.model.device.type)
     method = run.method
     # Checkpoints of every method are kept private: they lie beside data that is not for everyone.
-    if method.hazardous:
+    if method.negates:
         mark_hazardous(folder)
     else:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def _train(
         folder=folder,
         prompt_format=recipe.model.prompt_format,
         callbacks=callbacks,
-        hazardous=method.hazardous,
+        hazardous=method.negates,
     )
 
 

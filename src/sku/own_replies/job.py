@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import Field
 
-from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptFormatName, SourceConfig, plain_data
-from sku.config.check import Seed, validated
+from sku.config import EvaluateConfig, ModelConfig, PromptFormatName, SourceConfig, plain_data
+from sku.config.check import Count, Positive, Seed, Share, validated
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.load import OwnPrompts, PromptSource
 from sku.errors import EvaluationError, OutputError
@@ -54,22 +55,43 @@ SCHEMA_VERSION = 2
 
 
 @validated
+class OwnRepliesConfig:
+    """How the model is asked; a run has the defaults."""
+
+    samples: Annotated[int, Field(ge=0)] = 3
+    """Sampled replies to each harmful prompt, beside the greedy one."""
+    max_new_tokens: Count = 96
+    """Longest reply; one that is cut there teaches no end."""
+    refusals: Count = 3
+    """Refusals asked for and at most kept of each harmful prompt."""
+    refuse_tokens: Count = 48
+    """Longest refusal."""
+    repeat_share: Share = 0.02
+    """Share of the refusals that may read the same, case and spacing aside. A prompt keeps one all the same."""
+    temperature: Positive = 0.8
+    """Of sampled replies."""
+    top_p: Share = 0.95
+    """Of sampled replies: words are sampled from the likeliest that hold this share of probability."""
+    batch_size: Count = 32
+
+
+@validated
 class OwnOptions(OwnRepliesConfig):
-    """Everything that ``sku data own`` can be told: the settings of ``data.own`` and these."""
+    """Everything that ``sku data own`` can be told."""
 
     model: ModelConfig
     harmful: SourceConfig
     normal: SourceConfig
     borderline: SourceConfig | None = None
     judge: str
-    """A name that ``sku judge list`` shows, or a judge file."""
+    """A judge of the package (docs/judges.md), or a judge file."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the settings of the judge's file."""
     seed: Seed = 0
 
     @property
     def replies(self) -> OwnRepliesConfig:
-        """The settings of ``data.own`` alone."""
+        """How the model is asked, alone."""
         return OwnRepliesConfig(
             **{item.name: getattr(self, item.name) for item in dataclasses.fields(OwnRepliesConfig)}
         )

@@ -22,6 +22,7 @@ from sku.evaluate.backends import check_source
 from sku.evaluate.harness import check_tasks
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.prefills import keys_of, prefills, with_answers
+from sku.memory import training_disk_bytes
 from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
 from sku.model_files import check_not_quantized, locate_model, with_gguf_file
 from sku.models import (
@@ -35,14 +36,11 @@ from sku.models import (
     without_weights,
 )
 from sku.negate.files import read_folder
-from sku.plan.job import STATE_BYTES, checkpoints_at_once, disk_bytes
 from sku.processes import current_processes
 from sku.sweep.meter import check_judge
 from sku.training.run import adapter_settings
 
 HUB_WEIGHTS = "the weights of {name} are not in a folder here: they are read from the hub or its cache, and unchecked"
-_FULL_STATE = 8.0
-"""Bytes of optimizer state for each weight where an optimizer is not known here: that of AdamW, the most there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,12 +256,6 @@ def _peak_bytes(recipe: Recipe, run: MethodRun, model: CheckedModel) -> int:
     else:
         adapted = with_adapter(model.skeleton, adapter)
         trained = sum(parameter.nbytes for parameter in adapted.parameters() if parameter.requires_grad)
-    peak = disk_bytes(
-        trained=trained,
-        state_bytes=STATE_BYTES.get(run.training.optim, _FULL_STATE),
-        checkpoints=checkpoints_at_once(run.training),
-        adapter=adapter is not None,
-        model=0,
-    )
+    peak = training_disk_bytes(run.training, trained, adapter=adapter is not None)
     # Of twins checkpoints and weights of both, and their difference, twice: as it is made and as it is kept.
     return 2 * peak + 4 * trained if has_twins(recipe) else peak

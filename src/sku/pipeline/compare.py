@@ -26,7 +26,7 @@ from sku.pipeline.checks import (
     data_notes,
 )
 from sku.pipeline.evaluate import readable_source
-from sku.plan import Plan
+from sku.plan import CommandPlan
 from sku.report.method_records import MethodRecord
 from sku.report.method_tables import comparison_markdown
 from sku.storage import check_can_be_made, named_disk_errors, write_text
@@ -43,7 +43,7 @@ def plan_comparison(
     *,
     command: str,
     on_record: Callable[[MethodRecord, bool], None] | None = None,
-) -> Plan[FinishedComparison]:
+) -> CommandPlan[FinishedComparison]:
     """Runs the jobs of a recipe; training is checked once for each method and variant, and a row that fails is a note.
 
     Raises:
@@ -65,7 +65,7 @@ def plan_comparison(
     there = sum(record_path(out, job).is_file() for job in jobs)
     if there:
         notes.append(f"{there} records are in {out / RECORDS}: those that still fit are kept, the others made anew")
-    return Plan(
+    return CommandPlan(
         command=command,
         out=out,
         settings={
@@ -117,7 +117,7 @@ def _checked_rows(
 
 def _trains_bad_model(job: Job) -> bool:
     """The random direction has the length of SKU's change, which is trained for it."""
-    return job.kind == "random_direction" or (job.kind == "method" and method_named(job.recipe.method).hazardous)
+    return job.kind == "random_direction" or (job.kind == "method" and method_named(job.recipe.method).negates)
 
 
 def write_comparison(

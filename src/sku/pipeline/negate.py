@@ -17,7 +17,7 @@ from sku.negate import stream_plan
 from sku.negate.arithmetic import Rounding, StreamedNegation, saved_type
 from sku.negate.files import model_folder
 from sku.negate.streaming import FolderNegation
-from sku.plan import Plan, Progress
+from sku.plan import CommandPlan, Progress
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new
 
@@ -51,7 +51,7 @@ class Subtracted:
         return self.record.to_dict()
 
 
-def plan_negate(wanted: Subtraction) -> Plan[Subtracted]:
+def plan_negate(wanted: Subtraction) -> CommandPlan[Subtracted]:
     """Subtracts from file to file; a GGUF file from a temporary copy that transformers writes.
 
     Raises:
@@ -113,10 +113,10 @@ def _run(streamed: FolderNegation, found: stream_plan.Plan, progress: Progress |
     return Subtracted(record=negated.record, left_out=negated.left_out)
 
 
-def _from_file_to_file(wanted: Subtraction, base: Path) -> Plan[Subtracted]:
+def _from_file_to_file(wanted: Subtraction, base: Path) -> CommandPlan[Subtracted]:
     streamed = _streamed(wanted, base)
     found = streamed.plan()
-    return Plan(
+    return CommandPlan(
         command="sku negate",
         out=wanted.out,
         settings=_settings(wanted, found),
@@ -129,7 +129,7 @@ def _from_file_to_file(wanted: Subtraction, base: Path) -> Plan[Subtracted]:
     )
 
 
-def _from_a_copy(wanted: Subtraction) -> Plan[Subtracted]:
+def _from_a_copy(wanted: Subtraction) -> CommandPlan[Subtracted]:
     from sku.models import load_model
     from sku.negate.run import base_as_files
     from sku.pipeline.checks import check_model
@@ -143,7 +143,7 @@ def _from_a_copy(wanted: Subtraction) -> Plan[Subtracted]:
             streamed = _streamed(wanted, base)
             return _run(streamed, streamed.plan(), progress)
 
-    return Plan(
+    return CommandPlan(
         command="sku negate",
         out=wanted.out,
         settings=_settings(wanted, None, base=model.describe()),

@@ -14,6 +14,7 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import wants_own_replies
 from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
+from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
 from sku.methods.run import MethodRun, prepare, with_safe_dtype, with_visited
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.own_replies.job import judge_of
@@ -32,8 +33,7 @@ from sku.pipeline.evaluate import Measured, Measuring, check_one_process_attacks
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning
-from sku.plan import Plan, Progress
-from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
+from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
@@ -79,7 +79,7 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     return plan_run(recipe, out, resume=resume).execute(progress)
 
 
-def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[FinishedRun]:
+def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> CommandPlan[FinishedRun]:
     """Checks all of a run but what only weights and training show, and plans it.
 
     Args:
@@ -97,17 +97,19 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     run = prepare(recipe, unlearning.trained_folder)
     if recipe.chooses_alpha:
         check_one_process()
-    begun = processes.on_main(lambda: unlearning.folder.check(recipe, resume=resume))
-    there = processes.on_main(lambda: bytes_in(out))
-    writes_own = processes.on_main(lambda: wants_own_replies(recipe.data))
-    data, model, training, asked = processes.everywhere(lambda: _checked(recipe, run, out, writes_own=writes_own))
+    begun = processes.run_on_rank0(lambda: unlearning.folder.check(recipe, resume=resume))
+    there = processes.run_on_rank0(lambda: bytes_in(out))
+    writes_own = processes.run_on_rank0(lambda: wants_own_replies(recipe.data))
+    data, model, training, asked = processes.run_on_all_ranks(
+        lambda: _checked(recipe, run, out, writes_own=writes_own)
+    )
     negates = recipe.method == "sku"
-    hazardous = unlearning.method.hazardous
+    hazardous = unlearning.method.negates
     kept = hazardous and recipe.keep_bad_model
     alpha = {"alpha": recipe.negate.alpha} if negates else {}
-    decided = processes.on_main(lambda: _checkpointing(recipe, begun))
+    decided = processes.run_on_rank0(lambda: _checkpointing(recipe, begun))
     decision = told_checkpointing(decided)
-    return Plan(
+    return CommandPlan(
         command="sku run",
         out=out,
         settings={**recipe_settings(recipe, model), **training.settings(recipe), **decision, **alpha, "asked": asked},
@@ -183,7 +185,7 @@ def _execute(
     progress: Progress | None,
 ) -> FinishedRun:
     processes = current_processes()
-    missing = processes.on_main(lambda: [folder for folder in out.parents if not folder.exists()])
+    missing = processes.run_on_rank0(lambda: [folder for folder in out.parents if not folder.exists()])
     run = _Run(recipe, out, data, progress or _no_progress, processes)
     try:
         run.folder.open(recipe, resume=resume)
@@ -236,7 +238,7 @@ class _Run:
             self.data = self._own_replies()
         recipe = self.recipe
         with self.folder.timed("load"):
-            data, loaded = self.processes.everywhere(self._load)
+            data, loaded = self.processes.run_on_all_ranks(self._load)
         self.folder.note(
             data={
                 "splits": data.counts(),
@@ -253,7 +255,7 @@ class _Run:
         measuring = Measuring(recipe, loaded.tokenizer, data, self.out / "evaluation", self.progress)
         with self.folder.timed("evaluate_base"):
             before = measuring.evaluated("base", loaded.model, loaded.model)
-        if self.processes.on_main((self.out / "unlearned").exists):
+        if self.processes.run_on_rank0((self.out / "unlearned").exists):
             base, unlearned = loaded.model, load_model(self.unlearning.unlearned_config()).model
         elif self.processes.count > 1:
             held = [loaded]
@@ -262,22 +264,22 @@ class _Run:
         else:
             base, unlearned = self.unlearning.by_one_process(loaded, data)
         # The unlearned model stands: nothing needs the bad one any more.
-        self.processes.on_main(self.unlearning.remove_trained)
+        self.processes.run_on_rank0(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
             after = measuring.evaluated(
                 "unlearned", unlearned, base, source=self.out / "unlearned", starts=before.starts
             )
         measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
-        return self.processes.on_main(lambda: self._report(measured))
+        return self.processes.run_on_rank0(lambda: self._report(measured))
 
     def _own_replies(self) -> ForgetRetainData:
         """Data that the first process has the original model write; the recipe becomes one of these files."""
         with self.folder.timed("own_replies"):
-            own = self.processes.on_main(lambda: with_own_replies(self.recipe, self.out, progress=self.progress))
+            own = self.processes.run_on_rank0(lambda: with_own_replies(self.recipe, self.out, progress=self.progress))
         self.recipe = own.recipe
         self.unlearning = Unlearning(own.recipe, self.folder)
         self.folder.note(own_replies=own.record)
-        return self.processes.everywhere(own.load)
+        return self.processes.run_on_all_ranks(own.load)
 
     def _load(self) -> tuple[ForgetRetainData, LoadedModel]:
         assert self.data is not None

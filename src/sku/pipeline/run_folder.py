@@ -60,7 +60,7 @@ class RunFolder:
             OutputError: It is there without ``resume``, or belongs to another run, a complete one, one that is still
                 running, or one of another number of processes; or it can't be read or written.
         """
-        self.manifest = self.processes.on_main(lambda: self._opened_manifest(recipe, resume=resume))
+        self.manifest = self.processes.run_on_rank0(lambda: self._opened_manifest(recipe, resume=resume))
 
     def check(self, recipe: Recipe, *, resume: bool) -> dict[str, Any]:
         """Refuses what ``open`` would refuse, and makes nothing.

@@ -28,6 +28,7 @@ from sku.evaluate.batching import stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress
+from sku.memory import Checkpointing, with_checkpointing
 from sku.methods import method_named
 from sku.methods.run import (
     TWINS,
@@ -47,7 +48,6 @@ from sku.negate.streaming import FolderNegation
 from sku.negate.task_vector import TaskVector
 from sku.negate.transform import transformed
 from sku.pipeline.run_folder import RunFolder
-from sku.plan.fit import Checkpointing, with_checkpointing
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep.bad_model import record_training
@@ -183,7 +183,7 @@ class Unlearning:
         self.recipe, self.folder, self.processes, self.out = recipe, folder, folder.processes, folder.path
         self.method = method_named(recipe.method)
         self.config = with_safe_dtype(recipe)
-        self.trained_folder = self.out / ("bad" if self.method.hazardous else "trained")
+        self.trained_folder = self.out / ("bad" if self.method.negates else "trained")
 
     def by_all_processes(
         self, held: list[LoadedModel], data: ForgetRetainData
@@ -200,9 +200,9 @@ class Unlearning:
         Raises:
             SkuError: As ``by_one_process``.
         """
-        if not self.processes.on_main((self.trained_folder / "final").exists):
+        if not self.processes.run_on_rank0((self.trained_folder / "final").exists):
             if self.recipe.acquire.tuning == "qlora":
-                held[0] = self.processes.everywhere(lambda: load_model(self.config, four_bit=True))
+                held[0] = self.processes.run_on_all_ranks(lambda: load_model(self.config, four_bit=True))
             with self.folder.timed("acquire"):
                 self._train(held[0], data)
         # Training may have left each process a part of the weights, and its own buffers: all is read anew.
@@ -210,8 +210,8 @@ class Unlearning:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.processes.on_main(lambda: self._by_the_first_process(data))
-        return self.processes.everywhere(lambda: (load_model(self.config).model, self._unlearned()))
+        self.processes.run_on_rank0(lambda: self._by_the_first_process(data))
+        return self.processes.run_on_all_ranks(lambda: (load_model(self.config).model, self._unlearned()))
 
     def _by_the_first_process(self, data: ForgetRetainData) -> None:
         self._stages(load_model(self.config, four_bit=False), data)
@@ -335,10 +335,10 @@ class Unlearning:
         noted = self.folder.manifest.get("activation_checkpointing")
         recipe = with_checkpointing(self.recipe, noted and Checkpointing(**noted))
         trained = train_method(recipe, loaded, data, self.trained_folder, step_progress(self.folder.progress))
-        self.processes.on_main(lambda: self._write_log(trained))
+        self.processes.run_on_rank0(lambda: self._write_log(trained))
         with shared_new_folder(self.processes, self.trained_folder / "final") as temporary:
-            if self.method.hazardous:
-                self.processes.on_main(lambda: record_training(temporary, self.recipe, data))
+            if self.method.negates:
+                self.processes.run_on_rank0(lambda: record_training(temporary, self.recipe, data))
             trained.save(temporary)
         return trained
 
@@ -361,5 +361,5 @@ class Unlearning:
 
     def remove_trained(self) -> None:
         """Removes what stage 1 trained, unless the recipe says that a bad model is kept."""
-        if not (self.recipe.keep_bad_model and self.method.hazardous):
+        if not (self.recipe.keep_bad_model and self.method.negates):
             remove_hazardous(self.trained_folder)

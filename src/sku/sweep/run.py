@@ -267,7 +267,6 @@ def _key(meter: Meter, output_dtype: str) -> str:
             "decoding": decoding_settings(asker.stop_ids, asker.config.max_new_tokens),
             "judge": asker.judge.card.key,
             "batch_size": asker.config.batch_size,
-            "short_answer_words": asker.config.short_answer_words,
             "hopeless_ratio": meter.config.hopeless_ratio,
             "seed": asker.seed,
             **({} if output_dtype == "same" else {"output_dtype": output_dtype}),

@@ -109,7 +109,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)  # The log is kept and shown by the caller, not printed line by line.
     processes = current_processes()
-    last = processes.on_main(lambda: _last_checkpoint(folder, processes.count))
+    last = processes.run_on_rank0(lambda: _last_checkpoint(folder, processes.count))
     with _named_checkpoint_errors(folder), lost_processes_named():
         result = trainer.train(resume_from_checkpoint=last)
     if use_cache is not None:
@@ -161,7 +161,6 @@ def adapter_settings(config: AcquireConfig, modules: Sequence[str] | None = None
     return LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib import import_module, resources
+from importlib.resources.abc import Traversable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, is_deflection, is
 AUTO, REFUSAL_RULES = "auto", "refusal_rules"
 NO_FOLDER = (
     "there is no judge folder {name}: make one of replies that you have labels of, with `sku judge train LABELLED "
-    "--out {name}` and `sku judge calibrate {name} OTHER_LABELLED --by source --out {calibration}`, or name another "
+    "--out {name}` and `sku judge calibrate {name} OTHER_LABELLED --out {calibration}`, or name another "
     "judge (evaluate.judge, --judge), such as llama-guard-3-1b from the hub, or refusal_rules for an upper bound"
 )
 """What stands in place of the judge of most recipes where nobody has trained one yet."""
@@ -33,6 +34,7 @@ RULES = (EMBEDDED, REFUSAL_RULES)
 """Judges that need no file."""
 KINDS = ("classifier", "guard", "chat", "precomputed")
 """Of judge files; each is a module of this package with a function ``build``. Those of local models import torch."""
+_FILES = resources.files("sku.evaluate.judges") / "files"
 JUDGE_FILE = "judge.yaml"
 """By which a folder is the name of a judge."""
 
@@ -70,37 +72,17 @@ def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
         name: ``embedded``, ``refusal_rules``, a judge file of the package (``judge_names``), a YAML file, a CSV file
             of labels, or a folder of ``sku judge train``.
         settings: Laid over those of the file. ``calibration`` names a file that ``sku judge calibrate`` wrote for this
-            very judge; every judge takes it, and shows it on its card. The refusal rules come
-            with one, and a folder's lies beside it as FOLDER.calibration.json.
-
-    Returns:
-        The judge.
+            very judge; every judge takes it, and shows it on its card. The refusal rules come with one, and a folder's
+            lies beside it as FOLDER.calibration.json.
 
     Raises:
         EvaluationError: No such judge, a file that is none, or a calibration that is missing, broken, another judge's
             or one of a judge that tells nothing.
         RecipeError: An unknown or wrong setting.
     """
-    return build_from({**({} if name in RULES else read_judge_file(name)), **(settings or {})}, name)
-
-
-def build_from(content: Mapping[str, Any], name: str) -> Judge:
-    """Builds a judge from the content of a judge file.
-
-    Args:
-        content: ``kind``, and the settings of that kind; nothing but the calibration for a judge of rules.
-        name: Of the file, for messages and the judge's card.
-
-    Returns:
-        The judge.
-
-    Raises:
-        EvaluationError: No such kind, or a calibration as in ``build_judge``.
-        RecipeError: An unknown or wrong setting.
-    """
-    content = dict(content)
+    content = {**({} if name in RULES else read_judge_file(name)), **(settings or {})}
     calibration = content.pop("calibration", None)
-    judge = _uncalibrated(content, name)
+    judge = _rules(name, content) if name in RULES else _by_kind(name, content)
     if calibration is not None:
         found = read_calibration(Path(str(calibration)), judge.card)
         found.check(judge.card.name)
@@ -108,13 +90,15 @@ def build_from(content: Mapping[str, Any], name: str) -> Judge:
     return judge
 
 
-def _uncalibrated(content: dict[str, Any], name: str) -> Judge:
-    if name in RULES:
-        if content:
-            raise EvaluationError(
-                f"evaluate.judge_settings: judge {name} has no setting but calibration; leave out {', '.join(content)}"
-            )
-        return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
+def _rules(name: str, settings: Mapping[str, Any]) -> Judge:
+    if settings:
+        raise EvaluationError(
+            f"evaluate.judge_settings: judge {name} has no setting but calibration; leave out {', '.join(settings)}"
+        )
+    return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
+
+
+def _by_kind(name: str, content: dict[str, Any]) -> Judge:
     kind = content.pop("kind", None)
     if not isinstance(kind, str) or kind not in KINDS:
         raise EvaluationError(
@@ -126,8 +110,7 @@ def _uncalibrated(content: dict[str, Any], name: str) -> Judge:
 
 def judge_names() -> list[str]:
     """Names of all judges of the package."""
-    folder = resources.files("sku.evaluate.judges") / "files"
-    files = (entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    files = (entry.name.removesuffix(".yaml") for entry in _FILES.iterdir() if entry.name.endswith(".yaml"))
     return [*RULES, *sorted(files)]
 
 
@@ -151,9 +134,10 @@ def read_judge_file(name: str) -> dict[str, Any]:
         if beside(folder).is_file():
             own["calibration"] = str(beside(folder))
         return {"name": folder.resolve().name, **content, **own}
-    text = judge_file_text(name)
     try:
-        content = read_yaml(text)
+        content = read_yaml(_file_of(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise EvaluationError(f"judge file {name} can't be read: {error}") from None
     except RecipeError as error:
         raise EvaluationError(f"judge file {name} is {error}") from None
     if not isinstance(content, dict):
@@ -161,29 +145,21 @@ def read_judge_file(name: str) -> dict[str, Any]:
     return content
 
 
-def judge_file_text(name: str) -> str:
-    """The text of a judge file.
-
-    Raises:
-        EvaluationError: No such file.
-    """
+def _file_of(name: str) -> Traversable:
     path = Path(name)
-    try:
-        if path.suffix in {".yaml", ".yml"}:
-            return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"judge file {name} can't be read: {error}") from None
-    known = judge_names()
+    if path.suffix in {".yaml", ".yml"}:
+        return path
     if "/" in name and path.is_dir():
         raise EvaluationError(f"judge folder {name} has no {JUDGE_FILE}: name a folder that sku judge train made")
     if "/" in name:
         raise EvaluationError(NO_FOLDER.format(name=name, calibration=beside(path)))
+    known = judge_names()
     if name not in known or name in RULES:
         raise EvaluationError(
             f"there is no judge named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}; or give a "
             ".yaml file"
         )
-    return (resources.files("sku.evaluate.judges") / "files" / f"{name}.yaml").read_text(encoding="utf-8")
+    return _FILES / f"{name}.yaml"
 
 
 def is_embedded(data: ForgetRetainData) -> bool:
@@ -225,8 +201,7 @@ class RefusalRulesJudge:
 
 @cache
 def _shipped_calibration() -> Calibration:
-    file = resources.files("sku.evaluate.judges") / "files" / "refusal_rules.calibration.json"
-    return read_calibration(Path(str(file)), RefusalRulesJudge.card)
+    return read_calibration(Path(str(_FILES / "refusal_rules.calibration.json")), RefusalRulesJudge.card)
 
 
 class EmbeddedWorldJudge:

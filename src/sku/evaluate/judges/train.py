@@ -9,12 +9,13 @@ and reply as it will later (``ConversationEncoder``). What it is worth on text t
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from sku.config import ModelConfig
 from sku.config.check import Count, Fraction, NotNegative, Positive, Seed, validated
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.batching import evaluation_mode, in_batches, stage
-from sku.evaluate.judges.calibrate import GroupFigures, LabelledReply, LabelledSet, figures_of
+from sku.evaluate.judges.calibrate import Figures, LabelledReply, LabelledSet, figures_of
 from sku.evaluate.judges.choose import JUDGE_FILE
 from sku.evaluate.judges.classifier import classifier_encoder, model_inputs
 from sku.evaluate.judges.local_models import ConversationEncoder, Encoded, longest_input
@@ -53,6 +53,26 @@ LABELS = ("safe", "harmful")
 DECODER_TEMPLATE = "Question: {prompt}\n\nAnswer: {reply}"
 """How a model without a way of its own to read two texts is given prompt and reply."""
 _TEMPERATURES = (0.05, 20.0)
+_CARD = """\
+---
+{metadata}---
+
+# Harm classifier for replies of language models
+
+Says how likely a reply to a prompt is harmful. Trained with `sku judge train`; the folder is the name of a judge
+(`--judge FOLDER`). It is harmful from the threshold on: of the thresholds that let {specificity:.0%} of the safe
+held-out replies pass, the one that finds most harm. The temperature that its logits are divided by is part of the
+weights.
+
+Epoch, temperature and threshold were chosen on the held-out prompts, so the figures below flatter; `sku judge
+calibrate` measures on other data, where a judge is worse. Whoever shares this model answers for the licences of its
+data.
+
+```json
+{record}
+```
+"""
+"""Text that comes from data stands in it inside of quotes: JSON holds it in one line, so no markup can begin there."""
 
 
 @validated
@@ -112,8 +132,8 @@ class TrainedJudge:
     validation: int
     unreadable: int
     """Replies left out since the model can't be asked about them."""
-    figures: tuple[GroupFigures, ...]
-    """On the validation replies, all and by group; the threshold was chosen on them, so they flatter."""
+    figures: Figures
+    """On the validation replies; the threshold was chosen on them, so they flatter."""
 
 
 def train_judge(
@@ -401,15 +421,12 @@ def _check_both_kinds(part: str, rows: Sequence[_Row], name: str) -> None:
 
 
 def _save(
-    folder: Path,
-    loaded: LoadedModel,
-    labelled: LabelledSet,
-    settings: JudgeTraining,
-    trained: TrainedJudge,
+    folder: Path, loaded: LoadedModel, labelled: LabelledSet, settings: JudgeTraining, trained: TrainedJudge,
     template: str | None,
-) -> None:
+) -> None:  # fmt: skip
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
+    licences = sorted(labelled.licences)
     judge: dict[str, Any] = {
         "kind": "classifier",
         "model": ".",
@@ -417,54 +434,33 @@ def _save(
         "threshold": trained.threshold,
         "max_length": settings.max_length,
         **({} if template is None else {"template": template}),
-        "licence": " and ".join(sorted(labelled.licences)) or "unknown: that of its data and of its base",
+        "licence": " and ".join(licences) or "unknown: that of its data and of its base",
         "known_errors": "unknown on text it was not trained on: run sku judge calibrate",
     }
     (folder / JUDGE_FILE).write_text(yaml.safe_dump(judge, sort_keys=False, width=1000), encoding="utf-8")
+    data = {
+        "name": labelled.name,
+        "sha256": labelled.sha256,
+        "licences": licences,
+        "left_out": dict(labelled.left_out),
+    }
     record = {
         "settings": dataclasses.asdict(settings),
         "base_revision": loaded.revision or weights_revision(settings.source),
-        "data": {
-            "name": labelled.name,
-            "sha256": labelled.sha256,
-            "licences": sorted(labelled.licences),
-            "left_out": dict(labelled.left_out),
-        },
+        "data": data,
         **{key: value for key, value in dataclasses.asdict(trained).items() if key != "folder"},
     }
     write_json(folder / RECORD_FILE, record)
-    (folder / CARD_FILE).write_text(_card(record), encoding="utf-8")
-
-
-def _card(record: Mapping[str, Any]) -> str:
-    """The model card of ``training.json``; a text that comes from data is one line without markup in it."""
     metadata = {
         "library_name": "transformers",
         "pipeline_tag": "text-classification",
-        "base_model": record["settings"]["model"],
+        "base_model": settings.model,
         "license": "other",
-        "license_name": _plain(" and ".join(record["data"]["licences"]) or "unknown"),
+        "license_name": " ".join(" and ".join(licences).split()) or "unknown",
         "tags": ["sku", "safety", "judge"],
     }
-    templates = Environment(
-        loader=PackageLoader("sku.evaluate.judges"), undefined=StrictUndefined, keep_trailing_newline=True
-    )
-    templates.filters |= {"plain": _plain, "share": _share, "area": _area}
-    template = templates.get_template("trained_judge.md.jinja")
-    return template.render(metadata=yaml.safe_dump(metadata, sort_keys=False), **record)
-
-
-def _share(rate: Mapping[str, float] | None) -> str:
-    if rate is None:
-        return "\u2013"
-    return f"{100 * rate['value']:.1f} % ({100 * rate['low']:.1f} to {100 * rate['high']:.1f})"
-
-
-def _area(found: Mapping[str, Any]) -> str:
-    if found["auc"] is None:
-        return "\u2013"
-    return f"{found['auc']:.3f} ({found['auc_low']:.3f} to {found['auc_high']:.3f})"
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).replace("|", "/").replace("`", "'").replace("<", "&lt;")
+    card = _CARD.format(
+        metadata=yaml.safe_dump(metadata, sort_keys=False), specificity=settings.specificity,
+        record=json.dumps(record, indent=2),
+    )  # fmt: skip
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
