@@ -18,8 +18,7 @@ from conftest import ModelMaker
 from negate.conftest import disturbed, with_adapter
 from sku.errors import OutputError, TaskVectorError
 from sku.negate.adapters import check_plain_lora
-from sku.negate.matching import unique_weights
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, unique_weights
 from sku.storage import BAD_MODEL_MARK
 
 

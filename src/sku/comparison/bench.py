@@ -38,8 +38,8 @@ from sku.methods.run import (
     with_visited,
 )
 from sku.models import load_model
+from sku.negate.run import transformed
 from sku.negate.task_vector import TaskVector
-from sku.negate.transform import transformed
 from sku.report.method_records import MethodRecord, Point, point_from_result
 from sku.reproducibility import content_sha256
 from sku.sweep.meter import validation_asker

@@ -261,7 +261,7 @@ class LowRank(Generic[Factor]):
     lower_rI: Factor
     """A."""
     scaling: float = 1.0
-    turned: bool = False
+    transposed: bool = False
     """The model keeps the weight as ``[I, O]``: embeddings and GPT-2's layers."""
     of_embedding: bool = False
 
@@ -274,7 +274,7 @@ class LowRank(Generic[Factor]):
     def shape(self) -> tuple[int, int]:
         """Of the change, as the model keeps the weight."""
         made = (self.upper_Or.shape[0], self.lower_rI.shape[1])
-        return made[::-1] if self.turned else made
+        return made[::-1] if self.transposed else made
 
     @property
     def alpha(self) -> int:
@@ -283,7 +283,7 @@ class LowRank(Generic[Factor]):
 
     def rows(self: LowRank[Tensor], start: int, stop: int) -> Tensor:
         """Rows of the change, as the model keeps the weight, from one to before another: float32."""
-        if self.turned:
+        if self.transposed:
             return (self.upper_Or @ self.lower_rI[:, start:stop]).T * self.scaling
         return self.upper_Or[start:stop] @ self.lower_rI * self.scaling
 

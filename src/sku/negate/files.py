@@ -108,13 +108,6 @@ class StoredFile:
 def model_folder(source: str, revision: str | None = None) -> Path:
     """The folder of a model; one of the hub is fetched, without weights in other formats.
 
-    Args:
-        source: Local folder, hub id or ``embedded``, as ``sku.load_model`` takes it.
-        revision: Of a hub model.
-
-    Returns:
-        A folder, which need not exist where a local one was named.
-
     Raises:
         ModelError: The hub can't be reached or has no such model.
     """
@@ -132,12 +125,6 @@ def model_folder(source: str, revision: str | None = None) -> Path:
 
 def read_layout(path: Path) -> StoredFile:
     """Reads the header of a file; safetensors checks that the file is what the header says.
-
-    Args:
-        path: A safetensors file.
-
-    Returns:
-        Its tensors.
 
     Raises:
         ModelError: It can't be read, is cut off, or its header is damaged.
@@ -177,12 +164,6 @@ def read_layout(path: Path) -> StoredFile:
 def read_folder(folder: Path) -> tuple[StoredFile, ...]:
     """The weight files of a model folder: ``model.safetensors``, or the shards that its index names.
 
-    Args:
-        folder: A Hugging Face model folder.
-
-    Returns:
-        Files by name. No tensor is in two of them, and each is where the index says.
-
     Raises:
         ModelError: There are no safetensors weights, or the index and its shards disagree.
     """
@@ -208,16 +189,7 @@ def read_folder(folder: Path) -> tuple[StoredFile, ...]:
 def make_header(
     tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a file.
-
-    Args:
-        tensors: Name, type and shape, in the order in which they will lie.
-        metadata: Kept as it is.
-
-    Returns:
-        Length and header, padded so that the tensors begin at a multiple of 8; and the byte of the file at which each
-        tensor begins.
-    """
+    """Length and header of a file, tensors beginning at a multiple of 8; and the byte at which each tensor begins."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     starts: dict[str, int] = {}
     end = 0
@@ -252,15 +224,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def copy_companions(base: Path, folder: Path, weights: Iterable[str]) -> tuple[str, ...]:
-    """Copies what a tokenizer and ``generate`` need; not the index and ``config.json``, which come last.
+    """Copies what a tokenizer and ``generate`` need, and gives the names of what was left out.
 
-    Args:
-        base: Folder of the original model.
-        folder: Of the new one.
-        weights: Names of the base's weight files, which have their counterparts.
-
-    Returns:
-        Names of what was left out.
+    Not the index and ``config.json``, which come last.
     """
     known = {*weights, INDEX_FILE, "config.json"}
     left_out = []

@@ -339,7 +339,7 @@ class _ShardWriter:
             self._read(tensor, 0, torch.empty(tensor.elements, dtype=tensor.dtype)).float().reshape(tensor.shape)
             for tensor in (change.upper_Or, change.lower_rI)
         )
-        return LowRank(upper_Or=upper, lower_rI=lower, scaling=change.scaling, turned=change.turned)
+        return LowRank(upper_Or=upper, lower_rI=lower, scaling=change.scaling, transposed=change.transposed)
 
     def _read(self, tensor: StoredTensor, start: int, values: Tensor) -> Tensor:
         """Fills flat numbers with the elements of a stored tensor from ``start`` on, and gives them back."""
