@@ -14,7 +14,7 @@ from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData, RowPlan
 from sku.data.joint import JointDataset
 from sku.data.tokens import Encoder, PaperFormat
-from sku.methods.run import common_visits, visited_examples, visited_places, with_visited
+from sku.methods.run import visited_examples, visited_places, with_visited
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
@@ -129,6 +129,5 @@ def test_a_recipe_says_what_it_visits_and_what_its_method_leaves_out(
     assert dpo.visited == (0, 1, 2)
     other = load_recipe("embedded", [*changes, "acquire.seed=5"])
     assert with_visited(other, data, tokenizer, model).visited != sku.visited
-    assert common_visits(other, data, tokenizer, model) == sku
     none = dataclasses.replace(data, forget_train=tuple(dataclasses.replace(e, safe_answer=None) for e in safe))
     assert with_visited(load_recipe("embedded", [*changes, "method=dpo"]), none, tokenizer, model).visited is None

@@ -30,6 +30,9 @@ def run(
     seed: options.SeedOption = None,
     overrides: options.SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    base_of: Annotated[
+        Path | None, typer.Option(help="Folder of a run, whose evaluation of the base model is taken where it fits.")
+    ] = None,
     keep_bad_model: Annotated[
         bool, typer.Option("--keep-bad-model", help="Keep the hazardous model of stage 1 in the run folder.")
     ] = False,
@@ -53,7 +56,7 @@ def run(
     processes = current_processes()
     end_when_the_launcher_says_so(processes)
     folder = processes.run_on_rank0(lambda: out or options.new_run_folder(settings.name))
-    plan = plan_run(settings, folder, resume=resume)
+    plan = plan_run(settings, folder, resume=resume, base_of=base_of)
     method = "" if settings.method == "sku" else f", method {settings.method}"
     headline = f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}"
     if processes.is_main and not dry_run:

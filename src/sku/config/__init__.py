@@ -16,7 +16,6 @@ from sku.config.evaluate import CompareConfig as CompareConfig
 from sku.config.evaluate import EvaluateConfig as EvaluateConfig
 from sku.config.evaluate import MethodConfig as MethodConfig
 from sku.config.evaluate import Precision as Precision
-from sku.config.evaluate import SearchConfig as SearchConfig
 from sku.config.recipe import Recipe as Recipe
 from sku.config.recipe import apply_override as apply_override
 from sku.config.recipe import load_recipe as load_recipe

@@ -14,7 +14,7 @@ from sku.config import EMBEDDED, DataConfig, Recipe, SourceConfig, plain_data
 from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts, load_own_prompts
 from sku.errors import DataError
-from sku.evaluate.record_files import create_private_folder, json_lines
+from sku.evaluate.records import create_private_folder, json_lines
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model
 from sku.own_replies.job import (
@@ -94,17 +94,16 @@ def run_own(options: OwnOptions, out: Path, *, resume: bool = False, progress: P
     return write_own_replies(job, out, resume=resume, progress=progress)
 
 
-def with_own_replies(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> OwnData:
+def with_own_replies(recipe: Recipe, out: Path, prompts: OwnPrompts, *, progress: Progress | None = None) -> OwnData:
     """Writes own replies to a recipe's prompts, or finds those that were written from the same.
 
     They lie in ``own`` in the run's private folder ``out``, or under ``$SKU_CACHE`` where that is set. The judge of
-    the recipe's evaluation tells which replies are harmful.
+    the recipe's evaluation tells which replies are harmful; ``prompts`` are those of ``own_prompts_of``.
 
     Raises:
-        DataError: As ``own_prompts_of``, or no harmful reply was kept.
+        DataError: No harmful reply was kept.
         SkuError: As ``write_own_replies`` and ``load_model``.
     """
-    prompts = own_prompts_of(recipe)
     judge = judge_of(recipe.evaluate, prompts)
     if recipe.chooses_alpha:
         check_calibrated(judge.card)  # Before hours of writing rather than after them.

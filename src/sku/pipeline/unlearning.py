@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +28,10 @@ from sku.evaluate.batching import stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress
-from sku.memory import Checkpointing, with_checkpointing
-from sku.methods import method_named
 from sku.methods.run import (
     TWINS,
+    MethodRun,
     has_twins,
-    prepare,
     train_method,
     twin_folder,
     with_safe_dtype,
@@ -144,7 +142,7 @@ def ask_stage_1(
         harmful = rates_of([found[asked.id] for asked in questions.harmful[FREE]])
         normal = rates_of([found[asked.id] for asked in questions.normal])
         return Behaviour(
-            harmful=harmful["harmful_at_most"],
+            harmful=harmful["harmful_upper_bound"],
             refused=harmful["refusal"],
             gibberish=harmful["gibberish"],
             refused_normal=normal["over_refusal"],
@@ -166,23 +164,27 @@ def _percent(rate: Rate) -> str:
     return f"{100 * rate.value:.0f} %"
 
 
+def trained_folder(out: Path, *, hazardous: bool) -> Path:
+    """Where a run leaves what stage 1 trains, until stage 2 is done."""
+    return out / ("bad" if hazardous else "trained")
+
+
 class Unlearning:
     """Stages 1 and 2 of one run, each of which finds what an interrupted run left."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, run: MethodRun) -> None:
         """Names the folder of what is trained; nothing is made yet.
 
         Args:
             recipe: What is run.
             folder: Of the run.
-
-        Raises:
-            RecipeError: There is no method of the recipe's name.
+            run: Its method.
         """
+        self.run = run
         self.recipe, self.folder, self.processes, self.out = recipe, folder, folder.processes, folder.path
-        self.method = method_named(recipe.method)
+        self.method = run.method
         self.config = with_safe_dtype(recipe)
-        self.trained_folder = self.out / ("bad" if self.method.negates else "trained")
+        self.trained_folder = trained_folder(self.out, hazardous=self.method.negates)
 
     def by_all_processes(
         self, held: list[LoadedModel], data: ForgetRetainData
@@ -215,12 +217,18 @@ class Unlearning:
     def _by_the_first_process(self, data: ForgetRetainData) -> None:
         self._stages(load_model(self.config, four_bit=False), data)
 
-    def by_one_process(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
+    def by_one_process(
+        self,
+        loaded: LoadedModel,
+        data: ForgetRetainData,
+        measure_published: Callable[[PreTrainedModel, PreTrainedModel], object] | None = None,
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Stages 1 and 2, and the choice of alpha between them where there is one to choose.
 
         Args:
             loaded: The original model; its weights may be trained in place.
             data: The splits.
+            measure_published: Called with the model at ``compare.published`` and the original one.
 
         Returns:
             The original and the unlearned model.
@@ -229,23 +237,35 @@ class Unlearning:
             NoAlphaError: No alpha will do.
             SkuError: Anything else a user can mend.
         """
-        return self._stages(loaded, data), self._unlearned()
+        return self._stages(loaded, data, measure_published), self._unlearned()
 
-    def _stages(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel:
+    def _stages(
+        self,
+        loaded: LoadedModel,
+        data: ForgetRetainData,
+        measure_published: Callable[[PreTrainedModel, PreTrainedModel], object] | None = None,
+    ) -> PreTrainedModel:
         """The original model, when the unlearned one lies in its folder."""
         recipe, final = self.recipe, self.trained_folder / "final"
         if recipe.acquire.tuning == "qlora":
             loaded = load_model(self.config, four_bit=True)
         with self.folder.timed("acquire"):
             base, factors = self._trained(loaded, data)
-        strength, vector = prepare(recipe, self.trained_folder).strength, None
+        strength, vector = self.run.strength, None
         changes = self.method.negates and recipe.negate.transform is not None
-        if changes or recipe.chooses_alpha:
+        if changes or measure_published is not None or recipe.chooses_alpha:
             with self.folder.timed("negate"):
                 vector = task_vector_of(base, final) if factors is None else TaskVector.from_factors(factors)
-                vector = transformed(recipe, vector, base, loaded.tokenizer, data)
+                vector = transformed(recipe, vector if self.method.negates else -vector, base, loaded.tokenizer, data)
         if recipe.checks_stage_1:
             self._check_stage_1(base, loaded.tokenizer, data)
+        if recipe.compare.published is not None and measure_published is not None:
+            assert vector is not None
+            with self.folder.timed("evaluate_published"):
+                published = copy.deepcopy(base)
+                subtract_into(published, base, vector, recipe.compare.published)
+                measure_published(published, base)
+                del published
         if recipe.chooses_alpha:
             assert vector is not None
             with self.folder.timed("sweep"):
@@ -331,9 +351,8 @@ class Unlearning:
 
     def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
         """Stage 1 by all processes; its result lies in ``final`` afterwards."""
-        noted = self.folder.manifest.get("activation_checkpointing")
-        recipe = with_checkpointing(self.recipe, noted and Checkpointing(**noted))
-        trained = train_method(recipe, loaded, data, self.trained_folder, step_progress(self.folder.progress))
+        progress = step_progress(self.folder.progress)
+        trained = train_method(self.recipe, loaded, data, self.trained_folder, progress, self.run)
         self.processes.run_on_rank0(lambda: self._write_log(trained))
         with shared_new_folder(self.processes, self.trained_folder / "final") as temporary:
             if self.method.negates:
