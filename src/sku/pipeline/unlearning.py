@@ -253,7 +253,7 @@ class Unlearning:
             base, factors = self._trained(loaded, data)
         strength, vector = self.run.strength, None
         changes = self.method.negates and recipe.negate.transform is not None
-        if changes or measure_published is not None or recipe.chooses_alpha:
+        if changes or recipe.compare.published is not None or recipe.chooses_alpha:
             with self.folder.timed("negate"):
                 vector = task_vector_of(base, final) if factors is None else TaskVector.from_factors(factors)
                 vector = transformed(recipe, vector if self.method.negates else -vector, base, loaded.tokenizer, data)
