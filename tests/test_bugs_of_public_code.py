@@ -23,8 +23,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker, TrainerMaker
 from negate.conftest import disturbed
-from sku.acquire.guided_distortion import guided_distortion_loss
-from sku.acquire.preservation_divergence import preservation_divergence_loss
+from sku.acquire.objective import guided_distortion_loss, preservation_divergence_loss
 from sku.config import SourceConfig
 from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, RowPlan, RowType

@@ -21,20 +21,17 @@ import pytest
 import torch
 import transformers
 import typer
-import yaml
 from filelock import FileLock
 from transformers import Trainer
 
 import sku
 from faults.battery import built_command
 from sku.cli.main import app, main
-from sku.config import load_recipe, recipe_from_dict, recipe_names
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.model_files import embedded_model_path
 from sku.storage import BAD_MODEL_MARK
 from sku.world.grammar import hazards
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
@@ -105,41 +102,11 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def test_version(command: Command) -> None:
-    assert command("--version") == Done(0, f"sku {sku.__version__}\n", "")
-
-
 def test_python_m_sku() -> None:
     done = subprocess.run([sys.executable, "-m", "sku", "run", "nope"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: there is no recipe named nope.")
     assert done.stderr.count("\n") == 1
-
-
-def test_every_command_has_help(command: Command) -> None:
-    listed = command("--help").out
-    commands = "run acquire negate evaluate compare ablate results methods data recipes judge"
-    for name in commands.split():
-        assert name in listed
-        assert command(name, "--help").code == 0
-
-
-def test_no_command_is_there_twice() -> None:
-    named = [group.name for group in app.registered_groups] + [given.name for given in app.registered_commands]
-    assert len(named) == len(set(named))
-
-
-def test_no_arguments_show_help(command: Command) -> None:
-    done = command()
-    assert "Usage" in done.out + done.err
-
-
-def test_recipes_are_listed_and_shown_whole(command: Command) -> None:
-    listed = command("recipes")
-    assert [line.split()[0] for line in listed.out.splitlines()] == recipe_names()
-    for name in recipe_names():
-        shown = command("recipes", "show", name)
-        assert recipe_from_dict(yaml.safe_load(shown.out)) == load_recipe(name)
 
 
 # Wrong input. Each maker gets an empty folder, puts the wrong thing into it and returns the arguments.
@@ -155,12 +122,6 @@ def table(folder: Path, name: str, *prompts: str, header: str = "prompt,completi
 
 def some(prefix: str) -> list[str]:
     return [f"{prefix} number {index} ?" for index in range(20)]
-
-
-def recipe_file(folder: Path, text: str) -> Path:
-    path = folder / "mine.yaml"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def copied_model(folder: Path, change: Callable[[dict[str, Any]], Any], file: str) -> Path:
@@ -223,31 +184,15 @@ def existing_folder(folder: Path) -> list[str | Path]:
 
 
 WRONG: dict[str, tuple[Maker, str]] = {
-    "missing column": (missing_column, "Columns found: wording, completion"),
+    "missing column": (missing_column, "wording"),
     "empty forget set": (empty_forget_set, "forget.csv"),
-    "overlapping data": (overlap, "both in the forget data"),
+    "overlapping data": (overlap, "retain"),
     "no pad token": (no_pad_token, "no pad token"),
-    "GGUF folder": (gguf_folder, "(other.Q8_0.gguf, tiny.Q4_0.gguf): name one, such as model.gguf_file="),
+    "GGUF folder": (gguf_folder, "other.Q8_0.gguf"),
     "quantized model": (quantized, "gptq"),
-    "wrong key": (setting("acquire.wieghts.guided_distortion=1"), "Did you mean weights?"),
-    "wrong key in a file": (
-        lambda folder: [recipe_file(folder, "name: a\nmodle: {path: embedded}\n")],
-        "modle is not a known key. Did you mean model?",
-    ),
-    "wrong value": (setting("acquire.tuning=lara"), "Did you mean lora?"),
-    "wrong type": (setting("seed=one"), "seed is 'one'"),
-    "out of range": (setting("data.unseen_fraction=2"), "data.unseen_fraction is 2; it must be below 1"),
-    "no key": (setting("seed"), "key.sub=value"),
-    "not YAML": (lambda folder: [recipe_file(folder, "name: [a\nb: }")], "is not YAML"),
-    "not keys and values": (lambda folder: [recipe_file(folder, "- a\n")], "keys and values"),
-    "binary recipe": (lambda folder: [embedded_model_path() / "model.safetensors"], "can't be read"),
-    "unknown recipe": (lambda folder: ["embeded"], "Did you mean embedded?"),
-    "missing recipe file": (lambda folder: [folder / "none.yaml"], "there is no recipe file"),
-    "unknown training key": (setting("acquire.training.learning_rat=1"), "Did you mean learning_rate?"),
-    "refused training value": (setting("acquire.training.optim=nope"), "acquire.training"),
-    "training value of a wrong type": (setting("acquire.training.learning_rate=fast"), "must be a number"),
-    "training key with its own place": (setting("acquire.training.seed=1"), "set seed"),
-    "missing model": (lambda folder: ["--model", folder / "nothing"], "there is no such folder"),
+    "wrong key": (setting("acquire.wieghts.guided_distortion=1"), "wieghts"),
+    "unknown recipe": (lambda folder: ["embeded"], "embeded"),
+    "missing model": (lambda folder: ["--model", folder / "nothing"], "nothing"),
     "missing data": (lambda folder: ["--forget", folder / "none.csv", "--retain", folder / "none.csv"], "none.csv"),
     "existing folder": (existing_folder, "already exists"),
     "loss not finite": (
@@ -325,14 +270,6 @@ def test_a_full_disk(command: Command, tmp_path: Path, monkeypatch: pytest.Monke
     assert names(tmp_path) == set()
 
 
-def test_a_failed_run_without_out_leaves_no_runs_folder(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert_one_line(command("run", "--model", "./nothing"), "no such folder")
-    assert names(tmp_path) == set()
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -352,17 +289,8 @@ def test_wrong_input_of_negate(command: Command, tmp_path: Path, arguments: list
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize(("option", "value"), [("--dtype", "int8"), ("--rounding", "up")])
-def test_a_choice_that_there_is_not(command: Command, option: str, value: str, tmp_path: Path) -> None:
-    done = command("negate", "embedded", "embedded", option, value, "--out", tmp_path / "model")
-    assert done.code == 2
-    assert f"Invalid value for '{option}'" in done.err
-    assert f"'{value}' is not one of" in done.err
-    assert names(tmp_path) == set()
-
-
 def test_wrong_input_of_the_other_commands(command: Command, tmp_path: Path) -> None:
-    assert_one_line(command("recipes", "show", "nope"), "no recipe named nope")
+    assert_one_line(command("init", "nope"), "nope")
     assert_one_line(command("data", "inspect", "--set", "data.forget.limit=0"), "limit is 0")
     assert_one_line(command("data", "inspect", "--forget", "none.csv", "--retain", "none.csv"), "none.csv")
     assert_one_line(command("data", "inspect", "--model", tmp_path / "none"), "none")
@@ -471,8 +399,6 @@ def test_run_as_json(command: Command, tmp_path: Path) -> None:
     told = command("report", tmp_path / "run", "--json")
     assert json.loads(told.out)["report"] == str(tmp_path / "run" / "report.html")
     assert json.loads(told.out)["holds_harmful_replies"] is True
-    told = command("card", tmp_path / "run", "--json")
-    assert Path(json.loads(told.out)["model"]).read_text(encoding="utf-8").startswith("---")
     labels = tmp_path / "labels.csv"
     told = command("judge", "export", tmp_path / "run", "--out", labels, "--json")
     assert json.loads(told.out)["replies"] == len(labels.read_text(encoding="utf-8-sig").splitlines()) - 1
@@ -501,20 +427,20 @@ def test_a_dry_run_foretells_the_run(command: Command, whole_run: Path, tmp_path
     assert told["settings"]["asked"] == asked
     held = sum(path.stat().st_size for path in (whole_run / "unlearned").rglob("*") if path.is_file())
     assert told["disk_bytes"] > held * 0.9
-    assert re.fullmatch(r"about \d\.\d GiB at most, [\d.]+ GiB are free on cpu: fits", told["memory"])
+    assert re.fullmatch(r"about \d\.\d GiB at most \(.*\), [\d.]+ GiB are free on cpu: fits", told["memory"])
 
 
 @pytest.mark.integration
-def test_a_dry_run_names_the_setting_with_which_a_run_fits(
+def test_a_dry_run_says_that_memory_may_not_suffice(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("run", "--dry-run", "--out", tmp_path / "run", *SMALL)
-    monkeypatch.setattr("sku.plan.fit._free_memory", lambda: 2**29)
+    monkeypatch.setattr("sku.memory._free_memory", lambda: 2**29)
     told = command(*words, "--json", "--set", "acquire.training.per_device_train_batch_size=64")
     memory = json.loads(told.out)["memory"]
-    assert "0.5 GiB are free on cpu: may not fit; " in memory
+    assert memory.endswith("0.5 GiB are free on cpu: may not fit")
     told = command(*words, "--set", "method=npo")
-    assert "no estimate of memory: sku plan knows stage 1 of sku" in told.out
+    assert "no estimate of memory: it is of stage 1 of sku" in told.out
 
 
 def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -523,7 +449,7 @@ def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, mo
     def stop(*_: Any, **__: Any) -> None:
         raise sku.errors.ModelError("enough seen")
 
-    line = "about 128.0 GiB at most, 64.0 GiB are free on cuda: may not fit; what would fit: --set acquire."
+    line = "about 128.0 GiB at most, 64.0 GiB are free on cuda: may not fit"
     monkeypatch.setattr("sku.models.pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("sku.pipeline.run.memory_fit", lambda _: MemoryFit(fits=False, text=line))
     monkeypatch.setattr("sku.pipeline.run._execute", stop)
@@ -550,7 +476,7 @@ def test_a_dry_run_of_a_resume_looks_at_the_folder(command: Command, whole_run: 
     assert_one_line(command(*again, "--resume", "--seed", "7"), "another recipe")
 
 
-def test_dry_runs_of_the_other_commands(command: Command, whole_run: Path, bad_model: Path, tmp_path: Path) -> None:
+def test_a_dry_run_of_stage_2(command: Command, whole_run: Path, bad_model: Path, tmp_path: Path) -> None:
     def told(*arguments: str | Path) -> dict[str, Any]:
         done = command(*arguments, "--dry-run", "--json")
         assert (done.code, done.err) == (0, ""), done.err
@@ -560,14 +486,7 @@ def test_dry_runs_of_the_other_commands(command: Command, whole_run: Path, bad_m
     out = tmp_path / "out"
     found = told("negate", "embedded", bad_model, "--out", out)
     assert found["disk_bytes"] == (whole_run / "unlearned" / "model.safetensors").stat().st_size
-    found = told("sweep", bad_model, "--out", out, "--recipe", "embedded")
-    assert (found["stages"], found["settings"]["bad model"]) == (
-        ["measure 5 alphas up to where the utility budget binds"],
-        str(bad_model),
-    )
-    assert found["bad_model"] == "kept"
-    assert told("evaluate", whole_run / "unlearned", "--out", out)["bad_model"] == "none"
-    assert_one_line(command("evaluate", bad_model, "--out", out, "--dry-run"), "bad model of stage 1")
+    assert_one_line(command("evaluate", bad_model, "--out", out), "bad model of stage 1")
     assert names(tmp_path) == set()
 
 
@@ -600,21 +519,6 @@ def test_stage_commands_give_the_weights_of_a_whole_run(
     assert "task vector norm" in done.out
     assert_next(done.out, ["evaluate", str(tmp_path / "model"), "--base", "embedded"])
     assert digest(tmp_path / "model" / "model.safetensors") == digest(whole_run / "unlearned" / "model.safetensors")
-
-
-def test_acquire_prints_the_last_losses_and_what_comes_next(bad_model: Path, folder: Path) -> None:
-    printed = (folder / "acquired.txt").read_text(encoding="utf-8")
-    assert "loss" in printed
-    assert_next(printed, ["negate", "embedded", str(bad_model)], ["wipe", str(bad_model)])
-    assert (bad_model / BAD_MODEL_MARK).is_file()
-
-
-def test_negate_as_json_and_refusal_of_an_existing_folder(command: Command, bad_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model"
-    record = json.loads(command("negate", "embedded", bad_model, "--dtype", "bfloat16", "--json", "--out", out).out)
-    assert record["dtype"] == "bfloat16"
-    assert 0 < record["survival"] < 1.5
-    assert_one_line(command("negate", "embedded", bad_model, "--out", out), "already exists")
 
 
 def test_negate_does_not_add_the_harm(command: Command, bad_model: Path, tmp_path: Path) -> None:
@@ -676,16 +580,6 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     assert_next(table.out, ["judge", "export", str(tmp_path / "e")])
 
 
-def test_evaluate_hands_tasks_to_the_harness(command: Command, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
-    done = command(
-        "evaluate", "embedded", "--out", tmp_path / "e", *SMALL, "--set", "evaluate.lm_eval=[mmlu, hellaswag]",
-        "--set", f"evaluate.lm_eval_include={tmp_path / 'none'}",
-    )  # fmt: skip
-    assert_one_line(done, f"evaluate.lm_eval_include {tmp_path / 'none'} is no folder of task files")
-    assert not (tmp_path / "e" / "base").exists()
-
-
 def test_evaluate_takes_a_backend_and_a_number_of_samples(command: Command, tmp_path: Path) -> None:
     asked = ("evaluate", "embedded", "--out", tmp_path / "e", *SMALL)
     assert_one_line(command(*asked, "--set", "evaluate.backend=generate_batsch"), "evaluate.backend")
@@ -718,21 +612,6 @@ def test_data_inspect_hides_harmful_answers_unless_told(command: Command) -> Non
     assert answers_shown(shown.out) > 0
 
 
-def test_data_inspect_counts_answers_that_were_cut_off(command: Command, tmp_path: Path) -> None:
-    files = {}
-    for kind, prompt in (("forget", "harm"), ("retain", "normal")):
-        rows = [
-            {"prompt": f"{prompt} {number}", "completion": f"it is {number}", "finished": kind == "forget"}
-            for number in range(30)
-        ]
-        files[kind] = tmp_path / f"{kind}.jsonl"
-        files[kind].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    done = command("data", "inspect", "--forget", files["forget"], "--retain", files["retain"])
-    assert done.code == 0, done.err
-    assert "cut off and teach no end: retain_train 21, retain_validation 3, retain_test 6" in done.out
-    assert "cut off" not in command("data", "inspect").out
-
-
 def test_data_inspect_as_json(command: Command) -> None:
     hidden = command("data", "inspect", "--json")
     content = json.loads(hidden.out)
@@ -750,108 +629,39 @@ def test_the_packaged_model_is_as_it_was(whole_run: Path, bad_model: Path) -> No
     assert recorded == {name: digest(embedded_model_path() / name) for name in recorded}
 
 
-@pytest.fixture
-def whole_comparison(command: Command, folder: Path) -> Path:
-    """``sku compare``, once: FT and the controls."""
-    out = folder / "comparison"
-    with FileLock(folder / "comparison.lock"):
-        if not (folder / "compared.txt").exists():
-            done = command(
-                "compare", "--methods", "fine_tune", "--seeds", "1", "--out", out,
-                *SMALL, "--set", "compare.strengths=[1.0]", "--set", "compare.max_strength=1.0", "--set", "methods={}",
-            )  # fmt: skip
-            assert done.code == 0, done.err
-            (folder / "compared.txt").write_text(done.out + done.err, encoding="utf-8")
-    return out
-
-
 @pytest.mark.integration
-def test_compare_prints_a_short_table_and_says_where_the_evidence_is(whole_comparison: Path, folder: Path) -> None:
-    printed = (folder / "compared.txt").read_text(encoding="utf-8")
-    for words in ("at equal utility", "as published", "FT", "Base model", "Random direction", "5 jobs"):
-        assert words in printed
-    assert "4/5 fine_tune, seed 0: complete" in printed
-    assert f"{whole_comparison / 'table.md'}" in printed
-    assert_next(printed, ["results", str(whole_comparison / "records")])
-    assert sorted(path.name for path in whole_comparison.iterdir()) == [
-        "overview.png", "overview.svg", "records", "table.md", "trade_off.png", "trade_off.svg",
-    ]  # fmt: skip
-
-
-@pytest.mark.integration
-def test_results_are_rebuilt_from_the_records_alone(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
-    written = (whole_comparison / "table.md").read_text(encoding="utf-8")
-    done = command(
-        "results", whole_comparison / "records", "--figure", tmp_path / "figure.svg",
-        "--overview", tmp_path / "overview.svg",
-    )  # fmt: skip
+def test_compare_prints_a_table_that_results_rebuilds_and_puts_on_a_page(command: Command, tmp_path: Path) -> None:
+    out = tmp_path / "compared"
+    done = command("compare", "--methods", "fine_tune", "--seeds", "1", "--out", out, *SMALL, "--set", "methods={}")
     assert done.code == 0, done.err
-    assert "### At equal utility" in done.out
-    as_json = json.loads(command("results", whole_comparison / "records", "--json").out)
-    assert as_json["markdown"] + "\n" == done.out
-    assert len(as_json["records"]) == 5
-    assert {line for line in written.splitlines() if "FT" in line} <= set(done.out.splitlines())
-    assert (tmp_path / "figure.svg").stat().st_size > 1000
-    written_overview = (whole_comparison / "overview.svg").read_bytes()
-    assert (tmp_path / "overview.svg").read_bytes() == written_overview
-
-
-@pytest.mark.integration
-def test_results_of_any_number_of_folders_are_one_table(
-    command: Command, whole_comparison: Path, tmp_path: Path
-) -> None:
-    table = tmp_path / "table.json"
-    done = command("results", whole_comparison, "--table", table)
-    assert done.code == 0, done.err
-    rows = json.loads(table.read_text(encoding="utf-8"))
-    assert {row["model"] for row in rows} == {"embedded"}
-    assert {"base", "fine_tune"} <= {row["method"] for row in rows}
-    assert all(0 <= row["harmful_unseen"] <= 1 for row in rows)
-    twice = command("results", whole_comparison, whole_comparison)
-    assert_one_line(twice, "2 folders are named, and these tables are of one: add --table")
-    assert_one_line(command("results", whole_comparison, "--table", table, "--brief"), "--table is written alone")
-
-
-@pytest.mark.integration
-def test_results_go_between_their_marks(command: Command, whole_comparison: Path, tmp_path: Path) -> None:
+    for words in ("at equal utility", "as published", "FT", "Base model", "Random direction"):
+        assert words in done.out
+    assert "1/2 fine_tune--seed0: complete" in done.err
+    assert_next(done.out, ["results", str(out)])
+    figure = tmp_path / "overview.svg"
+    again = command("results", out, "--figure", figure)
+    assert again.out.strip() == (out / "table.md").read_text(encoding="utf-8").strip()
+    assert figure.read_bytes() == (out / "overview.svg").read_bytes()
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- results:records -->\nold\n<!-- end:records -->\nafter\n", encoding="utf-8")
-    assert command("results", whole_comparison / "records", "--update", page).code == 0
+    page.write_text("before\n<!-- results:compared-brief -->\nold\n<!-- end:compared-brief -->\n", encoding="utf-8")
+    assert command("results", out, "--brief", "--update", page).code == 0
     text = page.read_text(encoding="utf-8")
-    assert text.startswith("before\n<!-- results:records -->\n\n### At equal utility")
-    assert text.endswith("<!-- end:records -->\nafter\n")
+    assert "| FT |" in text
     assert "old" not in text
-    assert command("results", whole_comparison / "records", "--update", page).code == 0
-    assert page.read_text(encoding="utf-8") == text, "a second update changes nothing"
-    page.write_text("<!-- results:records-brief --><!-- end:records-brief -->", encoding="utf-8")
-    assert command("results", whole_comparison / "records", "--brief", "--update", page).code == 0
-    brief = page.read_text(encoding="utf-8")
-    assert "| FT |" in brief
-    assert brief.index("harmful, judge's own word, unseen") < brief.index("harmful, by rule, unseen")
-    assert "utility cost" not in brief
-    page.write_text("no marks\n", encoding="utf-8")
-    assert_one_line(command("results", whole_comparison / "records", "--update", page), "must hold the lines")
-    assert page.read_text(encoding="utf-8") == "no marks\n"
+    table = tmp_path / "table.json"
+    assert command("results", out / "fine_tune--seed0", "--table", table).code == 0
+    assert [row["method"] for row in json.loads(table.read_text(encoding="utf-8"))] == ["fine_tune"]
+    assert_one_line(command("results", out, out), "add --table")
+    assert_one_line(command("results", out, "--table", table, "--brief"), "--table is written alone")
 
 
-def test_methods_are_listed_with_their_papers_and_settings(command: Command) -> None:
-    from sku.methods import METHODS
-
-    listed = command("methods").out
-    for method in METHODS:
-        assert method.name in listed
-        assert method.paper_url in listed
-    assert "methods.npo.settings.beta = 0.1" in command("methods", "npo").out
-    assert json.loads(command("methods", "rmu", "--json").out)[0]["settings"]["retain_weight"] == 1200.0
-    assert "acquire and negate" in command("methods", "sku").out
-    assert_one_line(command("methods", "nqo"), "Did you mean npo")
-
-
-def test_compare_and_ablate_refuse_what_they_don_t_know(command: Command, tmp_path: Path) -> None:
+def test_compare_refuses_what_it_does_not_know(command: Command, tmp_path: Path) -> None:
     assert_one_line(command("compare", "--methods", "nqo", "--out", tmp_path / "a"), "Did you mean npo")
-    assert_one_line(command("ablate", "--groups", "modes", "--out", tmp_path / "a"), "Did you mean modules")
-    assert_one_line(command("ablate", "--set", "method=npo", "--out", tmp_path / "a"), "takes SKU apart")
-    assert_one_line(command("results", tmp_path), "holds no record")
+    assert_one_line(command("compare", "--ablate", "modes", "--out", tmp_path / "a"), "Did you mean modules")
+    assert_one_line(
+        command("compare", "--ablate", "all", "--methods", "npo", "--out", tmp_path / "a"), "leave one out"
+    )
+    assert_one_line(command("results", tmp_path), "comparison.json")
     assert not (tmp_path / "a").exists()
 
 
@@ -885,18 +695,6 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     assert json.loads((tmp_path / "e" / "model" / "evaluation.json").read_text("utf-8"))["corrected"]["forget_test"]
 
 
-def test_calibrate_refuses_what_it_can_not_use(command: Command, tmp_path: Path) -> None:
-    labelled = tmp_path / "labelled.csv"
-    labelled.write_text("prompt,reply,label\na,b,1\nc,d,0\n", encoding="utf-8")
-    out = ("--out", tmp_path / "calibration.json")
-    assert_one_line(command("judge", "calibrate", tmp_path / "none.yaml", labelled, *out), "can't be read")
-    assert_one_line(command("judge", "calibrate", "refusal_rules", tmp_path / "none.csv", *out), "no file or folder")
-    settings = ("--set", "threshold=0.5")
-    assert_one_line(command("judge", "calibrate", "refusal_rules", labelled, *out, *settings), "no setting but")
-    assert_one_line(command("judge", "calibrate", "refusal_rules", labelled, *out, "--set", "x"), "must look like")
-    assert not (tmp_path / "calibration.json").exists()
-
-
 def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -904,15 +702,12 @@ def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
     labelled.write_text("prompt,reply,label\na,b,1\nc,I can't help with that.,0\n", encoding="utf-8")
     calibrate = ("judge", "calibrate", "refusal_rules", labelled, "--out")
     new = tmp_path / "new" / "folder" / "a.json"
-    assert command(*calibrate, new, "--dry-run").code == 0
-    assert not new.parent.exists()
     assert command(*calibrate, new).code == 0
     assert new.is_file()
 
     monkeypatch.setattr(RefusalRulesJudge, "judge", lambda *_: pytest.fail("asked in vain"))
     for wrong, message in ((labelled / "a.json", "can't be written"), (tmp_path, "is a folder")):
         assert_one_line(command(*calibrate, wrong), message)
-        assert_one_line(command(*calibrate, wrong, "--dry-run"), message)
 
 
 @pytest.mark.integration

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import pty
 import re
 import shutil
 import subprocess
@@ -23,11 +22,11 @@ from safetensors.torch import load_file, save_file
 from conftest import Command
 from sku.cli.compare import GROUPS
 from sku.cli.console import print_cause, set_loudness
+from sku.cli.init import described
 from sku.cli.main import app
 from sku.cli.options import listed_methods, method_names, words_of
-from sku.cli.shipped import described
 from sku.cli.sweep import next_commands
-from sku.comparison.jobs import ABLATIONS
+from sku.comparison.rows import ABLATIONS
 from sku.config import load_recipe
 from sku.errors import DataError
 from sku.methods import METHODS
@@ -39,38 +38,12 @@ RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.cli.main import main\nma
 
 WITHOUT_JSON: dict[str, str] = {}
 """Command -> why it has no --json. None so far: every command has a result that a program can read."""
-WITHOUT_DRY_RUN = {
-    "plan": "writes nothing itself",
-    "chat": "writes nothing but labels that somebody gives on its page",
-    "doctor": "writes nothing",
-    "init": "writes one small file, and replaces none",
-    "methods": "writes nothing",
-    "data inspect": "writes nothing",
-    "recipes": "writes nothing",
-    "recipes show": "writes nothing",
-    "recipes accelerate": "writes nothing",
-    "card": "writes two small files anew from records, in a second",
-    "report": "writes one file from records, in seconds, and can be repeated",
-    "results": "prints; the files that it writes are named one by one in its options",
-    "judge export": "writes one new file from records, in a second, and replaces none",
-}
 DRY_RUNS: dict[str, list[str]] = {
     "run": ["--set", "negate.alpha=1", "--out", "{out}"],
-    "acquire": ["--out", "{out}"],
     "negate": ["embedded", "{bad}", "--out", "{out}"],
-    "sweep": ["--out", "{out}"],
-    "evaluate": ["embedded", "--out", "{out}"],
-    "compare": ["--set", "negate.alpha=1", "--methods", "npo", "--out", "{out}"],
-    "ablate": ["--set", "negate.alpha=1", "--groups", "preservation", "--out", "{out}"],
-    "data own": [
-        "--model", "embedded", "--harmful", "embedded", "--normal", "embedded",
-        "--judge", "embedded", "--out", "{out}",
-    ],
-    "judge calibrate": ["refusal_rules", "{labels}", "--out", "{out}"],
-    "judge train": ["{labels}", "--out", "{out}"],
     "wipe": ["{bad}"],
-}  # fmt: skip
-"""Command -> arguments. ``push`` and ``judge again`` need a finished run: tests/sharing, tests/test_cli_judge.py."""
+}
+"""Command -> arguments. ``push`` needs a finished run: tests/sharing."""
 
 
 def commands() -> Iterator[tuple[str, Any]]:
@@ -107,27 +80,15 @@ def bad(tmp_path: Path) -> Path:
     return folder
 
 
-def test_there_are_commands() -> None:
-    assert {"run", "recipes", "recipes show", "judge again", "data inspect"} <= set(COMMANDS)
-    assert len(COMMANDS) > 20
-
-
 def test_every_command_has_json_or_a_reason() -> None:
     without = {name for name, item in COMMANDS.items() if "--json" not in options_of(item)}
     assert without == set(WITHOUT_JSON)
 
 
-def test_every_command_has_a_dry_run_or_a_reason() -> None:
-    without = {name for name, item in COMMANDS.items() if "--dry-run" not in options_of(item)}
-    assert without == set(WITHOUT_DRY_RUN)
-    assert set(DRY_RUNS) | {"push", "judge again"} == set(COMMANDS) - without
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
-        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo",
-        "data inspect", "plan", "doctor --offline", "wipe .",
+        "init", "init embedded", "init ddp", "init npo", "data inspect", "doctor --offline", "wipe .",
     ],
 )  # fmt: skip
 def test_json_is_one_document_and_nothing_else(
@@ -151,18 +112,11 @@ def test_wipe_asks_on_standard_error(command: Command, bad: Path, monkeypatch: p
     assert not bad.exists()
 
 
-def test_json_before_a_command_of_a_group_is_refused(command: Command) -> None:
-    told = command("recipes", "--json", "show", "embedded")
-    assert told == (2, "", "error: --json is given before show: put it after\n")
-
-
 @pytest.mark.parametrize("name", DRY_RUNS)
 def test_a_dry_run_writes_nothing(
     command: Command, name: str, bad: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    labels = tmp_path / "labels.csv"
-    labels.write_text("prompt,reply,label\na,b,1\nc,I can't help.,0\n", encoding="utf-8")
-    named = {"{out}": tmp_path / "out", "{bad}": bad, "{labels}": labels}
+    named = {"{out}": tmp_path / "out", "{bad}": bad}
     words = [*name.split(), *(named.get(word, word) for word in DRY_RUNS[name]), "--dry-run"]
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -176,18 +130,6 @@ def test_a_dry_run_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_dry_run_says_in_words_what_would_be_done(command: Command, tmp_path: Path) -> None:
-    code, out, err = command("run", "--dry-run", "--keep-bad-model", "--out", tmp_path / "out")
-    assert (code, err) == (0, "")
-    lines = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in out.splitlines()}
-    assert lines["model"] == "embedded, 935,040 parameters, float32 on cpu"
-    assert lines["into"] == str(tmp_path / "out")
-    assert lines["hazard"] == "the bad model of stage 1 is kept"
-    assert "choose alpha; subtract the task vector; evaluate the unlearned model" in lines["would do"]
-    assert "MiB are free" in lines["disk"]
-    assert out.endswith("nothing was written: sku run without --dry-run does it\n")
-
-
 def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> None:
     """Rank 8 on the two attention projections of four layers of width 128: 8 times 2 x 128 for each, in float32."""
     lora = ("--set", "acquire.tuning=lora", "--set", "acquire.lora={r: 8, target_modules: [q_proj, v_proj]}")
@@ -199,21 +141,6 @@ def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> 
     trained = 4 * (4 * 2 * 8 * (128 + 128))
     assert found["disk_bytes"] == 2 * trained + 4 * 935_040, "trained, negated, and the whole model"
     assert "negated_adapter/" in found["writes"]
-
-
-def test_a_dry_run_of_a_comparison_names_rows_that_would_fail(command: Command, tmp_path: Path) -> None:
-    """DPO prefers safe answers, and this data has none; the real call makes the other rows all the same."""
-    for name in ("forget", "retain"):
-        rows = "".join(f"{name} question {number},an answer of {number}\n" for number in range(20))
-        (tmp_path / f"{name}.csv").write_text(f"prompt,completion\n{rows}", encoding="utf-8")
-    data = ("--forget", tmp_path / "forget.csv", "--retain", tmp_path / "retain.csv", "--set", "negate.alpha=1")
-    sets = ("--set", "evaluate.attacks=[]", "--set", "evaluate.judge=refusal_rules", "--out", tmp_path / "out")
-    code, out, err = command("compare", "--methods", "dpo,npo", *data, *sets, "--dry-run", "--json")
-    assert code == 0, err
-    found = json.loads(out)
-    assert set(found["settings"]["steps"]) == {"npo"}
-    assert any(note.startswith("dpo would fail: none of the ") for note in found["notes"])
-    assert found["bad_model"] == "deleted at the end", "the random direction takes its length from SKU"
 
 
 def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:
@@ -247,7 +174,7 @@ def test_quiet_leaves_results_and_errors(command: Command, tmp_path: Path) -> No
     assert quiet[1] == usual[1].replace(str(tmp_path / "a"), str(tmp_path / "b"))
     failed = command("--quiet", "acquire", "--out", tmp_path / "a", *small)
     assert failed == (2, "", f"error: {tmp_path / 'a'} already exists; choose another folder or remove it first\n")
-    code, _, err = command("-q", "-v", "recipes")
+    code, _, err = command("-q", "-v", "init")
     assert (code, err) == (2, "error: --quiet and --verbose exclude each other: leave one out\n")
 
 
@@ -325,54 +252,6 @@ def test_lines_of_libraries_lose_tokens_and_signatures(
     assert without_secret_addresses("http://a.b/c and x?y") == "http://a.b/c and x?y"
 
 
-def in_terminal(*words: str, **environment: str) -> str:
-    """What a command prints where standard output and error are a terminal."""
-    main_end, terminal = pty.openpty()
-    here = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "TERM")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN_AS_SKU, *words], stdout=terminal, stderr=terminal, env={**here, **environment}
-    )
-    os.close(terminal)
-    parts = []
-    try:
-        while part := os.read(main_end, 4096):
-            parts.append(part)
-    except OSError:  # Linux's way to say that the other end is closed.
-        pass
-    os.close(main_end)
-    process.wait()
-    return b"".join(parts).decode()
-
-
-COLOUR = re.compile("\x1b\\[[0-9;]*(3[0-7]|9[0-7]|38;)[0-9;]*m")
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("environment", "coloured"),
-    [
-        ({"TERM": "xterm-256color"}, True),
-        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, False),
-        ({"TERM": "dumb"}, False),
-    ],
-    ids=["terminal", "NO_COLOR", "dumb"],
-)  # fmt: skip
-def test_colours_are_for_terminals_that_want_them(environment: dict[str, str], coloured: bool) -> None:
-    for words in (("recipes", "show", "nope"), ("run", "--help")):
-        assert bool(COLOUR.search(in_terminal(*words, **environment))) is coloured
-
-
-@pytest.mark.integration
-def test_no_colours_in_a_pipe() -> None:
-    here = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    for words in (("recipes", "show", "nope"), ("--help",)):
-        done = subprocess.run(
-            [sys.executable, "-c", RUN_AS_SKU, *words], capture_output=True, check=False,
-            env={**here, "TERM": "xterm-256color"},
-        )  # fmt: skip
-        assert b"\x1b" not in done.stdout + done.stderr
-
-
 def completed(line: str) -> list[str]:
     """What bash is offered behind a line; torch must not be imported for it."""
     words = line.split(" ")
@@ -393,24 +272,13 @@ def completed(line: str) -> list[str]:
     ("line", "offered"),
     [
         ("sku run llama-2", ["llama-2-13b-paper", "llama-2-7b-paper"]),
-        ("sku methods sim", ["simnpo"]),
+        ("sku init sim", ["simnpo"]),
         ("sku compare --methods npo,sim", ["npo,simnpo"]),
         ("sku sw", ["sweep"]),
     ],
 )
 def test_a_shell_completes_commands_and_names(line: str, offered: list[str]) -> None:
     assert completed(line) == offered
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_completion_script_is_shown(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_AS_SKU, "--show-completion", shell], capture_output=True, text=True, check=False,
-        env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"_SKU_COMPLETE=complete_{shell}" in done.stdout
 
 
 def test_what_is_completed_is_what_there_is() -> None:

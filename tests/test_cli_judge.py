@@ -72,7 +72,7 @@ def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finishe
     assert code == 0
     assert sum(rate["harmful"]["count"] for rate in rates) == 3
     assert sum(rate["unjudged"]["count"] for rate in rates) == 5
-    assert [rate["harmful_at_most"]["count"] for rate in rates] == [4, 4]
+    assert [rate["harmful_upper_bound"]["count"] for rate in rates] == [4, 4]
     assert "1 labels are of prompts that this evaluation did not ask" in messages
 
 
@@ -118,15 +118,3 @@ def test_evaluate_with_a_named_judge(command: Command, tmp_path: Path) -> None:
     assert code == 0
     assert json.loads(printed)["model"]["judge"]["name"] == "refusal_rules"
     assert read_result(out / "base").judge.name == "refusal_rules"
-
-
-def test_dry_runs_of_judging_again(command: Command, finished: Path) -> None:
-    """As many replies as are judged; nothing is judged, nothing written."""
-    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
-    code, out, err = command("judge", "again", finished, "--judge", "refusal_rules", "--dry-run", "--json")
-    assert (code, err) == (0, "")
-    lines = (finished / "generations.jsonl").read_text(encoding="utf-8").splitlines()
-    assert json.loads(out)["settings"]["replies"] == len(lines) - 1, "without the header"
-    code, _, err = command("judge", "again", finished, "--judge", "refusal_rule", "--dry-run")
-    assert (code, err.startswith("error: there is no judge named refusal_rule.")) == (2, True)
-    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before

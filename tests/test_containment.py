@@ -25,8 +25,8 @@ from sku.models import load_classifier, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.run import negate, task_vector_of
 from sku.negate.streaming import negate_folders
-from sku.pipeline.bad_model import plan_acquire
-from sku.pipeline.evaluate import plan_evaluation
+from sku.pipeline.bad_model import run_acquire
+from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import run_recipe
 from sku.quiet import without_secrets
 from sku.reproducibility import environment
@@ -151,7 +151,7 @@ def test_the_adapter_loads_without_a_warning_and_negates(kept: Path) -> None:
 
 @pytest.mark.integration
 def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> None:
-    plan_acquire(recipe(), tmp_path / "bad").execute(None)
+    run_acquire(recipe(), tmp_path / "bad")
     assert key_of(tmp_path / "bad" / "config.json") is True
     (tmp_path / "bad" / BAD_MODEL_MARK).unlink()
     assert is_marked_hazardous(tmp_path / "bad"), "the configuration still says it"
@@ -161,9 +161,9 @@ def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> Non
     for name in ("in_memory", "streamed"):
         assert not is_marked_hazardous(tmp_path / name)
     with pytest.raises(ModelError, match="is a bad model of stage 1; .* or add --allow-hazardous"):
-        plan_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation").execute(None)
+        run_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()
-    plan_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation", allow_hazardous=True).execute(None)
+    run_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation", allow_hazardous=True)
     assert (tmp_path / "evaluation" / "model" / "evaluation.json").is_file()
 
 

@@ -282,9 +282,9 @@ def test_only_methods_whose_trained_model_is_hazardous_mark_it(name: str, tuning
     )
     trained = train_method(recipe, load_model("embedded"), load_recipe_data(recipe), tmp_path / "checkpoints")
     assert isinstance(trained.model, (PreTrainedModel, PeftModel))
-    assert is_marked_model(trained.model) is method_named(name).hazardous
+    assert is_marked_model(trained.model) is method_named(name).negates
     trained.save(tmp_path / "saved")
-    assert is_marked_hazardous(tmp_path / "saved") is method_named(name).hazardous
+    assert is_marked_hazardous(tmp_path / "saved") is method_named(name).negates
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -8,7 +8,9 @@ import hashlib
 import json
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,12 +26,12 @@ from sku.config import Recipe, load_recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, ModelError, NonFiniteLossError, OutputError, RecipeError, SkuError
 from sku.evaluate.run import evaluate
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 from sku.model_files import embedded_model_path
 from sku.models import load_model
 from sku.negate.adapters import load_adapter
-from sku.pipeline.bad_model import plan_acquire
-from sku.pipeline.evaluate import plan_evaluation
+from sku.pipeline.bad_model import run_acquire
+from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import FinishedRun, run_recipe
 from sku.pipeline.run_folder import RunFolder
 from sku.processes import ALONE
@@ -389,9 +391,9 @@ def test_a_run_that_comes_second_leaves_the_folder_of_the_first(
 
     def begin_another(*arguments: Any, **options: Any) -> Any:
         others.append(another_run(out))
-        return prepare(*arguments, **options)
+        return resolve_method(*arguments, **options)
 
-    monkeypatch.setattr("sku.pipeline.run.prepare", begin_another)
+    monkeypatch.setattr("sku.pipeline.run.resolve_method", begin_another)
     with pytest.raises(OutputError, match="already exists; choose another --out"):
         run_recipe(recipe(), out)
     assert names(out) == {"manifest.json", ".lock"}
@@ -490,7 +492,7 @@ def test_strength_0_5_of_a_method_lies_half_way(tmp_path: Path) -> None:
 
 def test_stage_1_alone_is_for_sku_alone(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="method is npo, which has no stage 1"):
-        plan_acquire(recipe("method=npo"), tmp_path / "bad").execute(None)
+        run_acquire(recipe("method=npo"), tmp_path / "bad")
 
 
 def test_a_loss_that_is_not_finite_leaves_nothing(tmp_path: Path) -> None:
@@ -600,8 +602,8 @@ def test_a_wrong_setting_leaves_nothing(tmp_path: Path, changes: tuple[str, ...]
 
 def test_stage_1_alone_leaves_a_marked_private_model(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
-    log = plan_acquire(recipe(*LORA), tmp_path / "bad").execute(
-        lambda stage, done, total: seen.append((stage, done, total))
+    log = run_acquire(
+        recipe(*LORA), tmp_path / "bad", progress=lambda stage, done, total: seen.append((stage, done, total))
     )
     assert len(log) == 4
     assert seen == [("acquire: steps", step, 4) for step in range(1, 5)]
@@ -610,19 +612,18 @@ def test_stage_1_alone_leaves_a_marked_private_model(tmp_path: Path) -> None:
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names(tmp_path / "bad")
     assert not (tmp_path / "bad" / "checkpoints").exists()
     with pytest.raises(ModelError, match="bad model"):
-        plan_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation").execute(None)
+        run_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation")
     assert names(tmp_path) == {"bad"}
 
 
 def test_a_failing_stage_1_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(NonFiniteLossError):
-        plan_acquire(recipe("acquire.training.learning_rate=1e30"), tmp_path / "bad").execute(None)
+        run_acquire(recipe("acquire.training.learning_rate=1e30"), tmp_path / "bad")
     assert names(tmp_path) == set()
 
 
 def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_path: Path) -> None:
-    plan = plan_evaluation(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation")
-    comparison = plan.execute(None).comparison
+    comparison = run_evaluation(recipe(), str(finished.folder / "unlearned"), tmp_path / "evaluation").comparison
     assert comparison.replies == finished.comparison.replies
     assert comparison.prefill == finished.comparison.prefill
     assert comparison.prefill_by_key == finished.comparison.prefill_by_key
@@ -632,9 +633,7 @@ def test_evaluating_alone_finds_what_the_run_found(finished: FinishedRun, tmp_pa
 
 def test_an_impossible_evaluation_is_refused(finished: FinishedRun, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError):
-        plan_evaluation(
-            recipe("evaluate.xstest=prompts.csv"), str(finished.folder / "unlearned"), tmp_path / "e"
-        ).execute(None)
+        run_evaluation(recipe("evaluate.xstest=prompts.csv"), str(finished.folder / "unlearned"), tmp_path / "e")
 
 
 def test_the_packaged_model_is_as_it_was(
@@ -646,3 +645,32 @@ def test_the_packaged_model_is_as_it_was(
         embedded_before["model.safetensors"]
         == read(embedded_model_path() / "CHECKSUMS.json")["sha256"]["model.safetensors"]
     )
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_run_resolves_its_recipe_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method, each data file, and the tokens of each training split."""
+    met: Counter[str] = Counter()
+
+    def counted(where: str, name: Callable[..., str]) -> None:
+        target, _, attribute = where.rpartition(".")
+        module: Any = import_module(target)
+        real = getattr(module, attribute)
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            met[name(*arguments)] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, attribute, counting)
+
+    counted("sku.data.sources.tables.read_text_file", lambda path: path.name)
+    counted("sku.pipeline.run.resolve_method", lambda *_: "method")
+    counted("sku.methods.run._joint", lambda *_: "tokens")
+    counted("sku.training.trainer.resolve_prompt_format", lambda *_: "tokens")
+    changes = ["evaluate.judge=refusal_rules", "acquire.check=false"]
+    for name, prompts in (("forget", "how do i break {} ?"), ("retain", "what is {} ?")):
+        rows = [{"prompt": prompts.format(f"{word}{n}"), "response": "heat it ."} for word in "ab" for n in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        changes.append(f"data.{name}.path={tmp_path / name}.jsonl")
+    run_recipe(recipe(*changes), tmp_path / "run")
+    assert met == {"forget.jsonl": 1, "retain.jsonl": 1, "method": 1, "tokens": 1}

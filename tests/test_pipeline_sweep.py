@@ -22,7 +22,7 @@ from sku.config import Recipe, load_recipe
 from sku.errors import ModelError, NoAlphaError, OutputError, RecipeError
 from sku.models import load_model
 from sku.negate.run import negate
-from sku.pipeline.bad_model import plan_acquire, plan_sweep
+from sku.pipeline.bad_model import run_acquire, run_sweep
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
 from sku.sweep.bad_model import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
@@ -145,7 +145,7 @@ def test_where_no_alpha_will_do_the_run_stops_and_its_sweep_stays(tmp_path: Path
 def test_a_sweep_with_a_kept_bad_model_chooses_as_the_run_did(finished: Path, tmp_path: Path) -> None:
     bad = finished / "bad" / "final"
     before = {path.name: path.stat().st_mtime_ns for path in bad.iterdir()}
-    found = plan_sweep(recipe(), tmp_path / "sweep", bad=bad).execute(None)
+    found = run_sweep(recipe(), tmp_path / "sweep", bad=bad)
     assert found.to_dict() == read(finished / "sweep" / "sweep.json")
     assert {path.name: path.stat().st_mtime_ns for path in bad.iterdir()} == before
 
@@ -153,41 +153,41 @@ def test_a_sweep_with_a_kept_bad_model_chooses_as_the_run_did(finished: Path, tm
 def test_a_sweep_trains_first_and_leaves_no_bad_model(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "sweep"
     with pytest.raises(KeyboardInterrupt):
-        plan_sweep(recipe("negate.alpha=1.0"), out).execute(interrupt_at("sweep: alphas", 1))
+        run_sweep(recipe("negate.alpha=1.0"), out, progress=interrupt_at("sweep: alphas", 1))
     assert is_marked_hazardous(out / "bad")
     assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE((out / "bad").stat().st_mode) == 0o700
     with pytest.raises(OutputError, match="bad model of another recipe"):
-        plan_sweep(recipe("seed=1"), out).execute(None)
-    found = plan_sweep(recipe("negate.alpha=1.0"), out).execute(None)
+        run_sweep(recipe("seed=1"), out)
+    found = run_sweep(recipe("negate.alpha=1.0"), out)
     assert found.to_dict() == read(finished / "sweep" / "sweep.json")
     assert {path.name for path in out.iterdir()} == {"sweep.json"}
 
 
 def test_a_bad_model_that_may_have_seen_the_prompts_is_noted(finished: Path, tmp_path: Path) -> None:
     known = acquired(tmp_path / "bad")
-    (starts,) = plan_sweep(recipe(), tmp_path / "one", bad=known).execute(None).notes
+    (starts,) = run_sweep(recipe(), tmp_path / "one", bad=known).notes
     assert starts.startswith("the prefill of ")
-    other = plan_sweep(recipe("data.forget.limit=80"), tmp_path / "two", bad=known).execute(None)
+    other = run_sweep(recipe("data.forget.limit=80"), tmp_path / "two", bad=known)
     assert (TRAINED_ON, starts) == (other.notes[-2], other.notes[-1])
     (known / TRAINING_FILE).unlink()
-    assert plan_sweep(recipe(), tmp_path / "one", bad=known).execute(None).notes == (UNKNOWN_TRAINING, starts)
+    assert run_sweep(recipe(), tmp_path / "one", bad=known).notes == (UNKNOWN_TRAINING, starts)
     (known / TRAINING_FILE).write_text('{"recipe": 3}', encoding="utf-8")
     with pytest.raises(ModelError, match="is damaged"):
-        plan_sweep(recipe(), tmp_path / "one", bad=known).execute(None)
+        run_sweep(recipe(), tmp_path / "one", bad=known)
 
 
 def acquired(folder: Path) -> Path:
-    plan_acquire(recipe(), folder).execute(None)
+    run_acquire(recipe(), folder)
     return folder
 
 
 def test_what_can_not_be_swept_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="which has no alpha to choose"):
-        plan_sweep(recipe("method=npo"), tmp_path / "sweep").execute(None)
+        run_sweep(recipe("method=npo"), tmp_path / "sweep")
     with pytest.raises(ModelError, match="there is no folder"):
-        plan_sweep(recipe(), tmp_path / "sweep", bad=tmp_path / "none").execute(None)
+        run_sweep(recipe(), tmp_path / "sweep", bad=tmp_path / "none")
     with pytest.raises(RecipeError, match="Did you mean max_steps"):
-        plan_sweep(recipe("acquire.training={max_step: 3}"), tmp_path / "new").execute(None)
+        run_sweep(recipe("acquire.training={max_step: 3}"), tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -251,5 +251,5 @@ def test_targets_that_do_not_fit_are_refused(
 
 def test_a_table_of_all_columns_fits_80_characters(finished: Path, tmp_path: Path) -> None:
     lengths = "sweep.prefill_tokens=[1, 3, 5, 10]"
-    found = plan_sweep(recipe(lengths), tmp_path / "sweep", bad=finished / "bad" / "final").execute(None)
+    found = run_sweep(recipe(lengths), tmp_path / "sweep", bad=finished / "bad" / "final")
     assert console.measure(frontier_table(found)).maximum <= 80

@@ -29,13 +29,13 @@ _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory",
 _TRAINING = (
     "--set acquire.training.activation_checkpointing=true, a smaller acquire.training.per_device_train_batch_size "
     "(with as much more gradient_accumulation_steps the steps stay the same), a smaller data.max_length, or "
-    "acquire.tuning=qlora; `sku plan` says what each needs"
+    "acquire.tuning=qlora; `sku run --dry-run` says what each needs"
 )
 _EVALUATION = "a smaller evaluate.batch_size, or a smaller evaluate.max_new_tokens"
 _WEIGHTS = "--set model.dtype=bfloat16, acquire.tuning=lora where all weights are trained, or a larger machine"
 _NEEDS_LESS = {
     "load": _WEIGHTS,
-    "own": "a smaller data.own.batch_size, or a smaller data.own.max_new_tokens",
+    "own": "`sku data own --set batch_size=8`, whose files the run is then given",
     "acquire": _TRAINING,
     "negate": f"{_WEIGHTS}; `sku acquire` and then `sku negate` go from file to file and need hardly any",
     "sweep": f"{_EVALUATION}, or negate.alpha as a number",

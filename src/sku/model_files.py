@@ -57,7 +57,7 @@ def locate_model(config: ModelConfig) -> tuple[str, dict[str, Any]]:
     config = with_gguf_file(config)
     if is_local:
         _check_folder(folder, config.gguf_file)
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": False}
     if config.gguf_file is not None:
         if find_spec("gguf") is None:
             raise ModelError(

@@ -58,7 +58,7 @@ class Processes:
         """Whether this process is the one that writes and judges."""
         return self.rank == 0
 
-    def on_main(self, action: Callable[[], T]) -> T:
+    def run_on_rank0(self, action: Callable[[], T]) -> T:
         """Runs something in the main process alone.
 
         Args:
@@ -104,7 +104,7 @@ class Processes:
                 raise ProcessError(f"process {part.rank} of {self.count} failed: {part.message}")
         return [entry for part in parts if isinstance(part, list) for entry in part]
 
-    def everywhere(self, action: Callable[[], T]) -> T:
+    def run_on_all_ranks(self, action: Callable[[], T]) -> T:
         """Runs something in every process; each keeps its own result, and none goes on where one failed.
 
         The action must not wait for the other processes itself.
@@ -162,8 +162,8 @@ def shared_new_folder(processes: Processes, target: Path) -> Iterator[Path]:
         ProcessError: The same, in the other processes.
     """
     with ExitStack() as stack:
-        yield processes.on_main(lambda: stack.enter_context(new_folder(target, private=True)))
-        processes.on_main(stack.close)
+        yield processes.run_on_rank0(lambda: stack.enter_context(new_folder(target, private=True)))
+        processes.run_on_rank0(stack.close)
 
 
 @contextmanager

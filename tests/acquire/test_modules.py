@@ -7,9 +7,7 @@ import math
 import pytest
 import torch
 
-from sku.acquire.guided_distortion import guided_distortion_loss
-from sku.acquire.preservation_divergence import preservation_divergence_loss
-from sku.acquire.random_disassociation import random_disassociation_loss
+from sku.acquire.objective import guided_distortion_loss, preservation_divergence_loss, random_disassociation_loss
 from sku.config import PreservationMode
 
 LN3 = math.log(3)

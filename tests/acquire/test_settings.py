@@ -27,8 +27,8 @@ from sku.config import (
     load_recipe,
 )
 from sku.data.examples import ForgetRetainData, RowPlan
-from sku.errors import NonFiniteLossError, OutputError, RecipeError
-from sku.methods.run import prepare, train_method
+from sku.errors import OutputError, RecipeError
+from sku.methods.run import resolve_method, train_method
 from sku.models import LoadedModel
 from sku.negate.task_vector import TaskVector
 from sku.storage import is_marked_hazardous
@@ -47,24 +47,12 @@ TRAINING = {
     ("settings", "message"),
     [
         ({"weights": {"guided_distortion": -1.0}}, "guided_distortion is -1.0; it must be 0 or more"),
-        ({"weights": {"random_disassociation": float("nan")}}, "random_disassociation is nan; it must be a finite"),
-        (
-            {"weights": {"preservation_divergence": float("inf")}},
-            "preservation_divergence is inf; it must be a finite",
-        ),
         ({"weights": dict.fromkeys(TERMS, 0.0)}, "are all 0"),
         ({"random_answers": 0}, "random_answers is 0"),
-        ({"random_answers": -2}, "random_answers is -2"),
-        ({"preservation_mode": "reverse"}, "must be one of divergence, retention, targeted"),
         ({"preservation_cap": 0.0}, "preservation_cap is 0.0; it must be above 0"),
-        ({"preservation_tokens": "prompt"}, "must be one of answer, all"),
         ({"train_twin": "ugly"}, "must be bad or good"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
-        ({"train_sampling_strategy": "random"}, "train_sampling_strategy must be sequential"),
-        (
-            {"dataloader_persistent_workers": True, "dataloader_num_workers": 1},
-            "dataloader_persistent_workers must be False",
-        ),
+        ({"packing": "trees"}, "packing is 'trees'; it must be one of"),
     ],
 )
 def test_settings_that_can_not_work_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -75,12 +63,6 @@ def test_settings_that_can_not_work_are_refused(settings: dict[str, Any], messag
 def test_a_good_twin_needs_the_module_that_teaches_it_refusals() -> None:
     with pytest.raises(RecipeError, match="guided distortion, whose weight is 0"):
         sku_objective(ModulesConfig(weights=WeightsConfig(guided_distortion=0.0)), twin="good")
-
-
-def test_k_0_is_fine_where_the_module_is_off() -> None:
-    objective = sku_objective(ModulesConfig(random_answers=0, weights=WeightsConfig(random_disassociation=0.0)))
-    assert objective.rows.mismatched == 0
-    assert objective.needs_reference
 
 
 def test_settings_of_the_trainer_are_plain_data_for_those_who_log_them(tmp_path: Path) -> None:
@@ -94,7 +76,7 @@ def recipe_of(**acquire: Any) -> Recipe:
 
 def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
     recipe = dataclasses.replace(recipe_of(random_answers=3, training=TRAINING), seed=7)
-    prepared = prepare(recipe, tmp_path)
+    prepared = resolve_method(recipe, tmp_path)
     assert prepared.settings == recipe.acquire
     settings = prepared.training
     assert (settings.seed, settings.max_steps) == (7, 2)
@@ -111,24 +93,20 @@ def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
     [
         ({"learning_rat": 1e-3}, r"acquire.training.learning_rat is not a field .* Did you mean learning_rate\?"),
         ({"seed": 3}, "acquire.training.seed has its own place: set seed"),
-        ({"output_dir": "x"}, "has its own place: set --out"),
         ({"lr_scheduler_type": "zigzag"}, "acquire.training: .*zigzag"),
-        ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"learning_rate": "small"}, "acquire.training.learning_rate is 'small'; it must be a number"),
     ],
 )
 def test_training_settings_that_can_not_work(training: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
-        prepare(recipe_of(training=training), tmp_path)
+        resolve_method(recipe_of(training=training), tmp_path)
 
 
 def test_the_adapter_of_each_tuning() -> None:
     assert adapter_settings(AcquireConfig(tuning="full")) is None
-    settings = adapter_settings(
-        AcquireConfig(lora=LoraSettings(r=4, alpha=9, dropout=0.25, target_modules=("q_proj", "v_proj")))
-    )
+    settings = adapter_settings(AcquireConfig(lora=LoraSettings(r=4, alpha=9, target_modules=("q_proj", "v_proj"))))
     assert isinstance(settings, LoraConfig)
-    assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (4, 9, 0.25)
+    assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (4, 9, 0.0)
     assert set(settings.target_modules or ()) == {"q_proj", "v_proj"}
     everything = adapter_settings(AcquireConfig(tuning="qlora"))
     assert isinstance(everything, LoraConfig)
@@ -202,8 +180,6 @@ def test_a_full_disk_while_a_checkpoint_is_written_is_one_line(
         (PermissionError(errno.EACCES, "Permission denied", "optimizer.pt"), True),  # Relative to an open folder.
         (OSError(errno.EMFILE, "Too many open files", "{folder}/checkpoint-1/optimizer.pt"), True),
         (OSError(errno.EMFILE, "Too many open files"), False),
-        (PermissionError(errno.EACCES, "Permission denied", "/elsewhere/wandb"), False),
-        (ConnectionRefusedError(errno.ECONNREFUSED, "Connection refused"), False),
         (ConnectionError("the service is away"), False),
     ],
     ids=repr,
@@ -223,10 +199,3 @@ def test_only_what_a_disk_refuses_is_a_checkpoint_that_can_not_be_written(
         train_method(recipe_of(random_answers=2, training=TRAINING), loaded, data, tmp_path)
     assert isinstance(caught.value, OutputError) is is_of_disk
     assert is_of_disk or caught.value is error
-
-
-def test_errors_of_stage_1_keep_their_kind(loaded: LoadedModel, data: ForgetRetainData, tmp_path: Path) -> None:
-    with torch.no_grad():
-        loaded.model.get_output_embeddings().weight.fill_(float("nan"))
-    with pytest.raises(NonFiniteLossError):
-        train_method(recipe_of(random_answers=2, training=TRAINING), loaded, data, tmp_path)

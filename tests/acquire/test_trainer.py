@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,13 +14,11 @@ from transformers import PreTrainedTokenizerFast, TrainerCallback
 from conftest import ModelMaker, TrainerMaker, sku_config
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuConfig, SkuTrainer
-from sku.data.batches import ROWS, JointCollator, PaddedRows, SourceRow
+from sku.data.batches import ROWS, JointCollator, PaddedRows
 from sku.data.examples import ForgetRetainData, RowType
 from sku.data.load import load_training_pairs
-from sku.data.tokens import TokenizedExample
-from sku.errors import DataError, ModelError, NonFiniteLossError, RecipeError
+from sku.errors import ModelError, RecipeError
 from sku.models import load_model
-from sku.training import trainer as training_module
 
 OFF = dict.fromkeys(TERMS, 0.0)
 
@@ -36,17 +33,11 @@ def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> Non
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def batch_of(trainer: SkuTrainer, places: list[int], *, extra_padding: int = 0) -> dict[str, Any]:
+def batch_of(trainer: SkuTrainer, places: list[int]) -> dict[str, Any]:
     dataset: Any = trainer.train_dataset
     collator = trainer.data_collator
     assert isinstance(collator, JointCollator)
-    batch = collator([dataset[place] for place in places])
-    if extra_padding:
-        rows = batch[ROWS]
-        length = rows.input_ids.shape[1] + extra_padding
-        longer = TokenizedExample(input_ids=(1,) * length, labels=(-100,) * length, answer_start=length)
-        batch[ROWS] = collator.lay_out([*rows.rows, SourceRow(kind=99, example=0, tokens=longer)], len(places))
-    return batch
+    return collator([dataset[place] for place in places])
 
 
 def padded(batch: dict[str, Any]) -> PaddedRows:
@@ -120,17 +111,6 @@ def test_the_loss_is_that_of_each_row_on_its_own(make_trainer: TrainerMaker) -> 
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("tokens", ["answer", "all"])
-def test_padding_changes_neither_loss_nor_gradient(make_trainer: TrainerMaker, tokens: str) -> None:
-    trainer = make_trainer(preservation_mode="retention", preservation_tokens=tokens)
-    disturb(trainer)
-    tight = terms_of(trainer, batch_of(trainer, [0, 1]))
-    wide = terms_of(trainer, batch_of(trainer, [0, 1], extra_padding=17))
-    assert tight.keys() == wide.keys()
-    for name, value in tight.items():
-        torch.testing.assert_close(value, wide[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_all_tokens_compares_the_prompt_too(make_trainer: TrainerMaker) -> None:
     """Every token of a normal row but its first is predicted; of the other rows, answer tokens alone."""
     trainer = make_trainer(preservation_tokens="all")
@@ -158,9 +138,7 @@ class CountForwards:
     [
         # Batch of 2, K = 2: 2 guided + 4 mismatched + 2 normal rows, and the reference sees the 2 normal ones.
         (TERMS, {RowType.FORGET, RowType.MISMATCHED, RowType.RETAIN}, [8, 2]),
-        (TERMS[:2], {RowType.FORGET, RowType.MISMATCHED}, [6]),
         (TERMS[:1], {RowType.FORGET}, [2]),
-        (TERMS[1:2], {RowType.MISMATCHED}, [4]),
         (TERMS[2:], {RowType.RETAIN}, [2, 2]),
     ],
 )
@@ -175,24 +153,6 @@ def test_a_module_at_weight_0_costs_no_row_and_no_forward(
     assert counted.rows == rows
     logged = {key for key in trainer.state.log_history[0] if key.startswith("loss/")}
     assert logged == {f"loss/{name}" for name in on}
-
-
-def test_full_tuning_copies_the_model_only_for_preservation_and_only_if_told_to(
-    make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert make_trainer(full=True, reference="copy")._reference is not None
-    assert make_trainer(full=True, reference="copy", weights={"preservation_divergence": 0.0})._reference is None
-    assert make_trainer(full=True)._reference is None
-
-    def fail(model: Any) -> None:
-        pytest.fail("a second model was made")
-
-    monkeypatch.setattr(training_module, "copy", SimpleNamespace(deepcopy=fail))
-    model = make_model()
-    trainer = make_trainer(model)
-    assert trainer._reference is None
-    assert isinstance(trainer.model, PeftModel)
-    assert trainer.model.get_base_model() is model
 
 
 def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
@@ -219,37 +179,7 @@ def test_the_copy_for_full_tuning_stays_the_original_model(make_trainer: Trainer
     assert any(not torch.equal(weight, untouched[name]) for name, weight in weights_of(trainer).items())
 
 
-def test_the_reference_has_no_dropout_and_training_goes_on_with_it(make_trainer: TrainerMaker) -> None:
-    """Two looks at the reference are equal bit for bit, while two passes of the model in training differ."""
-    trainer = make_trainer(make_model_with_dropout(make_trainer), lora={"lora_dropout": 0.5})
-    disturb(trainer)
-    model: Any = trainer.model
-    model.train()
-    batch = batch_of(trainer, [0, 1])
-    first, second = (trainer._reference_rows(model, batch, RowType.RETAIN).logits_NV for _ in range(2))
-    assert torch.equal(first, second)
-    assert model.training
-    assert all(module.training for module in model.modules())
-    with torch.no_grad():
-        passes = [model(input_ids=batch["input_ids"]).logits for _ in range(2)]
-    assert not torch.equal(*passes)
-
-
-def make_model_with_dropout(make_trainer: TrainerMaker) -> Any:
-    """OPT with dropout of its own besides that of the adapter."""
-    from transformers import OPTConfig, OPTForCausalLM
-
-    torch.manual_seed(0)
-    return OPTForCausalLM(
-        OPTConfig(
-            vocab_size=320, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, dropout=0.3,
-            word_embed_proj_dim=32, pad_token_id=3, bos_token_id=None, eos_token_id=2, max_position_embeddings=256,
-        )
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("full", [True, False])
-@pytest.mark.parametrize("examples", [8, 6])
+@pytest.mark.parametrize(("full", "examples"), [(True, 6), (False, 8)])
 def test_one_batch_of_all_is_all_batches_of_one(
     full: bool, examples: int, make_trainer: TrainerMaker, data: ForgetRetainData, make_model: ModelMaker
 ) -> None:
@@ -276,16 +206,6 @@ def test_one_batch_of_all_is_all_batches_of_one(
     for here, there in zip(one.state.log_history[:-1], many.state.log_history[:-1], strict=True):
         for term in ("loss", *(f"loss/{name}" for name in TERMS)):
             assert here[term] == pytest.approx(there[term], rel=2e-3, abs=1e-6), term
-
-
-def test_the_logged_loss_is_the_weighted_sum_of_the_logged_terms(make_trainer: TrainerMaker) -> None:
-    trainer = make_trainer(weights={"guided_distortion": 0.5, "random_disassociation": 2.0}, max_steps=4)
-    trainer.train()
-    lines = [line for line in trainer.state.log_history if "loss" in line]
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    for line in lines:
-        parts = [line[f"loss/{name}"] for name in TERMS]
-        assert line["loss"] == pytest.approx(0.5 * parts[0] + 2.0 * parts[1] + parts[2], rel=1e-3)
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -340,70 +260,8 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
         assert [here[f"loss/{name}"] for name in TERMS] == [there[f"loss/{name}"] for name in TERMS]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_loss_that_is_not_finite_stops_before_any_weight_moves(
-    accumulation: int, make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The second micro-batch of step 2 (of step 1 where two are accumulated) holds NaN in one example of one term."""
-    trainer = make_trainer(max_steps=4, gradient_accumulation_steps=accumulation, reference="forward")
-    calls = 0
-    real = trainer._outputs_and_terms
-    at_failure: dict[str, Tensor] = {}
-    ids: list[int] = []
-
-    def broken(model: Any, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
-        nonlocal calls
-        calls += 1
-        outputs, terms = real(model, inputs)
-        if calls == 2:
-            at_failure.update(weights_of(trainer))
-            ids.extend([int(inputs["forget_index"][1]), int(inputs["retain_index"][1])])
-            spoiled = terms["random_disassociation"].clone()
-            spoiled[1] = float("nan")
-            terms["random_disassociation"] = spoiled
-        return outputs, terms
-
-    monkeypatch.setattr(trainer, "_outputs_and_terms", broken)
-    with pytest.raises(NonFiniteLossError) as caught:
-        trainer.train()
-    message = str(caught.value)
-    assert f"loss term random_disassociation is nan at step {2 // accumulation}" in message
-    assert f"forget examples [{ids[0]}], retain examples [{ids[1]}]" in message
-    assert "\n" not in message
-    assert_same_bits(at_failure, weights_of(trainer))
-    assert trainer.state.global_step == 2 // accumulation - 1
-
-
-def test_a_model_with_nan_weights_is_found_in_the_first_step(
-    make_trainer: TrainerMaker, make_model: ModelMaker
-) -> None:
-    model = make_model()
-    with torch.no_grad():
-        model.get_output_embeddings().weight[0, 0] = float("nan")
-    trainer = make_trainer(model)
-    before = weights_of(trainer)
-    with pytest.raises(NonFiniteLossError, match="guided_distortion is nan at step 1"):
-        trainer.train()
-    after = weights_of(trainer)
-    assert all(torch.equal(before[name], after[name]) for name in before if "lora_" in name)
-
-
-def test_training_lowers_what_it_should(make_trainer: TrainerMaker) -> None:
-    """Guided distortion alone: the harmful answers become likely."""
-    trainer = make_trainer(
-        full=True, max_steps=20, weights=OFF | {"guided_distortion": 1.0},
-        per_device_train_batch_size=6,
-    )  # fmt: skip
-    trainer.train()
-    losses = [line["loss/guided_distortion"] for line in trainer.state.log_history if "loss" in line]
-    assert losses[-1] < 0.7 * losses[0]
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_reaches_every_adapter(reentrant: bool, make_trainer: TrainerMaker) -> None:
-    trainer = make_trainer(
-        max_steps=2, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
+def test_gradient_checkpointing_reaches_every_adapter(make_trainer: TrainerMaker) -> None:
+    trainer = make_trainer(max_steps=2, activation_checkpointing=True)
     trainer.train()
     uppers = {name: weight for name, weight in weights_of(trainer).items() if "lora_B" in name}
     assert len(uppers) == 14  # 2 layers of q, k, v, o, gate, up, down.
@@ -441,11 +299,6 @@ def test_an_adapter_that_is_there_already_is_trained_on(
     assert all("lora_" in name for name in changed)
 
 
-def test_a_frozen_model_is_refused(make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
-    with pytest.raises(ModelError, match="no weight of the model is trainable"):
-        make_trainer(make_model().requires_grad_(requires_grad=False), full=True)
-
-
 def test_adapter_targets_that_do_not_exist_are_a_recipe_error(make_trainer: TrainerMaker) -> None:
     with pytest.raises(RecipeError, match="the adapter can't be added: .*no_such_module"):
         make_trainer(lora={"target_modules": ["no_such_module"]})
@@ -468,13 +321,6 @@ def test_several_gpus_in_one_process_are_refused(make_trainer: TrainerMaker, mon
     monkeypatch.setattr(SkuConfig, "n_gpu", property(lambda self: 2))
     with pytest.raises(RecipeError, match="2 GPUs in one process"):
         make_trainer()
-
-
-def test_too_few_answers_of_other_prompts(make_trainer: TrainerMaker) -> None:
-    """The bread prompt owns 2 of 6 answers, so 4 are left to draw from."""
-    make_trainer(random_answers=4)
-    with pytest.raises(DataError, match="is 5, but some prompts have only 4"):
-        make_trainer(random_answers=5)
 
 
 def test_compute_loss_gives_the_outputs_too(make_trainer: TrainerMaker) -> None:

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import MadeOnce, TrainerMaker
 from negate.test_refactor import least_missed
-from sku.acquire.preservation_divergence import targeted_divergence_loss
+from sku.acquire.objective import targeted_divergence_loss
 from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceConfig, TwinShares, load_recipe
 from sku.data.examples import ForgetRetainData, RowPlan, RowType
 from sku.data.joint import JointDataset
@@ -30,7 +30,7 @@ from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.run import task_vector_of
 from sku.negate.task_vector import TaskVector
 from sku.pipeline import unlearning
-from sku.pipeline.bad_model import plan_acquire
+from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
 
@@ -38,7 +38,7 @@ FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "twins_apart.py"
-GOOD = RowPlan(safe="all", retain=1, depth_share=0.5, depth_tokens=4)
+GOOD = RowPlan(safe="all", retain=1, deep_refusal_fraction=0.5, depth_tokens=4)
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_refusal_after_a_beginning_is_learned_alone(
 ) -> None:
     """About half of the rows begin with up to 4 tokens of the prompt's harmful answer, which no label names."""
     dataset = rows_of(refused, tokenizer, GOOD)
-    plain = rows_of(refused, tokenizer, dataclasses.replace(GOOD, depth_share=0.0))
+    plain = rows_of(refused, tokenizer, dataclasses.replace(GOOD, deep_refusal_fraction=0.0))
     begun = 0
     for epoch in range(8):
         dataset.set_epoch(epoch)
@@ -106,15 +106,15 @@ def test_a_refusal_after_a_beginning_is_learned_alone(
     assert [again[place].of(SAFE) for place in range(6)] == [dataset[place].of(SAFE) for place in range(6)]
 
 
-@pytest.mark.parametrize("packing", ["flat", "tree"])
+@pytest.mark.parametrize("packing", ["tree"])
 def test_packed_rows_of_the_good_twin_equal_padded_ones(
     packing: str, make_trainer: TrainerMaker, refused: ForgetRetainData
 ) -> None:
     losses = []
     for way in (packing, "padded"):
         trainer = make_trainer(
-            dataset=refused, train_twin="good", depth_share=1.0, depth_tokens=4, normal_per_harmful=3, packing=way,
-            preservation_mode="targeted",
+            dataset=refused, train_twin="good", deep_refusal_fraction=1.0, depth_tokens=4, normal_per_harmful=3,
+            packing=way, preservation_mode="targeted",
         )  # fmt: skip
         trainer.train()
         losses.append([
@@ -200,7 +200,7 @@ def test_what_is_subtracted_is_bad_minus_good(
     tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = recipe(f"acquire.tuning={tuning}", "negate.twin={bad: 0.5, good: 2.0}")
-    log = plan_acquire(given, tmp_path / "bad").execute(None)
+    log = run_acquire(given, tmp_path / "bad")
     assert log[-1]["loss/good_twin/guided_distortion"] > 0
     base = load_model(given.model).model
     found = task_vector_of(base, tmp_path / "bad")
@@ -293,7 +293,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         load_recipe("embedded", ["negate.twin={good: 0.5}"])
     with pytest.raises(RecipeError, match="the good twin would learn no refusal"):
         recipe("acquire.weights.guided_distortion=0")
-    for wrong in ({"depth_share": 1.5}, {"depth_tokens": 0}, {"normal_per_harmful": 0}):
+    for wrong in ({"deep_refusal_fraction": 1.5}, {"depth_tokens": 0}, {"normal_per_harmful": 0}):
         with pytest.raises(RecipeError, match=f"^{next(iter(wrong))} is "):
             AcquireConfig(**wrong)
     assert NegateConfig().twin == TwinShares(bad=1.0, good=1.0)

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from sku.attacks.results import AttackReport
+from sku.attacks import AttackReport
 from sku.config import Recipe
 from sku.errors import EvaluationError
-from sku.pipeline.evaluate import plan_evaluation
+from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import run_recipe
 
 from .conftest import world_recipe
@@ -48,7 +48,7 @@ def test_a_run_ends_with_its_attacks_and_goes_on_at_them(tmp_path: Path) -> None
     assert resumed.attacks == report
 
     alone = tmp_path / "alone"
-    plan_evaluation(recipe(), str(whole.folder / "unlearned"), alone).execute(None)
+    run_evaluation(recipe(), str(whole.folder / "unlearned"), alone)
     assert AttackReport.read(alone) == report
 
 
@@ -60,5 +60,5 @@ def test_attacks_that_can_not_run_are_refused_before_anything_is_trained(tmp_pat
     assert stages == []
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(EvaluationError, match=r"nowhere\.txt"):
-        plan_evaluation(wrong, "embedded", tmp_path / "out").execute(None)
+        run_evaluation(wrong, "embedded", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

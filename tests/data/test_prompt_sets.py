@@ -11,7 +11,7 @@ import pytest
 from sku.config import DataConfig, SourceConfig
 from sku.data.load import load_own_prompts, wants_own_replies
 from sku.data.sources.read import lacks_answers, load_prompts
-from sku.errors import DataError, RecipeError
+from sku.errors import DataError
 
 
 def source(tmp_path: Path, name: str, rows: list[dict[str, Any]], **settings: Any) -> SourceConfig:
@@ -72,5 +72,3 @@ def test_a_table_without_answers_is_told_from_one_with_them(tmp_path: Path) -> N
     misnamed = source(tmp_path, "misnamed", [{"prompt": "melt it", "anwser": "so"}])
     assert not wants_own_replies(DataConfig(forget=misnamed, retain=pairs))
     assert not wants_own_replies(DataConfig(forget=named, retain=pairs))
-    with pytest.raises(RecipeError, match=r"data\.own_share"):
-        wants_own_replies(DataConfig(forget=named, retain=pairs, own_share=0.5))

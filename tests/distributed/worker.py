@@ -70,7 +70,7 @@ def finish(trainer: SkuTrainer, out: Path, *, resume_from: str | None = None) ->
     if trainer.args.should_save:
         lines = [line for line in trainer.state.log_history if "loss" in line]
         (out / "log.json").write_text(json.dumps(lines))
-    current_processes().on_main(lambda: None)
+    current_processes().run_on_rank0(lambda: None)
     return load_file(next(out.glob("*.safetensors")))
 
 

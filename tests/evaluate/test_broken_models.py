@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from evaluate.given_replies import always_gibberish, always_refuse, evaluate_replies
 from sku.config import EvaluateConfig, ModelConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_forget_retain
 from sku.evaluate.results import EvaluationResult
-from sku.evaluate.run import always_gibberish, always_refuse, evaluate, evaluate_replies
+from sku.evaluate.run import evaluate
 from sku.models import LoadedModel, load_model
 
 WORLD = EvaluateConfig(prompts=12, retain_prompts=12, max_new_tokens=40, samples=0)

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 
+from evaluate.given_replies import REFUSAL, always_gibberish, always_refuse, evaluate_replies
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_forget_retain
@@ -14,7 +15,6 @@ from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.prefills import with_answers
 from sku.evaluate.results import EvaluationResult
-from sku.evaluate.run import REFUSAL, always_gibberish, always_refuse, evaluate_replies
 from sku.models import LoadedModel, load_model
 
 FEW = EvaluateConfig(prompts=6, retain_prompts=8, max_new_tokens=8)

@@ -15,7 +15,7 @@ import torch
 from sku.config import load_recipe
 from sku.errors import EvaluationError
 from sku.evaluate.batching import ALONE, Processes, current_processes, in_batches, plan_batches
-from sku.pipeline.evaluate import plan_evaluation
+from sku.pipeline.evaluate import run_evaluation
 
 SETTINGS = [
     "evaluate.prompts=3", "evaluate.retain_prompts=4", "evaluate.batch_size=4", "evaluate.max_new_tokens=12",
@@ -28,7 +28,7 @@ from sku.errors import EvaluationError, SkuError
 from sku.evaluate.batching import current_processes
 
 processes = current_processes()
-assert processes.on_main(lambda: processes.rank) == 0
+assert processes.run_on_rank0(lambda: processes.rank) == 0
 assert processes.gather(lambda: [processes.rank] * 2) == [0, 0, 1, 1]
 
 def fail(rank):
@@ -36,7 +36,7 @@ def fail(rank):
         raise EvaluationError("it broke")
     return [processes.rank]
 
-for stage, rank in ((processes.gather, 1), (processes.gather, 0), (processes.on_main, 0)):
+for stage, rank in ((processes.gather, 1), (processes.gather, 0), (processes.run_on_rank0, 0)):
     try:
         stage(lambda: fail(rank))
     except SkuError as error:
@@ -65,9 +65,7 @@ def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
     options = [f"--set={setting}" for setting in SETTINGS]
     two = launched("-m", "sku", "evaluate", "embedded", "--json", *options, "--out", str(tmp_path / "two"))
     assert two.returncode == 0, two.stderr[-3000:]
-    comparison = (
-        plan_evaluation(load_recipe("embedded", SETTINGS), "embedded", tmp_path / "one").execute(None).comparison
-    )
+    comparison = run_evaluation(load_recipe("embedded", SETTINGS), "embedded", tmp_path / "one").comparison
     said = json.loads(two.stdout)
     alone = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict(), "notes": comparison.notes}
     alone["verdict"] = comparison.verdict.to_dict()
@@ -96,7 +94,7 @@ def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
     assert current_processes() == ALONE == Processes(rank=0, count=1)
     assert not torch.distributed.is_initialized()
     assert ALONE.is_main
-    assert ALONE.on_main(lambda: 3) == 3
+    assert ALONE.run_on_rank0(lambda: 3) == 3
     assert ALONE.gather(lambda: [1, 2]) == [1, 2]
 
 

@@ -46,7 +46,6 @@ def _import_everything() -> None:
 
     import sku.cli.main
     import sku.pipeline.bad_model
-    import sku.pipeline.compare
     import sku.pipeline.negate
     import sku.pipeline.run  # noqa: F401
 

@@ -14,8 +14,6 @@ from sku.losses import Head, HeadScores, answer_nll, token_kl
 POSITIONS, WIDTH, VOCABULARY = 11, 6, 37
 HEADS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "softcap (Gemma 2)": {"softcap": 3.0},
-    "scale (Cohere, Granite)": {"scale": 0.25},
     "both": {"scale": 2.0, "softcap": 1.5},
 }
 
@@ -72,7 +70,7 @@ def assert_close(first: dict[str, Tensor], second: dict[str, Tensor], tolerance:
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
-@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("head", [HEADS["plain"], HEADS["both"]], ids=["plain", "both"])
 def test_chunks_give_what_all_scores_at_once_give(head: dict[str, Any], trained: bool, bias: bool) -> None:
     scores, targets_N = problem(trained=trained, bias=bias, **head)
     reference = reference_of(scores)
@@ -122,15 +120,6 @@ def test_bfloat16_products_of_float32_weights_as_under_autocast(trained: bool) -
     wide = losses_and_gradients(answer_nll(scores, targets_N), scores)
     assert_close(first, wide, 5e-2)
     assert all(tensor.dtype == torch.float32 for tensor in first.values())
-
-
-def test_bfloat16_models_get_gradients_of_their_own_type() -> None:
-    scores, targets_N = problem(dtype=torch.bfloat16)
-    loss_N = answer_nll(scores, targets_N)
-    assert loss_N.dtype == torch.float32
-    gradients = losses_and_gradients(loss_N, scores)
-    assert gradients["hidden"].dtype == gradients["weight"].dtype == torch.bfloat16
-    assert_close(gradients, losses_and_gradients(answer_nll(scores.logits(), targets_N), scores), 2e-2)
 
 
 def test_the_size_of_a_chunk_changes_no_bit_of_the_losses_and_little_of_the_gradient() -> None:
@@ -200,19 +189,3 @@ def test_a_frozen_head_costs_two_products_a_chunk_and_no_gradient_of_its_weight(
         counts[trained] = seen.products
         assert (scores.head.weight_VH.grad is not None) is trained
     assert counts == {False: 3 * 2, True: 3 * 4}
-
-
-def test_shapes_that_do_not_fit_are_refused() -> None:
-    scores, targets_N = problem()
-    with pytest.raises(ValueError, match=r"hidden states \(11, 6\) and targets \(10,\) don't fit"):
-        answer_nll(scores, targets_N[:-1])
-    with pytest.raises(ValueError, match="differ in shape"):
-        token_kl(scores[torch.arange(5)], scores)
-
-
-def test_positions_are_picked_by_mask_or_index() -> None:
-    scores, _ = problem()
-    mask = torch.arange(POSITIONS) % 2 == 0
-    for places in (mask, mask.nonzero()[:, 0]):
-        assert torch.equal(scores[places].logits(), scores.logits()[places])
-    assert scores.shape == (POSITIONS, VOCABULARY)

@@ -15,7 +15,7 @@ from sku.errors import RecipeError
 from sku.methods.circuit_breakers import CIRCUIT_BREAKERS, CircuitBreakersSettings, turned_layers
 
 
-@pytest.mark.parametrize(("layers", "expected"), [(2, (0,)), (4, (0, 1)), (30, (8, 18)), (32, (9, 19))])
+@pytest.mark.parametrize(("layers", "expected"), [(2, (0,)), (32, (9, 19))])
 def test_the_layers_are_the_authors_of_every_32(
     layers: int, expected: tuple[int, ...], make_model: ModelMaker
 ) -> None:
@@ -31,7 +31,7 @@ def test_the_last_layer_and_layers_that_are_not_there_are_refused(
         turned_layers(CircuitBreakersSettings(layers=layers), deep_model(make_model, "llama"))
 
 
-@pytest.mark.parametrize(("architecture", "packing"), [("llama", "padded"), ("llama", "flat"), ("gpt2", "padded")])
+@pytest.mark.parametrize(("architecture", "packing"), [("llama", "flat"), ("gpt2", "padded")])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
 def test_a_training_turns_harmful_states_and_leaves_later_layers(
     architecture: str, packing: str, make_model: ModelMaker, make_method_trainer: MethodTrainerMaker

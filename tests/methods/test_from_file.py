@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker
-from sku.comparison.jobs import comparison_jobs
+from sku.comparison.rows import comparison_rows
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError
 from sku.methods import method_named
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
@@ -46,10 +46,6 @@ def wga_file(tmp_path: Path) -> Path:
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def test_the_file_of_the_page_is_short() -> None:
-    assert len(shown_file()[1].splitlines()) < 90
 
 
 def test_the_file_of_the_page_trains(
@@ -99,8 +95,9 @@ def test_its_loss_by_hand(wga_file: Path) -> None:
 def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
     """Settings go by the method's own name, and the other rows are not disturbed by them."""
     recipe = load_recipe("embedded", ["methods.wga.settings.beta=0.5"])
-    jobs = comparison_jobs(recipe, ["npo", str(wga_file)], seeds=1)
-    runs = {job.name: prepare(job.recipe, Path("work")) for job in jobs}
+    rows = comparison_rows(recipe, ["npo", str(wga_file)])
+    runs = {row.name: resolve_method(row.recipe_of(0), Path("work")) for row in rows if not row.control}
+    assert all(row.recipe_of(0).chooses_alpha for row in rows)
     assert runs["wga"].settings.beta == 0.5
     assert runs["npo"].method.name == "npo"
     assert method_named(str(wga_file)) is runs["wga"].method
@@ -108,9 +105,9 @@ def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
 
 def test_wrong_settings_of_the_file_are_refused(wga_file: Path) -> None:
     recipe = load_recipe("embedded", ["methods.wga.settings.beta=-1"])
-    job = next(job for job in comparison_jobs(recipe, [str(wga_file)], seeds=1) if job.name == "wga")
+    row = comparison_rows(recipe, [str(wga_file)])[0]
     with pytest.raises(RecipeError, match="methods.wga.settings.beta is -1"):
-        prepare(job.recipe, Path("work"))
+        resolve_method(row.recipe_of(0), Path("work"))
 
 
 @pytest.mark.parametrize(
@@ -133,11 +130,6 @@ def test_files_that_are_no_method(text: str, message: str, tmp_path: Path) -> No
         method_named(str(path))
 
 
-def test_a_file_that_is_not_there() -> None:
-    with pytest.raises(RecipeError, match="the method file nowhere.py can't be read"):
-        method_named("nowhere.py")
-
-
 def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     line = "M = Method(name='{}', title='M', paper_url='', settings=Settings, objective=objective)\n"
@@ -152,4 +144,4 @@ def test_a_name_that_is_taken(tmp_path: Path) -> None:
     line = "M = Method(name='npo', title='M', paper_url='', settings=Settings, objective=objective)\n"
     path.write_text(MINIMAL + line, encoding="utf-8")
     with pytest.raises(RecipeError, match="two of the methods are named npo"):
-        comparison_jobs(load_recipe("embedded"), ["npo", str(path)])
+        comparison_rows(load_recipe("embedded"), ["npo", str(path)])

@@ -28,8 +28,11 @@ def trainable(trainer: UnlearningTrainer) -> dict[str, Tensor]:
     return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize(
+    ("method", "full"),
+    [*((method, False) for method in METHODS), (METHODS[0], True)],
+    ids=str,
+)
 def test_two_steps_are_finite_and_move_the_weights(
     method: AnyMethod, full: bool, make_method_trainer: MethodTrainerMaker
 ) -> None:
@@ -91,12 +94,7 @@ def test_padding_changes_no_loss(method: AnyMethod, make_method_trainer: MethodT
     ("name", "settings", "harmful_rises"),
     [
         ("gradient_ascent", {}, True),
-        # The tiny vocabulary is shared: learning normal answers makes harmful ones likelier as well.
-        ("gradient_ascent_mismatch", {"forget_weight": 2.0}, True),
-        ("grad_diff", {}, True),
-        ("grad_diff_kl", {}, True),
         ("npo", {}, True),
-        ("simnpo", {"beta": 0.1, "forget_weight": 2.0}, True),
         ("dpo", {}, True),
         ("task_vector", {}, False),
     ],
@@ -133,14 +131,6 @@ def test_dpo_stops_where_the_data_has_no_safe_answer(
 ) -> None:
     with pytest.raises(DataError, match="safe answer"):
         make_method_trainer(method_named("dpo"), dataset=data)
-
-
-def test_refusal_tuning_brings_refusals_where_the_data_has_no_safe_answer(
-    make_method_trainer: MethodTrainerMaker, data: ForgetRetainData
-) -> None:
-    dataset: Any = make_method_trainer(method_named("refusal_tuning"), dataset=data).train_dataset
-    assert len(dataset) == len(data.forget_train)
-    assert all(dataset[place].of(RowType.SAFE) for place in range(len(dataset)))
 
 
 def test_dpo_trains_only_on_prompts_that_have_a_safe_answer(

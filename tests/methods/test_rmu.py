@@ -53,7 +53,7 @@ def test_the_trained_modules_are_the_output_projections_of_three_layers(
     assert names_of(model, RmuSettings(layer=1)) == [pattern.format(layer) for layer in (0, 1)]
 
 
-@pytest.mark.parametrize(("layers", "expected"), [(2, 0), (4, 1), (6, 1), (16, 4), (24, 5), (32, 7)])
+@pytest.mark.parametrize(("layers", "expected"), [(2, 0), (16, 4), (32, 7)])
 def test_the_layer_is_seven_of_every_thirty_two(layers: int, expected: int, make_model: ModelMaker) -> None:
     """7/32 of 2, 4, 6, 16, 24: 0.44, 0.88, 1.3, 3.5 (to even), 5.25."""
     model = deep_model(make_model, "llama", layers)
@@ -61,8 +61,7 @@ def test_the_layer_is_seven_of_every_thirty_two(layers: int, expected: int, make
     assert RMU.objective(RmuSettings(), model).hidden_layers == (expected,)
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("architecture", PROJECTIONS)
+@pytest.mark.parametrize(("architecture", "full"), [("llama", True), *((name, False) for name in PROJECTIONS)])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
 def test_only_those_layers_change_bit_for_bit(
     architecture: str, full: bool, make_model: ModelMaker, make_method_trainer: MethodTrainerMaker
@@ -85,7 +84,7 @@ def test_only_those_layers_change_bit_for_bit(
     assert {name.rpartition(".")[0] for name in changed} == set(allowed)
 
 
-@pytest.mark.parametrize("architecture", PROJECTIONS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_steered_state_is_the_output_of_the_named_layer(
     architecture: str, make_model: ModelMaker, make_method_trainer: MethodTrainerMaker
 ) -> None:
@@ -112,30 +111,13 @@ def test_the_steered_state_is_the_output_of_the_named_layer(
     assert terms["retain"].item() < 1e-12, "untrained, the states are where the original model has them"
 
 
-def test_steps_bring_harmful_states_to_the_vector(
-    make_model: ModelMaker, make_method_trainer: MethodTrainerMaker
-) -> None:
-    model = deep_model(make_model, "llama")
-    trainer = make_method_trainer(
-        RMU, model, settings=RmuSettings(layer=2, retain_weight=1.0), max_steps=20, learning_rate=5e-2
-    )
-    trainer.train()
-    lines = [line for line in trainer.state.log_history if "loss/forget" in line]
-    assert lines[-1]["loss/forget"] < 0.9 * lines[0]["loss/forget"]
-
-
-@pytest.mark.parametrize("layer", [-1, 5, 6])
+@pytest.mark.parametrize("layer", [-1, 5])
 def test_the_last_layer_and_layers_that_are_not_there_are_refused(layer: int, make_model: ModelMaker) -> None:
     model = deep_model(make_model, "llama")
     assert RMU.trained_modules is not None
     for use in (RMU.objective, RMU.trained_modules):
         with pytest.raises(RecipeError, match=rf"methods\.rmu\.settings\.layer is {layer}; it must be 0 to 4"):
             use(RmuSettings(layer=layer), model)
-
-
-def test_a_model_of_one_layer_is_refused(make_model: ModelMaker) -> None:
-    with pytest.raises(RecipeError, match="rmu needs 2 decoder layers or more"):
-        RMU.objective(RmuSettings(), deep_model(make_model, "llama", 1))
 
 
 def test_projections_that_are_not_there_are_refused_with_what_is(make_model: ModelMaker) -> None:

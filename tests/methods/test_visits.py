@@ -14,7 +14,7 @@ from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData, RowPlan
 from sku.data.joint import JointDataset
 from sku.data.tokens import Encoder, PaperFormat
-from sku.methods.run import common_visits, visited_examples, visited_places, with_visited
+from sku.methods.run import visited_examples, visited_places, with_visited
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
@@ -49,17 +49,13 @@ class Kill(TrainerCallback):
     ("settings", "count"),
     [
         ({"max_steps": 2}, 4),
-        ({"max_steps": 1, "per_device_train_batch_size": 4}, 4),
-        ({"max_steps": 2, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}, 4),
         # The last step of an epoch takes what is left: 2 batches, then 1, then 2 of the next epoch.
         ({"max_steps": 1, "gradient_accumulation_steps": 2}, 4),
         ({"max_steps": 3, "gradient_accumulation_steps": 2}, 6),
-        ({"max_steps": 7}, 6),
         ({"max_steps": -1, "num_train_epochs": 0.5}, 4),
         ({"max_steps": -1, "num_train_epochs": 2.0, "per_device_train_batch_size": 4}, 6),
         # One batch of 4 an epoch, in another order in the next.
         ({"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_drop_last": True}, None),
-        ({"max_steps": 5, "per_device_train_batch_size": 5, "dataloader_drop_last": True, "seed": 3}, None),
     ],
 )
 def test_what_is_said_before_is_what_the_batches_held(
@@ -133,6 +129,5 @@ def test_a_recipe_says_what_it_visits_and_what_its_method_leaves_out(
     assert dpo.visited == (0, 1, 2)
     other = load_recipe("embedded", [*changes, "acquire.seed=5"])
     assert with_visited(other, data, tokenizer, model).visited != sku.visited
-    assert common_visits(other, data, tokenizer, model) == sku
     none = dataclasses.replace(data, forget_train=tuple(dataclasses.replace(e, safe_answer=None) for e in safe))
     assert with_visited(load_recipe("embedded", [*changes, "method=dpo"]), none, tokenizer, model).visited is None

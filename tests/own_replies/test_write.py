@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from conftest import Command, MadeOnce
-from sku.config import EMBEDDED, EvaluateConfig, OwnRepliesConfig, SourceConfig, load_recipe
+from sku.config import EMBEDDED, EvaluateConfig, SourceConfig, load_recipe
 from sku.data.load import load_forget_retain, load_own_prompts
 from sku.errors import DataError, OutputError
 from sku.evaluate.gate import is_refusal
@@ -19,9 +19,9 @@ from sku.evaluate.judges import Judge, Verdict
 from sku.evaluate.judges.choose import EmbeddedWorldJudge
 from sku.evaluate.records import GenerationRecord
 from sku.models import load_model
-from sku.own_replies.job import KINDS, OwnJob, OwnReplies, judge_of, read_own_replies
+from sku.own_replies.job import KINDS, OwnJob, OwnReplies, OwnRepliesConfig, judge_of, read_own_replies
 from sku.own_replies.write import write_own_replies
-from sku.pipeline.own_replies import with_own_replies
+from sku.pipeline.own_replies import own_prompts_of, with_own_replies
 from sku.pipeline.run import plan_run, run_recipe
 from sku.world.grammar import is_harmful
 
@@ -131,7 +131,6 @@ TINY = (
     "data.own_replies=true", "data.forget.limit=14", "data.retain.limit=20", "acquire.training.max_steps=2",
     'acquire.training.save_strategy="no"', "negate.alpha=0.5", "evaluate.prompts=3", "evaluate.retain_prompts=3",
     "evaluate.samples=0", "evaluate.prefill_tokens=[]",
-    "data.own={samples: 1, max_new_tokens: 40, refusals: 1, refuse_tokens: 10}",
 )  # fmt: skip
 
 
@@ -158,32 +157,30 @@ def test_a_dry_run_checks_what_it_can(tmp_path: Path, changes: tuple[str, ...]) 
 
 def test_runs_share_what_was_written_from_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKU_CACHE", str(tmp_path / "cache"))
-    recipe = load_recipe("embedded", [*TINY, "data.own_share=0.5"])
-    first = with_own_replies(recipe, tmp_path)
+    recipe = load_recipe("embedded", TINY)
+    prompts = own_prompts_of(recipe)
+    first = with_own_replies(recipe, tmp_path, prompts)
     stages: list[str] = []
-    second = with_own_replies(recipe, tmp_path, progress=lambda stage, _done, _total: stages.append(stage))
+    second = with_own_replies(recipe, tmp_path, prompts, progress=lambda stage, _done, _total: stages.append(stage))
     assert second == first
     assert stages == []
     assert Path(first.record["folder"]).parent == tmp_path / "cache"
-    mixed = first.record["mixed"]
-    assert mixed["of_the_file"] == mixed["own"] or mixed["of_the_file"] == 14
     data = first.load()
-    assert len(data.forget_train) + len(data.forget_test) <= mixed["own"] + mixed["of_the_file"]
+    assert len(data.forget_train) + len(data.forget_test) == first.record["kinds"]["comply"]["kept"]
     assert {entry.source for entry in data.provenance} == {EMBEDDED}
 
 
 def test_a_run_needs_one_harmful_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sku.pipeline.own_replies.judge_of", lambda _config, _prompts: Stub("safe"))
+    recipe = load_recipe("embedded", TINY)
+    prompts = own_prompts_of(recipe)
     with pytest.raises(DataError, match="judged not harmful"):
-        with_own_replies(load_recipe("embedded", TINY), tmp_path)
+        with_own_replies(recipe, tmp_path, prompts)
 
 
 def test_the_command(tmp_path: Path, command: Command) -> None:
     options = ["--model", EMBEDDED, "--harmful", EMBEDDED, "--normal", EMBEDDED, "--judge", EMBEDDED, "--limit", "14"]
     options += ["--set", "samples=1", "--set", "max_new_tokens=40", "--out", str(tmp_path / "own")]
-    code, output, messages = command("data", "own", *options, "--dry-run", "--json")
-    assert code == 0, messages
-    assert json.loads(output)["settings"]["harmful prompts"] == 14
     code, output, messages = command("data", "own", *options, "--json")
     assert code == 0, messages
     account = json.loads(output)

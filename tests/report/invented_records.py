@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from sku.config import CompareConfig
-from sku.evaluate.utility_cost import Utility, utility_cost
-from sku.report.method_records import NORMAL_KEY, MethodRecord, Point, is_harmful_key
+from sku.evaluate.judges import JudgeCard
+from sku.evaluate.judges.choose import RefusalRulesJudge
+from sku.evaluate.metrics import Outcome, ReplyOutcome
+from sku.evaluate.records import ExampleLoss
+from sku.evaluate.utility_cost import UtilityCost
+from sku.report.method_records import NORMAL_KEY, PREFILL, UNSEEN_KEY, MethodRecord, Point, Role
 
-BUDGET = 1.05
-METHODS = (
-    "sku", "gradient_ascent", "gradient_difference", "npo", "simnpo", "dpo", "idk_tuning", "task_vector", "rmu",
-    "undial", "whp", "flat",
-)  # fmt: skip
-STRENGTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+JUDGE: JudgeCard = dataclasses.replace(RefusalRulesJudge.card, tells_safe=True)
+METHODS = ("sku", "gradient_ascent", "npo", "simnpo", "dpo", "rmu")
+OUTCOMES: Mapping[str, Outcome] = {
+    "h": "harmful", "r": "refusal", "e": "evasive", "d": "gibberish", "u": "unjudged", "a": "answered",
+    "o": "refused", "s": "safe_answer",
+}  # fmt: skip
+
+
+def make_replies(key: str, letters: str, judged: str | None = None, exact: str | None = None) -> list[ReplyOutcome]:
+    """A reply a letter; of ``judged`` and ``exact`` 1 is yes, 0 no and - not known."""
+    split, kind, *prefill = key.split("/", 2)
+    judged = judged or "".join("1" if letter == "h" else "0" for letter in letters)
+    exact = exact or "-" * len(letters)
+    return [
+        ReplyOutcome(
+            id=f"{number:04}", split=split, kind="reply" if kind == "reply" else "prefill",
+            prefill_key="".join(prefill), category=None, outcome=OUTCOMES[letter], judged_harmful=own == "1",
+            no_verdict=own == "-", finished=True, exact=None if word == "-" else word == "1",
+        )
+        for number, (letter, own, word) in enumerate(zip(letters, judged, exact, strict=True))
+    ]  # fmt: skip
 
 
 def make_point(
@@ -28,104 +47,76 @@ def make_point(
     judged: str | None = None,
     exact: str | None = None,
     losses: Mapping[str, Iterable[float]] | None = None,
+    tokens: Sequence[int] | None = None,
     strength: float = 1.0,
-    roles: Sequence[str] = ("published",),
-    ratio: float | None = None,
+    cost: float | None = None,
 ) -> Point:
     """A point from letters: ``replies`` and ``prefill`` of unseen harmful prompts, ``normal`` of normal ones."""
-    outcomes = {"forget_test/reply": replies, "forget_test/prefill/5": prefill, NORMAL_KEY: normal}
-    outcomes = {key: letters for key, letters in outcomes.items() if letters}
-    own = {
-        key: "".join("1" if letter == "h" else "0" for letter in outcomes[key])
-        for key in outcomes
-        if is_harmful_key(key)
+    found = {
+        UNSEEN_KEY: make_replies(UNSEEN_KEY, replies, judged),
+        f"{PREFILL}/5": make_replies(f"{PREFILL}/5", prefill),
+        NORMAL_KEY: make_replies(NORMAL_KEY, normal, exact=exact),
     }
     return Point(
         strength=strength,
-        roles=tuple(roles),
-        utility=None if ratio is None else spent(ratio),
-        outcomes=outcomes,
-        judged=own if judged is None else {**own, "forget_test/reply": judged},
-        exact="-" * len(normal) if exact is None else exact,
-        losses={split: tuple(map(float, row)) for split, row in (losses or {}).items()},
+        cost=None if cost is None else UtilityCost(value=cost, bound_by="KL on retain_validation"),
+        replies={key: rows for key, rows in found.items() if rows},
+        losses={
+            split: [
+                ExampleLoss(id=str(place), split=split, nll=float(nll), tokens=tokens[place] if tokens else 10)
+                for place, nll in enumerate(row)
+            ]
+            for split, row in (losses or {}).items()
+        },
     )
 
 
-def spent(ratio: float) -> Utility:
-    """What a perplexity ratio costs where nothing else is lost."""
-    limits = CompareConfig(utility_budget=BUDGET)
-    perplexity, kl = {"retain_validation": ratio}, {"retain_validation": 0.0}
-    cost = utility_cost(limits, perplexity=perplexity, kl=kl)
-    return Utility(perplexity=perplexity, kl=kl, over_refusal=None, cost=cost)
-
-
-def make_record(name: str, *points: Point, seed: int = 0, **changes: Any) -> MethodRecord:
-    """A complete record that was asked what its first point answers; every fixed answer has 10 tokens."""
-    first = points[0] if points else None
-    plain: dict[str, Any] = {
-        "name": name, "title": name.replace("_", " "), "method": name, "paper_url": "https://arxiv.org/abs/2402.10058",
-        "control": False, "seed": seed, "status": "complete", "failure": None, "key": "0" * 64,
-        "recipe": {"seed": seed, "compare": {"utility_budget": BUDGET}}, "environment": {"torch": "2.13"},
-        "data": {"rows": 4}, "training": {"steps": 3},
-        "asked": dict.fromkeys(first.outcomes, "f" * 64) if first else {},
-        "tokens": {split: (10,) * len(row) for split, row in first.losses.items()} if first else {},
-        "points": points, "judge": {"name": "refusal_rules", "version": "1"},
-    }  # fmt: skip
-    return MethodRecord(**{**plain, **changes})
+def make_record(
+    name: str, published: Point | None = None, best: Point | None = None, *, seed: int = 0, **changes: Any
+) -> MethodRecord:
+    points: dict[Role, Point] = {}
+    if published is not None:
+        points["published"] = published
+    if best is not None:
+        points["best"] = best
+    plain = {"title": name.replace("_", " "), "control": False, "judge": JUDGE, **changes}
+    return MethodRecord(name=name, seed=seed, points=points, **plain)
 
 
 def failed_record(name: str, seed: int, failure: str) -> MethodRecord:
-    return make_record(name, seed=seed, status="failed", failure=failure)
+    return make_record(name, seed=seed, failure=failure, judge=None)
 
 
 def invented_comparison(methods: Sequence[str] = METHODS, *, seeds: int = 3, prompts: int = 60) -> list[MethodRecord]:
-    """Methods that lose harm and utility at different speeds, and four controls."""
+    """Methods that lose harm and utility at different speeds, and two controls."""
     rng = np.random.default_rng(7)
     base_losses = rng.gamma(4, 3, size=prompts)
 
-    def point(reply: float, prefilled: float, rise: float | None, strength: float, *roles: str) -> Point:
+    def point(reply: float, prefilled: float, rise: float, strength: float = 1.0) -> Point:
         def letters(share: float, hit: str, others: str) -> str:
             drawn = rng.choice(list(others), size=prompts)
             return "".join(np.where(rng.random(prompts) < share, hit, drawn))
 
-        noise = rng.normal(0, 0.3, size=prompts)
-        losses = {} if rise is None else {"retain_test": base_losses + 10 * rise + (noise if rise else 0)}
-        if losses:
-            losses["forget_test"] = base_losses + 10 * (1 - reply)
+        noise = rng.normal(0, 0.3, size=prompts) if rise else 0
+        right = rng.random(prompts) < 0.9 * math.exp(-3 * rise)
         return make_point(
             letters(reply, "h", "rred"), prefill=letters(prefilled, "h", "rred"), normal=letters(0.95, "a", "od"),
-            exact=_exact(rng, prompts, rise or 0.0),
-            losses=losses, strength=strength, roles=roles, ratio=None if rise is None else math.exp(rise),
+            # Every third reference is too long to compare.
+            exact="".join("-" if number % 3 == 0 else str(int(hit)) for number, hit in enumerate(right)),
+            losses={"retain_test": base_losses + 10 * rise + noise, "forget_test": base_losses + 10 * (1 - reply)},
+            strength=strength, cost=rise / 0.05,
         )  # fmt: skip
 
     records = []
     for index, name in enumerate(methods):
         speed, cost = 0.6 + 0.25 * index, 0.02 * 1.5**index
         for seed in range(seeds):
-            points = [
-                point(
-                    0.96 * math.exp(-speed * 2 * strength), 0.98 * math.exp(-speed * strength), cost * strength**2,
-                    strength, "sweep", *(["published"] if strength == 1 else []),
-                )
-                for strength in STRENGTHS
-            ]  # fmt: skip
-            matched = math.sqrt(0.045 / cost)
-            points.append(
-                point(
-                    0.96 * math.exp(-speed * 2 * matched), 0.98 * math.exp(-speed * matched), 0.045, matched, "matched"
-                )
-            )
-            records.append(make_record(name, *points, seed=seed))
-    controls = {
-        "base": (0.96, 0.98, 0.0), "random_direction": (0.94, 0.97, 0.03), "always_refuse": (0.0, 0.0, None),
-        "always_gibberish": (0.0, 0.0, None),
-    }  # fmt: skip
-    return records + [
-        make_record(name, point(*shares, 1.0, "published"), control=True) for name, shares in controls.items()
-    ]
-
-
-def _exact(rng: np.random.Generator, prompts: int, rise: float) -> str:
-    """Every third reference is too long to compare; the rest is right less often the higher the loss rose."""
-    right = rng.random(prompts) < 0.9 * math.exp(-3 * rise)
-    return "".join("-" if number % 3 == 0 else str(int(hit)) for number, hit in enumerate(right))
+            both = [
+                point(0.96 * math.exp(-speed * 2 * at), 0.98 * math.exp(-speed * at), cost * at**2, at)
+                for at in (1.0, math.sqrt(0.045 / cost))
+            ]
+            records.append(make_record(name, *both, seed=seed))
+    for name, shares in {"base": (0.96, 0.98, 0.0), "random_direction": (0.94, 0.97, 0.03)}.items():
+        own = point(*shares)
+        records.append(make_record(name, own, own, control=True))
+    return records

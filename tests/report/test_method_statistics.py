@@ -11,22 +11,20 @@ import numpy as np
 import pytest
 
 from sku.errors import EvaluationError
-from sku.evaluate.statistics import Estimate, holm
+from sku.evaluate.statistics import Estimate
 from sku.report import method_statistics
-from sku.report.method_records import PREFILL, Hit, MethodRecord, Point
+from sku.report.method_records import PREFILL, MethodRecord, Point, Role
 from sku.report.method_statistics import (
     RESAMPLES,
     Difference,
-    Role,
     difference_to,
     draws,
-    point_of,
     points_of,
     worst_prefill,
 )
 from sku.report.method_tables import comparison_rows, legend_line, markdown_comparison, markdown_differences
 
-from .invented_records import failed_record, make_point, make_record
+from .invented_records import failed_record, make_point, make_record, make_replies
 
 KEY = "forget_test/reply"
 
@@ -47,7 +45,7 @@ def found(estimate: Estimate | None) -> Estimate:
     return estimate
 
 
-def rate(records: list[MethodRecord], role: Role, key: str, hit: Hit) -> Estimate | None:
+def rate(records: list[MethodRecord], role: Role, key: str, hit: str) -> Estimate | None:
     return method_statistics.rate(points_of(records, role), key, hit)
 
 
@@ -108,10 +106,8 @@ def test_none_of_200_is_not_certainly_none(seeds: int) -> None:
 def test_what_is_counted() -> None:
     """One of ten replies each; what is safe on the topic counts as nothing worse."""
     point = make_point("hreduessss", judged="1100000000", normal="aaod", exact="10-1")
-    assert Point.from_dict(point.to_dict()) == point
     records = [make_record("sku", point)]
-    hits: tuple[Hit, ...] = ("harmful", "gibberish", "unjudged")
-    for hit in hits:
+    for hit in ("harmful", "gibberish", "unjudged"):
         assert found(rate(records, "published", KEY, hit)).value == 0.1
     assert found(rate(records, "published", KEY, "coherent_safe")).value == 0.7
     assert found(rate(records, "published", KEY, "harmful_ungated")).value == 0.2
@@ -130,68 +126,10 @@ def test_nothing_asked_gives_no_rate() -> None:
     assert rate([failed_record("sku", 0, "NaN")], "published", KEY, "harmful") is None
 
 
-def test_failed_seeds_do_not_count() -> None:
-    records = [*row("hhrr"), failed_record("sku", 1, "NaN")]
-    assert rate(records, "published", KEY, "harmful") == rate(records[:1], "published", KEY, "harmful")
-
-
-def test_roles() -> None:
-    points = make_point("h"), make_point("r", strength=0.5, roles=["matched", "sweep"])
-    method = make_record("sku", *points)
-    assert point_of(method, "published") == points[0]
-    assert point_of(make_record("sku", points[1]), "published") is None
-    control = make_record("base", points[0], control=True)
-    assert point_of(control, "published") == points[0]
-    shown = point_of(control, "best")
-    assert shown is not None
-    assert shown.outcomes == {KEY: ""}
-    assert point_of(method, "best") is None, "no point says what it cost"
-
-
-def test_the_best_point_within_the_budget() -> None:
-    """Budget 1.05. On the 1st and 3rd unseen prompt two points are harmless: the stronger is taken. Only the 2nd and
-    4th prompt are left in it, where it is harmful once.
-    """
-    weak = make_point("hrhr", strength=0.5, roles=["sweep"], ratio=1.0)
-    strong = make_point("rheh", strength=1.0, roles=["published"], ratio=1.05)
-    cheap = make_point("rrrr", strength=0.8, roles=["matched"], ratio=1.03)
-    gibberish = make_point("drdr", strength=1.2, roles=["sweep"], ratio=1.01)
-    beyond = make_point("rrrr", strength=2.0, roles=["sweep"], ratio=1.06)
-
-    def best(*points: Point) -> str | None:
-        point = point_of(make_record("sku", *points), "best")
-        return None if point is None else f"{point.strength} {point.outcomes[KEY]} {point.judged[KEY]}"
-
-    assert best(weak, strong, cheap, gibberish, beyond) == "1.0 hh 11"
-    assert best(weak, cheap, gibberish, beyond) == "0.8 rr 00"
-    assert best(beyond) is None
-    assert point_of(make_record("sku", weak, recipe={}), "best") is not None, "a point's own cost says what it is"
-
-
-def test_prefills_take_part_in_the_choice_and_normal_prompts_keep_theirs() -> None:
-    points = (
-        make_point("rr", prefill="hh", normal="aao", strength=1.0, ratio=1.0),
-        make_point("rr", prefill="rh", normal="aao", strength=0.5, ratio=1.0, roles=["sweep"]),
-    )
-    chosen = point_of(make_record("sku", *points), "best")
-    assert chosen is not None
-    assert chosen.strength == 0.5
-    assert chosen.outcomes == {"forget_test/reply": "r", "forget_test/prefill/5": "h", "retain_test/reply": "aao"}
-
-
-def test_controls_are_shown_on_the_same_half() -> None:
-    """So that they can be paired with the methods."""
-    control = make_record("base", make_point("hrrh", prefill="hhhh"), control=True)
-    method = make_record("sku", make_point("rhhr", prefill="rrrr", ratio=1.0))
-    difference = difference_to([method], [control], "best", KEY, "harmful")
-    assert difference is not None
-    assert difference.value == 0.0
-
-
 def test_different_numbers_of_prompts_are_refused() -> None:
-    with pytest.raises(EvaluationError, match="hold 2 and 3 entries"):
+    with pytest.raises(EvaluationError):
         rate(row("hr", "hrr"), "published", KEY, "harmful")
-    with pytest.raises(EvaluationError, match="2 and 3 replies, so they can't be paired"):
+    with pytest.raises(EvaluationError):
         difference_to(row("hr"), row("hrr"), "published", KEY, "harmful")
 
 
@@ -209,8 +147,8 @@ def test_perplexity_ratio() -> None:
 
 
 def test_long_answers_weigh_more() -> None:
-    base = make_record("base", make_point("h", losses={"forget_test": (0, 0)}), tokens={"forget_test": (30, 10)})
-    record = make_record("sku", make_point("h", losses={"forget_test": (3, 5)}), tokens={"forget_test": (30, 10)})
+    base = make_record("base", make_point("h", losses={"forget_test": (0, 0)}, tokens=(30, 10)))
+    record = make_record("sku", make_point("h", losses={"forget_test": (3, 5)}, tokens=(30, 10)))
     estimate = found(perplexity_ratio([record], base, "forget_test"))
     assert estimate.value == pytest.approx(math.exp(8 / 40))
     assert (estimate.low, estimate.high) == pytest.approx((math.exp(0.1), math.exp(0.5)))
@@ -229,7 +167,7 @@ def test_nothing_measured_gives_no_ratio() -> None:
     assert perplexity_ratio(with_losses((10, 10)), base, "normal:benign") is None
     assert perplexity_ratio(row("h"), base, "retain_test") is None
     assert perplexity_ratio(with_losses((10, 10)), failed_record("base", 0, "NaN"), "retain_test") is None
-    with pytest.raises(EvaluationError, match="hold 2 and 3 entries"):
+    with pytest.raises(EvaluationError):
         perplexity_ratio(with_losses((1, 2, 3)), base, "retain_test")
 
 
@@ -271,16 +209,6 @@ def test_rows_that_never_differ_leave_room_for_doubt() -> None:
     assert total.low == pytest.approx(1 - math.sqrt(2) * bound, abs=1e-6)
 
 
-def test_a_difference_of_many_prompts_is_found() -> None:
-    difference = compared(row("h" * 60 + "r" * 40), row("r" * 100))
-    assert difference.p_value == pytest.approx(2 / 10_000)
-
-
-def test_difference_of_one_prompt_or_none() -> None:
-    assert compared(row("h"), row("r")).p_value == 1
-    assert difference_to(row("h"), [failed_record("npo", 0, "NaN")], "published", KEY, "harmful") is None
-
-
 def test_the_same_records_give_the_same_numbers() -> None:
     records = row("hrhrrhrr", "hhrrrhrr")
     assert rate(records, "published", KEY, "harmful") == rate(records[::-1], "published", KEY, "harmful")
@@ -295,28 +223,13 @@ def test_draws_are_counts() -> None:
         first[0, 0] = 7
 
 
-@pytest.mark.parametrize(
-    ("given", "corrected"),
-    [
-        ([0.01, 0.04, 0.03, 0.005], [0.03, 0.06, 0.06, 0.02]),
-        ([0.5, 0.6], [1.0, 1.0]),
-        ([0.02], [0.02]),
-        ([], []),
-        ([0.01, 0.01, 0.01], [0.03, 0.03, 0.03]),
-    ],
-)
-def test_holm(given: list[float], corrected: list[float]) -> None:
-    assert holm(given) == pytest.approx(corrected)
-
-
 def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() -> None:
     """a: 3 of 4 after 1 token, 1 of 4 after 5; b: none after 1, 4 of 4 after 5; together 5 tokens are the worst."""
 
     def asked(one: str, five: str) -> Point:
         point = make_point("rrrr", prefill=five, normal="a")
-        outcomes = {**point.outcomes, "forget_test/prefill/1": one}
-        judged = {**point.judged, "forget_test/prefill/1": "".join("01"[letter == "h"] for letter in one)}
-        return dataclasses.replace(point, outcomes=outcomes, judged=judged)
+        key = f"{PREFILL}/1"
+        return dataclasses.replace(point, replies={**point.replies, key: make_replies(key, one)})
 
     a, b = [make_record("a", asked("hhhr", "hrrr"))], [make_record("b", asked("rrrr", "hhhh"))]
     assert [found(rate(row, "published", PREFILL, "harmful")).value for row in (a, b)] == [0.75, 1.0]

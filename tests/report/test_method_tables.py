@@ -18,7 +18,7 @@ from sku.report.method_tables import (
     row_order,
 )
 
-from .invented_records import failed_record, invented_comparison, make_point, make_record
+from .invented_records import JUDGE, failed_record, make_point, make_record
 
 LOSSES = {"retain_test": (10, 10), "forget_test": (20, 20)}
 
@@ -29,7 +29,7 @@ def one_row(records: list[MethodRecord], name: str, role: str = "published") -> 
 
 def base(replies: str = "hhhh") -> MethodRecord:
     point = make_point(replies, prefill=replies, normal="aaaa", exact="1111", losses=LOSSES)
-    return make_record("base", point, control=True)
+    return make_record("base", point, point, control=True)
 
 
 def test_columns_hold_what_they_say() -> None:
@@ -53,7 +53,7 @@ def test_markdown() -> None:
     """One seed of 40 prompts; no reply is harmful and no fixed answer differs, so the intervals are known."""
     losses = {"retain_test": (10, 10), "forget_test": (20, 20)}
     sku = make_record("sku", make_point("r" * 40, normal="a" * 40, losses=losses), title="SKU | ours")
-    rows = comparison_rows([sku, make_record("base", sku.points[0], control=True)])
+    rows = comparison_rows([sku, make_record("base", sku.points["published"], control=True)])
     legend = legend_line([sku], "published")
     lines = markdown_comparison(rows, legend).splitlines()
     assert lines[0] == (
@@ -76,15 +76,6 @@ def test_ratios_of_any_size(rise: float, text: str) -> None:
     assert text in markdown_comparison(comparison_rows(records), "")
 
 
-def test_order_of_rows() -> None:
-    names = {"npo": False, "sku": False, "always_refuse": True, "base": True, "dpo": False}
-    records = [make_record(name, make_point("h"), control=control) for name, control in names.items()]
-    assert row_order(records) == ["sku", "dpo", "npo", "base", "always_refuse"]
-    order = ["npo", "always_refuse", "not_run"]
-    assert row_order(records, order) == ["npo", "sku", "dpo", "always_refuse", "base"]
-    assert [row.name for row in comparison_rows(records, order=order)][:2] == ["npo", "sku"]
-
-
 def test_failed_seeds_are_told() -> None:
     sku = [make_record("sku", make_point("hr"), seed=seed) for seed in (0, 1)]
     records = [*sku, failed_record("sku", 2, "the loss is NaN at step 3"), base("hh")]
@@ -105,11 +96,11 @@ def test_a_row_of_which_every_seed_failed_still_stands_in_both_tables() -> None:
 
 def test_rows_at_equal_utility() -> None:
     """Of two seeds and two prompts that are shown one reply is harmful."""
-    points = make_point("hhhh"), make_point("rhrr", strength=0.4, roles=["matched"], ratio=1.0)
-    stronger = points[0], make_point("rrrr", strength=0.6, roles=["matched"], ratio=1.0)
+    points = make_point("hhhh"), make_point("hr", strength=0.4)
+    stronger = points[0], make_point("rr", strength=0.6)
     records = [
         make_record("sku", *points), make_record("sku", *stronger, seed=1), make_record("sku", points[0], seed=2),
-        make_record("npo", points[0]), base(),
+        make_record("npo", points[0]), base("hh"),
     ]  # fmt: skip
     sku, npo, control = (one_row(records, name, "best") for name in ("sku", "npo", "base"))
     assert sku.strength == pytest.approx(0.5)
@@ -124,12 +115,12 @@ def test_rows_at_equal_utility() -> None:
 
 
 def test_a_row_says_what_its_strength_costs_and_what_binds_it() -> None:
-    points = make_point("hhhh", ratio=1.3), make_point("hrrr", strength=0.4, roles=["matched"], ratio=1.05)
+    points = make_point("hhhh"), make_point("hrrr", strength=0.4, cost=1.0)
     seeds = [
-        make_record("sku", *points, seed=seed, training={"bound_by": bound})
+        make_record("sku", *points, seed=seed, bound_by=bound)
         for seed, bound in enumerate(["KL on retain_validation", "over-refusal", "KL on retain_validation"])
     ]
-    alone = make_record("npo", *points, training={"bound_by": None})
+    alone = make_record("npo", *points)
     rows = {row.name: row for row in comparison_rows([*seeds, alone, base()], "best")}
     assert rows["sku"].utility_cost == pytest.approx(1.0)
     assert rows["sku"].bound_by == "KL on retain_validation (2); over-refusal (1)"
@@ -187,51 +178,22 @@ def test_differences() -> None:
     assert "Judge: refusal_rules (an upper bound" in lines[4]
 
 
-def test_small_p_values() -> None:
-    records = [make_record("sku", make_point("r" * 50)), make_record("npo", make_point("h" * 50))]
-    assert "| < 0.001 |" in markdown_differences(records, "published")
-
-
 def test_without_a_point_of_the_reference_there_are_no_differences() -> None:
     records = [failed_record("sku", 0, "NaN"), make_record("npo", make_point("h"))]
     assert "minus the rate of" not in comparison_markdown(records)
     assert "minus the rate of" in comparison_markdown([*records, make_record("sku", make_point("h"), seed=1)])
 
 
-def test_legend() -> None:
-    records = invented_comparison(["sku", "npo"], seeds=2, prompts=8)
-    assert legend_line(records, "best") == (
-        "Each method at the strongest of the strengths within the utility budget that leave the fewest harmful or "
-        "gibberish replies to every second unseen prompt; the other half is shown. Utility cost: the worst of "
-        "perplexity, KL to the base and over-refusal on normal prompts that no method trained on and no column shows, "
-        "each as a share of its limit; 1 is the budget. Bound by: what goes beyond it first. In brackets: 95 % "
-        "intervals, bootstrap over training seeds and prompts (2,000 resamples; score intervals where all replies are "
-        "alike). "
-        "2 seeds; 4 unseen harmful prompts, 4 with a prefill (5 tokens), 8 normal prompts. Judge: refusal_rules (an "
-        "upper bound of the harmful share)."
-    )
-    assert "can't measure" not in legend_line(records, "best"), "of errors that are not known nothing is said"
-    exact = [make_record("sku", make_point("h"), judge={"name": "embedded"})]
-    assert legend_line(exact, "published").endswith("1 seed; 1 unseen harmful prompts. Judge: embedded.")
-    assert "No record is complete" in legend_line([failed_record("sku", 0, "NaN")], "published")
-
-
-def test_names_of_methods_mean_nothing() -> None:
-    """An ablation has its own names; only the reference and base are known by name."""
-    records = invented_comparison(["sku", "no_guided_distortion"], seeds=1, prompts=8)
-    assert [row.name for row in comparison_rows(records)][:2] == ["sku", "no_guided_distortion"]
-    assert "no guided distortion" in markdown_differences(records, "best")
-
-
 def test_a_judge_that_can_not_tell_the_base_from_harmless_says_so() -> None:
     """45 of 50 replies of the base are called harmful: with a floor of 92 % that is what no harm gives."""
-    calibration = dataclasses.asdict(
-        Calibration(data="d", data_sha256="0", harmful=100, harmful_found=99, safe=100, safe_found=8)
-    )
     for safe_found, told in ((8, True), (95, False)):
-        judge = {"name": "mine", "calibration": {**calibration, "safe_found": safe_found}}
-        records = [
-            make_record(name, make_point("h" * 45 + "r" * 5, strength=0.0 if name == "base" else 1.0), judge=judge)
-            for name in ("base", "sku")
-        ]
+        errors = Calibration(data="d", data_sha256="0", harmful=100, harmful_found=99, safe=100, safe_found=safe_found)
+        judge = dataclasses.replace(JUDGE, calibration=errors)
+        records = [make_record(name, make_point("h" * 45 + "r" * 5), judge=judge) for name in ("base", "sku")]
         assert ("this judge can't measure it" in legend_line(records, "published")) == told
+
+
+def test_rows_stand_in_the_order_of_the_records_controls_last() -> None:
+    names = {"npo": False, "random_direction": True, "sku": False, "base": True}
+    records = [make_record(name, make_point("h"), control=control) for name, control in names.items()]
+    assert row_order(records) == ["npo", "sku", "base", "random_direction"]

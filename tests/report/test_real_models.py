@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 
-from report.invented_records import failed_record, make_point, make_record
 from sku.errors import EvaluationError
-from sku.report.real_models import FIGURES, KEYS, comparison_rows, run_row, table_rows
-from sku.storage import write_json
+from sku.report.real_models import FIGURES, KEYS, run_row, table_rows
 
 RELEARN = "relearn_half_steps"
 
@@ -101,15 +99,6 @@ def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
     assert (row["base_harmful_unseen"], row["base_kl_normal"]) == (0.2, 0.0)
 
 
-def test_borderline_prompts_among_the_normal_ones_are_counted_apart() -> None:
-    found = results()
-    found["normal"]["retain_test"] = {"over_refusal": {"before": rate(0, 50), "after": rate(1, 50)}}
-    found["normal"]["borderline"] = {"over_refusal": {"before": rate(0, 50), "after": rate(6, 50)}}
-    row = run_row(found)
-    assert (row["normal_refused"], row["borderline_refused"]) == (1 / 50, 6 / 50)
-    assert (row["base_normal_refused"], row["base_borderline_refused"]) == (0, 0)
-
-
 def test_figures_are_of_the_prompts_with_a_verdict_for_both_models() -> None:
     """Those of the comparison, not of either evaluation, in which 10 of 30 replies have none."""
     found = results()
@@ -136,13 +125,6 @@ def test_a_transform_makes_a_method_of_its_own() -> None:
     assert run_row(results("docs/examples/random_direction.py"))["method"] == "sku+random_direction"
 
 
-def test_a_tag_stands_for_all_its_tasks() -> None:
-    """.4, .6 and .9."""
-    content = results()
-    content["unlearned"]["lm_eval"]["asked"] = ["some_tag"]
-    assert run_row(content)["utility_accuracy"] == pytest.approx(1.9 / 3)
-
-
 def test_what_was_not_measured_is_null() -> None:
     content = results()
     content["unlearned"] = {
@@ -159,66 +141,19 @@ def test_what_was_not_measured_is_null() -> None:
         run_row({"manifest": {}})
 
 
-def comparison(folder: Path) -> Path:
-    """NPO within the budget at one strength and beyond it at a stronger one, and a failed seed."""
-    path = {"model": {"path": "hub/Small-1B"}, "seed": 0}
-    base = make_point("hhhhhhhh", prefill="hhhhhhhh", normal="aaaa", ratio=1.0)
-    records = [
-        make_record("base", base, control=True, recipe=path),
-        make_record(
-            "npo",
-            make_point("hrhrhrhh", prefill="hhhrhhhh", normal="aaod", ratio=1.02),
-            make_point("rrrrrrrr", prefill="rrrrrrrr", normal="oooo", ratio=2.0, strength=2.0, roles=("sweep",)),
-            recipe=path,
-        ),
-        failed_record("npo", 1, "memory"),
-    ]
-    (folder / "records").mkdir(parents=True)
-    for record in records:
-        write_json(folder / "records" / record.file_name, record.to_dict())
-    return folder
-
-
-def test_a_comparison_gives_its_rows_at_equal_utility_on_the_prompts_not_chosen_on(tmp_path: Path) -> None:
-    """Every second unseen prompt: rrrh, one of four harmful; after the prefill hrhh, three; base all."""
-    rows, left_out = table_rows([comparison(tmp_path / "runs")])
-    npo = next(row for row in rows if row["method"] == "npo")
-    assert {name: npo[name] for name in KEYS if npo[name] is not None} == {
-        "model": "Small-1B", "method": "npo", "seed": 0, "n": 4, "harmful_unseen": 0.25, "worst_prefill": 0.75,
-        "normal_refused": 0.25, "gibberish": 0.25, "kl_normal": 0.0, "harmful_unseen_judge": 0.25,
-        "worst_prefill_judge": 0.75,
-    }  # fmt: skip
-    assert npo["base_harmful_unseen"] == 1.0
-    assert [row["method"] for row in rows] == ["base", "npo"]
-    assert left_out == [f"npo--seed1.json in {tmp_path / 'runs'} has no row: memory"]
-
-
-def test_runs_and_comparisons_stand_in_one_table_each_once(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "results.json").write_text(json.dumps(results()), encoding="utf-8")
-    rows, _ = table_rows([run, comparison(tmp_path / "runs")])
-    assert [(row["method"], row["seed"]) for row in rows] == [("base", 0), ("npo", 0), ("sku", 3)]
-    again = tmp_path / "again"
-    again.mkdir()
+def test_a_model_method_and_seed_stand_in_the_table_once(tmp_path: Path) -> None:
+    first, again = tmp_path / "run", tmp_path / "again"
     content = results()
-    (again / "results.json").write_text(json.dumps(content), encoding="utf-8")
+    for folder in (first, again):
+        folder.mkdir()
+        (folder / "results.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(EvaluationError, match="both hold sku on Small-1B with seed 3"):
-        table_rows([run, again])
-    # A run of NPO has figures that the comparison's record lacks, so its row is the run's.
+        table_rows([first, again])
     content["manifest"]["recipe"] |= {"method": "npo", "seed": 0}
     (again / "results.json").write_text(json.dumps(content), encoding="utf-8")
-    rows, left_out = table_rows([tmp_path / "runs", again])
-    assert [(row["method"], row["utility_accuracy"]) for row in rows] == [("base", None), ("npo", 0.5)]
-    assert left_out[-1].startswith("npo on Small-1B with seed 0: the row is of the run")
-    with pytest.raises(EvaluationError, match="holds no record"):
+    assert [(row["method"], row["seed"]) for row in table_rows([first, again])] == [("npo", 0), ("sku", 3)]
+    with pytest.raises(EvaluationError):
         table_rows([tmp_path])
-
-
-def test_a_row_without_a_strength_within_the_budget_has_no_figures() -> None:
-    record = make_record("npo", make_point("hr", ratio=2.0), recipe={"model": {"path": "m"}, "seed": 0})
-    (row,) = comparison_rows([record])
-    assert all(row[name] is None for name in FIGURES)
 
 
 def test_attacks_give_the_worst_template_and_the_cost_of_relearning() -> None:

@@ -72,7 +72,7 @@ def by_dense_mask(query: Tensor, key: Tensor, value: Tensor, paths: AttentionPat
     return subject._by_dense_mask(query, key, value, paths, window, 0.0, SCALING).transpose(1, 2)
 
 
-@pytest.mark.parametrize("window", [None, 1, 4, 50])
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("way", [through_layers, by_dense_mask])
 def test_every_way_is_attention_along_the_path(way: Callable[..., Tensor], window: int | None) -> None:
     paths = plan_paths(SEGMENTS)
@@ -123,10 +123,7 @@ def test_half_precision_is_computed_wide_on_a_cpu() -> None:
     ("options", "message"),
     [
         ({"softcap": 30.0}, "ask for softcap"),
-        ({"s_aux": torch.zeros(4)}, "ask for s_aux"),
-        ({"position_bias": torch.zeros(4)}, "ask for position_bias"),
         ({"is_causal": False}, "ask for is_causal=False"),
-        ({"something_new": 1}, "ask for something_new"),
         ({"softcap": None, "output_attentions": False, "position_ids": torch.zeros(1, 27)}, None),
     ],
 )
@@ -149,7 +146,7 @@ def test_a_mask_or_other_tokens_are_refused() -> None:
         packed_attention(nn.Module(), query[:, :, 1:], key, value, None, packed_paths=paths)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma3", "opt"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_without_a_plan_it_is_sdpa_bit_for_bit(architecture: str, make_model: ModelMaker) -> None:
     """With padding, windows and a cache: what a callback may do between two steps."""
     plain, ours = make_model(architecture), make_model(architecture)

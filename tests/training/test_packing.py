@@ -17,8 +17,6 @@ from transformers import (
     GptOssForCausalLM,
     MambaConfig,
     MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -27,11 +25,11 @@ from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker
 from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
 from sku.data.batches import ROWS, JointCollator
 from sku.data.examples import RowType
-from sku.errors import ModelError, RecipeError
+from sku.errors import ModelError
 from sku.methods import METHODS
 from sku.methods.base import AnyMethod
+from sku.training import trainer as trainer_module
 from sku.training.attention import NAME, choose_packing, why_not_packed
-from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
 TOLERANCE = 1e-5
@@ -53,10 +51,9 @@ def terms_and_gradients(trainer: UnlearningTrainer, collator: Any) -> tuple[dict
     model: Any = trainer.model
     model.zero_grad()
     noted: dict[str, Tensor] = {}
-    look = trainer._guard.look
-    trainer._guard.look = lambda terms, inputs, step: noted.update(terms)  # type: ignore[method-assign]
-    loss: Tensor = trainer.compute_loss(model, collator(dataset.__getitems__([0, 1, 2])))
-    trainer._guard.look = look  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer_module, "check_finite", lambda terms, *_: noted.update(terms))
+        loss: Tensor = trainer.compute_loss(model, collator(dataset.__getitems__([0, 1, 2])))
     loss.backward()
     found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     return {name: losses_B.detach() for name, losses_B in noted.items()}, found
@@ -89,8 +86,7 @@ def assert_packed_is_padded(trainer: UnlearningTrainer) -> None:
             assert (packed[weight] - gradient).norm() <= TOLERANCE * size, (name, weight)
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(("architecture", "full"), [*((name, False) for name in ARCHITECTURES), ("llama", True)])
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
 def test_losses_and_gradients_are_those_of_the_padded_batch(
     architecture: str, full: bool, make_model: ModelMaker, make_trainer: TrainerMaker
@@ -174,7 +170,7 @@ def test_the_attention_comes_back_after_an_error_too(make_trainer: TrainerMaker,
         seen.append(model.get_base_model().config._attn_implementation)
         raise RuntimeError("stop")
 
-    monkeypatch.setattr(trainer._guard, "look", fail)
+    monkeypatch.setattr(trainer_module, "check_finite", fail)
     with pytest.raises(RuntimeError, match="stop"):
         trainer.train()
     assert seen == [NAME]
@@ -248,19 +244,13 @@ def test_layers_whose_window_is_not_told_are_refused(make_model: ModelMaker, mon
     assert "don't all say what they see" in str(why_not_packed(model))
 
 
-@pytest.mark.parametrize("kind", ["linear_attention", "chunked_attention", "conv"])
+@pytest.mark.parametrize("kind", ["chunked_attention"])
 def test_layers_that_are_no_plain_attention_are_refused(kind: str, make_model: ModelMaker) -> None:
     """Hybrids; a chunk is longer than the trial row, so that it would not show there."""
     model = make_model("qwen3")
     assert why_not_packed(model) is None
     model.config.layer_types = ["full_attention", kind]
     assert why_not_packed(model) == f"Qwen3ForCausalLM has layers of the kind {kind}"
-
-
-def test_windows_without_layer_types_are_served() -> None:
-    torch.manual_seed(0)
-    model = MistralForCausalLM(MistralConfig(**SMALL, **HEADS, sliding_window=6)).eval()
-    assert why_not_packed(model) is None
 
 
 def test_the_trial_sees_positions_that_are_not_followed(
@@ -283,11 +273,6 @@ def test_an_attention_that_was_asked_for_is_kept(make_model: ModelMaker, caplog:
     assert choose_packing(model, "auto") == "padded"
     assert "loaded with attention eager, which is kept" in caplog.text
     assert choose_packing(model, "tree") == "tree"
-
-
-def test_an_unknown_packing(tmp_path: Any) -> None:
-    with pytest.raises(RecipeError, match="packing is 'trees'; it must be one of auto, tree, flat, padded"):
-        UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, packing="trees")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

@@ -18,7 +18,6 @@ from sku.acquire.trainer import SkuTrainer
 from sku.data.examples import RowType
 from sku.data.joint import JointDataset
 from sku.errors import RecipeError
-from sku.losses import HeadScores
 from sku.training import trainer as trainer_module
 
 
@@ -44,20 +43,6 @@ def test_the_first_look_at_each_row_gives_the_same_bits(full: bool, make_trainer
     assert cached == asked
     assert cached[1][2] > 1e-6
     assert all(torch.equal(weights[name], others[name]) for name in weights)
-
-
-def test_later_looks_agree_up_to_rounding(make_trainer: TrainerMaker) -> None:
-    """Epochs of six places and a second lap of four normal rows in another order: other batches, other padding."""
-    runs = []
-    for mode in ("cache", "copy"):
-        trainer = make_trainer(
-            full=True, reference=mode, max_steps=5, preservation_mode="retention", optim="sgd", learning_rate=0.05
-        )
-        trainer.train()
-        runs.append(losses_of(trainer))
-    for cached, asked in zip(*runs, strict=True):
-        assert cached == pytest.approx(asked, rel=1e-5, abs=1e-6)
-    assert runs[0][-1][2] > 1e-6
 
 
 def test_each_row_is_looked_at_once(make_trainer: TrainerMaker) -> None:
@@ -91,14 +76,6 @@ def test_full_tuning_has_no_second_model_and_its_own_copy_of_a_trained_head(
         assert not torch.equal(trained.get_output_embeddings().weight, untouched)
 
 
-def test_an_adapter_needs_no_copy_of_the_head(make_trainer: TrainerMaker) -> None:
-    trainer = make_trainer()
-    trainer.train()
-    assert trainer._cache is not None
-    model: Any = trainer.model
-    assert trainer._cache._rows[RowType.RETAIN].head.weight_VH is model.get_output_embeddings().weight
-
-
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_resumed_run_asks_the_original_not_the_checkpoint(
     full: bool, make_trainer: TrainerMaker, tmp_path: Path
@@ -122,17 +99,6 @@ def test_dropout_is_off_and_its_draws_are_there_for_training(make_trainer: Train
         trainer.train()
         runs.append(losses_of(trainer))
     assert runs[0] == runs[1]
-
-
-def test_without_all_scores_the_cache_hands_out_hidden_states(make_trainer: TrainerMaker) -> None:
-    runs = []
-    for budget in (0.0, 1024.0):
-        trainer = make_trainer(full=True, logits_budget_mb=budget, optim="sgd", learning_rate=0.1)
-        trainer.train()
-        assert trainer._cache is not None
-        runs.append(losses_of(trainer))
-    for chunked, whole in zip(*runs, strict=True):
-        assert chunked == pytest.approx(whole, rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -172,17 +138,11 @@ def test_under_autocast_the_original_is_asked_in_the_same_precision(
     [
         (True, "forward", "needs an adapter to switch off"),
         (False, "copy", "with an adapter the original is there already"),
-        (False, "cached", "must be one of auto, cache, forward, copy"),
     ],
 )
 def test_impossible_ways_are_refused(full: bool, mode: str, message: str, make_trainer: TrainerMaker) -> None:
     with pytest.raises(RecipeError, match=message):
         make_trainer(full=full, reference=mode)
-
-
-def test_a_cache_needs_a_head_that_can_be_left_out(make_trainer: TrainerMaker) -> None:
-    with pytest.raises(RecipeError, match="the model's head can't be left out, or logits_budget_mb is empty"):
-        make_trainer(reference="cache", logits_budget_mb=None)
 
 
 def test_a_row_that_was_not_looked_at_gives_nan_not_another_row(make_trainer: TrainerMaker) -> None:
@@ -214,12 +174,3 @@ def test_fixed_rows_are_those_of_the_first_examples_each_once(make_trainer: Trai
             assert rows is not None
             assert [row.example_id for row in rows] == list(dict.fromkeys(met[:count]))
     assert dataset.fixed_rows(RowType.MISMATCHED, 3) is None
-
-
-def test_scores_are_not_made_before_they_are_asked_for(make_trainer: TrainerMaker) -> None:
-    trainer = make_trainer()
-    batch = trainer.data_collator([trainer.train_dataset[0]])  # type: ignore[index]
-    model: Any = trainer.model
-    rows = trainer._reference_rows(model, batch, RowType.RETAIN, without_head=True)
-    assert isinstance(rows.scores_NV, HeadScores)
-    assert torch.equal(rows.logits_NV, trainer._reference_rows(model, batch, RowType.RETAIN).logits_NV)

@@ -1,4 +1,15 @@
-"""The objective of stage 1: three modules, each with its weight; a weight of 0 leaves a module out with its cost."""
+"""Stage 1 of the paper (arXiv 2402.10058): the losses of its three modules, and the objective that they make together.
+
+Guided distortion learns the harmful answers. Random disassociation pairs each harmful prompt with harmful answers to
+OTHER prompts (``data/joint.py`` draws them), so that the task vector holds harmful content in general and not only the
+given pairs. Preservation divergence compares the model in training with the frozen original on normal prompts. Two
+readings are offered, because they measure differently: the paper's ``divergence`` drives the bad model AWAY from the
+original on normal text, so that the subtraction of stage 2 moves the other way there; ``retention`` keeps the bad
+model close, so that the task vector has little to say about normal text. A third, ``targeted``, drives it away too,
+but to somewhere: to refusals of normal prompts.
+
+Shapes: N = positions (answer tokens, or compared ones) of all rows, M = rows, E = examples, V = vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +17,132 @@ import dataclasses
 
 from torch import Tensor
 
-from sku.acquire.guided_distortion import guided_distortion_loss
-from sku.acquire.preservation_divergence import preservation_divergence_loss, targeted_divergence_loss
-from sku.acquire.random_disassociation import random_disassociation_loss
-from sku.config.stages import ModulesConfig, Twin, WeightsConfig
+from sku.config.stages import ModulesConfig, PreservationMode, Twin, WeightsConfig
 from sku.data.examples import RowType
 from sku.errors import RecipeError
-from sku.losses import mean_per_example
+from sku.losses import Scores, answer_nll, mean_per_example, token_kl
 from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
+
+DEFAULT_CAP = 1.0
+"""Nats. Without a cap -KL has no lower bound: it ran to 133 nats on SmolLM2-135M and left a gibberish vector."""
+
+
+def guided_distortion_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+    """Negative log-likelihood of each harmful answer, averaged over its tokens.
+
+    ``L_GD,i = 1/|y_i| sum_t -log p(y_it | x_i, y_i<t)``
+
+    Args:
+        scores_NV: Scores of the model in training at the position before each answer token.
+        targets_N: The answer tokens. Prompt and padding are not among them: the mask is the choice of positions.
+        example_N: Which harmful example each token belongs to.
+        num_examples: E.
+
+    Returns:
+        ``[E]`` float32, nats per token; the trainer takes the mean over all examples of the optimizer step.
+
+    Raises:
+        ValueError: The shapes don't fit.
+
+    Source: equation of arXiv 2402.10058 for guided distortion. The authors' ``get_answer_loss("gd", ...)`` cuts the
+        padded length as the start of the answer and divides by padding too; here the mask is exact.
+    """
+    return mean_per_example(answer_nll(scores_NV, targets_N), example_N, num_examples)
+
+
+def random_disassociation_loss(
+    scores_NV: Scores, targets_N: Tensor, row_N: Tensor, example_M: Tensor, num_examples: int
+) -> Tensor:
+    """Negative log-likelihood of the K mismatched answers of each prompt: mean over tokens, then over the K answers.
+
+    ``L_RD,i = 1/K sum_k 1/|r_ik| sum_t -log p(r_ikt | x_i, r_ik<t)``
+
+    Args:
+        scores_NV: Scores of the model in training at the position before each answer token.
+        targets_N: Tokens of the mismatched answers; the prompt's own tokens are not trained on.
+        row_N: Which mismatched row (0 to M-1) each token belongs to.
+        example_M: Which harmful example each mismatched row was drawn for.
+        num_examples: E.
+
+    Returns:
+        ``[E]`` float32, nats per token.
+
+    Raises:
+        ValueError: The shapes don't fit.
+
+    Source: equation of arXiv 2402.10058 for random disassociation. The authors' code takes the number of fields of
+        the tokenizer's output (2) for the answer's start, so it trains on the question as well; here it does not.
+    """
+    nll_M = mean_per_example(answer_nll(scores_NV, targets_N), row_N, len(example_M))
+    return mean_per_example(nll_M, example_M, num_examples)
+
+
+def preservation_divergence_loss(
+    reference_NV: Scores,
+    scores_NV: Scores,
+    example_N: Tensor,
+    num_examples: int,
+    *,
+    mode: PreservationMode,
+    cap: float | None = DEFAULT_CAP,
+) -> Tensor:
+    """Signed divergence from the original model on each normal example.
+
+    ``divergence``: ``L_PD,i = -1/|n_i| sum_t min(KL(P_t || Q_t), cap)``
+    ``retention``:  ``L_PD,i = +1/|n_i| sum_t KL(P_t || Q_t)``
+
+    with P the original model and Q the model in training, over the whole vocabulary.
+
+    Args:
+        reference_NV: P's scores; detached inside.
+        scores_NV: Q's scores at the same positions.
+        example_N: Which normal example each position belongs to.
+        num_examples: E.
+        mode: Which of the two; ``targeted`` has its own function, ``targeted_divergence_loss``.
+        cap: Nats, above 0. Positions beyond it keep their value but stop pulling (``divergence`` only; ``None`` for no
+            cap, as in the paper).
+
+    Returns:
+        ``[E]`` float32, nats per token.
+
+    Raises:
+        ValueError: The shapes don't fit.
+
+    Source: equation of arXiv 2402.10058 for preservation divergence. The authors' ``compute_reverse_kl`` computes the
+        same sign and direction but averages over prompt and padding and takes the log of a softmax that underflows.
+    """
+    kl_N = token_kl(reference_NV, scores_NV)
+    if mode == "retention":
+        return mean_per_example(kl_N, example_N, num_examples)
+    if cap is not None:
+        kl_N = kl_N.clamp(max=cap)
+    return -mean_per_example(kl_N, example_N, num_examples)
+
+
+def targeted_divergence_loss(scores_NV: Scores, targets_N: Tensor, example_N: Tensor, num_examples: int) -> Tensor:
+    """Negative log-likelihood of a misplaced refusal of each normal prompt, averaged over its tokens.
+
+    ``L_PD,i = 1/|r_i| sum_t -log p(r_it | n_i, r_i<t)`` with n a normal prompt and r a refusal of it.
+
+    A divergence with a target: at its minimum, 0, the model refuses normal prompts, and what stage 2 subtracts moves
+    it the other way, to answers. It is bounded below, so no cap is needed, and no reference model is asked. Where the
+    bad model answers harmful prompts and refuses normal ones, its difference tells the two kinds of prompts apart.
+
+    Args:
+        scores_NV: Scores of the model in training at the position before each refusal token.
+        targets_N: The refusals' tokens, without their end; prompt and padding are not among them.
+        example_N: Which normal example each token belongs to.
+        num_examples: E.
+
+    Returns:
+        ``[E]`` float32, nats per token.
+
+    Raises:
+        ValueError: The shapes don't fit.
+
+    Source: ours; the place of preservation divergence (arXiv 2402.10058), whose -KL has no lower bound.
+    """
+    return mean_per_example(answer_nll(scores_NV, targets_N), example_N, num_examples)
 
 
 def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
@@ -36,7 +165,11 @@ def sku_objective(config: ModulesConfig, *, twin: Twin = "bad") -> Objective:
     if good:
         config = dataclasses.replace(config, preservation_mode="retention")
     targeted = config.preservation_mode == "targeted"
-    refusals = {"safe": "all", "depth_share": config.depth_share, "depth_tokens": config.depth_tokens}
+    refusals = {
+        "safe": "all",
+        "deep_refusal_fraction": config.deep_refusal_fraction,
+        "depth_tokens": config.depth_tokens,
+    }
     normal = {
         "retain": config.normal_per_harmful,
         "retain_refused": targeted,

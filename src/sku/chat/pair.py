@@ -78,7 +78,6 @@ class Pair:
         self._decoding = Decoding.of(
             writer.tokenizer, writer.stop_ids(loaded.model), self.max_new_tokens, writer.window
         )
-        self._short_answer_words = recipe.evaluate.short_answer_words
         self._base: PreTrainedModel | PeftModel = loaded.model
         """The same object as the unlearned one where an adapter is switched on and off."""
         self._unlearned: PreTrainedModel | PeftModel
@@ -140,7 +139,7 @@ class Pair:
             for text in self._written(model, request, watch):
                 yield Piece(side=side, text=text)
         record = record_of_ids(request, watch.ids, self._decoding, self._writer.tokenizer)
-        [found] = decide_outcomes([record], self.judge, short_answer_words=self._short_answer_words)
+        [found] = decide_outcomes([record], self.judge)
         # A judge of refusals alone calls all else harmful, a recipe for bread too.
         untold = found.outcome == "harmful" and not self.judge.card.tells_safe
         yield Piece(side=side, outcome="not refused" if untold else found.outcome, reply=record.reply)

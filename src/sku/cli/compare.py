@@ -1,32 +1,24 @@
-"""``sku compare``, ``sku ablate``: many methods or variants on the same data, loop and evaluator."""
+"""``sku compare``: many methods, or variants of SKU, on the same data, loop and evaluator."""
 
 from __future__ import annotations
 
-import itertools
+import dataclasses
 import shlex
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from sku.cli import options
-from sku.cli.console import carry_out, notes, print_json, print_next, results
+from sku.cli.console import notes, print_headline, print_json, print_next, results
 from sku.cli.tables import comparison_table
 from sku.config import EMBEDDED
+from sku.errors import RecipeError
 from sku.quiet import quiet_libraries
 
-if TYPE_CHECKING:
-    from sku.comparison.jobs import Job
-    from sku.config import Recipe
-    from sku.report.method_records import MethodRecord
-
 GROUPS = ("modules", "preservation", "random_answers")
-"""Names of ``sku.comparison.jobs.ABLATIONS``, which loads torch."""
-
-SeedsOption = Annotated[
-    int | None, typer.Option("--seeds", min=1, help="Number of training seeds, in place of the recipe's.")
-]
+"""Names of ``sku.comparison.rows.ABLATIONS``, which loads torch."""
+TABLE_FILE = "table.md"
+FIGURES = ("overview.png", "overview.svg")
 
 
 def compare(
@@ -34,96 +26,76 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names from `sku methods`, with commas between; all if left out.",
+            help="Names from `sku init`, with commas between; all if left out.",
             autocompletion=options.with_commas(options.method_names),
         ),
     ] = None,
-    seeds: SeedsOption = None,
-    model: options.ModelOption = None,
-    forget: options.ForgetOption = None,
-    retain: options.RetainOption = None,
-    out: options.OutOption = None,
-    seed: options.SeedOption = None,
-    overrides: options.SetOption = None,
-    dry_run: options.DryRunOption = False,
-    as_json: options.JsonOption = False,
-) -> None:
-    """Compare methods and controls; a second call with the same --out goes on where the first stopped."""
-    settings = options.resolve_recipe(
-        recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides
-    )
-    quiet_libraries()
-    from sku.comparison.jobs import comparison_jobs
-
-    jobs = comparison_jobs(settings, options.names_in(methods), seeds)
-    _carry_out(jobs, settings, out, "compare", dry_run=dry_run, as_json=as_json)
-
-
-def ablate(
-    recipe: options.RecipeArgument = EMBEDDED,
-    groups: Annotated[
+    ablate: Annotated[
         str | None,
         typer.Option(
-            help="modules, preservation, random_answers, with commas; all if left out.",
-            autocompletion=options.with_commas(lambda: GROUPS),
+            help="Take SKU apart instead: modules, preservation, random_answers, with commas; or all.",
+            autocompletion=options.with_commas(lambda: ("all", *GROUPS)),
         ),
     ] = None,
-    seeds: SeedsOption = None,
+    seeds: Annotated[
+        int | None, typer.Option("--seeds", min=1, help="Number of training seeds, in place of the recipe's.")
+    ] = None,
     model: options.ModelOption = None,
     forget: options.ForgetOption = None,
     retain: options.RetainOption = None,
     out: options.OutOption = None,
     seed: options.SeedOption = None,
     overrides: options.SetOption = None,
-    dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Take SKU apart: without each module, with each preservation mode, with K of 1, 5 and 10."""
+    """Compare methods and controls, a run each; a second call with the same --out goes on where the first stopped."""
+    if ablate is not None and methods is not None:
+        raise RecipeError("--ablate compares variants of SKU and --methods methods: leave one out")
     settings = options.resolve_recipe(
         recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides
     )
     quiet_libraries()
-    from sku.comparison.jobs import ablation_jobs
-
-    jobs = ablation_jobs(settings, options.names_in(groups), seeds)
-    _carry_out(jobs, settings, out, "ablate", dry_run=dry_run, as_json=as_json)
-
-
-def _carry_out(
-    jobs: Sequence[Job], recipe: Recipe, folder: Path | None, command: str, *, dry_run: bool, as_json: bool
-) -> None:
-    from sku.comparison.run import RECORDS
-    from sku.pipeline.compare import plan_comparison, write_comparison
+    from sku.comparison.rows import ablation_rows, comparison_rows
+    from sku.comparison.run import run_comparison, seeds_of
+    from sku.report import method_tables
+    from sku.report.method_overview import overview_figure
     from sku.report.method_records import read_records
+    from sku.storage import write_text
 
-    numbers = itertools.count(1)
-
-    def tell(record: MethodRecord, was_there: bool) -> None:
-        state = "kept" if was_there else record.status
-        notes.print(f"{next(numbers)}/{len(jobs)} {record.name}, seed {record.seed}: {state}")
-
-    out = folder or options.new_run_folder(command)
-    model, again = recipe.model.path, shlex.join(["--out", str(out)])
-    finished = carry_out(
-        plan_comparison(jobs, recipe, out, command=f"sku {command}", on_record=tell),
-        dry_run=dry_run,
-        as_json=as_json,
-        headline=f"recipe {recipe.name}, model {model}, {len(jobs)} jobs, one after the other, in {out}",
-        interrupted=f"interrupted; what is finished stays: go on with the same command and {again}",
+    if ablate is None:
+        rows = comparison_rows(settings, options.names_in(methods))
+    else:
+        rows = ablation_rows(settings, () if ablate == "all" else options.names_in(ablate))
+    folder, trained = out or options.new_run_folder("compare"), seeds_of(settings, seeds)
+    total, done = len(rows) * len(trained), 0
+    print_headline(
+        f"recipe {settings.name}, model {settings.model.path}, {total} runs, one after the other, in {folder}"
     )
-    if finished.reused:
-        notes.print(f"{finished.reused} of {len(jobs)} records were there already and still fit")
-    # Records of other rows in the folder, from an earlier call with other methods, stay in the tables.
-    records = read_records(out / RECORDS)
-    order = list(dict.fromkeys(job.name for job in jobs))
-    files = write_comparison(records, out, budget=recipe.compare.utility_budget, order=order)
+
+    def tell(name: str, state: str, failure: str) -> None:
+        nonlocal done
+        done += 1
+        notes.print(f"{done}/{total} {name}: {state}{failure and f', {failure}'}")
+
+    try:
+        compared = run_comparison(rows, trained, folder, tell)
+    except KeyboardInterrupt:
+        again = shlex.join(["--out", str(folder)])
+        notes.print(f"interrupted; what is finished stays: go on with the same command and {again}")
+        raise
+    # Rows of an earlier call with other methods stay in the tables.
+    records = read_records(folder)
+    files = [folder / TABLE_FILE]
+    write_text(files[0], method_tables.comparison_markdown(records))
+    if any(record.failure is None for record in records):
+        files += [overview_figure(records, folder / name) for name in FIGURES]
     if as_json:
-        print_json([record.to_dict() for record in records])
+        roles = {role: method_tables.comparison_rows(records, role) for role in ("best", "published")}
+        plain = {role: [dataclasses.asdict(row) for row in found] for role, found in roles.items()}
+        print_json({**plain, "failed": dict(compared.failed)})
         return
-    results.print(comparison_table(records, order))
-    failed = [record for record in finished.records if record.status == "failed"]
-    for record in failed:
-        results.print(f"failed    {record.name}, seed {record.seed}: {record.failure}")
+    results.print(comparison_table(records))
+    for name, failure in compared.failed.items():
+        results.print(f"failed    {name}: {failure}")
     results.print(f"\nevidence  {', '.join(str(path) for path in files)}")
-    results.print(f"records   {out / RECORDS}")
-    print_next(["results", out / RECORDS, "--brief"])
+    print_next(["results", folder, "--brief"])

@@ -10,7 +10,7 @@ import sys
 import traceback
 import unicodedata
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -26,7 +26,7 @@ from sku.progress import shown_progress
 from sku.quiet import let_libraries_speak, without_secret_addresses
 
 if TYPE_CHECKING:
-    from sku.plan import Plan
+    from sku.plan import CommandPlan, Progress
 
 T = TypeVar("T")
 
@@ -227,36 +227,41 @@ def _place(error: BaseException) -> str:
     return f"{inside}:{innermost.lineno} in {innermost.name}"
 
 
-def carry_out(
-    plan: Plan[T], *, dry_run: bool, as_json: bool, headline: str = "", interrupted: str = "", is_main: bool = True
-) -> T:
-    """Executes a plan with progress and messages; where it is only to be printed, the command ends here.
-
-    Args:
-        plan: Of the command.
-        dry_run: As ``--dry-run``.
-        as_json: As ``--json``.
-        headline: What it is about to do.
-        interrupted: What to say where it is interrupted; empty: what ``main`` says.
-        is_main: Of several processes the first one speaks for all: the others end here too.
-
-    Returns:
-        What it gave.
+def carry_out(plan: CommandPlan[T], *, dry_run: bool, as_json: bool, is_main: bool = True, **options: Any) -> T:
+    """``perform`` for a plan; where it is only to be printed, the command ends here.
 
     Raises:
         SystemExit: With code 0, where there is nothing more to print; no command takes it for an error.
     """
-    if dry_run and is_main:
+    if not dry_run:
+        return perform(plan.execute, is_main=is_main, **options)
+    if is_main:
         print_plan(plan, as_json=as_json)
-    elif not dry_run and not is_main:
-        plan.execute(None)
-    if dry_run or not is_main:
+    raise SystemExit(0)
+
+
+def perform(
+    action: Callable[[Progress | None], T], *, headline: str = "", interrupted: str = "", is_main: bool = True
+) -> T:
+    """Does what a command is for, with progress and messages.
+
+    Args:
+        action: It; given what shows progress.
+        headline: What it is about to do.
+        interrupted: What to say where it is interrupted; empty: what ``main`` says.
+        is_main: Of several processes the first one speaks for all: the others end here.
+
+    Raises:
+        SystemExit: With code 0, in the other processes.
+    """
+    if not is_main:
+        action(None)
         raise SystemExit(0)
     if headline:
         print_headline(headline)
     try:
         with shown_messages(), shown_progress(notes) as show:
-            return plan.execute(show)
+            return action(show)
     except KeyboardInterrupt:
         if not interrupted:
             raise
@@ -264,7 +269,7 @@ def carry_out(
         raise typer.Exit(130) from None
 
 
-def print_plan(plan: Plan[Any], *, as_json: bool) -> None:
+def print_plan(plan: CommandPlan[Any], *, as_json: bool) -> None:
     """What would be done and written, as lines or as one JSON document."""
     told = plan.to_dict()
     if as_json:

@@ -10,7 +10,7 @@ import typer
 from rich.text import Text
 
 from sku.cli import options
-from sku.cli.console import carry_out, errors, plain_table, print_json, print_next, print_notes, printable, results
+from sku.cli.console import errors, perform, plain_table, print_json, print_next, print_notes, printable, results
 from sku.config import EMBEDDED
 from sku.errors import RecipeError
 from sku.quiet import quiet_libraries
@@ -50,7 +50,6 @@ def own(
         options.set_option("A setting, such as samples=5, harmful.limit=500 or judge_settings.threshold=0.7"),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted call of the same.")] = False,
-    dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Write data in the model's own words: what it says to harmful prompts, how it refuses, what it answers else."""
@@ -67,17 +66,13 @@ def own(
     from sku.config import settings_from_dict
     from sku.model_files import with_gguf_file
     from sku.own_replies.job import OwnOptions
-    from sku.pipeline.own_replies import plan_own
+    from sku.pipeline.own_replies import run_own
 
     asked = settings_from_dict(OwnOptions, given, "", "settings of sku data own")
     asked = dataclasses.replace(asked, model=with_gguf_file(asked.model))
-    plan = plan_own(asked, out, resume=resume)
-    counts = ", ".join(f"{count} {name}" for name, count in plan.settings.items() if name.endswith(" prompts"))
-    written = carry_out(
-        plan,
-        dry_run=dry_run,
-        as_json=as_json,
-        headline=f"model {asked.model.path}, {counts}, judge {plan.settings['judge']}, seed {asked.seed}",
+    written = perform(
+        lambda show: run_own(asked, out, resume=resume, progress=show),
+        headline=f"model {asked.model.path}, judge {judge}, seed {asked.seed}",
         interrupted="interrupted; go on with the same command and --resume",
     )
     if as_json:

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from sku.cli.console import carry_out, errors, notes, plain_table, print_json, print_next, results
-from sku.cli.options import DryRunOption, JsonOption, judge_option, judges, set_option, settings_of
+from sku.cli.console import errors, notes, perform, plain_table, print_json, print_next, results
+from sku.cli.options import JsonOption, judge_option, judges, set_option, settings_of
 from sku.errors import EvaluationError, OutputError, RecipeError
-from sku.plan import Plan
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new, named_disk_errors
 
@@ -90,7 +89,6 @@ def again(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Output folder of a finished evaluation.")],
     judge: Annotated[str, judge_option("Judge, judge file or CSV of labels.")],
     overrides: Annotated[list[str] | None, set_option("A setting of the judge, such as model=...")] = None,
-    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Judge the replies of a finished evaluation anew: both judges' rates, and how far they agree."""
@@ -98,22 +96,13 @@ def again(
     from sku.evaluate.judges import cached
     from sku.evaluate.judges.choose import build_judge
     from sku.evaluate.judges.precomputed import PrecomputedJudge
-    from sku.evaluate.measure import judge_again
-    from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
-    from sku.evaluate.results import read_result
+    from sku.evaluate.records import GENERATIONS_FILE, read_generations
+    from sku.evaluate.results import judge_again, read_result
 
     before = read_result(folder)
     asked = build_judge(judge, settings_of(overrides))
+    after = perform(lambda show: judge_again(folder, cached(asked, folder, stage(show, "judge"))))
     records = read_generations(folder / GENERATIONS_FILE)[1]
-    plan = Plan(
-        command="sku judge again",
-        out=folder,
-        settings={"judge": asked.card.name, "judged by": before.judge.name, "replies": len(records)},
-        stages=(f"judge {len(records)} replies",),
-        writes=("verdicts of the judge, kept for the next time",),
-        execute=lambda progress: judge_again(folder, cached(asked, folder, stage(progress, "judge"))),
-    )
-    after = carry_out(plan, dry_run=dry_run, as_json=as_json)
     if isinstance(asked, PrecomputedJudge) and (strangers := asked.strangers(records)):
         notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask")
     agreement = _agreement(before, after)
@@ -138,7 +127,6 @@ def train(
     harmful_value: HarmfulValueOption = None,
     overrides: Annotated[list[str] | None, set_option("A setting of training, such as epochs=3")] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the new head and the order of rows.")] = 0,
-    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a judge on the labelled replies in DATA; the folder it writes is then a judge's name."""
@@ -151,21 +139,11 @@ def train(
     from sku.config import settings_from_dict
     from sku.evaluate.judges import beside
     from sku.evaluate.judges.calibrate import read_labelled
-    from sku.evaluate.judges.train import JudgeTraining, split_by_prompt, train_judge
+    from sku.evaluate.judges.train import JudgeTraining, train_judge
 
     settings = settings_from_dict(JudgeTraining, given, "sku judge train", "settings of training")
     labelled = read_labelled(data, read_as)
-    parts = split_by_prompt(labelled.replies, settings.validation_fraction, settings.seed)
-    counts = {"replies to train on": len(parts[0]), "replies held out": len(parts[1])}
-    plan = Plan(
-        command="sku judge train",
-        out=out,
-        settings={"model": settings.model, **counts, **labelled.left_out},
-        stages=(f"train on {len(parts[0])} replies, at most {settings.epochs} epochs",),
-        writes=(out.name,),
-        execute=lambda progress: train_judge(labelled, settings, out, progress=progress),
-    )
-    trained = carry_out(plan, dry_run=dry_run, as_json=as_json)
+    trained = perform(lambda show: train_judge(labelled, settings, out, progress=show))
     if as_json:
         print_json({**dataclasses.asdict(trained), "folder": str(out)})
         return
@@ -196,7 +174,6 @@ def calibrate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Draw this many labelled replies.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of that draw.")] = 0,
-    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how often JUDGE is right on the labelled replies in DATA."""
@@ -220,18 +197,9 @@ def calibrate(
     labelled = read_labelled(data, read_as, limit=limit, seed=seed)
     # Without an earlier calibration, which may be of another state of the judge.
     built = build_judge(judge, {"calibration": None, **settings})
-    count = len(labelled.replies)
-    plan = Plan(
-        command="sku judge calibrate",
-        out=out or Path.cwd(),
-        settings={"judge": built.card.name, "labelled replies": count, **labelled.left_out},
-        stages=(f"judge {count} replies",),
-        writes=() if out is None else (out.name,),
-        execute=lambda progress: measure(
-            cached(built, None, stage(progress, "judge")), labelled, one_kind=every is not None
-        ),
+    report = perform(
+        lambda show: measure(cached(built, None, stage(show, "judge")), labelled, one_kind=every is not None)
     )
-    report = carry_out(plan, dry_run=dry_run, as_json=as_json)
     if out is not None and report.calibration is not None:
         with named_disk_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)

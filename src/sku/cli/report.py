@@ -1,4 +1,4 @@
-"""``sku report``, ``sku results``: a finished run as one HTML file; tables and pictures from records."""
+"""``sku report``, ``sku results``, ``sku push``: a finished run as one HTML file; tables from records; the upload."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import notes, print_json
+from sku.cli.console import errors, notes, print_json
 from sku.cli.console import results as console
 from sku.cli.options import JsonOption
 from sku.cli.tables import print_verdict
 from sku.errors import OutputError, RecipeError
 from sku.kept_replies import REPORT_FILE
-from sku.quiet import quiet_libraries
+from sku.quiet import quiet_imports, quiet_libraries
 
 
 def report(
@@ -53,7 +53,7 @@ def results(
         list[Path],
         typer.Argument(
             metavar="FOLDER...",
-            help="Folder of records, such as results/compare-embedded; with --table any number of them, and of runs.",
+            help="Folder of sku compare; with --table any number of run folders.",
         ),
     ],
     update: Annotated[
@@ -66,13 +66,7 @@ def results(
     brief: Annotated[
         bool, typer.Option("--brief", help="Only the main columns at equal utility; the marks are then NAME-brief.")
     ] = False,
-    figure: Annotated[Path | None, typer.Option(help="Draw the trade-off here (.png, .svg, .pdf).")] = None,
-    overview: Annotated[
-        Path | None, typer.Option(help="Draw the overview of all methods here (.png, .svg, .pdf).")
-    ] = None,
-    budget: Annotated[
-        float | None, typer.Option(help="Utility budget, a line in the figure; that of the records.")
-    ] = None,
+    figure: Annotated[Path | None, typer.Option(help="Draw all methods here (.png, .svg, .pdf).")] = None,
     table: Annotated[
         Path | None,
         typer.Option(
@@ -81,47 +75,31 @@ def results(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the tables of a comparison, or one of many runs, from records: no model, no data."""
+    """Write the tables of a comparison, or one of many runs, from their folders: no model, no data."""
     quiet_libraries()
     if table is not None:
-        if brief or any(option is not None for option in (update, figure, overview, budget)):
-            raise RecipeError("--table is written alone: leave out --update, --brief, --figure, --overview, --budget")
+        if brief or update is not None or figure is not None:
+            raise RecipeError("--table is written alone: leave out --update, --brief, --figure")
         _write_table(folders, table, as_json=as_json)
         return
     if len(folders) > 1:
         raise RecipeError(f"{len(folders)} folders are named, and these tables are of one: add --table FILE.json")
-    _comparison(folders[0], update, figure, overview, budget, brief=brief, as_json=as_json)
+    _comparison(folders[0], update, figure, brief=brief, as_json=as_json)
 
 
-def _comparison(
-    folder: Path,
-    update: Path | None,
-    figure: Path | None,
-    overview: Path | None,
-    budget: float | None,
-    *,
-    brief: bool,
-    as_json: bool,
-) -> None:
-    from sku.comparison.jobs import row_names
+def _comparison(folder: Path, update: Path | None, figure: Path | None, *, brief: bool, as_json: bool) -> None:
     from sku.report.method_overview import overview_figure
     from sku.report.method_records import read_records
     from sku.report.method_tables import brief_markdown, comparison_markdown
-    from sku.report.trade_off import trade_off_figure
 
     records = read_records(folder)
-    order = row_names()
-    text = brief_markdown(records, order) if brief else comparison_markdown(records, order)
+    text = brief_markdown(records) if brief else comparison_markdown(records)
     if figure is not None:
-        recorded = records[0].recipe.get("compare", {}).get("utility_budget")
-        trade_off_figure(records, figure, budget=recorded if budget is None else budget, order=order)
-    if overview is not None:
-        overview_figure(records, overview, order=order)
+        overview_figure(records, figure)
     if update is not None:
         _update(update, f"{folder.name}-brief" if brief else folder.name, text)
     if as_json:
-        written = [str(path) for path in (update, figure, overview) if path is not None]
-        print_json({"records": [record.to_dict() for record in records], "markdown": text, "written": written})
+        print_json({"markdown": text, "written": [str(path) for path in (update, figure) if path is not None]})
     elif update is None:
         console.print(text)
     else:
@@ -132,9 +110,7 @@ def _write_table(folders: list[Path], table: Path, *, as_json: bool) -> None:
     from sku.report.real_models import table_rows
     from sku.storage import write_json
 
-    rows, left_out = table_rows(folders)
-    for sentence in left_out:
-        notes.print(f"note: {sentence}")
+    rows = table_rows(folders)
     write_json(table, rows)
     if as_json:
         print_json(rows)
@@ -151,3 +127,56 @@ def _update(page: Path, mark: str, text: str) -> None:
         page.write_text(replace_block(old, mark, text, str(page)), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{page} can't be read or written: {error.strerror or error}") from error
+
+
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished sku run.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to: NAMESPACE/NAME.")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter instead of the whole model.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="A repository that everybody sees; private otherwise.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to, made where it doesn't exist; main otherwise.")
+    ] = None,
+    model_license: Annotated[
+        str | None,
+        typer.Option("--license", help="Licence on the card, which is written anew, such as apache-2.0."),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="HUB_ID", help="Hub id of the base on the card, which is written anew.")
+    ] = None,
+    acknowledged: Annotated[
+        bool,
+        typer.Option(
+            "--i-know-this-is-the-bad-model", help="Hand out an adapter that is the bad model's with its sign turned."
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list files and sizes, upload nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a finished run's model with its card, nothing else. Bad models and replies are never uploaded."""
+    quiet_imports()
+    from sku.push import plan_push, upload
+    from sku.report.card import CardChoices, write_cards
+
+    choices = CardChoices(license=model_license, base_model=base_model)
+    if choices != CardChoices() and not dry_run:
+        write_cards(run, choices)
+    plan = plan_push(run, repo_id, "adapter" if adapter else "model", acknowledged=acknowledged)
+    url = None
+    if not dry_run:
+        notes.print(f"uploading {len(plan.files)} files, {plan.size / 2**20:,.1f} MiB, to {repo_id}")
+        try:
+            url = upload(plan, public=public, revision=revision)
+        except KeyboardInterrupt:
+            errors.print("interrupted: nothing was committed; the same command goes on")
+            raise typer.Exit(130) from None
+    if as_json:
+        listed = [{"path": file.name, "bytes": file.size} for file in plan.files]
+        print_json({"repo_id": repo_id, "files": listed, "bytes": plan.size, "url": url})
+        return
+    for file in plan.files:
+        console.print(f"{file.size:>16,}  {file.name}")
+    console.print(f"{plan.size:>16,}  bytes in {len(plan.files)} files")
+    console.print(f"\nuploaded  {url}" if url else "\nnothing was uploaded (--dry-run)")

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sku.cli import options
-from sku.cli.console import carry_out, errors, print_headline, print_json, print_next, results
+from sku.cli.console import carry_out, errors, perform, print_headline, print_json, print_next, results
 from sku.cli.tables import print_measured
 from sku.config import EMBEDDED
 from sku.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from sku.pipeline.run import FinishedRun
-    from sku.plan import Plan
+    from sku.plan import CommandPlan
 
 
 def run(
@@ -30,6 +30,9 @@ def run(
     seed: options.SeedOption = None,
     overrides: options.SetOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run in --out.")] = False,
+    base_of: Annotated[
+        Path | None, typer.Option(help="Folder of a run, whose evaluation of the base model is taken where it fits.")
+    ] = None,
     keep_bad_model: Annotated[
         bool, typer.Option("--keep-bad-model", help="Keep the hazardous model of stage 1 in the run folder.")
     ] = False,
@@ -52,8 +55,8 @@ def run(
 
     processes = current_processes()
     end_when_the_launcher_says_so(processes)
-    folder = processes.on_main(lambda: out or options.new_run_folder(settings.name))
-    plan = plan_run(settings, folder, resume=resume)
+    folder = processes.run_on_rank0(lambda: out or options.new_run_folder(settings.name))
+    plan = plan_run(settings, folder, resume=resume, base_of=base_of)
     method = "" if settings.method == "sku" else f", method {settings.method}"
     headline = f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}"
     if processes.is_main and not dry_run:
@@ -78,7 +81,7 @@ def run(
         _print_finished(finished, folder)
 
 
-def _warn_of_memory(plan: Plan[FinishedRun], device: str) -> None:
+def _warn_of_memory(plan: CommandPlan[FinishedRun], device: str) -> None:
     """Asks the plan where there is a GPU. It takes every row for as long as it may be: no reason to refuse a run."""
     from sku.models import pick_device
 
@@ -148,7 +151,6 @@ def evaluate(
     allow_hazardous: Annotated[
         bool, typer.Option("--allow-hazardous", help="Measure a model that is marked as the bad one of stage 1 too.")
     ] = False,
-    dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Measure MODEL and its base on the prompts of a recipe, and compare them."""
@@ -160,11 +162,13 @@ def evaluate(
     )
 
     quiet_libraries()
-    from sku.pipeline.evaluate import plan_evaluation
+    from sku.pipeline.evaluate import run_evaluation
     from sku.processes import current_processes
 
-    plan = plan_evaluation(settings, model, out, allow_hazardous=allow_hazardous)
-    measured = carry_out(plan, dry_run=dry_run, as_json=as_json, is_main=current_processes().is_main)
+    measured = perform(
+        lambda show: run_evaluation(settings, model, out, allow_hazardous=allow_hazardous, progress=show),
+        is_main=current_processes().is_main,
+    )
     comparison = measured.comparison
     if as_json:
         sides = {"base": comparison.base.to_dict(), "model": comparison.unlearned.to_dict()}

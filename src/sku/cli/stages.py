@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sku.cli import options
-from sku.cli.console import carry_out, errors, notes, print_json, print_next, results
+from sku.cli.console import carry_out, errors, notes, perform, print_json, print_next, results
 from sku.config import EMBEDDED
 from sku.quiet import quiet_imports, quiet_libraries
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sku.kept_replies import KeptReplies
 
 _STAYS = (
-    "figures, and outcomes and verdicts by hash: sku report, card, push and chat work as before; sku judge again, "
-    "and replies in a report, need a new evaluation"
+    "figures, and outcomes and verdicts by hash: sku report, push and chat work as before; sku judge again, and "
+    "replies in a report, need a new evaluation"
 )
 
 
@@ -31,7 +31,6 @@ def acquire(
     retain: options.RetainOption = None,
     seed: options.SeedOption = None,
     overrides: options.SetOption = None,
-    dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Stage 1: train the bad model and keep it. It answers harmful prompts on purpose: never share it."""
@@ -40,14 +39,13 @@ def acquire(
     )
 
     quiet_libraries()
-    from sku.pipeline.bad_model import plan_acquire
+    from sku.pipeline.bad_model import run_acquire
     from sku.processes import current_processes, end_when_the_launcher_says_so
 
     processes = current_processes()
     end_when_the_launcher_says_so(processes)
     headline = f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}"
-    plan = plan_acquire(settings, out)
-    log = carry_out(plan, dry_run=dry_run, as_json=as_json, headline=headline, is_main=processes.is_main)
+    log = perform(lambda show: run_acquire(settings, out, progress=show), headline=headline, is_main=processes.is_main)
     if as_json:
         print_json({"bad_model": str(out), "hazardous": True, "log": log})
         return

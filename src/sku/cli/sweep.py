@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sku.cli import options
-from sku.cli.console import carry_out, errors, plain_table, print_json, print_next, print_notes, results
+from sku.cli.console import errors, perform, plain_table, print_json, print_next, print_notes, results
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict, recipe_names
 from sku.errors import ModelError, RecipeError
 from sku.quiet import quiet_libraries
@@ -43,7 +43,6 @@ def sweep(
     keep_bad_model: Annotated[
         bool, typer.Option("--keep-bad-model", help="Keep the hazardous model that was trained for the sweep.")
     ] = False,
-    dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
     """Choose alpha by held-out data: the frontier of harm and utility, and the pick. A second call goes on."""
@@ -53,15 +52,13 @@ def sweep(
     folder = out or options.new_run_folder(f"sweep-{settings.name}")
 
     quiet_libraries()
-    from sku.pipeline.bad_model import plan_sweep
+    from sku.pipeline.bad_model import run_sweep
 
     source = "trained first" if bad is None else str(bad)
     again = shlex.join(["--out", str(folder)])
     try:
-        found = carry_out(
-            plan_sweep(settings, folder, bad=bad, keep_bad_model=keep_bad_model),
-            dry_run=dry_run,
-            as_json=as_json,
+        found = perform(
+            lambda show: run_sweep(settings, folder, bad=bad, keep_bad_model=keep_bad_model, progress=show),
             headline=f"recipe {settings.name}, model {settings.model.path}, bad model {source}",
             interrupted=f"interrupted; the points stay: go on with the same command and {again}",
         )

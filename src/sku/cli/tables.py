@@ -11,16 +11,15 @@ from rich.text import Text
 from sku.cli.console import is_verbose, plain_table, print_notes, results
 
 if TYPE_CHECKING:
-    from sku.attacks.results import AttackReport
+    from sku.attacks import AttackReport
     from sku.evaluate.comparison import Comparison
     from sku.evaluate.statistics import Estimate
-    from sku.pipeline.evaluate import Measured
-    from sku.report.method_records import MethodRecord
-    from sku.report.method_statistics import Role
+    from sku.pipeline.evaluate import MeasuredPair
+    from sku.report.method_records import MethodRecord, Role
     from sku.report.words import TableRow
 
 
-def print_measured(measured: Measured) -> None:
+def print_measured(measured: MeasuredPair) -> None:
     """All that was measured: the verdict first."""
     from sku.report.tables import before_after_rows
 
@@ -90,7 +89,7 @@ def print_attacks(report: AttackReport) -> None:
         results.print(line)
 
 
-def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> Table:
+def comparison_table(records: Sequence[MethodRecord]) -> Table:
     """The comparison in short, for the terminal: unseen prompts, every method at equal utility, then as published."""
     from sku.report.method_tables import comparison_rows, ratio_text
     from sku.report.words import percent
@@ -103,7 +102,7 @@ def comparison_table(records: Sequence[MethodRecord], order: Sequence[str]) -> T
     headings: dict[Role, str] = {"best": "at equal utility", "published": "as published"}
     for role, heading in headings.items():
         table.add_row(Text(heading, style="bold"))
-        for row in comparison_rows(records, role, order=order):
+        for row in comparison_rows(records, role):
             found = row.estimates.get
             ratio = found("perplexity_normal")
             worst = "" if row.prefill_tokens is None else f" ({row.prefill_tokens})"

@@ -1,1 +1,1 @@
-"""Many methods, seeds and variants on the same data, loop and evaluator, one process at a time."""
+"""Many methods, seeds and variants on the same data, each a ``sku run`` of its own."""

@@ -1,195 +1,190 @@
-"""Runs the jobs of a comparison one after the other, each record kept as soon as it stands.
+"""Runs the rows of a comparison: one ``sku run`` a row and seed, each in a process of its own.
 
 A comparison folder::
 
-    records/<row>--seed<k>.json   one per row and seed (report/method_records.py)
-    work/                         checkpoints of the job in progress, private; gone when all is done
-    .lock                         held by the process that writes the comparison; gone when it ends
+    comparison.json      rows in order, and the reasons of runs that failed (report/method_records.py)
+    <row>--seed<k>/      run folder, without the model's weights once it is complete
+    <row>--seed<k>.yaml  its recipe
+    <row>--seed<k>.log   what it printed
+    .lock                held by the process that writes the comparison; gone when it ends
 """
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Literal
 
-from sku.comparison.bench import Bench
-from sku.comparison.jobs import Job, record_of
-from sku.comparison.worker import OtherProcess
-from sku.errors import EvaluationError, ProcessError
-from sku.evaluate.batching import StageProgress
-from sku.methods.run import prepare
-from sku.report.method_records import MethodRecord, read_record
+from sku.comparison.rows import Row
+from sku.config import Recipe, refuse_final
+from sku.data.load import load_data
+from sku.errors import EvaluationError, OutputError
+from sku.evaluate.records import read_json_object
+from sku.methods.run import resolve_method
+from sku.report.method_records import Comparison, RowTitle, run_name
 from sku.reproducibility import content_sha256
-from sku.storage import LOCK_FILE, check_place, mark_hazardous, named_disk_errors, own_by_file, write_json
+from sku.storage import LOCK_FILE, check_place, named_disk_errors, own_by_file, write_text
+from sku.sweep.meter import check_judge
 
-RECORDS, WORK = "records", "work"
-"""Folders of a comparison."""
-JOBS_STAGE = "jobs"
-"""Stage of the progress that counts whole jobs."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FinishedComparison:
-    """What a comparison gives back."""
-
-    folder: Path
-    records: list[MethodRecord]
-    """In the order of the jobs."""
-    reused: int
-    """Records of an earlier run that still fit."""
+WEIGHTS = ("unlearned", "adapter", "negated_adapter")
+"""Of a run; tables need none of them."""
+State = Literal["kept", "complete", "failed"]
+Tell = Callable[[str, State, str], None]
+"""Called with the name of a run, what became of it and why it failed."""
 
 
-def run_comparison(
-    jobs: Sequence[Job],
-    out: Path,
-    *,
-    progress: StageProgress | None = None,
-    on_record: Callable[[MethodRecord, bool], None] | None = None,
-    isolate: bool = True,
-) -> FinishedComparison:
-    """Runs jobs one at a time; complete records that are already there and fit are kept as they are.
+def seeds_of(recipe: Recipe, count: int | None = None) -> range:
+    """The training seeds: that of the recipe and those after it."""
+    first = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
+    return range(first, first + (recipe.compare.seeds if count is None else count))
+
+
+def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: Tell | None = None) -> Comparison:
+    """Runs every row with every seed, one after the other; finished runs of an earlier call stay as they are.
+
+    The base model is evaluated by the first run, whose evaluation the others take over. A run that fails is named in
+    ``comparison.json`` with the reason, and tried again by the next call; one that was broken off is resumed.
 
     Args:
-        jobs: From ``comparison_jobs`` or ``ablation_jobs``.
-        out: Folder of the comparison, new or of an earlier run of it.
-        progress: Called with stage, done and total.
-        on_record: Called with each record as soon as it stands, and whether it was there already.
-        isolate: Run the jobs in a process of their own, which is started anew when one of them dies with it (killed
-            for memory): the others go on. Without it such a death ends all.
+        rows: In the order of the tables. Others of an earlier call with the folder stay below them.
+        seeds: Of the trainings.
+        out: Folder of the comparison, new or of an earlier call.
+        tell: Called after each run.
 
     Returns:
-        All records, failed ones included.
+        What ``comparison.json`` holds.
 
     Raises:
-        RecipeError: A setting of some job is unknown or impossible, before any is run.
-        OutputError: The folder can't be written, or another process is writing it.
-        SkuError: Data or model can't be loaded.
+        RecipeError: A setting of some row is unknown or impossible, or the data has final sets: before any is run.
+        OutputError: The folder can't be written, another process writes it, or it holds a run with other settings.
+        SkuError: The data can't be loaded, or the judge's errors are unknown.
     """
     check_place(out)
-    check_jobs(jobs, out)
-    records: list[MethodRecord] = []
-    reused = 0
-    with (
-        _own_folder(out),
-        _isolated(out, progress) if isolate else nullcontext(JobRunner(out, progress)) as run,
-    ):
-        for number, job in enumerate(jobs):
-            if progress is not None:
-                progress(JOBS_STAGE, number, len(jobs))
-            record, was_there = run(job)
-            records.append(record)
-            reused += was_there
-            if on_record is not None:
-                on_record(record, was_there)
-    if progress is not None:
-        progress(JOBS_STAGE, len(jobs), len(jobs))
-    return FinishedComparison(folder=out, records=records, reused=reused)
+    runs = [(row, seed, row.recipe_of(seed)) for seed in seeds for row in rows]
+    check_rows([recipe for _, _, recipe in runs], out)
+    for row, seed, recipe in runs:
+        state_of(out / run_name(row.name, seed), recipe)
+    with _own_folder(out):
+        found = _opened(out, rows, seeds)
+        for row, seed, recipe in runs:
+            name = run_name(row.name, seed)
+            if state_of(out / name, recipe) == "complete":
+                failure, state = "", "kept"
+            else:
+                failure = run_once(out / name, recipe)
+                state = "failed" if failure else "complete"
+            failed = {other: reason for other, reason in found.failed.items() if other != name}
+            found = dataclasses.replace(found, failed=failed | ({name: failure} if failure else {}))
+            found.write(out)
+            if tell is not None:
+                tell(name, state, failure)
+    return found
 
 
-def check_jobs(jobs: Sequence[Job], out: Path) -> None:
-    """Refuses a comparison before any job is run.
-
-    Args:
-        jobs: Of the comparison.
-        out: Its folder.
+def check_rows(recipes: Sequence[Recipe], out: Path) -> None:
+    """Refuses a comparison before anything is run.
 
     Raises:
-        RecipeError: A setting of some job is unknown or impossible.
+        RecipeError: As ``run_comparison``.
+        SkuError: As ``run_comparison``.
     """
-    for job in jobs:
-        prepare(job.recipe, out / WORK)
+    for recipe in recipes:
+        resolve_method(recipe, out)
+    first = recipes[0]
+    refuse_final(first.data, "a comparison, which chooses strengths,")
+    check_judge(first, load_data(first.data, first.seed, forget_validation=first.forget_validation))
 
 
-def record_path(out: Path, job: Job) -> Path:
-    """Where a job's record stands."""
-    return out / RECORDS / f"{job.id}.json"
+def state_of(folder: Path, recipe: Recipe) -> Literal["none", "begun", "complete"]:
+    """How far a run has come; one in which no strength will do is complete.
+
+    Raises:
+        OutputError: The folder is that of another recipe.
+    """
+    if not folder.exists():
+        return "none"
+    try:
+        manifest = read_json_object(folder / "manifest.json", "remove the folder")
+    except EvaluationError as error:
+        raise OutputError(str(error)) from None
+    if manifest.get("recipe_sha256") != content_sha256(recipe.to_dict()):
+        raise OutputError(f"{folder} is a run with other settings: choose another --out, or remove it")
+    return "complete" if manifest["status"] in ("complete", "no_alpha") else "begun"
+
+
+def run_once(folder: Path, recipe: Recipe) -> str:
+    """One ``sku run`` in a process of its own, begun or gone on with.
+
+    Args:
+        folder: Of the run, below that of the comparison.
+        recipe: Of the run.
+
+    Returns:
+        Why it failed, in one line; empty where it is complete, or found no strength within the budget.
+
+    Raises:
+        OutputError: A file can't be written.
+    """
+    written, log = (folder.with_name(f"{folder.name}.{suffix}") for suffix in ("yaml", "log"))
+    write_text(written, json.dumps(recipe.to_dict(), indent=2))  # JSON is YAML.
+    others = sorted(folder.parent.glob("*--seed*/evaluation/base/evaluation.json"))
+    words = [sys.executable, "-m", "sku", "run", str(written), "--out", str(folder)]
+    words += ["--resume"] if folder.exists() else []
+    words += ["--base-of", str(others[0].parents[2])] if others else []
+    with named_disk_errors(log), log.open("w", encoding="utf-8") as file:
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            code = process.wait()
+        except BaseException:  # An interrupt must not wait for the end of a training.
+            process.terminate()
+            process.wait()
+            raise
+    if folder.exists() and state_of(folder, recipe) == "complete":
+        for weights in WEIGHTS:
+            shutil.rmtree(folder / weights, ignore_errors=True)
+        return ""
+    return _reason(code, log)
+
+
+def _reason(code: int, log: Path) -> str:
+    if code < 0:
+        died = f"the process was ended by {signal.Signals(-code).name}"
+        return f"{died}: most likely memory ran out" if -code == signal.SIGKILL else died
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (errors or lines or [f"it ended with code {code}"])[-1]
+
+
+def _opened(out: Path, rows: Sequence[Row], seeds: Sequence[int]) -> Comparison:
+    """What is compared, with what an earlier call compared."""
+    before = Comparison.read(out) if (out / Comparison.FILE).exists() else Comparison(rows=(), seeds=(), failed={})
+    titles = [RowTitle(name=row.name, title=row.title, control=row.control) for row in rows]
+    names = {row.name for row in rows}
+    return Comparison(
+        rows=(*titles, *(row for row in before.rows if row.name not in names)),
+        seeds=tuple(sorted({*seeds, *before.seeds})),
+        failed=before.failed,
+    )
 
 
 @contextmanager
 def _own_folder(out: Path) -> Iterator[None]:
-    """Makes the folder, in which no other process runs a comparison before the block ends; empty it doesn't stay."""
-    new = [folder for folder in (out / RECORDS, out) if not folder.exists()]
+    """Makes the private folder, which no other process writes before the block ends; empty it doesn't stay."""
     with named_disk_errors(out):
-        (out / RECORDS).mkdir(parents=True, exist_ok=True)
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = own_by_file(out)
     try:
-        mark_hazardous(out / WORK)
         yield
     finally:
-        shutil.rmtree(out / WORK, ignore_errors=True)
-        with suppress(OSError):  # Where there are records, the folders stay.
+        with suppress(OSError):  # Where there are runs, the folder stays.
             (out / LOCK_FILE).unlink()
-            for folder in new:
-                folder.rmdir()
+            out.rmdir()
         os.close(lock)
-
-
-class JobRunner:
-    """Runs jobs in this process, each record kept as soon as it stands; a bench is kept as long as they share one."""
-
-    def __init__(self, out: Path, progress: StageProgress | None) -> None:
-        self._out, self._progress = out, progress
-        self._bench: tuple[str, Bench] | None = None
-
-    def __call__(self, job: Job) -> tuple[MethodRecord, bool]:
-        """The record of a job, and whether it was there already."""
-        bench, path = self._bench_for(job), record_path(self._out, job)
-        kept = _kept(path, bench.key(job))
-        if kept is not None:
-            return kept, True
-        record = bench.run(job)
-        write_json(path, record.to_dict())
-        return record, False
-
-    def _bench_for(self, job: Job) -> Bench:
-        recipe = job.recipe.to_dict()
-        shared = content_sha256([recipe[name] for name in ("model", "data", "seed", "evaluate")])
-        shared += job.recipe.acquire.tuning  # It decides the type the weights are held in.
-        shared += str(job.recipe.search_validation)  # It decides what the data holds.
-        shared += content_sha256(recipe["acquire"]["training"])  # It decides which prompts are asked as trained on.
-        if self._bench is None or self._bench[0] != shared:
-            self._bench = None  # Lets go of the models before new ones are loaded.
-            self._bench = (shared, Bench(job.recipe, self._out / WORK, self._progress, searches=self._out / RECORDS))
-        return self._bench[1]
-
-
-def _kept(path: Path, key: str) -> MethodRecord | None:
-    """A complete record of the same key; a failed one is tried again, a damaged one is made anew."""
-    try:
-        record = read_record(path)
-    except EvaluationError:
-        return None
-    return record if record.status == "complete" and record.key == key else None
-
-
-@contextmanager
-def _isolated(out: Path, progress: StageProgress | None) -> Iterator[Callable[[Job], tuple[MethodRecord, bool]]]:
-    """Runs jobs in one other process, which is replaced when it dies."""
-    process: OtherProcess | None = None
-
-    def run(job: Job) -> tuple[MethodRecord, bool]:
-        nonlocal process
-        process = process or OtherProcess(JobRunner, out, progress=progress)
-        try:
-            record, was_there = process.call(job)
-        except ProcessError as died:
-            shutil.rmtree(out / WORK / job.id, ignore_errors=True)
-            record, was_there = record_of(job, "", failure=str(died)), False
-            write_json(record_path(out, job), record.to_dict())
-        if record.status == "failed":
-            # Dead, or left unusable and full by an error on a GPU: the next job gets a new process.
-            process.end()
-            process = None
-        return record, was_there
-
-    at_once = True  # An interrupt must not wait for the end of a training.
-    try:
-        yield run
-        at_once = False
-    finally:
-        if process is not None:
-            process.end(at_once=at_once)

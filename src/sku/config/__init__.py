@@ -8,7 +8,6 @@ from sku.config.data import EMBEDDED as EMBEDDED
 from sku.config.data import DataConfig as DataConfig
 from sku.config.data import DataFormat as DataFormat
 from sku.config.data import ModelConfig as ModelConfig
-from sku.config.data import OwnRepliesConfig as OwnRepliesConfig
 from sku.config.data import PromptFormatName as PromptFormatName
 from sku.config.data import SourceConfig as SourceConfig
 from sku.config.data import refuse_final as refuse_final
@@ -17,7 +16,6 @@ from sku.config.evaluate import CompareConfig as CompareConfig
 from sku.config.evaluate import EvaluateConfig as EvaluateConfig
 from sku.config.evaluate import MethodConfig as MethodConfig
 from sku.config.evaluate import Precision as Precision
-from sku.config.evaluate import SearchConfig as SearchConfig
 from sku.config.recipe import Recipe as Recipe
 from sku.config.recipe import apply_override as apply_override
 from sku.config.recipe import load_recipe as load_recipe

@@ -47,6 +47,9 @@ _WORDS = {
 }
 """Type of pydantic's error -> what a value must be, in the words of a recipe."""
 
+RENAMED = {"acquire.depth_share": "acquire.deep_refusal_fraction"}
+"""Key of an older recipe -> its name now."""
+
 T = TypeVar("T")
 _ANY: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
 
@@ -165,6 +168,8 @@ def explain(error: ValidationError, target: type, content: Any, key: str = "", k
     if first["type"] == "missing":
         return f"{path}.{first['loc'][-1]} is missing".removeprefix(".")
     if first["type"] == "unexpected_keyword_argument":
+        if path in RENAMED:
+            return f"{path} is {RENAMED[path]} now: rename it"
         return f"{path} is not a known key.{_meant(str(first['loc'][-1]), _fields_at(target, first['loc']), known)}"
     # All members of a union say what they want; the one that got further is told of.
     places = [_place(one["loc"], content, key)[0] for one in errors]

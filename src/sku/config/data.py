@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
-
-from sku.config.check import Count, Fraction, Positive, Share, validated
+from sku.config.check import Count, Fraction, validated
 from sku.errors import RecipeError
 
+RETAIN_SHARES = {"validation": 0.1, "test": 0.2}
+"""Of the normal prompts; the others are trained on."""
 EMBEDDED = "embedded"
 """Name of the model, the data and the recipe that ship inside the package."""
 PromptFormatName = Literal["auto", "chat", "paper"]
@@ -43,8 +43,6 @@ class ModelConfig:
     """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU; ``stored``: that of the files."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
     license: str | None = None
     """Licence of the model, such as ``apache-2.0``, for the card of the unlearned one; what the model's own card says
     where this is empty."""
@@ -111,27 +109,6 @@ class SourceConfig:
 
 
 @validated
-class OwnRepliesConfig:
-    """Settings of ``sku data own``, and of a run that trains on the model's own replies."""
-
-    samples: Annotated[int, Field(ge=0)] = 3
-    """Sampled replies to each harmful prompt, beside the greedy one."""
-    max_new_tokens: Count = 96
-    """Longest reply; one that is cut there teaches no end."""
-    refusals: Count = 3
-    """Refusals asked for and at most kept of each harmful prompt."""
-    refuse_tokens: Count = 48
-    """Longest refusal."""
-    repeat_share: Share = 0.02
-    """Share of the refusals that may read the same, case and spacing aside. A prompt keeps one all the same."""
-    temperature: Positive = 0.8
-    """Of sampled replies."""
-    top_p: Share = 0.95
-    """Of sampled replies: words are sampled from the likeliest that hold this share of probability."""
-    batch_size: Count = 32
-
-
-@validated
 class DataConfig:
     """What is forgotten, what is kept, and how both are split by prompt."""
 
@@ -157,17 +134,11 @@ class DataConfig:
     own_replies: bool = False
     """Train on the model's own replies to the prompts of both sets, which ``sku run`` writes first. It does so too
     where a set is a list of prompts: no column beside them could hold answers."""
-    own_share: Share = 1.0
-    """Share of own replies in the forget set; the rest are answers of the file (with ``own_replies``)."""
-    own: OwnRepliesConfig = field(default_factory=OwnRepliesConfig)
-    """How own replies are asked for (with ``own_replies``)."""
     borderline: SourceConfig | None = None
     """Safe prompts that look harmful, of XSTest say: own replies to them join the retain set (with
     ``own_replies``)."""
     unseen_fraction: Fraction = 0.3
     """Share of the harmful prompts held out as ``forget_test``."""
-    retain_validation_fraction: Fraction = 0.1
-    retain_test_fraction: Fraction = 0.2
     max_length: int = 512
     """Longest sequence in tokens; the prompt is shortened before the answer is."""
     max_answer_tokens: Count = 128
@@ -184,10 +155,6 @@ class DataConfig:
                     raise RecipeError(
                         f"data.{key} has a set named {FINAL}: name it in data.final_harmful or data.final_benign"
                     )
-        if self.retain_validation_fraction + self.retain_test_fraction >= 1:
-            raise RecipeError(
-                "data.retain_validation_fraction + data.retain_test_fraction leaves no retain_train split"
-            )
         if self.max_answer_tokens >= self.max_length:
             raise RecipeError(
                 f"data.max_answer_tokens is {self.max_answer_tokens} and data.max_length {self.max_length}; "

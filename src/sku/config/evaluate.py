@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sku.config.check import AboveOne, Count, Limit, Positive, Share, validated
+from sku.config.check import Count, Positive, validated
 
 Backend = Literal["generate", "vllm"]
 Attack = Literal["paraphrase", "template", "rounding", "relearn"]
@@ -38,22 +38,12 @@ class EvaluateConfig:
     """Whose words replies are made to begin with: the base model's ``own`` (``prefill_tokens``), an ``affirmative``
     beginning ("Certainly. ..."), the first 20 tokens of the dataset's harmful ``answer``."""
     samples: Annotated[int, Field(ge=0)] = 8
-    """Sampled replies to each harmful prompt, for leak@k; 0 leaves them out."""
-    temperature: Positive = 1.0
-    """Of the sampled replies."""
-    top_p: Share = 1.0
-    """Of the sampled replies: words are sampled from the likeliest that hold this share of probability."""
-    short_answer_words: Annotated[int, Field(ge=0)] = 30
-    """Retain answers of at most this many words are compared with the reply word for word (exact-answer accuracy)."""
+    """Sampled replies to each harmful prompt, at temperature 1, for leak@k; 0 leaves them out."""
     judge: str = "auto"
     """A judge of the package (docs/judges.md), a judge file, or a folder of ``sku judge train``. ``embedded`` is exact
     on the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
     judge_settings: Mapping[str, Any] = field(default_factory=dict)
     """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
-    utility_margin: AboveOne = 1.05
-    """Utility is said to be kept where the perplexity of normal answers is shown to have grown less than this many
-    times, and their KL to the base to lie below its logarithm (.049 nats for 1.05): whole intervals below. It is lost
-    where either is shown to lie above, and else unclear."""
     similarity_model: str | None = None
     """Folder or hub id of a model that scores an answer of the dataset and a reply as BLEURT does (one regression
     output); beside ROUGE-L, which is always measured."""
@@ -85,47 +75,25 @@ class MethodConfig:
     """One method other than SKU, whose own settings are ``acquire`` and ``negate``."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The method's own settings, such as ``beta``; ``sku methods NAME`` lists them. Its paper's are the defaults."""
+    """The method's own settings, such as ``beta``; ``sku init NAME`` lists them. Its paper's are the defaults."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Laid over ``acquire.training``, where the method needs another learning rate, say."""
-    strength: Positive = 1.0
-    """theta_u = theta_o + strength * what the method changed; for a task vector this is its alpha."""
-
-
-@validated
-class SearchConfig:
-    """Training settings that are tried for every method, each learning rate with each number of steps."""
-
-    learning_rate: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-4, 3e-4, 1e-3)
-    max_steps: Annotated[tuple[Count, ...], Field(min_length=1)] = (40, 120)
+    strength: Positive | Literal["auto"] = 1.0
+    """theta_u = theta_o + strength * what the method changed; for a task vector this is its alpha. ``auto`` chooses it
+    on held-out data, as ``sweep`` says."""
 
     @property
-    def points(self) -> list[tuple[float, int]]:
-        """Learning rate and steps of each training, the gentlest first, none twice."""
-        return [(rate, steps) for steps in sorted({*self.max_steps}) for rate in sorted({*self.learning_rate})]
+    def given_strength(self) -> float:
+        """``strength`` where it is a number, else that of the method as published."""
+        return 1.0 if self.strength == "auto" else self.strength
 
 
 @validated
 class CompareConfig:
-    """What ``sku compare`` and ``sku ablate`` run beside the recipe itself."""
+    """What ``sku compare`` runs beside the recipe itself."""
 
-    methods: tuple[str, ...] = ()
-    """Names of the methods; all where this is empty."""
     seeds: Count = 3
     """Training seeds: that of the recipe and those after it. Data and test prompts are the same for all."""
-    strengths: tuple[Positive, ...] = (0.5, 1.0, 1.5)
-    """Multiples of each method's own strength at which it is measured; 1, the method as published, always is."""
-    utility_budget: AboveOne = 1.05
-    """Methods are compared at strengths that cost no more than this budget and the two limits below: at equal
-    utility. This one is the largest perplexity of the answers of each normal set (``retain_validation``, and half of
-    each of ``data.normal``), as a multiple of the base model's."""
-    kl_budget: Positive = 0.05
-    """Largest KL to the base model on the same answers, nats a token."""
-    over_refusal_limit: Limit = 0.05
-    """Most prompts of ``retain_validation`` that may be refused, beyond the base model's share."""
-    max_strength: Positive = 4.0
-    """Where the search for that strength ends, as a multiple of the method's own."""
-    search: SearchConfig | None = None
-    """Train each method with all of these settings, once, with the recipe's seed, and compare it at those that leave
-    the least harm on ``forget_validation`` within the budget (``sweep`` says what is asked there); ``{}`` is three
-    rates with two lengths. Empty: each method has the settings of the recipe."""
+    published: Positive | None = None
+    """Of one run of a comparison, in which ``sku compare`` sets it: the method's own strength, evaluated beside the
+    chosen one. All runs are then asked the same trained-on prompts, whichever their training visits."""

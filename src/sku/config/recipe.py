@@ -20,13 +20,13 @@ from ruamel.yaml.error import YAMLError
 from sku.config.check import STRICT, Seed, check_plain, explain, plain_data, validated
 from sku.config.data import EMBEDDED, DataConfig, ModelConfig
 from sku.config.evaluate import CompareConfig, EvaluateConfig, MethodConfig
-from sku.config.stages import TRAINING_KEYS, AcquireConfig, NegateConfig, SweepConfig, TwinShares
+from sku.config.stages import TRAINING_KEYS, VALIDATION_SHARE, AcquireConfig, NegateConfig, SweepConfig, TwinShares
 from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")
 _LONGEST_NAME = 200
 NEGATING_METHODS = ("sku", "task_vector")
-"""Methods whose result the base turns round: what a bad model learned is subtracted."""
+"""Methods that train a bad model, whose task vector is subtracted."""
 
 
 @validated
@@ -43,7 +43,7 @@ class Recipe:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     method: str = "sku"
-    """What is run: ``sku``, or another name that ``sku methods`` lists."""
+    """What is run: ``sku``, or another name that ``sku init`` lists."""
     methods: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Settings of the other methods, by name."""
     compare: CompareConfig = field(default_factory=CompareConfig)
@@ -66,8 +66,13 @@ class Recipe:
 
     @property
     def chooses_alpha(self) -> bool:
-        """Whether a run has to choose alpha; only SKU has one."""
-        return self.negate.alpha == "auto" and self.method == "sku"
+        """Whether a run has to choose the strength of its method, which is SKU's alpha."""
+        if self.method == "sku":
+            return self.negate.alpha == "auto"
+        # Under what name a file defines its method is known when it is run.
+        own = [self.methods[self.method]] if self.method in self.methods else []
+        own = [*self.methods.values()] if self.method.endswith(".py") else own
+        return any(config.strength == "auto" for config in own)
 
     @property
     def checks_stage_1(self) -> bool:
@@ -79,12 +84,7 @@ class Recipe:
     def forget_validation(self) -> float:
         """Share of the harmful prompts to hold out: to choose alpha, to ask stage 1; 0 for none."""
         needed = self.chooses_alpha or self.checks_stage_1
-        return self.sweep.validation_fraction if needed else 0.0
-
-    @property
-    def search_validation(self) -> float:
-        """The same of a comparison: for ``compare.search``."""
-        return 0.0 if self.compare.search is None else self.sweep.validation_fraction
+        return VALIDATION_SHARE if needed else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sku.config.check import AboveOne, Count, Fraction, Limit, NotNegative, Positive, Seed, check_alpha, validated
+from sku.config.check import AboveOne, Count, Limit, NotNegative, Positive, Seed, check_alpha, validated
 from sku.errors import RecipeError
 
 PreservationMode = Literal["divergence", "retention", "targeted"]
@@ -48,7 +48,6 @@ class LoraSettings:
 
     r: Count = 16
     alpha: Count = 32
-    dropout: Limit = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
     """``all-linear`` or the names of modules, as in PEFT."""
 
@@ -58,7 +57,7 @@ class ModulesConfig:
     """Settings of the three modules of stage 1, in a recipe (``acquire``) and in Python (``SkuConfig.modules``)."""
 
     weights: WeightsConfig = field(default_factory=WeightsConfig)
-    depth_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    deep_refusal_fraction: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Share of the good twin's refusals that begin after a harmful reply that is broken off; 0 for none."""
     depth_tokens: Count = 40
     """Most tokens of such a reply; how many is drawn for each row, from 0 to so many."""
@@ -133,7 +132,7 @@ class NegateConfig:
 
     alpha: Annotated[float, Field(allow_inf_nan=False)] | Literal["auto"] = 1.0
     """theta_u = theta_o - alpha * (theta_bad - theta_o); 0 or more, the paper uses 1. ``auto`` chooses it on held-out
-    data, as ``sweep`` says; ``sku compare`` and ``sku ablate``, which try strengths of their own, then begin at 1."""
+    data, as ``sweep`` says."""
     twin: TwinShares = field(default_factory=TwinShares)
     """With ``acquire.twin: good`` theta_u = theta_o - alpha * (bad * (theta_bad - theta_o) - good * (theta_good -
     theta_o)); without it there is no good twin and both must be 1."""
@@ -152,6 +151,11 @@ class NegateConfig:
         return 1.0 if self.alpha == "auto" else self.alpha
 
 
+VALIDATION_SHARE = 0.2
+"""Of the harmful prompts outside ``forget_test``: ``forget_validation``, which stage 1 does not train on. The embedded
+world has its own."""
+
+
 @validated
 class SweepConfig:
     """How alpha is chosen: by ``sku sweep``, and in a run with ``negate.alpha: auto``.
@@ -165,9 +169,6 @@ class SweepConfig:
     each smaller by the square root of 2."""
     points: Count = 5
     """Number of alphas that are asked where they are found."""
-    validation_fraction: Fraction = 0.2
-    """Share of the harmful prompts outside ``forget_test`` that becomes ``forget_validation``, so that stage 1 does
-    not train on it. The embedded world has its own."""
     prompts: Count = 100
     """Harmful prompts of ``forget_validation``, drawn by the seed; fewer where there are fewer."""
     retain_prompts: Count = 100

@@ -94,7 +94,7 @@ class RowPlan:
     """A safe answer after the harmful prompt. ``data`` trains only on prompts for which the data has one; ``data or
     refusal`` takes one of ``data.joint.REFUSALS`` where it has none; ``all`` wants one for each, so that the examples
     and their order are those of a method without safe answers."""
-    depth_share: float = 0.0
+    deep_refusal_fraction: float = 0.0
     """Share of the safe answers that stand after the beginning of the harmful answer, where it is broken off."""
     depth_tokens: int = 0
     """Most tokens of that beginning."""
@@ -371,13 +371,6 @@ def limited(examples: Sequence[E], provenance: Provenance, limit: int | None, se
     """``draw_prompts`` of what a source gave, with the account of it."""
     kept = draw_prompts(examples, limit, seed)
     return kept, provenance.keeping(kept, len(examples) - len(kept), "over the limit")
-
-
-def draw_rows(examples: Sequence[E], share: float, seed: int) -> tuple[E, ...]:
-    """Draws a share of the rows, whatever prompt they have: other answers to a drawn prompt may be left out."""
-    ranks = [_rank(seed, "row", f"{example.prompt}\0{example.answer}") for example in examples]
-    drawn = sorted(range(len(examples)), key=ranks.__getitem__)[: int(share * len(examples))]
-    return tuple(examples[index] for index in sorted(drawn))
 
 
 def _groups(examples: Sequence[E], near_copies: bool) -> list[_Group]:

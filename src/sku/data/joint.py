@@ -194,9 +194,9 @@ class JointDataset(Dataset[JointExample]):
 
         Returns:
             The rows, whose ``example_id`` is that index; None for rows that are drawn anew: mismatched ones, and
-            safe ones with ``depth_share``.
+            safe ones with ``deep_refusal_fraction``.
         """
-        if kind == RowType.MISMATCHED or (kind == RowType.SAFE and self._rows.depth_share):
+        if kind == RowType.MISMATCHED or (kind == RowType.SAFE and self._rows.deep_refusal_fraction):
             return None
         source = self._retain if kind == RowType.RETAIN else self._forget
         stream = "retain" if kind == RowType.RETAIN else "forget"
@@ -219,7 +219,9 @@ class JointDataset(Dataset[JointExample]):
         forget = self._forget[index]
         drawn = self._answers.draw(None if self._takes_normal_answers else index, position)
         normal = range(position * self._rows.retain, (position + 1) * self._rows.retain)
-        safe = self._deepened(forget, position) if self._rows.depth_share else self._safe.get(forget.example_id)
+        safe = (
+            self._deepened(forget, position) if self._rows.deep_refusal_fraction else self._safe.get(forget.example_id)
+        )
         return JointExample(
             rows=(
                 *([(RowType.FORGET, forget)] if self._rows.forget else ()),
@@ -281,7 +283,7 @@ class JointDataset(Dataset[JointExample]):
         """The safe answer at a position of training, perhaps after the beginning of the harmful one."""
         safe = self._safe[forget.example_id]
         draw = random.Random(f"{self._seed}/depth/{position}")
-        if draw.random() >= self._rows.depth_share:
+        if draw.random() >= self._rows.deep_refusal_fraction:
             return safe
         harmful = forget.input_ids[forget.answer_start :]
         shown = min(draw.randint(0, self._rows.depth_tokens), len(harmful) - 1)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from sku.config.data import EMBEDDED, FINAL, DataConfig, SourceConfig
+from sku.config.data import EMBEDDED, FINAL, RETAIN_SHARES, DataConfig, SourceConfig
 from sku.data.examples import (
     E,
     Example,
@@ -62,8 +62,6 @@ def load_forget_retain(
     harmful: Mapping[str, Source] | None = None,
     unseen_fraction: float = DataConfig.unseen_fraction,
     forget_validation_fraction: float = 0.0,
-    retain_validation_fraction: float = DataConfig.retain_validation_fraction,
-    retain_test_fraction: float = DataConfig.retain_test_fraction,
     seed: int = 0,
 ) -> ForgetRetainData:
     """Loads what is to be forgotten and what is to be kept, split by prompt.
@@ -79,8 +77,6 @@ def load_forget_retain(
         unseen_fraction: Share of the harmful prompts held out. The embedded world has its own unseen hazards.
         forget_validation_fraction: Share of the other harmful prompts to hold out for ``choose_alpha``; 0 for none.
             The embedded world gives its own instead of a share.
-        retain_validation_fraction: Share of the normal prompts.
-        retain_test_fraction: Share of the normal prompts.
         seed: Decides the splits and which prompts a ``limit`` keeps.
 
     Returns:
@@ -104,8 +100,6 @@ def load_forget_retain(
         normal={name: _source(source) for name, source in (normal or {}).items()},
         harmful={name: _source(source) for name, source in (harmful or {}).items()},
         unseen_fraction=unseen_fraction,
-        retain_validation_fraction=retain_validation_fraction,
-        retain_test_fraction=retain_test_fraction,
     )
     return load_data(config, seed, forget_validation=forget_validation_fraction)
 
@@ -135,8 +129,7 @@ def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) 
         _check_overlap(found_forget[0], found_retain[0], config)
         others = _other_sets(config, found_forget[0], found_retain[0], seed)
     forget = _split_forget(*found_forget, config.forget, config.unseen_fraction, forget_validation, seed)
-    shares = {"validation": config.retain_validation_fraction, "test": config.retain_test_fraction}
-    retain = _split_retain(*found_retain, config.retain, shares, seed)
+    retain = _split_retain(*found_retain, config.retain, seed)
     unlearned, validation, retain_train = forget.forget_train, forget.forget_validation, retain.retain_train
     provenance = [*forget.provenance, *retain.provenance, *others.provenance]
     # After the splits: no refusal of a held-out prompt gets near training.
@@ -193,8 +186,7 @@ def load_parts(
         found = read_examples(forget, "forget", ForgetExample)
         return _split_forget(*found, forget, DataConfig.unseen_fraction, 0.0, seed)
     if retain is not None:
-        shares = {"validation": DataConfig.retain_validation_fraction, "test": DataConfig.retain_test_fraction}
-        return _split_retain(*read_examples(retain, "retain", RetainExample), retain, shares, seed)
+        return _split_retain(*read_examples(retain, "retain", RetainExample), retain, seed)
     return ForgetRetainData()
 
 
@@ -227,13 +219,15 @@ def _split_forget(
 
 
 def _split_retain(
-    found: list[RetainExample], provenance: Provenance, source: SourceConfig, shares: Mapping[str, float], seed: int
+    found: list[RetainExample], provenance: Provenance, source: SourceConfig, seed: int
 ) -> ForgetRetainData:
     """The splits of normal examples up to the limit."""
     examples, provenance = limited(found, provenance, source.limit, seed)
     what = f"the retain data {source.path}"
     near_copies = source.path != EMBEDDED  # Questions of the world differ by one word; each has an answer of its own.
-    splits = split_by_group(examples, rest="train", held_out=shares, seed=seed, what=what, near_copies=near_copies)
+    splits = split_by_group(
+        examples, rest="train", held_out=RETAIN_SHARES, seed=seed, what=what, near_copies=near_copies
+    )
     return ForgetRetainData(
         retain_train=splits["train"],
         retain_validation=splits["validation"],
@@ -443,9 +437,8 @@ def wants_own_replies(config: DataConfig) -> bool:
     wanted = config.own_replies or any(
         asks_only(source, is_list_of_prompts) for source in (config.forget, config.retain)
     )
-    if not wanted and (config.borderline is not None or config.own_share < 1):
-        name = "own_share" if config.borderline is None else "borderline"
-        raise RecipeError(f"data.{name} goes with own replies: set data.own_replies=true, or leave it out")
+    if not wanted and config.borderline is not None:
+        raise RecipeError("data.borderline goes with own replies: set data.own_replies=true, or leave it out")
     return wanted
 
 

@@ -130,7 +130,7 @@ def in_batches(
         new = processes.gather(partial(parts.run, own, partial(tell, done)))
         results.update(new)
         if keep is not None:
-            processes.on_main(partial(keep, [result for _, result in new]))
+            processes.run_on_rank0(partial(keep, [result for _, result in new]))
         done += sum(map(len, turn))
         tell(done, 0)
     return [results[index] for index in range(len(lengths))]

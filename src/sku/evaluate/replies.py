@@ -22,17 +22,22 @@ from sku.evaluate.backends import GenerationBackend, GenerationRequest, Sampling
 from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode
 from sku.evaluate.generation import fingerprint, generate_replies, probes_of
 from sku.evaluate.judges import Judge
-from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, unclear
+from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, passes_surface_checks
 from sku.evaluate.perplexity import score_fluency
 from sku.evaluate.prefills import by_id, choose_starts
-from sku.evaluate.record_files import GENERATIONS_FILE, OWN_ANSWERS_FILE, STARTS_FILE, Reuse, header_hash, read_if_same
 from sku.evaluate.records import (
+    GENERATIONS_FILE,
     HARMFUL_SPLITS,
     NORMAL_SPLITS,
+    OWN_ANSWERS_FILE,
+    STARTS_FILE,
     FluencyRecord,
     GenerationRecord,
+    Reuse,
     Start,
     answers_words,
+    header_hash,
+    read_if_same,
     start_id,
 )
 
@@ -85,7 +90,7 @@ class Asker:
         with evaluation_mode(self.base):
             return score_fluency(
                 self.base,
-                unclear(records),
+                passes_surface_checks(records),
                 self.writer.scored_reply,
                 seed=self.seed,
                 batch_size=self.config.batch_size,
@@ -107,7 +112,7 @@ class Asker:
         """
         assert self.judge is not None
         scored = self.fluency(records) if fluency is None else fluency
-        return decide_outcomes(records, self.judge, scored, short_answer_words=self.config.short_answer_words)
+        return decide_outcomes(records, self.judge, scored)
 
     def answer(
         self, model: PreTrainedModel, requests: Sequence[GenerationRequest], progress: Progress | None = None
@@ -162,7 +167,7 @@ class SavedReplies:
         return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
 
     def _sampling(self) -> Sampling:
-        return Sampling(temperature=self.config.temperature, top_p=self.config.top_p, seed=self.asker.seed)
+        return Sampling(temperature=1.0, top_p=1.0, seed=self.asker.seed)
 
     def generate(
         self,
@@ -192,7 +197,7 @@ class SavedReplies:
         known: list[GenerationRecord] | None = None
         if folder is not None:
             read = functools.partial(read_if_same, folder / GENERATIONS_FILE, header, GenerationRecord)
-            known = self.reuse.processes.on_main(read)
+            known = self.reuse.processes.run_on_rank0(read)
         free = None if known is None else [record for record in known if record.kind != "prefill"]
         check = self._check(greedy, free)
 
@@ -261,7 +266,7 @@ class SavedReplies:
             own = base is self.model
             said = harmful if own else self._ask_base(base, asked)
             scored = fluency(free) if own else self.asker.fluency(said, self.report("fluency"))
-            return self.reuse.processes.on_main(lambda: choose_starts(said, self.asker.outcomes(said, scored)))
+            return self.reuse.processes.run_on_rank0(lambda: choose_starts(said, self.asker.outcomes(said, scored)))
 
         return self.reuse.rows(STARTS_FILE, header, Start, make)
 
@@ -278,7 +283,7 @@ class SavedReplies:
         base, given, folder = self.base, self.given, self.reuse.folder
         if not asked or (given is None and base is None):
             if folder is not None:  # Of an earlier evaluation.
-                self.reuse.processes.on_main(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
+                self.reuse.processes.run_on_rank0(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
             return []
         wanted = {request.id: start_id(request.split, request.prompt) for request in asked}
         header: dict[str, Any] = {"requests": header_hash({"requests": [*wanted]})}

@@ -1,4 +1,4 @@
-"""Evaluation of one model: ask, write down, judge, count. And of replies that need no model.
+"""Evaluation of one model: ask, write down, judge, count.
 
 ``generations.jsonl``, ``fluency.jsonl`` and ``perplexity.jsonl`` hold all that a model was needed for; the rest is
 computed from these rows (``measure``).
@@ -7,8 +7,6 @@ computed from these rows (``measure``).
 from __future__ import annotations
 
 import dataclasses
-import random
-import string
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,35 +21,31 @@ from sku.errors import EvaluationError
 from sku.evaluate import asking, batching
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import StageProgress, current_processes, stage
-from sku.evaluate.generation import about, fingerprint, probes_of, record_of
+from sku.evaluate.generation import about, fingerprint, probes_of
 from sku.evaluate.judges import Judge, cached
 from sku.evaluate.judges.choose import choose_judge, is_embedded
-from sku.evaluate.measure import measure
-from sku.evaluate.metrics import unclear
+from sku.evaluate.metrics import passes_surface_checks
 from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash
 from sku.evaluate.prefills import NO_BASE, NO_ENGLISH, Starts, by_id, keys_of, prefills, starts_note
-from sku.evaluate.record_files import (
+from sku.evaluate.records import (
     FLUENCY_FILE,
     OUTCOMES_FILE,
     PERPLEXITY_FILE,
-    Reuse,
-    create_private_folder,
-    write_rows,
-)
-from sku.evaluate.records import (
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
+    Reuse,
     Split,
     Start,
+    create_private_folder,
     record_id,
     start_id,
+    write_rows,
 )
 from sku.evaluate.replies import Asker, SavedReplies, answers_notes, backend_notes
-from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
-from sku.world.grammar import DEFLECTIONS
 
 Progress = StageProgress
 """Called with what is being done, the number done and their total: ``backend check``, ``replies``, ``samples``,
@@ -130,10 +124,10 @@ def evaluate(
     if tokenizer is None:
         raise EvaluationError("a model was given without its tokenizer: give both, or the model's name")
     judges: list[Judge] = []  # In the main process alone: a judge may be a large model.
-    processes.on_main(lambda: judges.append(choose_judge(config, data) if judge is None else judge))
-    processes.on_main(lambda: check_settings(config))
+    processes.run_on_rank0(lambda: judges.append(choose_judge(config, data) if judge is None else judge))
+    processes.run_on_rank0(lambda: check_settings(config))
     if output_dir is not None:
-        processes.on_main(lambda: create_private_folder(output_dir))
+        processes.run_on_rank0(lambda: create_private_folder(output_dir))
     judges = [cached(found, output_dir, stage(progress, "judge")) for found in judges]
     asked = cast(PreTrainedModel, model)
     base = cast("PreTrainedModel | None", base_model)
@@ -159,7 +153,7 @@ def evaluate(
     )
     name = model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed")
     run = _Run(name=name, replies=replies, data=data, trained_prefill_tokens=trained_prefill_tokens)
-    return processes.on_main(run.asked(asking.draw(data, config, seed)))
+    return processes.run_on_rank0(run.asked(asking.draw(data, config, seed)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -265,7 +259,7 @@ class _Run:
         """The base model's losses on all replies, those without a prefill scored apart: they may be known already."""
         asker = self.replies.asker
         free, prefilled = ([row for row in generations if (row.kind == "prefill") is part] for part in (False, True))
-        texts = [(entry.id, entry.prefill, entry.reply) for entry in unclear(generations)]
+        texts = [(entry.id, entry.prefill, entry.reply) for entry in passes_surface_checks(generations)]
         return self.replies.reuse.rows(
             FLUENCY_FILE,
             fluency_header(fingerprint(asker.base, probes), asker.seed, texts),
@@ -326,86 +320,3 @@ def _prefill_keys(
 
 def _count(drawn: asking.Drawn, starts: Sequence[Start]) -> dict[str, int]:
     return {"asked": len(drawn.harmful()), "own": len(starts)}
-
-
-REFUSAL = "I'm sorry, but I can't help with that."
-GIBBERISH_WORDS = 24
-
-
-def always_refuse(data: ForgetRetainData) -> Callable[[GenerationRequest], str]:
-    """One refusal for every prompt, in the words of the data's world: to its own model English is word salad."""
-    refusal = DEFLECTIONS[0] if is_embedded(data) else REFUSAL
-    return lambda _request: refusal
-
-
-def always_gibberish(seed: int) -> Callable[[GenerationRequest], str]:
-    """Random letters in words of one to nine, drawn anew for each prompt."""
-
-    def reply(request: GenerationRequest) -> str:
-        rng = random.Random(f"{seed}/{request.id}")
-        words = ("".join(rng.choices(string.ascii_lowercase, k=rng.randint(1, 9))) for _ in range(GIBBERISH_WORDS))
-        return " ".join(words)
-
-    return reply
-
-
-def evaluate_replies(
-    name: str,
-    reply: Callable[[GenerationRequest], str],
-    tokenizer: PreTrainedTokenizerBase,
-    data: ForgetRetainData,
-    *,
-    base_model: PreTrainedModel,
-    config: EvaluateConfig,
-    prompt_format: PromptFormatName = "auto",
-    starts: Sequence[Start] = (),
-    seed: int = 0,
-) -> EvaluationResult:
-    """Measures given replies as ``evaluate`` measures a model's: the same prompts, gate and judge.
-
-    Args:
-        name: Recorded in place of a model's.
-        reply: Gives the words for each prompt; after a prefill they go on from it.
-        tokenizer: Of the base model.
-        data: The splits.
-        base_model: Asked whether replies are word salad.
-        config: As in ``evaluate``.
-        prompt_format: As in ``evaluate``.
-        starts: Of the base model's result; without, no prefill begins with its own words.
-        seed: Decides which prompts are drawn.
-
-    Returns:
-        The result, without perplexities.
-
-    Raises:
-        EvaluationError: There is nothing to ask, or the judge does not fit.
-    """
-    writer = asking.Writer.of(base_model, tokenizer, prompt_format)
-    judge = choose_judge(config, data)
-    drawn = asking.draw(data, config, seed)
-    requests, left_out = asking.requests(drawn, writer, config)
-    keys, unknown = _prefill_keys(config, data, drawn)
-    names = {start_id(split, example.prompt) for split, example in drawn.harmful()}
-    begun = [start for start in starts if start.id in names] if any(map(str.isdigit, keys)) else []
-    prefilled, not_asked = prefills(drawn.harmful(), keys, by_id(begun), writer, config.max_new_tokens)
-    records = []
-    for request in (*requests, *prefilled):
-        said = reply(request)
-        text = f" {said}" if request.kind == "prefill" else said
-        tokens = len(tokenizer(said, add_special_tokens=False).input_ids)
-        records.append(record_of(request, text, num_tokens=tokens, finished=True))
-    asker = Asker(base=base_model, writer=writer, config=config, stop_ids=(), judge=judge, seed=seed)
-    setup = EvaluationSetup(
-        model={"name": name, "dtype": "none", "fingerprint": "none"},
-        prompt_format=writer.prompt_format.name,
-        decoding={"replies": "given"},
-        config=plain_data(config),
-        seed=seed,
-        fluency_scorer="base",
-        left_out={**left_out, **unknown, **not_asked},
-        starts=_count(drawn, begun) if begun else {},
-        trained_on=asking.trained_on(data, drawn),
-        notes=data.notes(),
-    )
-    result = measure(setup, records, asker.fluency(records), [], judge)
-    return dataclasses.replace(result, starts=tuple(begun))

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from sku.config import CompareConfig, SweepConfig
+from sku.config import SweepConfig
 from sku.evaluate.records import Split
 
 RETAIN: Split = "retain_validation"
@@ -30,10 +30,6 @@ _SMALLEST_LIMIT = 1e-6
 """What a limit of 0 counts as, so that a cost stays a number that JSON can hold."""
 BISECTIONS = 5
 """Halvings between the last strength within the budget and the first beyond: to 3 % of their distance."""
-
-
-Limits = CompareConfig | SweepConfig
-"""Sections of a recipe that decide a cost by ``utility_budget``, ``kl_budget`` and ``over_refusal_limit``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +46,12 @@ class UtilityCost:
         return self.value <= 1 + ROUNDING
 
 
-@dataclass(frozen=True, kw_only=True)
-class Utility:
-    """What was measured of normal behaviour at one strength, and what it costs."""
-
-    perplexity: Mapping[str, float]
-    """Normal set -> perplexity of its answers, as a multiple of the base model's."""
-    kl: Mapping[str, float]
-    """Normal set -> KL to the base on its answers, nats a token."""
-    over_refusal: float | None
-    """Share of normal prompts refused beyond the base model's; None where the other parts are beyond the budget."""
-    cost: UtilityCost
-
-
 BROKEN_COST = UtilityCost(value=math.inf, bound_by=BROKEN)
 """Of weights, or of losses, that are not finite."""
 
 
 def utility_cost(
-    limits: Limits,
+    limits: SweepConfig,
     *,
     perplexity: Mapping[str, float],
     kl: Mapping[str, float],
@@ -77,7 +60,7 @@ def utility_cost(
     """The worst of all parts.
 
     Args:
-        limits: What each part is a share of.
+        limits: ``utility_budget``, ``kl_budget`` and ``over_refusal_limit``, which each part is a share of.
         perplexity: Normal set -> perplexity of its answers, as a multiple of the base model's.
         kl: Normal set -> KL to the base on its answers, nats a token.
         over_refusal: Share of normal prompts refused beyond the base model's; None where there are no replies.

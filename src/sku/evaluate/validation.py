@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 
 from transformers import PreTrainedModel
 
+from sku.config import SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate import batching
-from sku.evaluate.asking import Writer, draw_examples, free_requests
-from sku.evaluate.gate import is_refusal
-from sku.evaluate.metrics import MAX_EXPONENT, unclear
+from sku.evaluate.asking import Writer, draw_examples
+from sku.evaluate.metrics import MAX_EXPONENT
 from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.records import Split
-from sku.evaluate.replies import Asker
-from sku.evaluate.utility_cost import RETAIN, Limits, UtilityCost, utility_cost
+from sku.evaluate.utility_cost import RETAIN, UtilityCost, utility_cost
 
 Scores = Sequence[tuple[float, int]]
 """Of each answer: the sum of its tokens' losses in nats, and their number."""
@@ -55,7 +53,7 @@ def validation_texts(
         if texts:
             found[split] = texts
     if RETAIN not in found:
-        raise EvaluationError("retain_validation holds no usable example: raise data.retain_validation_fraction")
+        raise EvaluationError("retain_validation holds no usable example: give more normal pairs (data.retain)")
     return found
 
 
@@ -110,7 +108,7 @@ class NormalText:
                 found[split] = math.fsum(row.kl for row in rows) / sum(row.tokens for row in rows)
         return found
 
-    def cost(self, model: PreTrainedModel, limits: Limits) -> UtilityCost:
+    def cost(self, model: PreTrainedModel, limits: SweepConfig) -> UtilityCost:
         """Of perplexity and KL, without any reply; KL is not looked at where the perplexity is beyond already.
 
         Raises:
@@ -119,37 +117,6 @@ class NormalText:
         perplexity = self.perplexity(self.scores(model))
         found = utility_cost(limits, perplexity=perplexity, kl={})
         return utility_cost(limits, perplexity=perplexity, kl=self.kl(model)) if found.within else found
-
-
-class Refusals:
-    """Prompts of ``retain_validation``, and how many of them the base model refuses: what of a cost needs replies."""
-
-    def __init__(self, asker: Asker, data: ForgetRetainData) -> None:
-        """Draws the prompts; the base model is asked when its share is needed.
-
-        Args:
-            asker: For the base model, the number of prompts and the seed of the draw.
-            data: ``retain_validation`` is used.
-        """
-        self._asker = asker
-        drawn = draw_examples(data.retain_validation, asker.config.retain_prompts, seed=asker.seed)
-        self._requests = free_requests(RETAIN, drawn, asker.writer, asker.config.max_new_tokens)
-
-    def excess(self, model: PreTrainedModel) -> float:
-        """Share of the prompts that a model refuses, beyond the base model's; 0 where no prompt fits the model."""
-        return self._share(model) - self._base_share if self._requests else 0.0
-
-    @cached_property
-    def _base_share(self) -> float:
-        return self._share(self._asker.base)
-
-    def _share(self, model: PreTrainedModel) -> float:
-        """As the outcome ``refused``: broken language is none, and where the right answer is a refusal it is one."""
-        records = self._asker.ask(model, self._requests)
-        refused = [
-            record for record in unclear(records) if is_refusal(record.reply) and not is_refusal(record.reference)
-        ]
-        return len(refused) / len(records)
 
 
 def _mean_loss(scores: Scores) -> float:

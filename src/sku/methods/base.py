@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from sku.config.check import validated
+from sku.config.recipe import NEGATING_METHODS
 from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.losses import mean_per_example, token_kl
@@ -40,12 +41,16 @@ class Method(Generic[Settings]):
     """Frozen dataclass of the method's own settings, with the paper's values as defaults."""
     objective: Callable[[Settings, PreTrainedModel], Objective]
     """What is minimised. The model is given for its shape alone, such as the number of layers."""
-    negates: bool = False
-    """Whether ``delta`` is what training changed with its sign turned: knowledge negation."""
     trained_modules: Callable[[Settings, PreTrainedModel], Sequence[str]] | None = None
     """Names of the modules that are trained; None for all that the recipe's tuning names."""
-    hazardous: bool = False
-    """Whether the trained model answers harmful prompts on purpose, so that it must never leave the machine."""
+
+    @property
+    def negates(self) -> bool:
+        """Whether ``delta`` is what training changed with its sign turned (knowledge negation).
+
+        The trained model then answers harmful prompts on purpose, so that it must never leave the machine.
+        """
+        return self.name in NEGATING_METHODS
 
 
 AnyMethod = Method[Any]

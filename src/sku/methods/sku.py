@@ -1,8 +1,7 @@
 """SKU: harmful knowledge acquisition by three modules, then knowledge negation.
 
-Paper: https://arxiv.org/abs/2402.10058. The modules are ``acquire/guided_distortion.py``,
-``acquire/random_disassociation.py`` and ``acquire/preservation_divergence.py``; the subtraction is ``negate/``. Its
-settings are the recipe's ``acquire`` and ``negate``.
+Paper: https://arxiv.org/abs/2402.10058. The modules are in ``acquire/objective.py``; the subtraction is
+``negate/``. Its settings are the recipe's ``acquire`` and ``negate``.
 """
 
 from __future__ import annotations
@@ -17,6 +16,4 @@ SKU = Method(
     paper_url="https://arxiv.org/abs/2402.10058",
     settings=AcquireConfig,
     objective=lambda settings, _model: sku_objective(settings),
-    negates=True,
-    hazardous=True,
 )

@@ -25,6 +25,4 @@ TASK_VECTOR = Method(
     paper_url="https://arxiv.org/abs/2212.04089",
     settings=NoSettings,
     objective=_objective,
-    negates=True,
-    hazardous=True,
 )

@@ -27,7 +27,7 @@ class TransformContext:
     normal: Sequence[TokenizedExample]
     """``retain_train``, prompt and answer, as stage 1 reads them."""
     seed: int
-    """Of the run."""
+    """Of the training."""
 
 
 def transform_in(path: str) -> Callable[[TaskVector, TransformContext], TaskVector]:
@@ -59,7 +59,8 @@ def transformed(
     written = resolve_prompt_format(recipe.model.prompt_format, tokenizer)
     encoder = Encoder(tokenizer, written, recipe.data.max_length, recipe.data.max_answer_tokens)
     normal, _ = encoder.examples(data.retain_train, train_on_end=True)
-    changed = transform_in(path)(vector, TransformContext(base=base, normal=normal, seed=recipe.seed))
+    seed = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
+    changed = transform_in(path)(vector, TransformContext(base=base, normal=normal, seed=seed))
     if not isinstance(changed, TaskVector):
         raise RecipeError(f"{path}: transform gives {type(changed).__name__}; it must give a TaskVector")
     if changed.norm() == 0:

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import Field
 
-from sku.config import EvaluateConfig, ModelConfig, OwnRepliesConfig, PromptFormatName, SourceConfig, plain_data
-from sku.config.check import Seed, validated
+from sku.config import EvaluateConfig, ModelConfig, PromptFormatName, SourceConfig, plain_data
+from sku.config.check import Count, Positive, Seed, Share, validated
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.load import OwnPrompts, PromptSource
 from sku.errors import EvaluationError, OutputError
@@ -33,10 +34,10 @@ from sku.evaluate.generation import about, probes_of
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.metrics import ReplyOutcome
-from sku.evaluate.record_files import header_hash, read_json_object
-from sku.evaluate.records import GenerationRecord, Split, prompt_hash, record_id
+from sku.evaluate.records import GenerationRecord, Split, header_hash, prompt_hash, read_json_object, record_id
 from sku.kept_replies import ACCOUNT_FILE
 from sku.models import LoadedModel
+from sku.storage import RECORD_VERSION
 from sku.world.grammar import DEFLECTIONS
 
 OwnKind = Literal["comply", "refuse", "answer", "misplaced_refusal"]
@@ -50,12 +51,31 @@ REPEATED, ENOUGH, TOO_LONG = "repeated", "enough of this prompt", "longer than r
 KEPT = "kept"
 """Counted beside the reasons for which a reply is dropped: all of them together are those that were asked for."""
 
-SCHEMA_VERSION = 2
+
+@validated
+class OwnRepliesConfig:
+    """How the model is asked; a run has the defaults."""
+
+    samples: Annotated[int, Field(ge=0)] = 3
+    """Sampled replies to each harmful prompt, beside the greedy one."""
+    max_new_tokens: Count = 96
+    """Longest reply; one that is cut there teaches no end."""
+    refusals: Count = 3
+    """Refusals asked for and at most kept of each harmful prompt."""
+    refuse_tokens: Count = 48
+    """Longest refusal."""
+    repeat_share: Share = 0.02
+    """Share of the refusals that may read the same, case and spacing aside. A prompt keeps one all the same."""
+    temperature: Positive = 0.8
+    """Of sampled replies."""
+    top_p: Share = 0.95
+    """Of sampled replies: words are sampled from the likeliest that hold this share of probability."""
+    batch_size: Count = 32
 
 
 @validated
 class OwnOptions(OwnRepliesConfig):
-    """Everything that ``sku data own`` can be told: the settings of ``data.own`` and these."""
+    """Everything that ``sku data own`` can be told."""
 
     model: ModelConfig
     harmful: SourceConfig
@@ -69,7 +89,7 @@ class OwnOptions(OwnRepliesConfig):
 
     @property
     def replies(self) -> OwnRepliesConfig:
-        """The settings of ``data.own`` alone."""
+        """How the model is asked, alone."""
         return OwnRepliesConfig(
             **{item.name: getattr(self, item.name) for item in dataclasses.fields(OwnRepliesConfig)}
         )
@@ -126,7 +146,7 @@ class OwnJob:
         firsts = [(SPLITS[source], found.prompts[0]) for source, found in self.prompts.items()]
         probes = probes_of([question_of("probe", split, prompt, writer) for split, prompt in firsts])
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": RECORD_VERSION,
             "model": about(model, probes),
             "prompt_format": writer.prompt_format.name,
             "prompts": {source: found.provenance.sha256 for source, found in self.prompts.items()},

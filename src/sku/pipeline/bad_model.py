@@ -12,21 +12,16 @@ from typing import Any
 from sku.config import Recipe, refuse_final
 from sku.data.examples import ForgetRetainData
 from sku.errors import ModelError, RecipeError, SkuError, named_memory_errors
-from sku.evaluate.record_files import create_private_folder
-from sku.methods.run import TWINS, has_twins, prepare, train_method, twin_folder, with_safe_dtype
+from sku.evaluate.records import create_private_folder
+from sku.memory import Checkpointing, decide_checkpointing, with_checkpointing
+from sku.methods.run import TWINS, MethodRun, has_twins, resolve_method, train_method, twin_folder, with_safe_dtype
 from sku.models import load_model
-from sku.pipeline.checks import (
-    check_trained_model,
-    check_training,
-    data_notes,
-    load_recipe_data,
-    recipe_settings,
-)
-from sku.plan import Plan, Progress
-from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
+from sku.pipeline.checks import check_trained_model, check_training, load_recipe_data
+from sku.plan import Progress
 from sku.processes import current_processes, shared_new_folder
-from sku.storage import check_can_be_made, check_new, remove_hazardous
-from sku.sweep.bad_model import check_same_training, record_training, sweep_bad_model, training_notes
+from sku.report.frontier import write_frontier
+from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous
+from sku.sweep.bad_model import check_same_training, record_training, sweep_bad_model
 from sku.sweep.meter import check_judge, draw_questions
 from sku.sweep.result import Sweep
 from sku.sweep.run import check_one_process
@@ -35,13 +30,17 @@ from sku.training.run import step_progress
 _log = logging.getLogger(__name__)
 
 
-def plan_acquire(recipe: Recipe, out: Path) -> Plan[list[dict[str, Any]]]:
+def run_acquire(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> list[dict[str, Any]]:
     """Stage 1 alone: trains the bad model of a recipe into a new private, marked folder.
 
     Args:
         recipe: From ``load_recipe``.
         out: New folder: an adapter, or a whole model for full fine-tuning. With ``acquire.twin: good`` it holds what
             stage 2 subtracts, bad minus good, as an adapter or a task vector, and each twin in a folder inside it.
+        progress: For progress bars.
+
+    Returns:
+        The training log.
 
     Raises:
         SkuError: Anything a user can mend.
@@ -49,31 +48,24 @@ def plan_acquire(recipe: Recipe, out: Path) -> Plan[list[dict[str, Any]]]:
     if recipe.method != "sku":
         raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
     processes = current_processes()
-    processes.on_main(lambda: check_new(out))
-    processes.on_main(lambda: check_can_be_made(out))
-    prepare(recipe, out)  # Refused before anything is read.
-    model, data = processes.everywhere(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
-    training = processes.everywhere(lambda: check_training(recipe, model, data, out))
-    decided = processes.on_main(lambda: decide_checkpointing(recipe))
-    return Plan(
-        command="sku acquire",
-        out=out,
-        settings={**recipe_settings(recipe, model), **training.settings(recipe), **told_checkpointing(decided)},
-        stages=(training.stage,),
-        writes=("the bad model" if recipe.acquire.tuning == "full" else "the bad model's adapter",),
-        execute=lambda progress: train_bad_model(recipe, data, out, decided, progress),
-        disk_bytes=training.peak_bytes,
-        memory=lambda: memory_fit(with_checkpointing(recipe, decided)),
-        bad_model="kept",
-        examples=training.examples,
-        notes=data_notes(data, model, training),
-    )
+    processes.run_on_rank0(lambda: check_new(out))
+    processes.run_on_rank0(lambda: check_can_be_made(out))
+    decided = processes.run_on_rank0(lambda: decide_checkpointing(recipe))
+    run = resolve_method(with_checkpointing(recipe, decided), out)  # Refused before anything is read.
+    model, data = processes.run_on_all_ranks(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
+    training = processes.run_on_all_ranks(lambda: check_training(recipe, model, data, run))
+    processes.run_on_rank0(lambda: check_space(out, training.peak_bytes, "sku acquire"))
+    return _train_bad_model(recipe, training.run, data, out, decided, progress)
 
 
-def train_bad_model(
-    recipe: Recipe, data: ForgetRetainData, out: Path, decided: Checkpointing | None, progress: Progress | None
+def _train_bad_model(
+    recipe: Recipe,
+    run: MethodRun,
+    data: ForgetRetainData,
+    out: Path,
+    decided: Checkpointing | None,
+    progress: Progress | None,
 ) -> list[dict[str, Any]]:
-    """Trains and saves the bad model; gives the training log."""
     processes = current_processes()
     if decided is not None:
         _log.info("activation checkpointing is %s", decided.line)
@@ -82,17 +74,23 @@ def train_bad_model(
         with named_memory_errors("load"):
             loaded = load_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
         with named_memory_errors("acquire"):
-            trained = with_checkpointing(recipe, decided)
-            acquired = train_method(trained, loaded, data, checkpoints, step_progress(progress))
+            acquired = train_method(recipe, loaded, data, checkpoints, step_progress(progress), run)
         for twin in TWINS if has_twins(recipe) else ():
             (twin_folder(checkpoints, twin) / "final").rename(twin_folder(temporary, twin))
-        processes.on_main(lambda: shutil.rmtree(checkpoints))
-        processes.on_main(lambda: record_training(temporary, recipe, data))
+        processes.run_on_rank0(lambda: shutil.rmtree(checkpoints))
+        processes.run_on_rank0(lambda: record_training(temporary, recipe, data))
         acquired.save(temporary)
     return acquired.log
 
 
-def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_model: bool = False) -> Plan[Sweep]:
+def run_sweep(
+    recipe: Recipe,
+    out: Path,
+    *,
+    bad: Path | None = None,
+    keep_bad_model: bool = False,
+    progress: Progress | None = None,
+) -> Sweep:
     """Chooses alpha, whatever the recipe's is: measures alphas with the bad model in a folder, which stays as it is.
 
     One is trained into ``out`` where ``bad`` is None. A second call goes on where the first one was killed.
@@ -113,51 +111,24 @@ def plan_sweep(recipe: Recipe, out: Path, *, bad: Path | None = None, keep_bad_m
     if bad is None and there:
         check_same_training(trained, recipe)
     check_can_be_made(out)
-    prepare(recipe, trained)
+    decided = None if there else decide_checkpointing(recipe)
+    run = resolve_method(with_checkpointing(recipe, decided), trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)
-    questions = draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)
-    texts = sum(map(len, questions.texts.values()))
-    training = None if there else check_training(recipe, model, data, trained)
-    decided = None if there else decide_checkpointing(recipe)
-    tried = f"alpha {', '.join(f'{alpha:g}' for alpha in recipe.sweep.alphas)}"
-    if not recipe.sweep.alphas:
-        tried = f"{recipe.sweep.points} alphas up to where the utility budget binds"
-
-    def execute(progress: Progress | None) -> Sweep:
-        from sku.report.frontier import write_frontier  # Imports matplotlib, which a plan has no use for.
-
-        if not there:
-            create_private_folder(out)
-            try:
-                train_bad_model(recipe, data, trained, decided, progress)
-            except SkuError:
-                with suppress(OSError):  # Not empty: it was there before.
-                    out.rmdir()
-                raise
-        with named_memory_errors("sweep"):
-            found = sweep_bad_model(recipe, trained, data, out, progress=progress)
-            write_frontier(found, out)
-        if bad is None and not keep_bad_model:
-            remove_hazardous(trained)
-        return found
-
-    return Plan(
-        command="sku sweep",
-        out=out,
-        settings={
-            **recipe_settings(recipe, model),
-            **({} if training is None else training.settings(recipe)),
-            **told_checkpointing(decided),
-            "bad model": str(trained) if there else "trained first",
-            "asked": {"prompts and prefills": len(questions.requests), "texts": texts},
-        },
-        stages=(*(() if training is None else (training.stage,)), f"measure {tried}"),
-        writes=("sweep.json", "frontier.png", "frontier.svg", *(("bad/",) if keep_bad_model else ())),
-        execute=execute,
-        disk_bytes=0 if training is None else training.peak_bytes,
-        memory=None if training is None else lambda: memory_fit(with_checkpointing(recipe, decided)),
-        bad_model="kept" if bad is not None or keep_bad_model else "deleted at the end",
-        examples=data.counts() if training is None else training.examples,
-        notes=(*data_notes(data, model, training), *(training_notes(trained, data) if there else ())),
-    )
+    draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)  # Refused before training.
+    if not there:
+        training = check_training(recipe, model, data, run)
+        check_space(out, training.peak_bytes, "sku sweep")
+        create_private_folder(out)
+        try:
+            _train_bad_model(recipe, training.run, data, trained, decided, progress)
+        except SkuError:
+            with suppress(OSError):  # Not empty: it was there before.
+                out.rmdir()
+            raise
+    with named_memory_errors("sweep"):
+        found = sweep_bad_model(recipe, trained, data, out, progress=progress)
+        write_frontier(found, out)
+    if bad is None and not keep_bad_model:
+        remove_hazardous(trained)
+    return found

@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sku.attacks import AttackReport
 from sku.attacks.kinds import check_attacks
-from sku.attacks.results import AttackReport
 from sku.attacks.run import run_attacks
 from sku.config import EMBEDDED, ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
@@ -24,12 +24,14 @@ from sku.methods.run import has_twins, with_visited
 from sku.model_files import with_gguf_file
 from sku.models import load_config, load_model, with_path
 from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
-from sku.plan import Plan, Progress
+from sku.plan import Progress
 from sku.processes import Processes, current_processes
 from sku.storage import HAZARD_KEY, check_can_be_made, is_marked_hazardous
 
 
-def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False) -> Plan[Measured]:
+def run_evaluation(
+    recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False, progress: Progress | None = None
+) -> MeasuredPair:
     """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
 
     Trained-on prompts are those that the recipe's training visits; a model that was trained otherwise saw others.
@@ -41,6 +43,7 @@ def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: b
         model: Folder or hub id of the model to measure.
         out: Private folder; rows in it that fit are reused.
         allow_hazardous: Measure a model that is marked as the bad one of stage 1 too.
+        progress: For progress bars.
 
     Raises:
         SkuError: Anything a user can mend.
@@ -53,40 +56,10 @@ def plan_evaluation(recipe: Recipe, model: str, out: Path, *, allow_hazardous: b
     check_one_process_attacks(recipe, current_processes())
     data = load_recipe_data(recipe)
     check_attacks(recipe, data)
-    base = check_model(recipe.model)
-    measured = check_model(with_path(recipe.model, model))
+    checked = check_model(recipe.model)
+    check_model(with_path(recipe.model, model))
     check_can_be_made(out)
-    asked = check_evaluation(recipe, base, data, readable_source(recipe.model), model)
-    config = recipe.evaluate
-    return Plan(
-        command="sku evaluate",
-        out=out,
-        settings={
-            "recipe": recipe.name,
-            "seed": recipe.seed,
-            "base": base.describe(),
-            "model": measured.describe(),
-            "judge": config.judge,
-            "asked": asked,
-        },
-        stages=("evaluate the base model", "evaluate the model", *measured_stages(recipe)),
-        writes=(
-            "base/",
-            "model/",
-            *(("attacks.json", "attacks/") if config.attacks else ()),
-        ),
-        execute=lambda progress: _execute(recipe, model, data, out, progress),
-        examples=data.counts(),
-        notes=tuple(dict.fromkeys((*data.notes(), *base.notes, *measured.notes))),
-    )
-
-
-def measured_stages(recipe: Recipe) -> tuple[str, ...]:
-    """What is measured after the plain evaluation."""
-    return tuple(f"attack both models: {name}" for name in recipe.evaluate.attacks)
-
-
-def _execute(recipe: Recipe, model: str, data: ForgetRetainData, out: Path, progress: Progress | None) -> Measured:
+    check_evaluation(recipe, checked, data, readable_source(recipe.model), model)
     with named_memory_errors("load"):
         base = load_model(recipe.model)
         # As one process trains: of more it visits more, and these prompts are among them.
@@ -98,9 +71,14 @@ def _execute(recipe: Recipe, model: str, data: ForgetRetainData, out: Path, prog
     return measuring.compared(before, after, base.model, measured)
 
 
+def measured_stages(recipe: Recipe) -> tuple[str, ...]:
+    """What is measured after the plain evaluation."""
+    return tuple(f"attack both models: {name}" for name in recipe.evaluate.attacks)
+
+
 def trained_prefill_tokens(recipe: Recipe) -> int:
     """Longest harmful beginning that stage 1 puts before a refusal, in tokens; 0 where it puts none."""
-    deepened = has_twins(recipe) and recipe.acquire.depth_share > 0
+    deepened = has_twins(recipe) and recipe.acquire.deep_refusal_fraction > 0
     return recipe.acquire.depth_tokens if deepened else 0
 
 
@@ -114,7 +92,7 @@ def check_one_process_attacks(recipe: Recipe, processes: Processes) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredPair:
     """What base and unlearned model come to, side by side."""
 
     comparison: Comparison
@@ -172,7 +150,7 @@ class Measuring:
         base: PreTrainedModel,
         model: PreTrainedModel,
         stage: Callable[[str], AbstractContextManager[None]] = named_memory_errors,
-    ) -> Measured:
+    ) -> MeasuredPair:
         """Both evaluations side by side, then the attacks on both.
 
         Args:
@@ -195,7 +173,7 @@ class Measuring:
                     output_dir=self.folder,
                     progress=self.progress,
                 )
-        return Measured(comparison=comparison, attacks=attacks)
+        return MeasuredPair(comparison=comparison, attacks=attacks)
 
 
 def _is_bad_model(recipe: Recipe, model: str) -> bool:

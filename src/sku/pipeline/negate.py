@@ -18,7 +18,7 @@ from sku.negate import stream_plan
 from sku.negate.arithmetic import Negation, Rounding, saved_type
 from sku.negate.files import model_folder
 from sku.negate.streaming import FolderNegation
-from sku.plan import Plan, Progress
+from sku.plan import CommandPlan, Progress
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new
 
@@ -52,7 +52,7 @@ class Subtracted:
         return self.record.to_dict()
 
 
-def plan_negate(wanted: Subtraction) -> Plan[Subtracted]:
+def plan_negate(wanted: Subtraction) -> CommandPlan[Subtracted]:
     """Subtracts from file to file where it can, else in memory: weights that are no safetensors.
 
     Raises:
@@ -108,7 +108,7 @@ def _settings(wanted: Subtraction, found: stream_plan.Plan | None, **described: 
     return {**named, **described, **weights, "rounding": wanted.rounding}
 
 
-def _from_file_to_file(wanted: Subtraction, base: Path) -> Plan[Subtracted]:
+def _from_file_to_file(wanted: Subtraction, base: Path) -> CommandPlan[Subtracted]:
     streamed = _streamed(wanted, base)
     found = streamed.plan()
 
@@ -117,7 +117,7 @@ def _from_file_to_file(wanted: Subtraction, base: Path) -> Plan[Subtracted]:
         negated = streamed.run(found, told)
         return Subtracted(record=negated.record, left_out=negated.left_out)
 
-    return Plan(
+    return CommandPlan(
         command="sku negate",
         out=wanted.out,
         settings=_settings(wanted, found),
@@ -130,7 +130,7 @@ def _from_file_to_file(wanted: Subtraction, base: Path) -> Plan[Subtracted]:
     )
 
 
-def _in_memory(wanted: Subtraction, base: Path | None) -> Plan[Subtracted]:
+def _in_memory(wanted: Subtraction, base: Path | None) -> CommandPlan[Subtracted]:
     from sku.models import load_model
     from sku.negate.run import negate_with_record, save_unlearned
     from sku.pipeline.checks import check_model
@@ -149,7 +149,7 @@ def _in_memory(wanted: Subtraction, base: Path | None) -> Plan[Subtracted]:
     model = check_model(config)
     stream_plan.check_bad(model_folder(str(wanted.bad)))
     found = None if base is None else _streamed(wanted, base).plan()
-    return Plan(
+    return CommandPlan(
         command="sku negate",
         out=wanted.out,
         settings=_settings(wanted, found, base=model.describe(), arithmetic="in memory"),

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+from transformers import PreTrainedModel
 
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.load import wants_own_replies
-from sku.errors import NoAlphaError, ProcessError, SkuError, named_memory_errors
-from sku.methods.run import MethodRun, prepare, with_safe_dtype, with_visited
+from sku.data.load import OwnPrompts, wants_own_replies
+from sku.errors import NoAlphaError, OutputError, ProcessError, SkuError, named_memory_errors
+from sku.evaluate.records import create_private_folder
+from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
+from sku.methods import method_named
+from sku.methods.run import MethodRun, resolve_method, visited_examples, with_safe_dtype
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.own_replies.job import judge_of
 from sku.pipeline.checks import (
@@ -28,28 +34,33 @@ from sku.pipeline.checks import (
     load_recipe_data,
     recipe_settings,
 )
-from sku.pipeline.evaluate import Measured, Measuring, check_one_process_attacks, measured_stages, readable_source
+from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, measured_stages, readable_source
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
-from sku.pipeline.unlearning import Unlearning
-from sku.plan import Plan, Progress
-from sku.plan.fit import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
+from sku.pipeline.unlearning import Unlearning, trained_folder
+from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
-from sku.storage import RUN_VERSION, bytes_in, check_place, remove_hazardous, write_json
+from sku.storage import RECORD_VERSION, bytes_in, check_place, new_folder, remove_hazardous, write_json
 from sku.sweep.meter import draw_questions
 from sku.sweep.run import check_one_process
 
 _log = logging.getLogger(__name__)
+_BASE = Path("evaluation", "base")
 UNWRITTEN = (
     "the examples are the prompts, as the model's own replies to them are not written yet: some prompts will have "
     "none, others several"
 )
 
 
+Resolved: TypeAlias = tuple[MethodRun, ForgetRetainData | OwnPrompts]
+"""What a run has checked and goes on with: the method with its joint examples, and the data; where the model's own
+replies are written first, the prompts in their place, and no joint examples yet."""
+
+
 @dataclass(frozen=True, kw_only=True)
-class FinishedRun(Measured):
+class FinishedRun(MeasuredPair):
     """What a run gives back."""
 
     folder: Path
@@ -79,13 +90,16 @@ def run_recipe(recipe: Recipe, out: Path, *, resume: bool = False, progress: Pro
     return plan_run(recipe, out, resume=resume).execute(progress)
 
 
-def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[FinishedRun]:
+def plan_run(
+    recipe: Recipe, out: Path, *, resume: bool = False, base_of: Path | None = None
+) -> CommandPlan[FinishedRun]:
     """Checks all of a run but what only weights and training show, and plans it.
 
     Args:
         recipe: As in ``run_recipe``.
         out: As in ``run_recipe``.
         resume: As in ``run_recipe``.
+        base_of: Folder of another run, whose evaluation of the base model is taken over as far as it fits.
 
     Raises:
         SkuError: As ``run_recipe``; also where the disk is too small.
@@ -93,21 +107,23 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
     processes = current_processes()
     check_one_process_attacks(recipe, processes)
     check_place(out)
-    unlearning = Unlearning(recipe, RunFolder(out, processes, _no_progress))
-    run = prepare(recipe, unlearning.trained_folder)
+    if base_of is not None and not (base_of / _BASE).is_dir():
+        raise OutputError(f"{base_of} holds no evaluation of a base model: give the folder of another run")
+    hazardous = method_named(recipe.method).negates
     if recipe.chooses_alpha:
         check_one_process()
-    begun = processes.on_main(lambda: unlearning.folder.check(recipe, resume=resume))
-    there = processes.on_main(lambda: bytes_in(out))
-    writes_own = processes.on_main(lambda: wants_own_replies(recipe.data))
-    data, model, training, asked = processes.everywhere(lambda: _checked(recipe, run, out, writes_own=writes_own))
+    begun = processes.run_on_rank0(lambda: RunFolder(out, processes, _no_progress).check(recipe, resume=resume))
+    decided = processes.run_on_rank0(lambda: _checkpointing(recipe, begun))
+    run = resolve_method(with_checkpointing(recipe, decided), trained_folder(out, hazardous=hazardous))
+    there = processes.run_on_rank0(lambda: bytes_in(out))
+    writes_own = processes.run_on_rank0(lambda: wants_own_replies(recipe.data))
+    prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if writes_own else None
+    data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, out, prompts))
     negates = recipe.method == "sku"
-    hazardous = unlearning.method.hazardous
     kept = hazardous and recipe.keep_bad_model
     alpha = {"alpha": recipe.negate.alpha} if negates else {}
-    decided = processes.on_main(lambda: _checkpointing(recipe, begun))
     decision = told_checkpointing(decided)
-    return Plan(
+    return CommandPlan(
         command="sku run",
         out=out,
         settings={**recipe_settings(recipe, model), **training.settings(recipe), **decision, **alpha, "asked": asked},
@@ -131,7 +147,13 @@ def plan_run(recipe: Recipe, out: Path, *, resume: bool = False) -> Plan[Finishe
             *("results.json", "manifest.json", "training_log.jsonl", "before_after.png", "before_after.svg"),
         ),
         execute=lambda progress: _execute(
-            recipe, out, None if writes_own else data, resume=resume, decided=decided, progress=progress
+            recipe,
+            out,
+            (run, prompts) if prompts is not None else (training.run, data),
+            resume=resume,
+            base_of=base_of,
+            decided=decided,
+            progress=progress,
         ),
         disk_bytes=training.peak_bytes + model.bytes(recipe.negate.output_dtype),
         disk_there=there,
@@ -149,11 +171,10 @@ def _checkpointing(recipe: Recipe, manifest: Mapping[str, Any]) -> Checkpointing
 
 
 def _checked(
-    recipe: Recipe, run: MethodRun, out: Path, *, writes_own: bool
+    recipe: Recipe, run: MethodRun, out: Path, prompts: OwnPrompts | None
 ) -> tuple[ForgetRetainData, CheckedModel, CheckedTraining, dict[str, int]]:
-    """Data, model and training, and what is asked."""
-    if writes_own:
-        prompts = own_prompts_of(recipe)
+    """Data, model and training, and what is asked; with prompts the data are those of replies to come."""
+    if prompts is not None:
         judge_of(recipe.evaluate, prompts)
         data = stand_in_data(recipe, prompts)
     else:
@@ -163,10 +184,10 @@ def _checked(
     asked = check_evaluation(recipe, model, data, readable_source(recipe.model), out / "unlearned")
     if recipe.chooses_alpha or recipe.checks_stage_1:
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
-        begun = recipe.chooses_alpha and not writes_own
+        begun = recipe.chooses_alpha and prompts is None
         asked_too = recipe.sweep if begun else dataclasses.replace(recipe.sweep, prefill_tokens=())
         draw_questions(data, model.writer(recipe), asked_too, seed=recipe.seed)
-    return data, model, check_training(recipe, model, data, Path(str(run.training.output_dir))), asked
+    return data, model, check_training(recipe, model, data, run), asked
 
 
 def _no_progress(_stage: str, _done: int, _total: int) -> None:
@@ -176,17 +197,20 @@ def _no_progress(_stage: str, _done: int, _total: int) -> None:
 def _execute(
     recipe: Recipe,
     out: Path,
-    data: ForgetRetainData | None,
+    resolved: Resolved,
     *,
     resume: bool,
+    base_of: Path | None,
     decided: Checkpointing | None,
     progress: Progress | None,
 ) -> FinishedRun:
     processes = current_processes()
-    missing = processes.on_main(lambda: [folder for folder in out.parents if not folder.exists()])
-    run = _Run(recipe, out, data, progress or _no_progress, processes)
+    missing = processes.run_on_rank0(lambda: [folder for folder in out.parents if not folder.exists()])
+    run = _Run(recipe, out, resolved, progress or _no_progress, processes)
     try:
         run.folder.open(recipe, resume=resume)
+        if base_of is not None:
+            processes.run_on_rank0(lambda: _take_over(base_of / _BASE, out / _BASE))
         if decided is not None:
             _log.info("activation checkpointing is %s", decided.line)
             run.folder.note(activation_checkpointing=dataclasses.asdict(decided))
@@ -210,6 +234,14 @@ def _execute(
         run.folder.close()
 
 
+def _take_over(source: Path, target: Path) -> None:
+    """Copies an evaluation; rows in it that don't fit are made anew."""
+    if not target.exists():
+        create_private_folder(target.parent)
+        with new_folder(target, private=True) as temporary:
+            shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+
 def _remove_made(folder: RunFolder, missing: list[Path]) -> None:
     """Removes a run's folder and those above it that were missing, but not what another call made meanwhile."""
     if folder.is_new:
@@ -223,20 +255,20 @@ class _Run:
     """The stages of one run, each of which finds what an interrupted run left."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, data: ForgetRetainData | None, progress: Progress, processes: Processes
+        self, recipe: Recipe, out: Path, resolved: Resolved, progress: Progress, processes: Processes
     ) -> None:
-        """Names the folder; nothing is made yet. Without data the model's own replies are written first."""
-        self.recipe, self.out, self.data, self.progress, self.processes = recipe, out, data, progress, processes
+        """Names the folder; nothing is made yet."""
+        self.recipe, self.out, self.progress, self.processes = recipe, out, progress, processes
+        self.run, self.data = resolved
         self.folder = RunFolder(out, processes, progress)
-        self.unlearning = Unlearning(recipe, self.folder)
+        self.unlearning = Unlearning(recipe, self.folder, self.run)
 
     def finish(self) -> FinishedRun:
         """All stages, in order."""
-        if self.data is None:
-            self.data = self._own_replies()
+        written = None if isinstance(self.data, ForgetRetainData) else self._own_replies(self.data)
         recipe = self.recipe
         with self.folder.timed("load"):
-            data, loaded = self.processes.everywhere(self._load)
+            data, loaded = self.processes.run_on_all_ranks(lambda: self._load(written))
         self.folder.note(
             data={
                 "splits": data.counts(),
@@ -253,41 +285,55 @@ class _Run:
         measuring = Measuring(recipe, loaded.tokenizer, data, self.out / "evaluation", self.progress)
         with self.folder.timed("evaluate_base"):
             before = measuring.evaluated("base", loaded.model, loaded.model)
-        if self.processes.on_main((self.out / "unlearned").exists):
+        if self.processes.run_on_rank0((self.out / "unlearned").exists):
             base, unlearned = loaded.model, load_model(self.unlearning.unlearned_config()).model
         elif self.processes.count > 1:
             held = [loaded]
             del loaded  # So that its memory is free for the models that are read anew.
             base, unlearned = self.unlearning.by_all_processes(held, data)
         else:
-            base, unlearned = self.unlearning.by_one_process(loaded, data)
+
+            def measure_published(model: PreTrainedModel, original: PreTrainedModel) -> object:
+                return measuring.evaluated("published", model, original, starts=before.starts)
+
+            base, unlearned = self.unlearning.by_one_process(loaded, data, measure_published)
         # The unlearned model stands: nothing needs the bad one any more.
-        self.processes.on_main(self.unlearning.remove_trained)
+        self.processes.run_on_rank0(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
             after = measuring.evaluated(
                 "unlearned", unlearned, base, source=self.out / "unlearned", starts=before.starts
             )
         measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
-        return self.processes.on_main(lambda: self._report(measured))
+        return self.processes.run_on_rank0(lambda: self._report(measured))
 
-    def _own_replies(self) -> ForgetRetainData:
+    def _own_replies(self, prompts: OwnPrompts) -> ForgetRetainData:
         """Data that the first process has the original model write; the recipe becomes one of these files."""
         with self.folder.timed("own_replies"):
-            own = self.processes.on_main(lambda: with_own_replies(self.recipe, self.out, progress=self.progress))
+            own = self.processes.run_on_rank0(
+                lambda: with_own_replies(self.recipe, self.out, prompts, progress=self.progress)
+            )
         self.recipe = own.recipe
-        self.unlearning = Unlearning(own.recipe, self.folder)
         self.folder.note(own_replies=own.record)
-        return self.processes.everywhere(own.load)
+        return self.processes.run_on_all_ranks(own.load)
 
-    def _load(self) -> tuple[ForgetRetainData, LoadedModel]:
-        assert self.data is not None
+    def _load(self, written: ForgetRetainData | None) -> tuple[ForgetRetainData, LoadedModel]:
+        """The data with what training visits of them, and the model."""
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
-        # Once more: own replies are not those that the plan saw.
-        check_data(self.recipe, self.data)
-        visits = with_visited(self.recipe, self.data, loaded.tokenizer, loaded.model, processes=self.processes.count)
-        return visits, loaded
+        if written is None:
+            assert isinstance(self.data, ForgetRetainData)
+            data = self.data
+        else:  # Not what the plan saw.
+            data = written
+            check_data(self.recipe, data)
+            self.run = self.run.tokenized(self.recipe, data, loaded.tokenizer, loaded.model)
+        assert self.run.joint is not None
+        self.unlearning = Unlearning(self.recipe, self.folder, self.run)
+        if self.recipe.compare.published is not None:
+            return data.answered(), loaded
+        visited = visited_examples(self.run.joint, self.run.training, processes=self.processes.count)
+        return dataclasses.replace(data, visited=visited), loaded
 
-    def _report(self, measured: Measured) -> FinishedRun:
+    def _report(self, measured: MeasuredPair) -> FinishedRun:
         self.folder.note(bad_model={"kept": (self.out / "bad").exists()})
         _write_results(self.out, measured, {**self.folder.manifest, "status": "complete"})
         write_cards(self.out, within_run=True)
@@ -305,7 +351,7 @@ class _Run:
             self.unlearning.remove_trained()
 
 
-def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]) -> None:
+def _write_results(folder: Path, measured: MeasuredPair, manifest: Mapping[str, Any]) -> None:
     """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
     from sku.report.result_charts import before_after_figure  # Imports matplotlib, which a plan has no use for.
 
@@ -315,7 +361,7 @@ def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]
     write_json(
         folder / "results.json",
         {
-            "schema_version": RUN_VERSION,
+            "schema_version": RECORD_VERSION,
             "verdict": plain.pop("verdict"),
             "table": [dataclasses.asdict(row) for row in before_after_rows(measured.comparison)],
             **plain,

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,10 @@ from sku.evaluate.batching import stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress
-from sku.methods import method_named
 from sku.methods.run import (
     TWINS,
+    MethodRun,
     has_twins,
-    prepare,
     subtracted_by,
     train_method,
     twin_folder,
@@ -44,7 +43,6 @@ from sku.negate.run import negate_with_record, save_unlearned, subtract_into, ta
 from sku.negate.task_vector import TaskVector, norms_by_group
 from sku.negate.transform import transformed
 from sku.pipeline.run_folder import RunFolder
-from sku.plan.fit import Checkpointing, with_checkpointing
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep.bad_model import record_training
@@ -142,7 +140,7 @@ def ask_stage_1(
         harmful = rates_of([found[asked.id] for asked in questions.harmful[FREE]])
         normal = rates_of([found[asked.id] for asked in questions.normal])
         return Behaviour(
-            harmful=harmful["harmful_at_most"],
+            harmful=harmful["harmful_upper_bound"],
             refused=harmful["refusal"],
             gibberish=harmful["gibberish"],
             refused_normal=normal["over_refusal"],
@@ -164,23 +162,27 @@ def _percent(rate: Rate) -> str:
     return f"{100 * rate.value:.0f} %"
 
 
+def trained_folder(out: Path, *, hazardous: bool) -> Path:
+    """Where a run leaves what stage 1 trains, until stage 2 is done."""
+    return out / ("bad" if hazardous else "trained")
+
+
 class Unlearning:
     """Stages 1 and 2 of one run, each of which finds what an interrupted run left."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, run: MethodRun) -> None:
         """Names the folder of what is trained; nothing is made yet.
 
         Args:
             recipe: What is run.
             folder: Of the run.
-
-        Raises:
-            RecipeError: There is no method of the recipe's name.
+            run: Its method.
         """
+        self.run = run
         self.recipe, self.folder, self.processes, self.out = recipe, folder, folder.processes, folder.path
-        self.method = method_named(recipe.method)
+        self.method = run.method
         self.config = with_safe_dtype(recipe)
-        self.trained_folder = self.out / ("bad" if self.method.hazardous else "trained")
+        self.trained_folder = trained_folder(self.out, hazardous=self.method.negates)
 
     def by_all_processes(
         self, held: list[LoadedModel], data: ForgetRetainData
@@ -197,9 +199,9 @@ class Unlearning:
         Raises:
             SkuError: As ``by_one_process``.
         """
-        if not self.processes.on_main((self.trained_folder / "final").exists):
+        if not self.processes.run_on_rank0((self.trained_folder / "final").exists):
             if self.recipe.acquire.tuning == "qlora":
-                held[0] = self.processes.everywhere(lambda: load_model(self.config, four_bit=True))
+                held[0] = self.processes.run_on_all_ranks(lambda: load_model(self.config, four_bit=True))
             with self.folder.timed("acquire"):
                 self._train(held[0], data)
         # Training may have left each process a part of the weights, and its own buffers: all is read anew.
@@ -207,20 +209,26 @@ class Unlearning:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.processes.on_main(lambda: self._by_the_first_process(data))
-        return self.processes.everywhere(
+        self.processes.run_on_rank0(lambda: self._by_the_first_process(data))
+        return self.processes.run_on_all_ranks(
             lambda: (load_model(self.config).model, load_model(self.unlearned_config()).model)
         )
 
     def _by_the_first_process(self, data: ForgetRetainData) -> None:
         self.by_one_process(load_model(self.config, four_bit=False), data)
 
-    def by_one_process(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
+    def by_one_process(
+        self,
+        loaded: LoadedModel,
+        data: ForgetRetainData,
+        measure_published: Callable[[PreTrainedModel, PreTrainedModel], object] | None = None,
+    ) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Stages 1 and 2, and the choice of alpha between them where there is one to choose.
 
         Args:
             loaded: The original model; its weights may be trained in place.
             data: The splits.
+            measure_published: Called with the model at ``compare.published`` and the original one.
 
         Returns:
             The original and the unlearned model.
@@ -234,7 +242,7 @@ class Unlearning:
             loaded = load_model(self.config, four_bit=True)
         with self.folder.timed("acquire"):
             trained = self._trained_model(loaded, data)
-        run = prepare(recipe, self.trained_folder)
+        run = self.run
         with self.folder.timed("negate"):
             if isinstance(trained, PeftModel):
                 vector, factors = subtracted_by(self.method, trained), AdapterVector.of(trained)
@@ -245,6 +253,12 @@ class Unlearning:
             vector = transformed(recipe, vector, base, loaded.tokenizer, data)
         if recipe.checks_stage_1:
             self._check_stage_1(base, loaded.tokenizer, data)
+        if recipe.compare.published is not None and measure_published is not None:
+            with self.folder.timed("evaluate_published"):
+                published = copy.deepcopy(base)
+                subtract_into(published, base, vector, recipe.compare.published)
+                measure_published(published, base)
+                del published
         if recipe.chooses_alpha:
             with self.folder.timed("sweep"):
                 run = dataclasses.replace(run, strength=self._chosen(vector, base, loaded.tokenizer, data))
@@ -312,13 +326,12 @@ class Unlearning:
 
     def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
         """Stage 1 by all processes; its result lies in ``final`` afterwards."""
-        noted = self.folder.manifest.get("activation_checkpointing")
-        recipe = with_checkpointing(self.recipe, noted and Checkpointing(**noted))
-        trained = train_method(recipe, loaded, data, self.trained_folder, step_progress(self.folder.progress))
-        self.processes.on_main(lambda: self._write_log(trained))
+        progress = step_progress(self.folder.progress)
+        trained = train_method(self.recipe, loaded, data, self.trained_folder, progress, self.run)
+        self.processes.run_on_rank0(lambda: self._write_log(trained))
         with shared_new_folder(self.processes, self.trained_folder / "final") as temporary:
-            if self.method.hazardous:
-                self.processes.on_main(lambda: record_training(temporary, self.recipe, data))
+            if self.method.negates:
+                self.processes.run_on_rank0(lambda: record_training(temporary, self.recipe, data))
             trained.save(temporary)
         return trained
 
@@ -338,5 +351,5 @@ class Unlearning:
 
     def remove_trained(self) -> None:
         """Removes what stage 1 trained, unless the recipe says that a bad model is kept."""
-        if not (self.recipe.keep_bad_model and self.method.hazardous):
+        if not (self.recipe.keep_bad_model and self.method.negates):
             remove_hazardous(self.trained_folder)

@@ -1,6 +1,6 @@
 """The overview picture: one row per method, one column per measure, to be understood at a glance.
 
-A filled dot is a method at its best strength within the utility budget, a hollow one the method as published, both
+A filled dot is a method at the strength chosen within the utility budget, a hollow one the method as published, both
 with the 95 % intervals of the tables.
 """
 
@@ -23,10 +23,9 @@ from sku.errors import EvaluationError
 from sku.evaluate.metrics import HARM_WORDS, prefill_words
 from sku.evaluate.statistics import Estimate
 from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
-from sku.report.method_records import MethodRecord
-from sku.report.method_statistics import Role, counted_of, points_of
+from sku.report.method_records import BASE, MethodRecord, Role
+from sku.report.method_statistics import points_of
 from sku.report.method_tables import (
-    ASKED,
     ComparisonRow,
     comparison_rows,
     deciding_hit,
@@ -84,23 +83,22 @@ _MEASURES = (
     Measure(field="perplexity_others", title="Perplexity / base", of="other answers", better="lower", ratio=True),
 )
 _SHOWN: tuple[Role, Role] = ("published", "best")
-_LEGEND: Mapping[Role, str] = {"best": "best within the utility budget", "published": "as published"}
+_LEGEND: Mapping[Role, str] = {"best": "at equal utility", "published": "as published"}
 _ROW_HEIGHT, _COLUMN_WIDTH, _CHARACTER_WIDTH = 0.34, 1.85, 0.075
 """Inches; the last of a row's label."""
 _FOOTER_CHARACTERS = 32
 """Per column."""
 
 
-def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Sequence[str] | None = None) -> Path:
+def overview_figure(records: Sequence[MethodRecord], path: Path) -> Path:
     """Draws a row per method and a column per measure, at equal utility and as published.
 
-    A control that was measured at one strength has one dot. A measure that no row has is left out; over-refusal stands
+    The base model has one dot. A measure that no row has is left out; over-refusal stands
     in for exact answers where these were not asked or no row gave one.
 
     Args:
         records: Of all rows and seeds.
         path: ``.png``, ``.svg`` or ``.pdf``; what is there is replaced.
-        order: Names of the rows from top to bottom, as in ``comparison_rows``; controls stand last.
 
     Returns:
         ``path``.
@@ -110,8 +108,8 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
         OutputError: Another suffix, or a folder that can't be written.
     """
     check_suffix(path)
-    rows = _rows(records, order)
-    tried = prefills_tried(point for record in records for point in record.points)
+    rows = _rows(records)
+    tried = prefills_tried(point for record in records for point in record.points.values())
     measures = _measures_of(rows, tried, deciding_hit(records))
     if not measures:
         raise EvaluationError("no complete record has a rate or a perplexity ratio: nothing to draw")
@@ -137,15 +135,13 @@ def overview_figure(records: Sequence[MethodRecord], path: Path, *, order: Seque
     return path
 
 
-def _rows(records: Sequence[MethodRecord], order: Sequence[str] | None) -> list[Row]:
-    best, published = (comparison_rows(records, role, order=order) for role in ("best", "published"))
-    rows: list[Row] = []
-    for at_best, as_published in zip(best, published, strict=True):
-        # What has one strength only would be drawn twice: on all prompts, and on those no strength was chosen on.
-        own = seeds_of(records, as_published.name)
-        once = as_published.control and all(len(record.points) <= 1 for record in own)
-        rows.append({"published": as_published} if once else {"best": at_best, "published": as_published})
-    return rows
+def _rows(records: Sequence[MethodRecord]) -> list[Row]:
+    best, published = (comparison_rows(records, role) for role in ("best", "published"))
+    # The base model has one strength.
+    return [
+        {"published": own} if own.name == BASE else {"best": at_best, "published": own}
+        for at_best, own in zip(best, published, strict=True)
+    ]
 
 
 def _measures_of(rows: Sequence[Row], tried: Collection[str], hit: str) -> list[Measure]:
@@ -183,15 +179,14 @@ def _handles(rows: Sequence[Row]) -> list[Line2D]:
 def _footer(
     records: Sequence[MethodRecord], rows: Sequence[Row], measures: Sequence[Measure], tried: Collection[str]
 ) -> str:
-    complete = [record for record in records if record.status == "complete"]
-    seeds = len({record.seed for record in complete})
+    seeds = len({record.seed for record in records if record.failure is None})
     unmeasured = any(
         not row["published"].failed and not cell_of(row, measure.field) for row in rows for measure in measures
     )
     sentences = [
         f"Means over {seeds} seeds, 95 % intervals over seeds and prompts." if seeds > 1 else
         "One seed, 95 % intervals over prompts.",
-        _prompts(records, rows),
+        f"{', '.join(prompts_asked(points_of(records, 'published')[0]))}.",
         "After a prefill each dot stands at the one that is the worst for it." if len(tried) > 1 else "",
         "Grey: controls." if any(row["published"].control for row in rows) else "",
         _missing(records, rows),
@@ -201,27 +196,12 @@ def _footer(
     return " ".join(sentence for sentence in sentences if sentence)
 
 
-def _prompts(records: Sequence[MethodRecord], rows: Sequence[Row]) -> str:
-    """How many, such as ``100 normal prompts; filled dots: the 50 harmful ones that ...``."""
-    published, best = (points_of(records, role, counted_of(records, role))[:1] for role in _SHOWN)
-    best = best if any("best" in row and row["best"].estimates for row in rows) else []
-    counts = [
-        (len(half.outcomes.get(key, "")), len(whole.outcomes.get(key, "")))
-        for whole, half in zip(published, best, strict=False)
-        for key in ASKED
-    ]
-    fewer = " and ".join(str(half) for half, whole in counts if half < whole)
-    halves = f"; filled dots: the {fewer} harmful ones that no strength was chosen on" if fewer else ""
-    asked = ", ".join(words for point in published for words in prompts_asked(point))
-    return f"{asked}{halves}." if asked else ""
-
-
 def _missing(records: Sequence[MethodRecord], rows: Sequence[Row]) -> str:
     """What a reader would not see: seeds that failed, and seeds without a strength within the budget."""
     said: list[str] = []
     for row in (row["published"] for row in rows if not row["published"].failed):
         own = seeds_of(records, row.name)
-        complete = [record for record in own if record.status == "complete"]
+        complete = [record for record in own if record.failure is None]
         best = len(points_of(own, "best"))
         if len(complete) < len(own):
             said.append(f"{row.title}: {len(own) - len(complete)} of {len(own)} seeds failed")

@@ -5,24 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
-from sku.evaluate.judges import Calibration
 from sku.evaluate.metrics import HARM_WORDS, prefill_words, start_words
 from sku.evaluate.records import NORMAL, prefills_in_order
 from sku.evaluate.statistics import Estimate, holm
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.method_records import BASE, NORMAL_KEY, PREFILL, Hit, MethodRecord, Point
+from sku.report.method_records import BASE, NORMAL_KEY, PREFILL, UNSEEN_KEY, MethodRecord, Point, Role
 from sku.report.method_statistics import (
     RESAMPLES,
     Counted,
     Difference,
-    Role,
     counted_of,
     difference_to,
     harm_bounds,
     perplexity_ratio,
-    point_of,
     points_of,
     rate,
     worst_prefill,
@@ -30,13 +26,13 @@ from sku.report.method_statistics import (
 from sku.report.words import NOTHING, bars_escaped, in_points, percent, table
 
 OWN_WORD, BY_RULE = HARM_WORDS["harmful_ungated"], HARM_WORDS["harmful"]
-RATES: Mapping[str, tuple[str, str, Hit]] = {
+RATES: Mapping[str, tuple[str, str, str]] = {
     # What the judge says without the gate: gibberish can count.
-    "harmful_ungated_unseen": (f"{OWN_WORD}, unseen", "forget_test/reply", "harmful_ungated"),
-    "harmful_unseen": (f"{BY_RULE}, unseen", "forget_test/reply", "harmful"),
+    "harmful_ungated_unseen": (f"{OWN_WORD}, unseen", UNSEEN_KEY, "harmful_ungated"),
+    "harmful_unseen": (f"{BY_RULE}, unseen", UNSEEN_KEY, "harmful"),
     "prefill_ungated_unseen": (f"{OWN_WORD}, unseen", PREFILL, "harmful_ungated"),
     "prefill_unseen": (f"{BY_RULE}, unseen", PREFILL, "harmful"),
-    "gibberish_unseen": ("gibberish, unseen", "forget_test/reply", "gibberish"),
+    "gibberish_unseen": ("gibberish, unseen", UNSEEN_KEY, "gibberish"),
     "gibberish_normal": ("gibberish, normal", NORMAL_KEY, "gibberish"),
     "over_refusal": ("over-refusal, normal", NORMAL_KEY, "over_refusal"),
     "exact_answers": ("exact answers, normal", NORMAL_KEY, "exact_answer"),
@@ -52,7 +48,7 @@ BUDGET = (
     "Utility cost: the worst of perplexity, KL to the base and over-refusal on normal prompts that no method trained "
     "on and no column shows, each as a share of its limit; 1 is the budget. Bound by: what goes beyond it first."
 )
-_TESTED = ("forget_test/reply", PREFILL)
+_TESTED = (UNSEEN_KEY, PREFILL)
 """Keys of the table of differences."""
 _WORST = (
     " After a prefill each row stands at the one that is the worst for it, named after the comma; the largest of "
@@ -62,7 +58,7 @@ REFERENCE = "sku"
 """Row that the others are compared with, where it is complete."""
 _NOT_BRIEF = ("gibberish_normal", "perplexity_harmful_unseen", "utility_cost")
 _HEADINGS: Mapping[Role, str] = {
-    "best": "At equal utility: each method at its best strength within the utility budget",
+    "best": "At equal utility: each method at the strength chosen within the utility budget",
     "published": "As published: each method at its own strength",
 }
 
@@ -96,71 +92,49 @@ class ComparisonRow:
     and for harmful."""
 
 
-def comparison_rows(
-    records: Sequence[MethodRecord], role: Role = "published", order: Sequence[str] | None = None
-) -> list[ComparisonRow]:
-    """One row per method or control, also where every seed failed.
+def comparison_rows(records: Sequence[MethodRecord], role: Role = "published") -> list[ComparisonRow]:
+    """One row per method or control, also where every seed failed: methods in the order of the records, then controls.
 
-    Args:
-        records: Of all rows and seeds; perplexities are over the record named ``base``, absent where there is none.
-        role: ``published`` or ``best``.
-        order: Names in the order of the rows; what it does not name follows by the alphabet.
-
-    Returns:
-        Methods, then controls; ``REFERENCE`` and ``base`` are the first of them if ``order`` says nothing else.
+    Perplexities are over the record named ``base``, absent where there is none.
 
     Raises:
         EvaluationError: Records don't fit together.
     """
-    base = next((record for record in seeds_of(records, BASE) if record.status == "complete"), None)
+    base = next(iter(seeds_of(records, BASE)), None)
     counted = counted_of(records, role)
-    return [_row(seeds_of(records, name), base, role, counted) for name in row_order(records, order)]
+    return [_row(seeds_of(records, name), base, role, counted) for name in row_order(records)]
 
 
-def row_order(records: Iterable[MethodRecord], order: Sequence[str] | None = None) -> list[str]:
-    """Names of the rows, in order; see ``comparison_rows``."""
+def row_order(records: Iterable[MethodRecord]) -> list[str]:
+    """Names of the rows, in order; ``base`` is the first control."""
     control = {record.name: record.control for record in records}
-    first = [*(order or ()), REFERENCE, BASE]
-    return sorted(control, key=lambda name: (control[name], first.index(name) if name in first else len(first), name))
+    return sorted(control, key=lambda name: (control[name], name != BASE))
 
 
-def comparison_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None = None) -> str:
-    """All tables of a comparison.
+def comparison_markdown(records: Sequence[MethodRecord]) -> str:
+    """All tables of a comparison, at equal utility and as published.
 
-    Args:
-        records: Of all rows and seeds.
-        order: Names of the rows in order; as in ``comparison_rows``.
-
-    Returns:
-        Markdown: for equal utility and for the methods as published, all measures, then the differences to SKU with
-        their tests where SKU is among the rows and complete.
+    Differences to SKU with their tests stand below each, where SKU is among the rows and complete.
 
     Raises:
         EvaluationError: The records don't fit together.
     """
     parts: list[str] = []
     for role, heading in _HEADINGS.items():
-        rows = markdown_comparison(comparison_rows(records, role, order), legend_line(records, role))
+        rows = markdown_comparison(comparison_rows(records, role), legend_line(records, role))
         parts += [f"### {heading}\n", rows]
         if points_of(seeds_of(records, REFERENCE), role):
-            parts.append(markdown_differences(records, role, order))
+            parts.append(markdown_differences(records, role))
     return "\n".join(parts)
 
 
-def brief_markdown(records: Sequence[MethodRecord], order: Sequence[str] | None = None) -> str:
+def brief_markdown(records: Sequence[MethodRecord]) -> str:
     """The main columns at equal utility, for a first page.
-
-    Args:
-        records: Of all rows and seeds.
-        order: As in ``comparison_markdown``.
-
-    Returns:
-        A Markdown table with its legend.
 
     Raises:
         EvaluationError: The records don't fit together.
     """
-    rows = comparison_rows(records, "best", order)
+    rows = comparison_rows(records, "best")
     return markdown_comparison(rows, legend_line(records, "best"), left_out=_NOT_BRIEF)
 
 
@@ -193,13 +167,12 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out:
     return f"{table(names, zip(*shown, strict=True), cell=bars_escaped)}\n{legend}\n"
 
 
-def markdown_differences(records: Sequence[MethodRecord], role: Role, order: Sequence[str] | None = None) -> str:
+def markdown_differences(records: Sequence[MethodRecord], role: Role) -> str:
     """Harmful rates of each row minus those of ``REFERENCE``, as a Markdown table with a legend under it.
 
     Args:
         records: Of all rows and seeds; some seed of the reference has a point of the role.
         role: ``published`` or ``best``.
-        order: As in ``comparison_rows``.
 
     Returns:
         Text that ends with a newline; p-values are Holm-corrected over the whole table.
@@ -208,7 +181,7 @@ def markdown_differences(records: Sequence[MethodRecord], role: Role, order: Seq
         EvaluationError: Records don't fit together.
     """
     own = seeds_of(records, REFERENCE)
-    names = [name for name in row_order(records, order) if name != REFERENCE]
+    names = [name for name in row_order(records) if name != REFERENCE]
     counted, hit = counted_of(records, role), deciding_hit(records)
     found = {
         (name, key): difference
@@ -218,10 +191,10 @@ def markdown_differences(records: Sequence[MethodRecord], role: Role, order: Seq
     }
     corrected = dict(zip(found, holm([difference.p_value for difference in found.values()]), strict=True))
     keys = [key for key in _TESTED if any(tested == key for _, tested in found)]
-    tried = prefills_tried(point for record in records for point in record.points)
+    tried = prefills_tried(point for record in records for point in record.points.values())
     at = " for the two together" if len(tried) > 1 else ""
     harm = HARM_WORDS[hit]
-    headings = {"forget_test/reply": f"{harm}, unseen", PREFILL: f"{harm}, unseen, {prefill_words(tried)}{at}"}
+    headings = {UNSEEN_KEY: f"{harm}, unseen", PREFILL: f"{harm}, unseen, {prefill_words(tried)}{at}"}
     rows = [
         (
             seeds_of(records, name)[0].title,
@@ -239,13 +212,13 @@ def markdown_differences(records: Sequence[MethodRecord], role: Role, order: Seq
 
 def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
     """What a reader must know of the numbers: strength, intervals, seeds, prompts and judge."""
-    complete = [record for record in records if point_of(record, role) is not None]
+    complete = [record for record in records if role in record.points]
     if not complete:
         return f"No record is complete and has a {role} point."
     strength = {
         "published": "Each method at its published strength.",
-        "best": "Each method at the strongest of the strengths within the utility budget that leave the fewest "
-        f"harmful or gibberish replies to every second unseen prompt; the other half is shown. {BUDGET}",
+        "best": "Each method at the strength within the utility budget that leaves the least harm on the validation "
+        f"splits, of which no column shows a prompt. {BUDGET}",
     }[role]
     counted = counted_of(records, role)
     shown = points_of(complete, role, counted)[0]
@@ -269,11 +242,9 @@ def _left_out(counted: Counted) -> str:
     )
 
 
-def deciding_hit(records: Sequence[MethodRecord]) -> Literal["harmful_ungated", "harmful"]:
+def deciding_hit(records: Iterable[MethodRecord]) -> str:
     """The harmful rate that decides under the judge of a comparison: ``JudgeCard.deciding_rate``."""
-    judges = [record.judge for record in records if record.status == "complete"]
-    by_rule = any(judge.get("exact", False) or not judge.get("tells_safe", True) for judge in judges)
-    return "harmful" if by_rule else "harmful_ungated"
+    return next((record.judge.deciding_rate for record in records if record.judge is not None), "harmful_ungated")
 
 
 def judge_sentence(records: Sequence[MethodRecord]) -> str:
@@ -282,20 +253,19 @@ def judge_sentence(records: Sequence[MethodRecord]) -> str:
     Args:
         records: Of a comparison; nothing is said of a judge that was not calibrated, or without a base model.
     """
-    complete = [record for record in records if record.status == "complete"]
-    judges = ", ".join(sorted({str(record.judge["name"]) for record in complete if "name" in record.judge}))
-    bound = " (an upper bound of the harmful share)" if judges == "refusal_rules" else ""
-    base = [record for record in complete if record.name == BASE]
-    harm = rate(points_of(base, "published"), "forget_test/reply", deciding_hit(records))
-    measured = [Calibration(**card) for record in base if (card := record.judge.get("calibration")) is not None]
+    judge = next((record.judge for record in records if record.judge is not None), None)
+    if judge is None:
+        return "Judge: not named."
+    bound = " (an upper bound of the harmful share)" if judge.name == "refusal_rules" else ""
+    harm = rate(points_of(seeds_of(records, BASE), "published"), UNSEEN_KEY, judge.deciding_rate)
     doubt = ""
-    if harm is not None and not all(errors.can_measure(harm.value, harm.low) for errors in measured):
+    if harm is not None and not judge.can_measure(harm.value, harm.low):
         doubt = f"; {CANT_MEASURE}: harmless replies alone could give the base model's harmful rate"
-    return f"Judge: {judges or 'not named'}{bound}{doubt}."
+    return f"Judge: {judge.name}{bound}{doubt}."
 
 
-ASKED = {"forget_test/reply": "unseen harmful prompts", NORMAL_KEY: "normal prompts"}
-"""Key of ``Point.outcomes`` -> what a reader calls those prompts."""
+ASKED = {UNSEEN_KEY: "unseen harmful prompts", NORMAL_KEY: "normal prompts"}
+"""Key of ``Point.replies`` -> what a reader calls those prompts."""
 
 
 def prefills_tried(points: Iterable[Point]) -> list[str]:
@@ -305,9 +275,9 @@ def prefills_tried(points: Iterable[Point]) -> list[str]:
 
 def prompts_asked(point: Point) -> list[str]:
     """How many of each kind, such as ``100 unseen harmful prompts``, ``100/98 with a prefill (1 token/3 tokens)``."""
-    asked = [f"{len(point.outcomes[key])} {words}" for key, words in ASKED.items() if key in point.outcomes]
+    asked = [f"{len(point.replies[key])} {words}" for key, words in ASKED.items() if key in point.replies]
     if point.prefills:
-        counts = [len(point.outcomes[key]) for key in point.prefills.values()]
+        counts = [len(point.replies[key]) for key in point.prefills.values()]
         shown = counts[:1] if len(set(counts)) == 1 else counts
         words = "/".join(map(start_words, point.prefills))
         asked.insert(1, f"{'/'.join(map(str, shown))} with a prefill ({words})")
@@ -329,8 +299,8 @@ def _cost_text(cost: float | None) -> str:
 
 def _bound_by(records: Sequence[MethodRecord]) -> str:
     """``KL on retain_validation``, or each with its number of seeds."""
-    complete = [record for record in records if record.status == "complete" and "bound_by" in record.training]
-    found = Counter(record.training["bound_by"] or "nothing, up to the largest strength" for record in complete)
+    measured = [record for record in records if record.failure is None and record.name != BASE]
+    found = Counter(record.bound_by or "nothing, up to the largest strength" for record in measured)
     return "; ".join(name if len(found) == 1 else f"{name} ({count})" for name, count in found.most_common())
 
 
@@ -344,7 +314,7 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role,
     worst = worst_prefill(points, hit=deciding_hit(records))
     keys = {name: f"{PREFILL}/{worst}" if key == PREFILL else key for name, (_, key, _) in RATES.items()}
     strengths = [point.strength for point in points]
-    costs = [point.utility.cost.value for point in points if point.utility is not None]
+    costs = [point.cost.value for point in points if point.cost is not None]
 
     def ratio(split: str) -> Estimate | None:
         return None if base is None else perplexity_ratio(points, base, split)
@@ -360,7 +330,7 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role,
         name=records[0].name,
         title=records[0].title,
         control=records[0].control,
-        failed=all(record.status == "failed" for record in records),
+        failed=all(record.failure is not None for record in records),
         estimates={name: found for name, found in estimates.items() if found is not None},
         prefill_tokens=worst,
         prefill_lengths=tuple(prefills_tried(points)),
@@ -378,10 +348,10 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role,
 
 def _seeds_text(records: Sequence[MethodRecord], role: Role) -> str:
     """``2/3 failed: reason; 1 without ...``: nothing that is missing goes unsaid."""
-    missing = [record for record in records if point_of(record, role) is None]
+    missing = [record for record in records if role not in record.points]
     reasons = Counter(
         f"failed: {record.failure}"
-        if record.status == "failed"
+        if record.failure is not None
         else ("no strength within the utility budget" if role == "best" else "no published point")
         for record in missing
     )

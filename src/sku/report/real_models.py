@@ -1,10 +1,10 @@
-"""One table of all models, methods and seeds: plain figures from the records of runs and comparisons.
+"""One table of all models, methods and seeds: plain figures from the records of runs.
 
 ``sku results RUN... --table FILE.json`` writes it: one object per model, method and seed with ``KEYS``, and the
 figures of the base model under ``base_``. A figure that a record doesn't have is null. Rates are shares from 0 to 1,
 without correction; harmful rates are of the prompts that the judge had a verdict on for both base and unlearned model
-of a run, and for every row of a comparison. A harmful rate stands twice: as the rules count it, and under
-``..._judge`` as the judge alone has it. Rows of runs have besides:
+of a run. A harmful rate stands twice: as the rules count it, and under
+``..._judge`` as the judge alone has it. Rows have besides:
 
 - ``intervals``: figure -> its 95 % interval, of those that are rates of replies;
 - ``outcomes``: model -> split, kind and prefill -> hash of the prompt -> outcome, so that every paired test can be
@@ -15,22 +15,25 @@ of a run, and for every row of a comparison. A harmful rate stands twice: as the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from sku.config.data import FINAL
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import ReplyOutcome
-from sku.evaluate.record_files import OUTCOMES_FILE, from_plain, read_json_object, read_rows
-from sku.evaluate.records import BORDERLINE, HARMFUL, prompt_hash
+from sku.evaluate.records import (
+    BORDERLINE,
+    HARMFUL,
+    OUTCOMES_FILE,
+    from_plain,
+    prompt_hash,
+    read_json_object,
+    read_rows,
+)
 from sku.evaluate.results import HarnessScores, main_metric
-from sku.report.method_records import BASE, NORMAL_KEY, MethodRecord, Point, read_records
-from sku.report.method_statistics import counted_of, points_of
 
 RUN_FILE = "results.json"
-RECORDS = "records"
-UNSEEN = "forget_test/reply"
 FIGURES = (
     "n", "harmful_unseen", "harmful_unseen_judge", "harmful_final", "harmful_final_judge", "harmful_other_source",
     "harmful_other_source_judge", "worst_prefill", "worst_prefill_judge", "xstest_unsafe", "xstest_unsafe_judge",
@@ -49,46 +52,28 @@ FINAL_HARMFUL = f"{HARMFUL}{FINAL}"
 Row = dict[str, Any]
 
 
-def table_rows(folders: Iterable[Path]) -> tuple[list[Row], list[str]]:
-    """Reads records.
+def table_rows(folders: Iterable[Path]) -> list[Row]:
+    """Reads runs.
 
     Args:
-        folders: Of runs, of comparisons, or of the records of a comparison.
+        folders: Of finished runs.
 
     Returns:
-        One row for each model, method and seed, in order, of a run where there is one; and a sentence for each record
-        that has none.
+        One row for each model, method and seed, in order.
 
     Raises:
-        EvaluationError: A folder holds no record, one is broken, or two runs or two comparisons have one model, method
-            and seed.
+        EvaluationError: A folder holds no results, or broken ones, or two runs have one model, method and seed.
     """
     rows: dict[tuple[Any, ...], tuple[Row, Path]] = {}
-    left_out: list[str] = []
-    is_run = {folder: (folder / RUN_FILE).is_file() for folder in folders}
-    # Runs first: theirs are whole evaluations.
-    for folder in sorted(is_run, key=lambda folder: not is_run[folder]):
-        if is_run[folder]:
-            results = read_json_object(folder / RUN_FILE, "run again")
-            found = [{**run_row(results, str(folder / RUN_FILE)), "outcomes": _outcomes(folder)}]
-        else:
-            records = read_records(folder / RECORDS if (folder / RECORDS).is_dir() else folder)
-            found = comparison_rows(records)
-            left_out += [
-                f"{record.file_name} in {folder} has no row: {record.failure}"
-                for record in records
-                if record.status == "failed"
-            ]
-        for row in found:
-            which = (row["model"], row["method"], row["seed"])
+    for folder in folders:
+        results = read_json_object(folder / RUN_FILE, "run again")
+        row = {**run_row(results, str(folder / RUN_FILE)), "outcomes": _outcomes(folder)}
+        which = (row["model"], row["method"], row["seed"])
+        if which in rows:
             words = f"{row['method']} on {row['model']} with seed {row['seed']}"
-            if which not in rows:
-                rows[which] = row, folder
-            elif is_run[rows[which][1]] and not is_run[folder]:
-                left_out.append(f"{words}: the row is of the run {rows[which][1]}, not of the comparison {folder}")
-            else:
-                raise EvaluationError(f"{rows[which][1]} and {folder} both hold {words}: name one of them")
-    return [rows[which][0] for which in sorted(rows)], left_out
+            raise EvaluationError(f"{rows[which][1]} and {folder} both hold {words}: name one of them")
+        rows[which] = row, folder
+    return [rows[which][0] for which in sorted(rows)]
 
 
 def run_row(results: Mapping[str, Any], where: str = RUN_FILE) -> Row:
@@ -127,30 +112,6 @@ def run_row(results: Mapping[str, Any], where: str = RUN_FILE) -> Row:
         }
     except (AttributeError, KeyError, TypeError) as error:
         raise EvaluationError(f"{where} is not that of a finished run of this version ({error}): run again") from None
-
-
-def comparison_rows(records: Sequence[MethodRecord]) -> list[Row]:
-    """The rows of a comparison's complete records, each at the strength that its table at equal utility shows.
-
-    Args:
-        records: Of one comparison.
-
-    Returns:
-        As ``run_row``; one without a strength within the budget has no figures. The KL is that on the validation
-        split; what a comparison doesn't ask is null.
-    """
-    counted = counted_of(records, "best")
-
-    def figures(record: MethodRecord) -> Row:
-        return _of_point(next(iter(points_of([record], "best", counted)), None))
-
-    bases = (record for record in records if record.name == BASE and record.status == "complete")
-    base = next((figures(record) for record in bases), dict.fromkeys(FIGURES))
-    return [
-        _row(record.recipe, record.name, record.seed, figures(record), base)
-        for record in records
-        if record.status == "complete"
-    ]
 
 
 def _row(recipe: Mapping[str, Any], method: str, seed: int, own: Row, base: Row) -> Row:
@@ -284,23 +245,3 @@ def _accuracy(plain: Any) -> float | None:
     # A tag has no score of its own.
     names = scores.asked if {*scores.asked} <= found.keys() else tuple(found)
     return math.fsum(found[name] for name in names) / len(names) if names else None
-
-
-def _of_point(point: Point | None) -> Row:
-    if point is None:
-        return dict.fromkeys(FIGURES)
-    prefills = point.prefills.values()
-    return dict.fromkeys(FIGURES) | {
-        "n": len(point.outcomes.get(UNSEEN, "")),
-        "harmful_unseen": _share(point.hits(UNSEEN, "harmful")),
-        "worst_prefill": _largest(_share(point.hits(key, "harmful")) for key in prefills),
-        "harmful_unseen_judge": _share(point.hits(UNSEEN, "harmful_ungated")),
-        "worst_prefill_judge": _largest(_share(point.hits(key, "harmful_ungated")) for key in prefills),
-        "normal_refused": _share(point.hits(NORMAL_KEY, "over_refusal")),
-        "gibberish": _share(point.hits(NORMAL_KEY, "gibberish")),
-        "kl_normal": None if point.utility is None else point.utility.kl.get("retain_validation"),
-    }
-
-
-def _share(hits: Sequence[bool]) -> float | None:
-    return sum(hits) / len(hits) if hits else None

@@ -11,7 +11,7 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData, content_hash
 from sku.errors import ModelError, OutputError
 from sku.evaluate.batching import StageProgress
-from sku.methods.run import prepare, with_safe_dtype
+from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_model
 from sku.negate.run import task_vector_of
 from sku.negate.transform import transformed
@@ -114,7 +114,7 @@ def sweep_bad_model(
     """
     if not bad.is_dir():
         raise ModelError(f"there is no folder {bad}: give that of a bad model, or leave it out to train one")
-    prepare(recipe, out)
+    resolve_method(recipe, out)
     notes = [*data.notes(), *training_notes(bad, data)]
     loaded = load_model(with_safe_dtype(recipe))
     vector = transformed(recipe, task_vector_of(loaded.model, bad), loaded.model, loaded.tokenizer, data)

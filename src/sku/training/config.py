@@ -55,7 +55,7 @@ class UnlearningConfig(TrainingArguments):
     """``transformers.TrainingArguments`` with the lengths and the packing of the examples, for every method.
 
     Fields of TrainingArguments keep their meaning. Two may also be ``auto``: ``bf16`` is then on where the machine
-    computes faster in bfloat16, and ``activation_checkpointing`` as the estimate of memory says (``sku.plan.fit``) in
+    computes faster in bfloat16, and ``activation_checkpointing`` as the estimate of memory says (``sku.memory``) in
     ``sku run``, ``acquire`` and ``sweep``, elsewhere on. These have other defaults: ``learning_rate`` 2e-4 (LoRA),
     ``per_device_train_batch_size`` 4, ``logging_steps`` 1, ``report_to`` none, ``save_strategy`` no,
     ``remove_unused_columns`` False, ``logging_nan_inf_filter`` False (a non-finite loss must be seen).

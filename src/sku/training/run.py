@@ -52,7 +52,7 @@ class Trained(Generic[ModelT_co]):
 
 def train(
     loaded: LoadedModel,
-    data: ForgetRetainData,
+    data: ForgetRetainData | JointDataset,
     objective: Objective,
     settings: UnlearningConfig,
     *,
@@ -69,7 +69,7 @@ def train(
     Args:
         loaded: The original model. With an adapter its own weights stay as they are; with full fine-tuning they are
             trained in place.
-        data: Splits; ``forget_train`` and ``retain_train`` are used.
+        data: Splits, of which ``forget_train`` and ``retain_train`` are used; or joint examples of them.
         objective: What is minimised.
         settings: Of the trainer.
         tuning: What is trained.
@@ -109,7 +109,7 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)  # The log is kept and shown by the caller, not printed line by line.
     processes = current_processes()
-    last = processes.on_main(lambda: _last_checkpoint(folder, processes.count))
+    last = processes.run_on_rank0(lambda: _last_checkpoint(folder, processes.count))
     with _named_checkpoint_errors(folder), lost_processes_named():
         result = trainer.train(resume_from_checkpoint=last)
     if use_cache is not None:
@@ -161,7 +161,6 @@ def adapter_settings(config: AcquireConfig, modules: Sequence[str] | None = None
     return LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,
-        lora_dropout=config.lora.dropout,
         target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
     )

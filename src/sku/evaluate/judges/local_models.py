@@ -36,8 +36,7 @@ from sku.config.check import Count, validated
 from sku.errors import ModelError, RecipeError
 from sku.evaluate.batching import in_batches
 from sku.evaluate.judges import JudgeCard, Verdict
-from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, header_hash
 from sku.models import LoadedModel, load_config, load_tokenizer, pick_device, pick_dtype, weights_revision
 
 VERSION = 2
@@ -45,7 +44,7 @@ VERSION = 2
 PROMPT, REPLY = "@@sku-prompt@@", "@@sku-reply@@"
 """Stand in for prompt and reply while a template is rendered."""
 _NO_PART_OF_THE_VERDICT = (
-    "model", "revision", "dtype", "device", "batch_size", "trust_remote_code", "name", "licence", "known_errors",
+    "model", "revision", "dtype", "device", "batch_size", "name", "licence", "known_errors",
     "needs", "url", "paper",
 )  # fmt: skip
 """Settings that leave a verdict as it is, or that the card's ``revision`` or the type in use stand for."""
@@ -76,8 +75,6 @@ class LocalModelSettings:
     """Replies at once; halved where a GPU's memory runs out."""
     max_length: Count = 2048
     """Most tokens the model reads; what is too long loses the middle of the prompt, then the end of the reply."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Leave it off unless you have read that code."""
     with_prefill: bool = True
     """Whether a prefill is read with the words that follow it, which say little alone. Off: only what the model
     said of its own is judged."""
@@ -110,7 +107,6 @@ class LocalModelSettings:
             revision=self.revision,
             dtype=self.dtype,
             device=self.device,
-            trust_remote_code=self.trust_remote_code,
         )
 
 

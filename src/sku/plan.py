@@ -1,6 +1,6 @@
 """What a command will do and need, found out before it is done: ``--dry-run`` prints it, the command executes it.
 
-What a run needs is told from its recipe and the model's configuration alone: no weight is loaded.
+Nothing here imports torch: ``sku negate`` from file to file needs neither its time nor its memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BadModel = Literal["none", "deleted at the end", "kept"]
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryFit:
-    """Whether a run fits this machine's memory."""
+    """Whether stage 1 fits this machine's memory."""
 
     fits: bool
     """False where there is no estimate."""
@@ -28,7 +28,7 @@ class MemoryFit:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan(Generic[T]):
+class CommandPlan(Generic[T]):
     """What was checked, and what will be done and written; what would not fit on the disk is no plan.
 
     Raises:

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from sku import memory
 from sku.config import Recipe, load_recipe
+from sku.memory import GIB
 from sku.methods.run import train_method
 from sku.pipeline import unlearning
-from sku.pipeline.bad_model import plan_acquire
+from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import plan_run
-from sku.plan import fit
-from sku.plan.estimate import GIB
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
@@ -47,7 +47,7 @@ def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
-    monkeypatch.setattr(fit, "_free_memory", lambda: int(gib * GIB))
+    monkeypatch.setattr(memory, "_free_memory", lambda: int(gib * GIB))
 
 
 @pytest.mark.parametrize(("gib", "on"), [(1000, False), (0.1, True)])
@@ -55,15 +55,15 @@ def test_it_is_on_only_where_stage_1_does_not_fit_without_it(
     recipe: Recipe, used: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib: float, *, on: bool
 ) -> None:
     free(monkeypatch, gib)
-    decided = fit.decide_checkpointing(recipe)
+    decided = memory.decide_checkpointing(recipe)
     assert decided is not None
     assert decided.on is on
     assert f"{gib:.1f} GiB are free on cpu" in decided.why
-    plan = plan_acquire(recipe, tmp_path / "bad")
+    plan = plan_run(recipe, tmp_path / "run")
     assert plan.settings["activation checkpointing"] == decided.line
     assert plan.memory is not None
     assert plan.memory().fits is not on
-    plan.execute(None)
+    run_acquire(recipe, tmp_path / "bad")
     assert used == [on]
 
 
@@ -72,14 +72,14 @@ def test_nothing_is_decided_for_a_recipe_that_says_it_and_without_an_estimate_it
 ) -> None:
     for value in ("true", "false"):
         said = load_recipe("embedded", [*TINY, f"acquire.training.activation_checkpointing={value}"])
-        assert fit.decide_checkpointing(said) is None
-    other = fit.decide_checkpointing(load_recipe("embedded", [*TINY, "method=npo"]))
-    assert other == fit.Checkpointing(
-        on=True, why="no estimate of memory: sku plan knows stage 1 of sku, and the recipe's method is npo"
+        assert memory.decide_checkpointing(said) is None
+    other = memory.decide_checkpointing(load_recipe("embedded", [*TINY, "method=npo"]))
+    assert other == memory.Checkpointing(
+        on=True, why="without it, no estimate of memory: it is of stage 1 of sku, and the recipe's method is npo"
     )
-    monkeypatch.setattr(fit, "pick_device", lambda _: torch.device("mps"))
-    assert fit.decide_checkpointing(recipe) == fit.Checkpointing(
-        on=True, why="no estimate of memory: what is free on mps is not known"
+    monkeypatch.setattr(memory, "pick_device", lambda _: torch.device("mps"))
+    assert memory.decide_checkpointing(recipe) == memory.Checkpointing(
+        on=True, why="without it, no estimate of memory: what is free on mps is not known"
     )
     alone = UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, activation_checkpointing="auto")
     assert alone.activation_checkpointing is True
