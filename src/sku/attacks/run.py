@@ -35,8 +35,7 @@ from sku.evaluate.generation.batching import Progress, StageProgress, stage
 from sku.evaluate.generation.decoding import GenerationRequest, decoding_settings
 from sku.evaluate.generation.prompts import PromptEncoder, draw_examples, free_request
 from sku.evaluate.generation.replies import ReplyGenerator, about
-from sku.evaluate.judges import Judge, JudgeCard, Verdict
-from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges import Judge, JudgeCard, Verdict, cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of
 from sku.evaluate.records import GenerationRecord, ResultCache, create_private_folder, header_hash

@@ -31,8 +31,7 @@ from sku.evaluate.generation.replies import (
     fingerprint,
     probes_of,
 )
-from sku.evaluate.judges import Judge
-from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges import Judge, cached
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.metrics import passes_surface_checks
 from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash

@@ -24,8 +24,7 @@ from sku.evaluate.generation.batching import StageProgress, stage
 from sku.evaluate.generation.decoding import decoding_settings
 from sku.evaluate.generation.prompts import PromptEncoder, starts_note
 from sku.evaluate.generation.replies import fingerprint, probes_of
-from sku.evaluate.judges import JudgeCard
-from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges import JudgeCard, cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.records import create_private_folder
 from sku.evaluate.utility_cost import BISECTIONS, UtilityCost, find_border
