@@ -147,11 +147,8 @@ def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
 
 def draw_rates(axes: Axes, rows: Sequence[tuple[str, tuple[Rate, Rate]]]) -> None:
     """Draws dots of base and unlearned model with their intervals in named rows; those of the base are hollow."""
-    marks = (
-        ("base", light("paper"), light("base"), -0.15),
-        ("unlearned", light("unlearned"), light("unlearned"), 0.15),
-    )
-    for name, face, colour, offset in marks:
+    for name, face, offset in (("base", "paper", -0.15), ("unlearned", "unlearned", 0.15)):
+        dot: Any = {"color": light(face), "markeredgecolor": light(name), "markeredgewidth": 1.5, "markersize": 6.5}
         for place, (_, rates) in enumerate(rows):
             rate, y = rates[name == "unlearned"], place + offset
             axes.plot([rate.low, rate.high], [y, y], color=light(name), linewidth=1.8, solid_capstyle="butt")

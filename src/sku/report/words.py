@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sku.attacks.results import AttackedReplies, AttackReport, AttackResult, Relearned, RelearnResult
+from sku.attacks import AttackedReplies, AttackReport, AttackResult, Relearned, RelearnResult
 from sku.errors import EvaluationError
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate, start_words
