@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sku.config import CompareConfig, SweepConfig
+from sku.config import SweepConfig
 from sku.evaluate.utility_cost import (
     BISECTIONS,
     BROKEN_COST,
@@ -55,7 +55,7 @@ def test_a_part_at_its_limit_is_within_the_budget() -> None:
 
 
 def test_a_limit_of_0_allows_nothing_and_stays_a_number() -> None:
-    strict = CompareConfig(over_refusal_limit=0.0)
+    strict = SweepConfig(over_refusal_limit=0.0)
     assert utility_cost(strict, perplexity=SAME, kl=NONE, over_refusal=0.0).within
     found = utility_cost(strict, perplexity=SAME, kl=NONE, over_refusal=0.01)
     assert not found.within

@@ -58,7 +58,7 @@ def comparison_rows(recipe: Recipe, methods: Sequence[str] = ()) -> list[Row]:
 
     Args:
         recipe: ``compare`` says what is left out here.
-        methods: Names, or files that define one; those of the recipe, or all, where this is empty.
+        methods: Names, or files that define one; all where this is empty.
 
     Raises:
         RecipeError: An unknown method, or two of one name.
