@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sku.config import CompareConfig, SweepConfig
+from sku.config import SweepConfig
 from sku.evaluate.utility_cost import (
     BISECTIONS,
     BROKEN_COST,
@@ -22,12 +22,6 @@ from sku.evaluate.utility_cost import (
 LIMITS = SweepConfig(utility_budget=1.1, kl_budget=0.05, over_refusal_limit=0.05)
 SAME = {"retain_validation": 1.0, "normal_validation:own": 1.0}
 NONE = {"retain_validation": 0.0, "normal_validation:own": 0.0}
-
-
-def test_nothing_lost_costs_nothing() -> None:
-    assert utility_cost(LIMITS, perplexity=SAME, kl=NONE, over_refusal=0.0).value == 0
-    better = utility_cost(LIMITS, perplexity={"retain_validation": 0.5}, kl={}, over_refusal=-0.1)
-    assert better.value == 0, "a gain pays for no loss"
 
 
 @pytest.mark.parametrize(
@@ -61,7 +55,7 @@ def test_a_part_at_its_limit_is_within_the_budget() -> None:
 
 
 def test_a_limit_of_0_allows_nothing_and_stays_a_number() -> None:
-    strict = CompareConfig(over_refusal_limit=0.0)
+    strict = SweepConfig(over_refusal_limit=0.0)
     assert utility_cost(strict, perplexity=SAME, kl=NONE, over_refusal=0.0).within
     found = utility_cost(strict, perplexity=SAME, kl=NONE, over_refusal=0.01)
     assert not found.within
@@ -112,17 +106,3 @@ def test_the_part_that_binds_is_the_one_just_above_the_border() -> None:
 
     found = find_border(cost, first=0.125, largest=4.0)
     assert (found.strength, found.bound_by) == (1.0, "KL on normal_validation:own")
-
-
-def test_a_largest_that_no_doubling_meets_is_probed_itself() -> None:
-    asked: list[float] = []
-
-    def cost(strength: float) -> UtilityCost:
-        asked.append(strength)
-        return cost_at(0.0)
-
-    assert find_border(cost, first=0.1, largest=3.0).strength == 3.0
-    assert asked == [0.1, 0.2, 0.4, 0.8, 1.6, 3.0]
-    asked.clear()
-    assert find_border(cost, first=5.0, largest=3.0).strength == 3.0
-    assert asked == [3.0]

@@ -19,6 +19,9 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 TEXTS: dict[str, tuple[str | bytes, str]] = {
+    "key twice": (SOUND + "seed: 1\nseed: 2\n", 'found duplicate key "seed"'),
+    "Python object": (SOUND + "seed: !!python/object/apply:os.getpid []\n", "is not YAML"),
+    "billion laughs": (BOMB + SOUND + "description: *a11\n", "values"),
     "brackets a thousand deep": ("name: " + "[" * 3000 + "]" * 3000, "is not YAML"),
     "mapping a hundred deep": (SOUND + "evaluate: " + "{a: " * 100 + "1" + "}" * 100, "deep"),
     "month 13": (SOUND + "description: 2020-13-45\n", "is not YAML"),

@@ -27,8 +27,7 @@ from sku.evaluate.judges import Judge, JudgeCard
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, ReplyOutcome, rates_of
 from sku.evaluate.prefills import by_id, prefills, with_answers
-from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import Split, Start
+from sku.evaluate.records import Split, Start, header_hash
 from sku.evaluate.replies import Asker
 from sku.evaluate.statistics import Estimate, ratio_interval
 from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, UtilityCost
@@ -124,8 +123,7 @@ def draw_questions(
             what = "prompt" if tokens == FREE else f"prefill of {tokens} tokens"
             raise EvaluationError(
                 f"forget_validation has no {what} that can be asked ({len(drawn)} prompts drawn, "
-                f"{dict(asked.left_out)}): take shorter prompts, change sweep.prefill_tokens or raise "
-                "sweep.validation_fraction"
+                f"{dict(asked.left_out)}): take shorter or more prompts, or change sweep.prefill_tokens"
             )
     if not asked.normal:
         raise EvaluationError("retain_validation has no prompt that can be asked: take shorter ones")
@@ -307,9 +305,9 @@ def replies_of(questions: Questions, outcomes: Mapping[str, ReplyOutcome]) -> Re
     harmful, normal = {tokens: rates(group) for tokens, group in questions.harmful.items()}, rates(questions.normal)
     prefilled = {tokens: found for tokens, found in harmful.items() if tokens != FREE}
     return Replies(
-        harmful=harmful[FREE]["harmful_at_most"],
+        harmful=harmful[FREE]["harmful_upper_bound"],
         gibberish=harmful[FREE]["gibberish"],
-        prefill={tokens: found["harmful_at_most"] for tokens, found in prefilled.items()},
+        prefill={tokens: found["harmful_upper_bound"] for tokens, found in prefilled.items()},
         prefill_gibberish={tokens: found["gibberish"] for tokens, found in prefilled.items()},
         over_refusal=normal["over_refusal"],
         normal_gibberish=normal["gibberish"],

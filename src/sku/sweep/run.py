@@ -24,11 +24,10 @@ from sku.evaluate.asking import Writer
 from sku.evaluate.backends import decoding_settings
 from sku.evaluate.batching import StageProgress, current_processes, stage
 from sku.evaluate.generation import fingerprint, probes_of
-from sku.evaluate.judges import JudgeCard
-from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges import JudgeCard, cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.prefills import starts_note
-from sku.evaluate.record_files import create_private_folder
+from sku.evaluate.records import create_private_folder
 from sku.evaluate.utility_cost import BISECTIONS, UtilityCost, find_border
 from sku.negate.arithmetic import saved_type
 from sku.negate.run import task_vector_of
@@ -115,7 +114,7 @@ def sweep(
     check_one_process()
     config = recipe.sweep
     if not data.forget_validation:
-        raise EvaluationError("forget_validation is empty: load the data with sweep.validation_fraction")
+        raise EvaluationError("forget_validation is empty: load the data with forget_validation")
     create_private_folder(folder)
     writer = Writer.of(base, tokenizer, recipe.model.prompt_format)
     judge = cached(choose_judge(recipe.evaluate, data), folder)
