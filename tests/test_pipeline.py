@@ -524,7 +524,7 @@ def test_a_failing_resume_keeps_what_was_done(tmp_path: Path, monkeypatch: pytes
             run_recipe(recipe(), out, resume=True)
     assert names(out / "bad") == checkpoints
     with monkeypatch.context() as patch:
-        patch.setattr("sku.pipeline.unlearning.save_unlearned", no_space)
+        patch.setattr("sku.negate.streaming.check_space", no_space)
         with pytest.raises(OutputError, match="free"):
             run_recipe(recipe(), out, resume=True)
     assert (out / "bad" / "final").exists()

@@ -13,8 +13,7 @@ from sku.errors import ModelError, OutputError
 from sku.evaluate.batching import StageProgress
 from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_model
-from sku.negate.run import task_vector_of
-from sku.negate.transform import transformed
+from sku.negate.run import task_vector_of, transformed
 from sku.storage import mark_hazardous, write_json
 from sku.sweep.result import Sweep
 from sku.sweep.run import sweep
