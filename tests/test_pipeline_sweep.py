@@ -25,7 +25,7 @@ from sku.negate.run import negate
 from sku.pipeline.bad_model import run_acquire, run_sweep
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
-from sku.sweep.bad_model import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
+from sku.sweep.run import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sku.config import SweepConfig
 from sku.errors import EvaluationError
 from sku.sweep import result
-from sku.sweep.result import Frontier, Pick, SweepPoint, is_hopeless, meets_target
+from sku.sweep.result import Frontier, Selection, SweepPoint, is_hopeless, meets_target
 from sweep.frontiers import BASE, broken, hopeless, point
 
 LOWEST = SweepConfig()
@@ -36,7 +36,7 @@ POINTS = st.lists(
 )
 
 
-def choose(points: Sequence[SweepPoint], base: SweepPoint, config: SweepConfig) -> Pick:
+def choose(points: Sequence[SweepPoint], base: SweepPoint, config: SweepConfig) -> Selection:
     return result.choose(Frontier(points=tuple(points), base=base, config=config))
 
 

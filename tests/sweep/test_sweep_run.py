@@ -23,15 +23,15 @@ from sku.evaluate.judges import Calibration, write_calibration
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import Start, start_id
-from sku.evaluate.utility_cost import BROKEN_COST, UtilityCost, find_border
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 from sku.report.frontier import frontier_figure
-from sku.sweep import meter as sweep_meter
+from sku.sweep import evaluator as sweep_meter
 from sku.sweep import run as sweep_run
-from sku.sweep.meter import Meter, Questions, check_judge, draw_questions, replies_of, validation_asker
+from sku.sweep.evaluator import AlphaEvaluator, Questions, check_judge, draw_questions, replies_of, validation_asker
 from sku.sweep.result import Sweep
 from sku.sweep.run import FIRST, LARGEST, SMALLEST, below, choose_alpha, judge_notes, sweep, unmeasurable
+from sku.sweep.utility_cost import BROKEN_COST, UtilityCost, find_budget_limit
 from sweep.frontiers import point
 
 
@@ -65,12 +65,12 @@ def setting(
 
 
 @pytest.fixture
-def meter(setting: Setting) -> Meter:
+def meter(setting: Setting) -> AlphaEvaluator:
     writer = asking.Writer(
         tokenizer=setting.tokenizer, prompt_format=resolve_prompt_format("auto", setting.tokenizer), window=256
     )
     asker = validation_asker(setting.base, writer, RefusalRulesJudge(), setting.recipe)
-    return Meter(setting.vector, asker, setting.questions(), setting.recipe.sweep)
+    return AlphaEvaluator(setting.vector, asker, setting.questions(), setting.recipe.sweep)
 
 
 @pytest.fixture(autouse=True)
@@ -86,19 +86,19 @@ def with_negate(recipe: Recipe, **changes: Any) -> Recipe:
 def count_measurements(monkeypatch: pytest.MonkeyPatch, stop_before: float | None = None) -> list[float]:
     """Alphas that are really measured; a kill before one of them."""
     asked: list[float] = []
-    measure = Meter.measure
+    measure = AlphaEvaluator.measure
 
-    def counted(self: Meter, alpha: float) -> Any:
+    def counted(self: AlphaEvaluator, alpha: float) -> Any:
         if alpha == stop_before:
             raise KeyboardInterrupt
         asked.append(alpha)
         return measure(self, alpha)
 
-    monkeypatch.setattr(Meter, "measure", counted)
+    monkeypatch.setattr(AlphaEvaluator, "measure", counted)
     return asked
 
 
-def test_weights_at_an_alpha_are_those_of_negate_whatever_came_before(setting: Setting, meter: Meter) -> None:
+def test_weights_at_an_alpha_are_those_of_negate_whatever_came_before(setting: Setting, meter: AlphaEvaluator) -> None:
     before = {name: tensor.clone() for name, tensor in setting.base.state_dict().items()}
     for alpha in (1.0, 0.3, 4.0, 0.3, 0.0):
         meter.write(alpha)
@@ -109,8 +109,8 @@ def test_weights_at_an_alpha_are_those_of_negate_whatever_came_before(setting: S
         assert torch.equal(tensor, before[name])
 
 
-def test_weights_at_an_alpha_have_the_type_that_will_be_saved(setting: Setting, meter: Meter) -> None:
-    rounded = Meter(setting.vector, meter.asker, meter.questions, meter.config, output_dtype=torch.bfloat16)
+def test_weights_at_an_alpha_have_the_type_that_will_be_saved(setting: Setting, meter: AlphaEvaluator) -> None:
+    rounded = AlphaEvaluator(setting.vector, meter.asker, meter.questions, meter.config, output_dtype=torch.bfloat16)
     for alpha in (1.0, 0.3, 0.0):
         rounded.write(alpha)
         expected = negate(setting.base, setting.vector, alpha, output_dtype=torch.bfloat16).state_dict()
@@ -121,7 +121,7 @@ def test_weights_at_an_alpha_have_the_type_that_will_be_saved(setting: Setting, 
     assert {tensor.dtype for tensor in setting.base.state_dict().values()} == {torch.float32}
 
 
-def test_a_point_does_not_depend_on_those_before_it(meter: Meter) -> None:
+def test_a_point_does_not_depend_on_those_before_it(meter: AlphaEvaluator) -> None:
     first = meter.measure(0.5)
     meter.measure(2.0)
     assert meter.measure(0.5) == first
@@ -133,7 +133,7 @@ def test_a_point_does_not_depend_on_those_before_it(meter: Meter) -> None:
     assert at_base.replies == meter.measure_base().replies
 
 
-def test_weights_that_break_and_hopeless_perplexities_are_not_asked(setting: Setting, meter: Meter) -> None:
+def test_weights_that_break_and_hopeless_perplexities_are_not_asked(setting: Setting, meter: AlphaEvaluator) -> None:
     meter.vector = setting.vector * 1e6
     broken = meter.measure(3e38)
     assert (broken.perplexity, broken.kl, broken.replies) == (None, {}, None)
@@ -428,7 +428,7 @@ def test_alphas_that_filtered_vectors_need_are_reached(border: float) -> None:
         asked.append(alpha)
         return UtilityCost(value=alpha / border, bound_by="KL on retain_validation")
 
-    found = find_border(cost, first=FIRST, largest=LARGEST).strength
+    found = find_budget_limit(cost, first=FIRST, largest=LARGEST).strength
     assert found <= border <= 1.05 * found or border < FIRST
     assert len(asked) <= 22
     assert max(asked) <= LARGEST

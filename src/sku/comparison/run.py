@@ -32,7 +32,7 @@ from sku.methods.run import prepare
 from sku.report.method_records import Comparison, RowTitle, run_name
 from sku.reproducibility import content_sha256
 from sku.storage import LOCK_FILE, check_place, named_disk_errors, own_by_file, write_text
-from sku.sweep.meter import check_judge
+from sku.sweep.evaluator import check_judge
 
 WEIGHTS = ("unlearned", "adapter", "negated_adapter")
 """Of a run; tables need none of them."""

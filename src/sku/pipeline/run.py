@@ -42,7 +42,7 @@ from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
 from sku.storage import RUN_VERSION, bytes_in, check_place, new_folder, remove_hazardous, write_json
-from sku.sweep.meter import draw_questions
+from sku.sweep.evaluator import draw_questions
 from sku.sweep.run import check_one_process
 
 _log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, Repl
 from sku.evaluate.record_files import Stored
 from sku.evaluate.records import ExampleLoss, grouped, prefills_in_order
 from sku.evaluate.results import EvaluationResult, read_result
-from sku.evaluate.utility_cost import UtilityCost
 from sku.sweep.result import SWEEP_FILE, read_sweep
+from sku.sweep.utility_cost import UtilityCost
 
 BASE = "base"
 """Name of the row of the untouched model, which perplexities are compared with."""
