@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +184,7 @@ def test_a_run_that_is_killed_or_interrupted(tmp_path: Path, small: Recipe, monk
         commands.append(words)
         return Process(code, ended)
 
-    monkeypatch.setattr(comparison_run.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     folder = tmp_path / "sku--seed0"
     assert "memory" in run_once(folder, small)
     assert load_recipe(tmp_path / "sku--seed0.yaml") == small
