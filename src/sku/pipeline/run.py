@@ -143,13 +143,7 @@ def plan_run(
             *("results.json", "manifest.json", "training_log.jsonl", "before_after.png", "before_after.svg"),
         ),
         execute=lambda progress: _execute(
-            recipe,
-            out,
-            None if writes_own else data,
-            resume=resume,
-            base_of=base_of,
-            decided=decided,
-            progress=progress,
+            recipe, out, None if writes_own else data, base_of, resume=resume, decided=decided, progress=progress
         ),
         disk_bytes=training.peak_bytes + model.bytes(recipe.negate.output_dtype),
         disk_there=there,
@@ -195,9 +189,9 @@ def _execute(
     recipe: Recipe,
     out: Path,
     data: ForgetRetainData | None,
+    base_of: Path | None,
     *,
     resume: bool,
-    base_of: Path | None,
     decided: Checkpointing | None,
     progress: Progress | None,
 ) -> FinishedRun:
