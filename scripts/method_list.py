@@ -1,4 +1,4 @@
-"""Writes ``src/sku/methods/listed.json``, from which ``sku methods`` and the shell's completion read.
+"""Writes ``src/sku/methods/listed.json``, from which ``sku init`` and the shell's completion read.
 
 Run after a change of a method's name, title, paper or settings: python scripts/method_list.py
 """
@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 
 import sku.methods
-from sku.cli.shipped import described
+from sku.cli.init import described
 
 if __name__ == "__main__":
     path = Path(sku.methods.__file__).parent / "listed.json"

@@ -21,14 +21,12 @@ import pytest
 import torch
 import transformers
 import typer
-import yaml
 from filelock import FileLock
 from transformers import Trainer
 
 import sku
 from faults.battery import built_command
 from sku.cli.main import app, main
-from sku.config import load_recipe, recipe_from_dict, recipe_names
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.model_files import embedded_model_path
 from sku.storage import BAD_MODEL_MARK
@@ -132,14 +130,6 @@ def test_no_command_is_there_twice() -> None:
 def test_no_arguments_show_help(command: Command) -> None:
     done = command()
     assert "Usage" in done.out + done.err
-
-
-def test_recipes_are_listed_and_shown_whole(command: Command) -> None:
-    listed = command("recipes")
-    assert [line.split()[0] for line in listed.out.splitlines()] == recipe_names()
-    for name in recipe_names():
-        shown = command("recipes", "show", name)
-        assert recipe_from_dict(yaml.safe_load(shown.out)) == load_recipe(name)
 
 
 # Wrong input. Each maker gets an empty folder, puts the wrong thing into it and returns the arguments.
@@ -362,7 +352,7 @@ def test_a_choice_that_there_is_not(command: Command, option: str, value: str, t
 
 
 def test_wrong_input_of_the_other_commands(command: Command, tmp_path: Path) -> None:
-    assert_one_line(command("recipes", "show", "nope"), "no recipe named nope")
+    assert_one_line(command("init", "nope"), "nope")
     assert_one_line(command("data", "inspect", "--set", "data.forget.limit=0"), "limit is 0")
     assert_one_line(command("data", "inspect", "--forget", "none.csv", "--retain", "none.csv"), "none.csv")
     assert_one_line(command("data", "inspect", "--model", tmp_path / "none"), "none")
@@ -471,8 +461,6 @@ def test_run_as_json(command: Command, tmp_path: Path) -> None:
     told = command("report", tmp_path / "run", "--json")
     assert json.loads(told.out)["report"] == str(tmp_path / "run" / "report.html")
     assert json.loads(told.out)["holds_harmful_replies"] is True
-    told = command("card", tmp_path / "run", "--json")
-    assert Path(json.loads(told.out)["model"]).read_text(encoding="utf-8").startswith("---")
     labels = tmp_path / "labels.csv"
     told = command("judge", "export", tmp_path / "run", "--out", labels, "--json")
     assert json.loads(told.out)["replies"] == len(labels.read_text(encoding="utf-8-sig").splitlines()) - 1
@@ -767,19 +755,6 @@ def test_compare_prints_a_table_that_results_rebuilds_and_puts_on_a_page(command
     assert [row["method"] for row in json.loads(table.read_text(encoding="utf-8"))] == ["fine_tune"]
     assert_one_line(command("results", out, out), "add --table")
     assert_one_line(command("results", out, "--table", table, "--brief"), "--table is written alone")
-
-
-def test_methods_are_listed_with_their_papers_and_settings(command: Command) -> None:
-    from sku.methods import METHODS
-
-    listed = command("methods").out
-    for method in METHODS:
-        assert method.name in listed
-        assert method.paper_url in listed
-    assert "methods.npo.settings.beta = 0.1" in command("methods", "npo").out
-    assert json.loads(command("methods", "rmu", "--json").out)[0]["settings"]["retain_weight"] == 1200.0
-    assert "acquire and negate" in command("methods", "sku").out
-    assert_one_line(command("methods", "nqo"), "Did you mean npo")
 
 
 def test_compare_refuses_what_it_does_not_know(command: Command, tmp_path: Path) -> None:

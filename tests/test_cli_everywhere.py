@@ -23,9 +23,9 @@ from safetensors.torch import load_file, save_file
 from conftest import Command
 from sku.cli.compare import GROUPS
 from sku.cli.console import print_cause, set_loudness
+from sku.cli.init import described
 from sku.cli.main import app
 from sku.cli.options import listed_methods, method_names, words_of
-from sku.cli.shipped import described
 from sku.cli.sweep import next_commands
 from sku.comparison.rows import ABLATIONS
 from sku.config import load_recipe
@@ -82,8 +82,7 @@ def bad(tmp_path: Path) -> Path:
 
 
 def test_there_are_commands() -> None:
-    assert {"run", "recipes", "recipes show", "judge again", "data inspect"} <= set(COMMANDS)
-    assert len(COMMANDS) > 20
+    assert {"run", "init", "judge again", "data inspect"} <= set(COMMANDS)
 
 
 def test_every_command_has_json_or_a_reason() -> None:
@@ -94,8 +93,7 @@ def test_every_command_has_json_or_a_reason() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        "recipes", "recipes show embedded", "recipes accelerate ddp", "methods", "methods npo",
-        "data inspect", "doctor --offline", "wipe .",
+        "init", "init embedded", "init ddp", "init npo", "data inspect", "doctor --offline", "wipe .",
     ],
 )  # fmt: skip
 def test_json_is_one_document_and_nothing_else(
@@ -117,11 +115,6 @@ def test_wipe_asks_on_standard_error(command: Command, bad: Path, monkeypatch: p
     assert (code, json.loads(out)) == (0, {"hazardous": [str(bad)], "removed": 1})
     assert err.startswith(f"remove    {bad}\nRemove them?")
     assert not bad.exists()
-
-
-def test_json_before_a_command_of_a_group_is_refused(command: Command) -> None:
-    told = command("recipes", "--json", "show", "embedded")
-    assert told == (2, "", "error: --json is given before show: put it after\n")
 
 
 @pytest.mark.parametrize("name", DRY_RUNS)
@@ -198,7 +191,7 @@ def test_quiet_leaves_results_and_errors(command: Command, tmp_path: Path) -> No
     assert quiet[1] == usual[1].replace(str(tmp_path / "a"), str(tmp_path / "b"))
     failed = command("--quiet", "acquire", "--out", tmp_path / "a", *small)
     assert failed == (2, "", f"error: {tmp_path / 'a'} already exists; choose another folder or remove it first\n")
-    code, _, err = command("-q", "-v", "recipes")
+    code, _, err = command("-q", "-v", "init")
     assert (code, err) == (2, "error: --quiet and --verbose exclude each other: leave one out\n")
 
 
@@ -309,14 +302,14 @@ COLOUR = re.compile("\x1b\\[[0-9;]*(3[0-7]|9[0-7]|38;)[0-9;]*m")
     ids=["terminal", "NO_COLOR", "dumb"],
 )  # fmt: skip
 def test_colours_are_for_terminals_that_want_them(environment: dict[str, str], coloured: bool) -> None:
-    for words in (("recipes", "show", "nope"), ("run", "--help")):
+    for words in (("init", "nope"), ("run", "--help")):
         assert bool(COLOUR.search(in_terminal(*words, **environment))) is coloured
 
 
 @pytest.mark.integration
 def test_no_colours_in_a_pipe() -> None:
     here = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    for words in (("recipes", "show", "nope"), ("--help",)):
+    for words in (("init", "nope"), ("--help",)):
         done = subprocess.run(
             [sys.executable, "-c", RUN_AS_SKU, *words], capture_output=True, check=False,
             env={**here, "TERM": "xterm-256color"},
@@ -344,7 +337,7 @@ def completed(line: str) -> list[str]:
     ("line", "offered"),
     [
         ("sku run llama-2", ["llama-2-13b-paper", "llama-2-7b-paper"]),
-        ("sku methods sim", ["simnpo"]),
+        ("sku init sim", ["simnpo"]),
         ("sku compare --methods npo,sim", ["npo,simnpo"]),
         ("sku sw", ["sweep"]),
     ],

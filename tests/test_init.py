@@ -1,49 +1,37 @@
-"""``sku init``: a recipe with comments that runs as ``sku run MODEL --forget PROMPTS`` does."""
+"""``sku init``: a recipe with comments that runs as ``sku run MODEL --forget PROMPTS`` does; and ``sku doctor``."""
 
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from conftest import Command
-from sku.config import load_recipe
+from sku.config import load_recipe, recipe_from_dict, recipe_names
 
 
 def test_the_recipe_is_that_of_the_run(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "prompts.csv").write_text("prompt\nhow a ?\nhow b ?\n")
     (tmp_path / "model").mkdir()
-    code, out, err = command(
-        "init", "prompts.csv", "--model", "model", "--judge", "refusal_rules", "--out", "mine.yaml"
-    )
+    code, _, err = command("init", "prompts.csv", "--model", "model", "--judge", "refusal_rules", "--out", "mine.yaml")
     assert code == 0, err
     text = (tmp_path / "mine.yaml").read_text()
-    assert text.startswith("# sku run mine.yaml --out runs/model\n#\n# Settings of recipe llama-3.1-8b: ")
     assert "# Share of its refusals that begin after a harmful beginning" in text, "comments stay"
     assert "# Refusal rules, an upper bound" not in text, "those of what was replaced don't"
     written, made = load_recipe("mine.yaml"), load_recipe("llama-3.1-8b")
     assert (written.model.path, written.data.forget.path, written.data.forget.split) == ("model", "prompts.csv", None)
     assert (written.name, written.evaluate.judge) == ("model", "refusal_rules")
     assert (written.acquire, written.negate, written.data.retain) == (made.acquire, made.negate, made.data.retain)
-    assert "next      sku run mine.yaml --dry-run" in out
-
-
-def test_a_model_with_a_recipe_of_its_own(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    code, out, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", "--retain", "n.csv", "--json")
-    assert code == 0, err
-    told = json.loads(out)
-    assert told["recipe"] == "recipe.yaml"
-    assert (told["settings"]["name"], told["settings"]["data"]["retain"]["path"]) == ("opt-2.7b-paper", "n.csv")
-    code, out, err = command("init", "p.csv", "--model", "facebook/opt-2.7b")
-    assert (code, err) == (2, "error: recipe.yaml is there already: name another file with --out\n")
 
 
 def test_settings_are_put_in_as_a_run_takes_them(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Into the recipe that is made for the model; nothing is replaced, and nothing wrong is written."""
     monkeypatch.chdir(tmp_path)
     options = ["--set", "negate.twin={bad: 0, good: 1}", "--set", "acquire.training.max_steps=7", "--set", "name=mine"]
     code, out, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", "--set", "acquire.twin=good", *options)
@@ -52,8 +40,60 @@ def test_settings_are_put_in_as_a_run_takes_them(
     assert written.name == "mine"
     assert (written.acquire, written.negate, written.evaluate) == (made.acquire, made.negate, made.evaluate)
     assert "runs/mine" in out
-    for wrong, message in (("negate.alpha=-1", "-1 gives the bad model itself"), ("negate.alhpa=1", "Did you mean")):
-        code, out, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", "--set", wrong, "--out", "x.yaml")
+    wrong = (["--set", "negate.alpha=-1", "--out", "x.yaml"], ["--set", "negate.alhpa=1", "--out", "x.yaml"], [])
+    for more in wrong:
+        code, _, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", *more)
         assert (code, err.count("\n")) == (2, 1)
-        assert message in err
     assert not (tmp_path / "x.yaml").exists()
+
+
+def test_what_ships_is_listed_and_shown(command: Command) -> None:
+    told = json.loads(command("init", "--json").out)
+    assert [recipe["name"] for recipe in told["recipes"]] == list(recipe_names())
+    assert {"sku", "npo"} <= {method["name"] for method in told["methods"]}
+    printed = command("init").out
+    assert all(entry["name"] in printed for kind in told.values() for entry in kind)
+    for name in recipe_names():
+        assert recipe_from_dict(json.loads(command("init", name, "--json").out), name) == load_recipe(name)
+    assert "methods.npo.settings.beta=0.1" in command("init", "npo").out
+    assert Path(command("init", "fsdp2").out.strip()).name == "fsdp2.yaml"
+    for words in (["nqo"], ["--model", "m"], ["npo", "--set", "seed=1"]):
+        code, out, err = command("init", *words)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize(
+    ("version", "free", "hub", "wrong"),
+    [
+        ("0.21.2", 2**40, None, {}),
+        (None, 2**40, None, {"peft": "problem"}),
+        ("1.0.0", 2**40, None, {"peft": "problem"}),
+        ("0.21.2", 5 * 2**30, None, {"disk": "warning"}),
+        ("0.21.2", 10, None, {"disk": "problem"}),
+        ("0.21.2", 2**40, "out of reach", {"hub": "warning"}),
+    ],
+)
+def test_the_doctor(
+    command: Command,
+    version: str | None,
+    free: int,
+    hub: str | None,
+    wrong: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def pretend(name: str) -> str:
+        if name == "peft" and version is None:
+            raise metadata.PackageNotFoundError(name)
+        return str(version) if name == "peft" else "1.0.0"
+
+    monkeypatch.setattr(metadata, "requires", lambda name: ["peft<1,>=0.19", "gguf>=2; extra == 'gguf'", "rich"])
+    monkeypatch.setattr(metadata, "version", pretend)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    monkeypatch.setattr("sku.model_files.out_of_reach", lambda: hub)
+    code, out, _ = command("doctor", "--out", tmp_path / "runs", "--json")
+    told = json.loads(out)
+    found = {check["name"]: check["status"] for check in told["checks"]}
+    assert {name: status for name, status in found.items() if status != "ok"} == {"gguf": "warning", **wrong}
+    assert told["ready"] == (code == 0) == ("problem" not in wrong.values())
+    assert not (tmp_path / "runs").exists()

@@ -34,10 +34,9 @@ LISTS = [
     ["run", "--help"],
     ["negate", "-h"],
     ["--version"],
-    ["methods"],
-    ["methods", "npo"],
-    ["recipes"],
-    ["recipes", "show", "llama-3.1-8b"],
+    ["init"],
+    ["init", "npo"],
+    ["init", "llama-3.1-8b"],
 ]
 WRONG = {
     "nope.csv": ["run", "--model", "MODEL", "--forget", "nope.csv", "--retain", "RETAIN"],
@@ -52,7 +51,6 @@ WRONG = {
         "run", "--dry-run", "--set", "evaluate.judge=judges/none",
     ],
     "Did you mean npo?": ["run", "--set", "method=nop"],
-    "there is no method named nop": ["methods", "nop"],
     "Did you mean negate.alpha or acquire.lora.alpha?": ["compare", "--set", "alpha=1"],
     "negate.alpha is 'banana'; it must be a number or auto": ["run", "--set", "negate.alpha=banana"],
     "forget is not a known key. Did you mean data.forget?": ["run", "RECIPE"],
@@ -146,9 +144,9 @@ def test_a_file_of_ones_own_prints_keys_that_a_recipe_takes(tmp_path: Path, comm
         "MINE = Method(name='mine', title='Mine', paper_url='-', settings=Settings, objective=objective)\n",
         encoding="utf-8",
     )
-    code, out, _ = command("methods", path)
+    code, out, _ = command("init", path)
     assert code == 0
-    *_, method, setting = [line.replace(" = ", "=") for line in out.splitlines()]
+    *_, method, setting = out.splitlines()
     assert setting == "methods.mine.settings.beta=1.5"
 
     from sku.config import load_recipe

@@ -107,7 +107,7 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
 
             check_refactored(folder)
     if CARD_FILE not in {file.name for file in files} or TAG not in (read_card(folder).get("tags") or ()):
-        raise OutputError(f"{folder} has no model card of SKU: write it with sku card {run_folder}")
+        raise OutputError(f"{folder} has no model card of SKU: --license NAME or --base-model ID writes it")
     return PushPlan(folder=folder, repo_id=repo_id, part=part, files=files)
 
 

@@ -69,8 +69,8 @@ def test_sharding_that_leaves_no_whole_weights_is_refused_before_training(
 def test_the_command_line_says_where_they_are() -> None:
     assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(NAMES)
     for name in NAMES:
-        said = CliRunner().invoke(app, ["recipes", "accelerate", name])
+        said = CliRunner().invoke(app, ["init", name])
         assert Path(said.output.strip()).samefile(FOLDER / f"{name}.yaml")
-    wrong = CliRunner().invoke(app, ["recipes", "accelerate", "fdsp2"])
+    wrong = CliRunner().invoke(app, ["init", "fdsp2"])
     assert isinstance(wrong.exception, RecipeError)
     assert "Did you mean fsdp2?" in str(wrong.exception)

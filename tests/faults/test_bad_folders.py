@@ -65,7 +65,6 @@ FOLDERS: dict[str, Maker] = {
 COMMANDS: dict[str, tuple[str, ...]] = {
     "report": ("report", "RUN", "--out", "OUT"),
     "report beside": ("report", "RUN"),
-    "card": ("card", "RUN"),
     "push": ("push", "RUN", "me/model", "--dry-run"),
     "results": ("results", "RUN"),
     "judge export": ("judge", "export", "RUN", "--out", "OUT"),

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,7 @@ from huggingface_hub import ModelCard
 
 from report.html.recorded import sweep as invented_sweep
 from sku.attacks.results import AttackReport
-from sku.cli.main import main
-from sku.errors import EvaluationError
+from sku.errors import EvaluationError, OutputError
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.verdict import OverallVerdict
 from sku.report.card import KNOWN_LICENSES, CardChoices, public_name, read_card, write_cards
@@ -172,15 +170,10 @@ def test_a_hub_model_and_hub_data(run_without_cards: Path) -> None:
     assert card_of(run, "negated_adapter").data.library_name == "peft"
 
 
-def test_a_local_base_is_named_on_request(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ["sku", "card", str(run), "--license", "My Own Licence", "--base-model", "someone/base"]
-    monkeypatch.setattr(sys, "argv", words)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
+def test_a_local_base_is_named_on_request(run: Path) -> None:
+    write_cards(run, CardChoices(license="My Own Licence", base_model="someone/base"))
     data = card_of(run).data.to_dict()
     assert (data["license"], data["license_name"], data["base_model"]) == ("other", "my-own-licence", "someone/base")
-    assert "Not stated. That of the base" not in body_of(run)
 
 
 def test_licences_the_hub_knows_are_whole_words() -> None:
@@ -190,12 +183,9 @@ def test_licences_the_hub_knows_are_whole_words() -> None:
 
 
 @pytest.mark.parametrize("base", ["/home/me/model", "a b/c", "../x"])
-def test_a_base_that_is_no_hub_id(run: Path, base: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(sys, "argv", ["sku", "card", str(run), "--base-model", base])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    assert "must be a hub id" in capsys.readouterr().err
+def test_a_base_that_is_no_hub_id(base: str) -> None:
+    with pytest.raises(OutputError):
+        CardChoices(base_model=base)
 
 
 def test_equal_records_give_equal_cards(run: Path, tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (_training_state, "trainer_state.json is no part of a model"),
     (_replies, "generations.jsonl is no part of a model"),
     (_link, "LICENSE is a link"),
-    (_no_card, "no model card of SKU: write it with sku card"),
+    (_no_card, "no model card of SKU"),
     (_foreign_card, "no model card of SKU"),
     (_broken_card, "no model card that can be read"),
     (_cut_weights, "model.safetensors is damaged"),

@@ -27,7 +27,7 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Names from `sku methods`, with commas between; all if left out.",
+            help="Names from `sku init`, with commas between; all if left out.",
             autocompletion=options.with_commas(options.method_names),
         ),
     ] = None,

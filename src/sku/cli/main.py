@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sku._version import __version__
-from sku.cli import chat, compare, data, doctor, judge, report, run, sharing, shipped, stages, sweep
+from sku.cli import chat, compare, data, doctor, init, judge, report, run, sharing, stages, sweep
 from sku.cli.console import errors, print_cause, print_error, set_loudness
 from sku.errors import ProcessError, RecipeError, SkuError, named_memory_errors
 
@@ -27,14 +27,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    *(run.run, shipped.init, stages.acquire, stages.negate, sweep.sweep, run.evaluate, compare.compare),
-    *(sharing.card, sharing.push, stages.wipe, doctor.doctor, report.results, report.report),
-    *(chat.chat, shipped.methods),
+    *(run.run, init.init, stages.acquire, stages.negate, sweep.sweep, run.evaluate, compare.compare, sharing.push),
+    *(stages.wipe, doctor.doctor, report.results, report.report, chat.chat),
 ):
     app.command(command.__name__)(command)
 app.add_typer(data.app, name="data")
 app.add_typer(judge.app, name="judge")
-app.add_typer(shipped.recipes, name="recipes")
 
 
 INTERRUPTED = 128 + signal.SIGINT

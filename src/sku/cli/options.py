@@ -74,7 +74,7 @@ RecipeArgument = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A recipe of the package (see `sku recipes`), a YAML file, or a model: its folder or hub id.",
+        help="A recipe of the package (see `sku init`), a YAML file, or a model: its folder or hub id.",
         autocompletion=recipe_names,
     ),
 ]
@@ -227,7 +227,7 @@ def _recipe_for(model: str) -> tuple[str, str | None, list[str]]:
     """
     made = recipe_made_for(model)
     found = made or GENERAL
-    print_headline(f"{model} with the settings of recipe {found}: `sku recipes show {found}` prints them")
+    print_headline(f"{model} with the settings of recipe {found}: `sku init {found}` prints them")
     if made is not None:
         return made, None, []
     return found, model, [f"{key}={json.dumps(value)}" for key, value in called_by(model, found).items()]

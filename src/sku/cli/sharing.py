@@ -1,4 +1,4 @@
-"""``sku card``, ``sku push``: a finished run's model for other people."""
+"""``sku push``: a finished run's model for other people."""
 
 from __future__ import annotations
 
@@ -20,28 +20,6 @@ AcknowledgedOption = Annotated[
 RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished sku run.")]
 
 
-def card(
-    run: RunArgument,
-    model_license: Annotated[
-        str | None,
-        typer.Option("--license", help="Licence of the model, such as apache-2.0, in place of the recipe's."),
-    ] = None,
-    base_model: Annotated[
-        str | None, typer.Option(metavar="HUB_ID", help="Hub id of the base, where the run read it from a folder.")
-    ] = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Write README.md of the unlearned model and its adapter from the run's records. What is there is replaced."""
-    from sku.report.card import CardChoices, write_cards
-
-    cards = write_cards(run, CardChoices(license=model_license, base_model=base_model))
-    if as_json:
-        print_json({part: str(path) for part, path in cards.items()})
-        return
-    for part, path in cards.items():
-        results.print(f"{part:<10}{path}")
-
-
 def push(
     run: RunArgument,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to: NAMESPACE/NAME.")],
@@ -52,6 +30,13 @@ def push(
     revision: Annotated[
         str | None, typer.Option(help="Branch to commit to, made where it doesn't exist; main otherwise.")
     ] = None,
+    model_license: Annotated[
+        str | None,
+        typer.Option("--license", help="Licence on the card, which is written anew, such as apache-2.0."),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="HUB_ID", help="Hub id of the base on the card, which is written anew.")
+    ] = None,
     acknowledged: AcknowledgedOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list files and sizes, upload nothing.")] = False,
     as_json: JsonOption = False,
@@ -59,7 +44,11 @@ def push(
     """Upload a finished run's model with its card, nothing else. Bad models and replies are never uploaded."""
     quiet_imports()
     from sku.push import plan_push, upload
+    from sku.report.card import CardChoices, write_cards
 
+    choices = CardChoices(license=model_license, base_model=base_model)
+    if choices != CardChoices() and not dry_run:
+        write_cards(run, choices)
     plan = plan_push(run, repo_id, "adapter" if adapter else "model", acknowledged=acknowledged)
     url = None
     if not dry_run:

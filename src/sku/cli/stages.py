@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from sku.kept_replies import KeptReplies
 
 _STAYS = (
-    "figures, and outcomes and verdicts by hash: sku report, card, push and chat work as before; sku judge again, "
-    "and replies in a report, need a new evaluation"
+    "figures, and outcomes and verdicts by hash: sku report, push and chat work as before; sku judge again, and "
+    "replies in a report, need a new evaluation"
 )
 
 

@@ -75,7 +75,7 @@ class MethodConfig:
     """One method other than SKU, whose own settings are ``acquire`` and ``negate``."""
 
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """The method's own settings, such as ``beta``; ``sku methods NAME`` lists them. Its paper's are the defaults."""
+    """The method's own settings, such as ``beta``; ``sku init NAME`` lists them. Its paper's are the defaults."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Laid over ``acquire.training``, where the method needs another learning rate, say."""
     strength: Positive | Literal["auto"] = 1.0

@@ -43,7 +43,7 @@ class Recipe:
     sweep: SweepConfig = field(default_factory=SweepConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     method: str = "sku"
-    """What is run: ``sku``, or another name that ``sku methods`` lists."""
+    """What is run: ``sku``, or another name that ``sku init`` lists."""
     methods: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Settings of the other methods, by name."""
     compare: CompareConfig = field(default_factory=CompareConfig)

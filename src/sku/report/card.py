@@ -128,7 +128,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     try:
         metadata = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=False).data.to_dict()
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise OutputError(f"{folder} has no model card that can be read ({error}): write it with sku card") from error
+        raise OutputError(f"{folder} has no model card ({error}): sku push --license NAME writes it") from error
     assert isinstance(metadata, dict)
     return metadata
 

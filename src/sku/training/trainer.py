@@ -176,7 +176,7 @@ class UnlearningTrainer(Trainer):
         Raises:
             OutputError: Always.
         """
-        raise OutputError("the trainer writes no model card: sku card writes the one of a finished run")
+        raise OutputError("the trainer writes no model card: sku run writes the one of a finished run")
 
     def _check_sharding(self) -> None:
         """Refuses, before training, what would leave no whole weights after it."""
