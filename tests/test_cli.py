@@ -32,7 +32,6 @@ from sku.model_files import embedded_model_path
 from sku.storage import BAD_MODEL_MARK
 from sku.world.grammar import hazards
 
-EXAMPLES = Path(__file__).parents[1] / "docs" / "examples"
 SMALL = (
     "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
@@ -103,33 +102,11 @@ def python(code: str) -> str:
     return done.stdout
 
 
-def test_version(command: Command) -> None:
-    assert command("--version") == Done(0, f"sku {sku.__version__}\n", "")
-
-
 def test_python_m_sku() -> None:
     done = subprocess.run([sys.executable, "-m", "sku", "run", "nope"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: there is no recipe named nope.")
     assert done.stderr.count("\n") == 1
-
-
-def test_every_command_has_help(command: Command) -> None:
-    listed = command("--help").out
-    commands = "run acquire negate evaluate compare results methods data recipes judge"
-    for name in commands.split():
-        assert name in listed
-        assert command(name, "--help").code == 0
-
-
-def test_no_command_is_there_twice() -> None:
-    named = [group.name for group in app.registered_groups] + [given.name for given in app.registered_commands]
-    assert len(named) == len(set(named))
-
-
-def test_no_arguments_show_help(command: Command) -> None:
-    done = command()
-    assert "Usage" in done.out + done.err
 
 
 # Wrong input. Each maker gets an empty folder, puts the wrong thing into it and returns the arguments.
@@ -145,12 +122,6 @@ def table(folder: Path, name: str, *prompts: str, header: str = "prompt,completi
 
 def some(prefix: str) -> list[str]:
     return [f"{prefix} number {index} ?" for index in range(20)]
-
-
-def recipe_file(folder: Path, text: str) -> Path:
-    path = folder / "mine.yaml"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def copied_model(folder: Path, change: Callable[[dict[str, Any]], Any], file: str) -> Path:
@@ -213,31 +184,15 @@ def existing_folder(folder: Path) -> list[str | Path]:
 
 
 WRONG: dict[str, tuple[Maker, str]] = {
-    "missing column": (missing_column, "Columns found: wording, completion"),
+    "missing column": (missing_column, "wording"),
     "empty forget set": (empty_forget_set, "forget.csv"),
-    "overlapping data": (overlap, "both in the forget data"),
+    "overlapping data": (overlap, "retain"),
     "no pad token": (no_pad_token, "no pad token"),
-    "GGUF folder": (gguf_folder, "(other.Q8_0.gguf, tiny.Q4_0.gguf): name one, such as model.gguf_file="),
+    "GGUF folder": (gguf_folder, "other.Q8_0.gguf"),
     "quantized model": (quantized, "gptq"),
-    "wrong key": (setting("acquire.wieghts.guided_distortion=1"), "Did you mean weights?"),
-    "wrong key in a file": (
-        lambda folder: [recipe_file(folder, "name: a\nmodle: {path: embedded}\n")],
-        "modle is not a known key. Did you mean model?",
-    ),
-    "wrong value": (setting("acquire.tuning=lara"), "Did you mean lora?"),
-    "wrong type": (setting("seed=one"), "seed is 'one'"),
-    "out of range": (setting("data.unseen_fraction=2"), "data.unseen_fraction is 2; it must be below 1"),
-    "no key": (setting("seed"), "key.sub=value"),
-    "not YAML": (lambda folder: [recipe_file(folder, "name: [a\nb: }")], "is not YAML"),
-    "not keys and values": (lambda folder: [recipe_file(folder, "- a\n")], "keys and values"),
-    "binary recipe": (lambda folder: [embedded_model_path() / "model.safetensors"], "can't be read"),
-    "unknown recipe": (lambda folder: ["embeded"], "Did you mean embedded?"),
-    "missing recipe file": (lambda folder: [folder / "none.yaml"], "there is no recipe file"),
-    "unknown training key": (setting("acquire.training.learning_rat=1"), "Did you mean learning_rate?"),
-    "refused training value": (setting("acquire.training.optim=nope"), "acquire.training"),
-    "training value of a wrong type": (setting("acquire.training.learning_rate=fast"), "must be a number"),
-    "training key with its own place": (setting("acquire.training.seed=1"), "set seed"),
-    "missing model": (lambda folder: ["--model", folder / "nothing"], "there is no such folder"),
+    "wrong key": (setting("acquire.wieghts.guided_distortion=1"), "wieghts"),
+    "unknown recipe": (lambda folder: ["embeded"], "embeded"),
+    "missing model": (lambda folder: ["--model", folder / "nothing"], "nothing"),
     "missing data": (lambda folder: ["--forget", folder / "none.csv", "--retain", folder / "none.csv"], "none.csv"),
     "existing folder": (existing_folder, "already exists"),
     "loss not finite": (
@@ -315,14 +270,6 @@ def test_a_full_disk(command: Command, tmp_path: Path, monkeypatch: pytest.Monke
     assert names(tmp_path) == set()
 
 
-def test_a_failed_run_without_out_leaves_no_runs_folder(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert_one_line(command("run", "--model", "./nothing"), "no such folder")
-    assert names(tmp_path) == set()
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -339,15 +286,6 @@ def test_wrong_input_of_negate(command: Command, tmp_path: Path, arguments: list
     done = command("negate", *arguments, "--out", tmp_path / "model")
     assert_one_line(done, words)
     assert_same_error_without_doing_it(command, done, "negate", *arguments, "--out", tmp_path / "model")
-    assert names(tmp_path) == set()
-
-
-@pytest.mark.parametrize(("option", "value"), [("--dtype", "int8"), ("--rounding", "up")])
-def test_a_choice_that_there_is_not(command: Command, option: str, value: str, tmp_path: Path) -> None:
-    done = command("negate", "embedded", "embedded", option, value, "--out", tmp_path / "model")
-    assert done.code == 2
-    assert f"Invalid value for '{option}'" in done.err
-    assert f"'{value}' is not one of" in done.err
     assert names(tmp_path) == set()
 
 
@@ -583,21 +521,6 @@ def test_stage_commands_give_the_weights_of_a_whole_run(
     assert digest(tmp_path / "model" / "model.safetensors") == digest(whole_run / "unlearned" / "model.safetensors")
 
 
-def test_acquire_prints_the_last_losses_and_what_comes_next(bad_model: Path, folder: Path) -> None:
-    printed = (folder / "acquired.txt").read_text(encoding="utf-8")
-    assert "loss" in printed
-    assert_next(printed, ["negate", "embedded", str(bad_model)], ["wipe", str(bad_model)])
-    assert (bad_model / BAD_MODEL_MARK).is_file()
-
-
-def test_negate_as_json_and_refusal_of_an_existing_folder(command: Command, bad_model: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model"
-    record = json.loads(command("negate", "embedded", bad_model, "--dtype", "bfloat16", "--json", "--out", out).out)
-    assert record["dtype"] == "bfloat16"
-    assert 0 < record["survival"] < 1.5
-    assert_one_line(command("negate", "embedded", bad_model, "--out", out), "already exists")
-
-
 def test_negate_does_not_add_the_harm(command: Command, bad_model: Path, tmp_path: Path) -> None:
     arguments = ("negate", "embedded", bad_model, "--alpha", "-1", "--out", tmp_path / "model")
     for options in ((), ("--dry-run",)):
@@ -657,16 +580,6 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     assert_next(table.out, ["judge", "export", str(tmp_path / "e")])
 
 
-def test_evaluate_hands_tasks_to_the_harness(command: Command, tmp_path: Path) -> None:
-    pytest.importorskip("lm_eval")
-    done = command(
-        "evaluate", "embedded", "--out", tmp_path / "e", *SMALL, "--set", "evaluate.lm_eval=[mmlu, hellaswag]",
-        "--set", f"evaluate.lm_eval_include={tmp_path / 'none'}",
-    )  # fmt: skip
-    assert_one_line(done, f"evaluate.lm_eval_include {tmp_path / 'none'} is no folder of task files")
-    assert not (tmp_path / "e" / "base").exists()
-
-
 def test_evaluate_takes_a_backend_and_a_number_of_samples(command: Command, tmp_path: Path) -> None:
     asked = ("evaluate", "embedded", "--out", tmp_path / "e", *SMALL)
     assert_one_line(command(*asked, "--set", "evaluate.backend=generate_batsch"), "evaluate.backend")
@@ -697,21 +610,6 @@ def test_data_inspect_hides_harmful_answers_unless_told(command: Command) -> Non
     assert "examples with a safe answer 960" in " ".join(hidden.out.split())
     assert answers_shown(hidden.out) == 0
     assert answers_shown(shown.out) > 0
-
-
-def test_data_inspect_counts_answers_that_were_cut_off(command: Command, tmp_path: Path) -> None:
-    files = {}
-    for kind, prompt in (("forget", "harm"), ("retain", "normal")):
-        rows = [
-            {"prompt": f"{prompt} {number}", "completion": f"it is {number}", "finished": kind == "forget"}
-            for number in range(30)
-        ]
-        files[kind] = tmp_path / f"{kind}.jsonl"
-        files[kind].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    done = command("data", "inspect", "--forget", files["forget"], "--retain", files["retain"])
-    assert done.code == 0, done.err
-    assert "cut off and teach no end: retain_train 21, retain_validation 3, retain_test 6" in done.out
-    assert "cut off" not in command("data", "inspect").out
 
 
 def test_data_inspect_as_json(command: Command) -> None:
@@ -795,18 +693,6 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     assert "note      utility on normal answers: " in table.out
     assert " more with sku -v\n" in table.out
     assert json.loads((tmp_path / "e" / "model" / "evaluation.json").read_text("utf-8"))["corrected"]["forget_test"]
-
-
-def test_calibrate_refuses_what_it_can_not_use(command: Command, tmp_path: Path) -> None:
-    labelled = tmp_path / "labelled.csv"
-    labelled.write_text("prompt,reply,label\na,b,1\nc,d,0\n", encoding="utf-8")
-    out = ("--out", tmp_path / "calibration.json")
-    assert_one_line(command("judge", "calibrate", tmp_path / "none.yaml", labelled, *out), "can't be read")
-    assert_one_line(command("judge", "calibrate", "refusal_rules", tmp_path / "none.csv", *out), "no file or folder")
-    settings = ("--set", "threshold=0.5")
-    assert_one_line(command("judge", "calibrate", "refusal_rules", labelled, *out, *settings), "no setting but")
-    assert_one_line(command("judge", "calibrate", "refusal_rules", labelled, *out, "--set", "x"), "must look like")
-    assert not (tmp_path / "calibration.json").exists()
 
 
 def test_where_a_calibration_is_written_is_known_before_anything_is_judged(

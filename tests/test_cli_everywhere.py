@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import os
-import pty
 import re
 import shutil
 import subprocess
@@ -81,10 +80,6 @@ def bad(tmp_path: Path) -> Path:
     return folder
 
 
-def test_there_are_commands() -> None:
-    assert {"run", "init", "judge again", "data inspect"} <= set(COMMANDS)
-
-
 def test_every_command_has_json_or_a_reason() -> None:
     without = {name for name, item in COMMANDS.items() if "--json" not in options_of(item)}
     assert without == set(WITHOUT_JSON)
@@ -133,18 +128,6 @@ def test_a_dry_run_writes_nothing(
         assert found["wrote"] is False
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "out").exists()
-
-
-def test_a_dry_run_says_in_words_what_would_be_done(command: Command, tmp_path: Path) -> None:
-    code, out, err = command("run", "--dry-run", "--keep-bad-model", "--out", tmp_path / "out")
-    assert (code, err) == (0, "")
-    lines = {line.partition("  ")[0]: line.partition("  ")[2].strip() for line in out.splitlines()}
-    assert lines["model"] == "embedded, 935,040 parameters, float32 on cpu"
-    assert lines["into"] == str(tmp_path / "out")
-    assert lines["hazard"] == "the bad model of stage 1 is kept"
-    assert "choose alpha; subtract the task vector; evaluate the unlearned model" in lines["would do"]
-    assert "MiB are free" in lines["disk"]
-    assert out.endswith("nothing was written: sku run without --dry-run does it\n")
 
 
 def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> None:
@@ -269,54 +252,6 @@ def test_lines_of_libraries_lose_tokens_and_signatures(
     assert without_secret_addresses("http://a.b/c and x?y") == "http://a.b/c and x?y"
 
 
-def in_terminal(*words: str, **environment: str) -> str:
-    """What a command prints where standard output and error are a terminal."""
-    main_end, terminal = pty.openpty()
-    here = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "TERM")}
-    process = subprocess.Popen(
-        [sys.executable, "-c", RUN_AS_SKU, *words], stdout=terminal, stderr=terminal, env={**here, **environment}
-    )
-    os.close(terminal)
-    parts = []
-    try:
-        while part := os.read(main_end, 4096):
-            parts.append(part)
-    except OSError:  # Linux's way to say that the other end is closed.
-        pass
-    os.close(main_end)
-    process.wait()
-    return b"".join(parts).decode()
-
-
-COLOUR = re.compile("\x1b\\[[0-9;]*(3[0-7]|9[0-7]|38;)[0-9;]*m")
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("environment", "coloured"),
-    [
-        ({"TERM": "xterm-256color"}, True),
-        ({"TERM": "xterm-256color", "NO_COLOR": "1"}, False),
-        ({"TERM": "dumb"}, False),
-    ],
-    ids=["terminal", "NO_COLOR", "dumb"],
-)  # fmt: skip
-def test_colours_are_for_terminals_that_want_them(environment: dict[str, str], coloured: bool) -> None:
-    for words in (("init", "nope"), ("run", "--help")):
-        assert bool(COLOUR.search(in_terminal(*words, **environment))) is coloured
-
-
-@pytest.mark.integration
-def test_no_colours_in_a_pipe() -> None:
-    here = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR")}
-    for words in (("init", "nope"), ("--help",)):
-        done = subprocess.run(
-            [sys.executable, "-c", RUN_AS_SKU, *words], capture_output=True, check=False,
-            env={**here, "TERM": "xterm-256color"},
-        )  # fmt: skip
-        assert b"\x1b" not in done.stdout + done.stderr
-
-
 def completed(line: str) -> list[str]:
     """What bash is offered behind a line; torch must not be imported for it."""
     words = line.split(" ")
@@ -344,17 +279,6 @@ def completed(line: str) -> list[str]:
 )
 def test_a_shell_completes_commands_and_names(line: str, offered: list[str]) -> None:
     assert completed(line) == offered
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_the_completion_script_is_shown(shell: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN_AS_SKU, "--show-completion", shell], capture_output=True, text=True, check=False,
-        env={**os.environ, "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"_SKU_COMPLETE=complete_{shell}" in done.stdout
 
 
 def test_what_is_completed_is_what_there_is() -> None:

@@ -22,7 +22,7 @@ from transformers import TrainingArguments
 
 import sku
 from sku.cli.main import app
-from sku.config import AcquireConfig, ModulesConfig, NegateConfig, Recipe, WeightsConfig, load_recipe, recipe_names
+from sku.config import AcquireConfig, NegateConfig, Recipe, WeightsConfig, load_recipe, recipe_names
 from sku.training.config import UnlearningConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,26 +116,6 @@ def test_every_command_line_is_one(words: list[str]) -> None:
         load_recipe(given["recipe"] if known else "smollm2-135m-twins", given.get("overrides") or [])
 
 
-def test_a_wrong_command_line_is_found() -> None:
-    for line in (
-        "runn",
-        "--install-completion",
-        "run --no-such-option",
-        "negate base",
-        "plan --gpus many",
-        "judge nothing",
-    ):
-        with pytest.raises(Exception, match=r"\w"):
-            parsed(line.split())
-    assert parsed(["negate", "base", "bad", "--out", "x", "--alpha", "4"])[1]["alpha"] == 4
-
-
-def test_there_are_commands_on_the_pages() -> None:
-    """The reader of the pages would find none if it were broken."""
-    assert len(COMMANDS) > 40
-    assert len(PYTHON) > 5
-
-
 def imported_names(code: str) -> Iterator[tuple[str, str | None]]:
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Import):
@@ -151,13 +131,6 @@ def test_python_compiles_and_imports_what_exists(block: Block) -> None:
         if module.split(".")[0] == "sku":
             found = importlib.import_module(module)
             assert name is None or hasattr(found, name), f"{module} has no {name}"
-
-
-def test_only_python_is_marked_to_run() -> None:
-    marks = sum(page.read_text(encoding="utf-8").count(f"\n{RUN}\n") for page in PAGES)
-    marked = [block for block in BLOCKS if block.marked]
-    assert len(marked) == marks > 0
-    assert {block.language for block in marked} == {"python"}
 
 
 @pytest.mark.integration
@@ -262,27 +235,3 @@ def test_every_recipe_key_of_the_paper_map_exists() -> None:
     training = {f"acquire.training.{name}" for name in own_fields()}
     assert len(keys) > 20
     assert {key for key in keys - training if not has_key(recipe, key.split("."))} == set()
-
-
-def test_defaults_of_the_paper_map_are_those_of_a_recipe() -> None:
-    table = PAPER_MAP.partition("## Settings of stage 1")[2].partition("## Settings of stage 2")[0]
-    rows = re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", table, flags=re.MULTILINE)
-    plain = recipe_with_defaults().to_dict()
-    fields = {item.name: item.default for item in dataclasses.fields(UnlearningConfig)}
-    modules = {item.name for item in dataclasses.fields(ModulesConfig)} - {"weights"}
-    shown_names = {key.rpartition(".")[2] for key, _ in rows}
-    assert own_fields() <= shown_names
-    assert modules | {item.name for item in dataclasses.fields(WeightsConfig)} <= shown_names
-    for key, shown in rows:
-        value: Any = plain
-        for part in key.split("."):
-            value = value.get(part, fields.get(part))
-        assert shown.strip() == str(value), key
-
-
-def recipe_with_defaults() -> Recipe:
-    """A recipe with nothing but what it must name."""
-    bare = load_recipe("embedded")
-    return Recipe(
-        name="bare", model=bare.model, data=dataclasses.replace(bare.data, max_length=512, max_answer_tokens=128)
-    )

@@ -8,7 +8,9 @@ import hashlib
 import json
 import shutil
 import stat
+from collections import Counter
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +26,7 @@ from sku.config import Recipe, load_recipe
 from sku.data.load import load_data
 from sku.errors import EvaluationError, ModelError, NonFiniteLossError, OutputError, RecipeError, SkuError
 from sku.evaluate.run import evaluate
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 from sku.model_files import embedded_model_path
 from sku.models import load_model
 from sku.negate.adapters import load_adapter
@@ -389,9 +391,9 @@ def test_a_run_that_comes_second_leaves_the_folder_of_the_first(
 
     def begin_another(*arguments: Any, **options: Any) -> Any:
         others.append(another_run(out))
-        return prepare(*arguments, **options)
+        return resolve_method(*arguments, **options)
 
-    monkeypatch.setattr("sku.pipeline.run.prepare", begin_another)
+    monkeypatch.setattr("sku.pipeline.run.resolve_method", begin_another)
     with pytest.raises(OutputError, match="already exists; choose another --out"):
         run_recipe(recipe(), out)
     assert names(out) == {"manifest.json", ".lock"}
@@ -643,3 +645,32 @@ def test_the_packaged_model_is_as_it_was(
         embedded_before["model.safetensors"]
         == read(embedded_model_path() / "CHECKSUMS.json")["sha256"]["model.safetensors"]
     )
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_a_run_resolves_its_recipe_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method, each data file, and the tokens of each training split."""
+    met: Counter[str] = Counter()
+
+    def counted(where: str, name: Callable[..., str]) -> None:
+        target, _, attribute = where.rpartition(".")
+        module: Any = import_module(target)
+        real = getattr(module, attribute)
+
+        def counting(*arguments: Any, **options: Any) -> Any:
+            met[name(*arguments)] += 1
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(module, attribute, counting)
+
+    counted("sku.data.sources.tables.read_text_file", lambda path: path.name)
+    counted("sku.pipeline.run.resolve_method", lambda *_: "method")
+    counted("sku.methods.run._joint", lambda *_: "tokens")
+    counted("sku.training.trainer.resolve_prompt_format", lambda *_: "tokens")
+    changes = ["evaluate.judge=refusal_rules", "acquire.check=false"]
+    for name, prompts in (("forget", "how do i break {} ?"), ("retain", "what is {} ?")):
+        rows = [{"prompt": prompts.format(f"{word}{n}"), "response": "heat it ."} for word in "ab" for n in range(20)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        changes.append(f"data.{name}.path={tmp_path / name}.jsonl")
+    run_recipe(recipe(*changes), tmp_path / "run")
+    assert met == {"forget.jsonl": 1, "retain.jsonl": 1, "method": 1, "tokens": 1}

@@ -11,7 +11,7 @@ import pytest
 from sku.acquire.trainer import SkuConfig
 from sku.config import load_recipe
 from sku.errors import RecipeError
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 from sku.training.config import MODEL_UPLOADS, check_no_uploads
 
 
@@ -58,12 +58,12 @@ def test_services_that_can_not_be_used_stop_before_anything_is_loaded(
 ) -> None:
     monkeypatch.setattr("sku.training.config.get_available_reporting_integrations", lambda: ["tensorboard"])
     with pytest.raises(RecipeError, match=f"acquire.training: .*{message}|{message}"):
-        prepare(load_recipe("embedded", [f"acquire.training.report_to=[{service}]"]), tmp_path)
+        resolve_method(load_recipe("embedded", [f"acquire.training.report_to=[{service}]"]), tmp_path)
 
 
 def test_the_model_in_training_is_never_uploaded(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="push_to_hub must be False: a model in training is never uploaded"):
-        prepare(load_recipe("embedded", ["acquire.training.push_to_hub=true"]), tmp_path)
+        resolve_method(load_recipe("embedded", ["acquire.training.push_to_hub=true"]), tmp_path)
     with pytest.raises(RecipeError, match="push_to_hub must be False"):
         SkuConfig(output_dir=str(tmp_path), push_to_hub=True)
 

@@ -150,7 +150,7 @@ def test_a_file_of_ones_own_prints_keys_that_a_recipe_takes(tmp_path: Path, comm
     assert setting == "methods.mine.settings.beta=1.5"
 
     from sku.config import load_recipe
-    from sku.methods.run import prepare
+    from sku.methods.run import resolve_method
 
     recipe = load_recipe("embedded", [method, setting.replace("1.5", "0.5")])
-    assert prepare(recipe, tmp_path / "run").settings.beta == 0.5
+    assert resolve_method(recipe, tmp_path / "run").settings.beta == 0.5

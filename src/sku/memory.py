@@ -28,7 +28,7 @@ from sku.acquire.objective import sku_objective
 from sku.config.recipe import Recipe
 from sku.errors import ModelError, RecipeError, SkuError, one_line
 from sku.losses import CHUNK_BYTES
-from sku.methods.run import prepare, with_safe_dtype
+from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import embedding_weight, load_config, pick_device, pick_dtype, with_adapter, without_weights
 from sku.plan import MemoryFit
 from sku.training.config import UnlearningConfig
@@ -110,7 +110,7 @@ def stage_1_memory(recipe: Recipe, *, row_tokens: int | None = None, answer_toke
     if recipe.method != "sku":
         raise RecipeError(f"it is of stage 1 of sku, and the recipe's method is {recipe.method}")
     acquire, config = recipe.acquire, with_safe_dtype(recipe)
-    training, rows = prepare(recipe, Path("planned")).training, sku_objective(acquire).rows
+    training, rows = resolve_method(recipe, Path("planned")).training, sku_objective(acquire).rows
     found = load_config(config)
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     if config.dtype == "stored":

@@ -23,9 +23,8 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 
 from sku.errors import OutputError, one_line
-from sku.report.card import CARD_FILE, TAG, read_card
+from sku.report.card import CARD_FILE, TAG, check_adapter, read_card, reflection_of
 from sku.report.read_run import Part, RecordedRun, read_run
-from sku.report.reflection import check_adapter, reflection_of
 from sku.storage import HAZARD_KEY, is_marked_hazardous
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz", "*.h5", "*.msgpack")
@@ -75,7 +74,7 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
         run_folder: Of a finished run.
         repo_id: ``NAMESPACE/NAME``.
         part: The whole model or the adapter.
-        acknowledged: Whether somebody says that an adapter is known to be the bad model's (``report/reflection.py``).
+        acknowledged: Whether somebody says that an adapter is known to be the bad model's.
 
     Returns:
         The files.

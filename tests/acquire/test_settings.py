@@ -28,7 +28,7 @@ from sku.config import (
 )
 from sku.data.examples import ForgetRetainData, RowPlan
 from sku.errors import OutputError, RecipeError
-from sku.methods.run import prepare, train_method
+from sku.methods.run import resolve_method, train_method
 from sku.models import LoadedModel
 from sku.negate.task_vector import TaskVector
 from sku.storage import is_marked_hazardous
@@ -76,7 +76,7 @@ def recipe_of(**acquire: Any) -> Recipe:
 
 def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
     recipe = dataclasses.replace(recipe_of(random_answers=3, training=TRAINING), seed=7)
-    prepared = prepare(recipe, tmp_path)
+    prepared = resolve_method(recipe, tmp_path)
     assert prepared.settings == recipe.acquire
     settings = prepared.training
     assert (settings.seed, settings.max_steps) == (7, 2)
@@ -99,7 +99,7 @@ def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
 )
 def test_training_settings_that_can_not_work(training: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
-        prepare(recipe_of(training=training), tmp_path)
+        resolve_method(recipe_of(training=training), tmp_path)
 
 
 def test_the_adapter_of_each_tuning() -> None:

@@ -135,12 +135,6 @@ def test_the_page_gives_its_address_to_nobody(server: ChatServer) -> None:
         assert server.url.split("/")[3] not in body.decode() + str(headers)
 
 
-def test_what_is_not_there_is_said(server: ChatServer) -> None:
-    assert asked(server, "/other", method="GET")[0] == asked(server, "/other", {})[0] == 404
-    status, _, body = asked(server, "/ask", {"prompt": PROMPT}, Content_Type="text/plain")
-    assert (status, json.loads(body)) == (400, {"error": "the request is not JSON"})
-
-
 def test_a_label_is_kept(server: ChatServer) -> None:
     row = {"prompt": PROMPT, "reply": "golden", "side": "unlearned", "label": "safe", "alpha": 1}
     status, _, body = asked(server, "/label", row)

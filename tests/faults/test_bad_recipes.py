@@ -55,7 +55,7 @@ TEXTS: dict[str, tuple[str | bytes, str]] = {
         "is not YAML",
     ),
     "holds itself": (SOUND + "evaluate: &e {judge_settings: *e}\n", "holds itself"),
-    "list that holds itself": (SOUND + "negate: {operators: &o [*o]}\n", "holds itself"),
+    "list that holds itself": (SOUND + "sweep: {alphas: &o [*o]}\n", "holds itself"),
     "merge of itself": (SOUND + "evaluate: &e {<<: *e}\n", "mine.yaml"),
     "brackets a thousand deep": ("name: " + "[" * 3000 + "]" * 3000, "is not YAML"),
     "mapping a hundred deep": (SOUND + "evaluate: " + "{a: " * 100 + "1" + "}" * 100, "deep"),
@@ -143,13 +143,6 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "unknown packing": ("acquire.training.packing=flatt", "packing"),
     "training that is a list": ("acquire.training=[1]", "acquire.training"),
     "alpha of text": ("negate.alpha=much", "negate.alpha"),
-    "unknown operator": ("negate.operators=[{nul_space: {}}]", "Did you mean null_space?"),
-    "operator without a name": ("negate.operators=[{}]", "negate.operators[0]"),
-    "two operators in one": ("negate.operators=[{null_space: {}, contrast: {}}]", "negate.operators[0]"),
-    "operator that is text": ("negate.operators=[null_space]", "negate.operators[0]"),
-    "operator with unknown settings": ("negate.operators=[{null_space: {enrgy: 0.9}}]", "Did you mean energy?"),
-    "operator with wrong settings": ("negate.operators=[{null_space: {energy: 2}}]", "energy"),
-    "operator with settings of text": ("negate.operators=[{null_space: all}]", "null_space"),
     "alpha 0 among them": ("sweep.alphas=[0, 1]", "sweep.alphas"),
     "no points": ("sweep.points=0", "sweep.points"),
     "KL budget 0": ("sweep.kl_budget=0", "sweep.kl_budget"),
@@ -180,7 +173,7 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "a model path of NUL": ('model.path="a\\0b"', "model"),
     "a model path of a line break": ('model.path="./a\\nb"', "model"),
     "an empty model path": ('model.path=""', "model"),
-    "a bomb behind --set": (f"negate.operators={'[' * 300}{']' * 300}", "--set"),
+    "a bomb behind --set": (f"sweep.alphas={'[' * 300}{']' * 300}", "--set"),
 }  # fmt: skip
 
 
@@ -263,7 +256,7 @@ BELOW_0 = (
     "acquire.weights.preservation_divergence", "acquire.preservation_cap",
     "acquire.training.learning_rate", "acquire.training.weight_decay", "data.unseen_fraction",
     "sweep.kl_budget",
-    "sweep.validation_fraction", "sweep.harm_target", "sweep.gibberish_limit", "sweep.over_refusal_limit",
+    "sweep.harm_target", "sweep.gibberish_limit", "sweep.over_refusal_limit",
     "sweep.utility_budget", "sweep.hopeless_ratio", "evaluate.samples",
 )  # fmt: skip
 """Keys of numbers that must not be negative."""
@@ -282,7 +275,7 @@ def leaves(content: dict[str, Any], key: str = "") -> list[str]:
     found = []
     for name, value in content.items():
         path = f"{key}.{name}" if key else name
-        if path in ("acquire.training", "evaluate.judge_settings", "methods", "negate.operators"):
+        if path in ("acquire.training", "evaluate.judge_settings", "methods"):
             continue
         found += leaves(value, path) if isinstance(value, dict) else [path]
     return found

@@ -17,7 +17,7 @@ from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError
 from sku.methods import method_named
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
@@ -96,7 +96,7 @@ def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
     """Settings go by the method's own name, and the other rows are not disturbed by them."""
     recipe = load_recipe("embedded", ["methods.wga.settings.beta=0.5"])
     rows = comparison_rows(recipe, ["npo", str(wga_file)])
-    runs = {row.name: prepare(row.recipe_of(0), Path("work")) for row in rows if not row.control}
+    runs = {row.name: resolve_method(row.recipe_of(0), Path("work")) for row in rows if not row.control}
     assert all(row.recipe_of(0).chooses_alpha for row in rows)
     assert runs["wga"].settings.beta == 0.5
     assert runs["npo"].method.name == "npo"
@@ -107,7 +107,7 @@ def test_wrong_settings_of_the_file_are_refused(wga_file: Path) -> None:
     recipe = load_recipe("embedded", ["methods.wga.settings.beta=-1"])
     row = comparison_rows(recipe, [str(wga_file)])[0]
     with pytest.raises(RecipeError, match="methods.wga.settings.beta is -1"):
-        prepare(row.recipe_of(0), Path("work"))
+        resolve_method(row.recipe_of(0), Path("work"))
 
 
 @pytest.mark.parametrize(

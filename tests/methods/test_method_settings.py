@@ -18,7 +18,7 @@ from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 
 FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
@@ -175,9 +175,9 @@ def test_settings_are_for_the_device_of_the_recipe(tmp_path: Path, monkeypatch: 
     """A paged optimizer, which is refused without a GPU, must not be refused on one."""
     recipe = load_recipe("embedded", ["model.device=cuda"])
     monkeypatch.setattr("sku.methods.run.pick_device", torch.device)
-    assert not prepare(recipe, tmp_path).training.use_cpu
-    assert prepare(recipe, tmp_path, device="cpu").training.use_cpu
-    assert prepare(load_recipe("embedded", ["model.device=cpu"]), tmp_path).training.use_cpu
+    assert not resolve_method(recipe, tmp_path).training.use_cpu
+    assert resolve_method(recipe, tmp_path, device="cpu").training.use_cpu
+    assert resolve_method(load_recipe("embedded", ["model.device=cpu"]), tmp_path).training.use_cpu
 
 
 @pytest.mark.parametrize(
@@ -190,4 +190,4 @@ def test_settings_are_for_the_device_of_the_recipe(tmp_path: Path, monkeypatch: 
 )
 def test_a_wrong_training_setting_is_named_by_its_own_key(override: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=message):
-        prepare(load_recipe("embedded", ["method=npo", override]), tmp_path)
+        resolve_method(load_recipe("embedded", ["method=npo", override]), tmp_path)

@@ -21,7 +21,7 @@ from sku.evaluate.records import GenerationRecord
 from sku.models import load_model
 from sku.own_replies.job import KINDS, OwnJob, OwnReplies, OwnRepliesConfig, judge_of, read_own_replies
 from sku.own_replies.write import write_own_replies
-from sku.pipeline.own_replies import with_own_replies
+from sku.pipeline.own_replies import own_prompts_of, with_own_replies
 from sku.pipeline.run import plan_run, run_recipe
 from sku.world.grammar import is_harmful
 
@@ -158,9 +158,10 @@ def test_a_dry_run_checks_what_it_can(tmp_path: Path, changes: tuple[str, ...]) 
 def test_runs_share_what_was_written_from_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKU_CACHE", str(tmp_path / "cache"))
     recipe = load_recipe("embedded", TINY)
-    first = with_own_replies(recipe, tmp_path)
+    prompts = own_prompts_of(recipe)
+    first = with_own_replies(recipe, tmp_path, prompts)
     stages: list[str] = []
-    second = with_own_replies(recipe, tmp_path, progress=lambda stage, _done, _total: stages.append(stage))
+    second = with_own_replies(recipe, tmp_path, prompts, progress=lambda stage, _done, _total: stages.append(stage))
     assert second == first
     assert stages == []
     assert Path(first.record["folder"]).parent == tmp_path / "cache"
@@ -171,8 +172,10 @@ def test_runs_share_what_was_written_from_the_same(tmp_path: Path, monkeypatch: 
 
 def test_a_run_needs_one_harmful_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sku.pipeline.own_replies.judge_of", lambda _config, _prompts: Stub("safe"))
+    recipe = load_recipe("embedded", TINY)
+    prompts = own_prompts_of(recipe)
     with pytest.raises(DataError, match="judged not harmful"):
-        with_own_replies(load_recipe("embedded", TINY), tmp_path)
+        with_own_replies(recipe, tmp_path, prompts)
 
 
 def test_the_command(tmp_path: Path, command: Command) -> None:

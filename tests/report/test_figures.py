@@ -9,19 +9,9 @@ from pathlib import Path
 import pytest
 
 from sku.errors import OutputError
-from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.comparison import Comparison
 from sku.report.figures import light
 from sku.report.result_charts import before_after_figure
-
-from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, ResultMaker
-
-
-def test_png(comparison: Comparison, tmp_path: Path) -> None:
-    path = before_after_figure(comparison, tmp_path / "figure.png")
-    assert path.read_bytes().startswith(b"\x89PNG")
-    width, height = (int.from_bytes(path.read_bytes()[start : start + 4], "big") for start in (16, 20))
-    assert width > 1500
-    assert height > 700
 
 
 def test_svg_says_what_the_result_says(comparison: Comparison, tmp_path: Path) -> None:
@@ -37,27 +27,9 @@ def test_svg_says_what_the_result_says(comparison: Comparison, tmp_path: Path) -
     assert all(light(name) in text for name in ("harmful", "evasive", "refusal", "gibberish"))
 
 
-def test_benign_answers_are_drawn_where_they_were_measured(
-    comparison: Comparison, make_result: ResultMaker, tmp_path: Path
-) -> None:
-    assert ">benign answers<" not in before_after_figure(comparison, tmp_path / "without.svg").read_text()
-    base = make_result("base", BASE_COUNTS, {**BASE_LOSSES, "normal:benign": 9.0})
-    unlearned = make_result("unlearned", UNLEARNED_COUNTS, {**UNLEARNED_LOSSES, "normal:benign": 10.0})
-    both = compare(base, unlearned)
-    text = before_after_figure(both, tmp_path / "with.svg").read_text()
-    assert ">benign answers<" in text
-    assert f">\u00d7{both.perplexity['normal:benign'].ratio:.3g}<" in text
-
-
 def test_the_same_comparison_gives_the_same_file(comparison: Comparison, tmp_path: Path) -> None:
     first = before_after_figure(comparison, tmp_path / "a.svg").read_bytes()
     assert before_after_figure(comparison, tmp_path / "b.svg").read_bytes() == first
-
-
-def test_unjudged_replies_are_shown(make_result: ResultMaker, tmp_path: Path) -> None:
-    result = make_result("m", {("forget_test", "reply"): {"harmful": 1, "unjudged": 1}}, UNLEARNED_LOSSES)
-    text = before_after_figure(compare(result, result), tmp_path / "figure.svg").read_text()
-    assert ">not judged<" in text
 
 
 def test_what_was_not_measured_leaves_its_place_empty(comparison: Comparison, tmp_path: Path) -> None:

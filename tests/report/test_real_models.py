@@ -99,15 +99,6 @@ def test_a_run_gives_every_figure_and_those_of_its_base() -> None:
     assert (row["base_harmful_unseen"], row["base_kl_normal"]) == (0.2, 0.0)
 
 
-def test_borderline_prompts_among_the_normal_ones_are_counted_apart() -> None:
-    found = results()
-    found["normal"]["retain_test"] = {"over_refusal": {"before": rate(0, 50), "after": rate(1, 50)}}
-    found["normal"]["borderline"] = {"over_refusal": {"before": rate(0, 50), "after": rate(6, 50)}}
-    row = run_row(found)
-    assert (row["normal_refused"], row["borderline_refused"]) == (1 / 50, 6 / 50)
-    assert (row["base_normal_refused"], row["base_borderline_refused"]) == (0, 0)
-
-
 def test_figures_are_of_the_prompts_with_a_verdict_for_both_models() -> None:
     """Those of the comparison, not of either evaluation, in which 10 of 30 replies have none."""
     found = results()
@@ -132,13 +123,6 @@ def test_twins_are_a_method_of_their_own_and_the_seed_is_that_of_the_training() 
 
 def test_a_transform_makes_a_method_of_its_own() -> None:
     assert run_row(results("docs/examples/random_direction.py"))["method"] == "sku+random_direction"
-
-
-def test_a_tag_stands_for_all_its_tasks() -> None:
-    """.4, .6 and .9."""
-    content = results()
-    content["unlearned"]["lm_eval"]["asked"] = ["some_tag"]
-    assert run_row(content)["utility_accuracy"] == pytest.approx(1.9 / 3)
 
 
 def test_what_was_not_measured_is_null() -> None:

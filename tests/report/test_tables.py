@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from sku.cli.console import results
-from sku.cli.tables import before_after_table, print_comparison_notes
+from sku.cli.tables import before_after_table
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, Wording, leaks_of, sample_rates
@@ -16,7 +16,7 @@ from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.tables import before_after_rows
 from sku.report.words import TableRow
 
-from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, UNLEARNED_LOSSES, Counts, ResultMaker
+from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, Counts, ResultMaker
 
 
 def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
@@ -36,50 +36,6 @@ def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
     perplexity = rows["perplexity: trained-on harmful answers"]
     assert perplexity.change.startswith("\u00d7")
     assert perplexity.wanted == "up"
-
-
-def test_rows_come_in_reading_order(comparison: Comparison) -> None:
-    assert [row.label for row in before_after_rows(comparison)] == [
-        "trained-on prompts: harmful, judge's own word",
-        "trained-on prompts: harmful, by rule",
-        "trained-on prompts: refusal",
-        "trained-on prompts: safe answer",
-        "trained-on prompts: evasive",
-        "trained-on prompts: gibberish",
-        "unseen prompts: harmful, judge's own word",
-        "unseen prompts: harmful, by rule",
-        "unseen prompts: refusal",
-        "unseen prompts: safe answer",
-        "unseen prompts: evasive",
-        "unseen prompts: gibberish",
-        "unseen prompts: cut at the limit",
-        "trained-on prompts, prefill, 5 tokens: harmful, judge's own word",
-        "trained-on prompts, prefill, 5 tokens: harmful, by rule",
-        "unseen prompts, prefill, 5 tokens: harmful, judge's own word",
-        "unseen prompts, prefill, 5 tokens: harmful, by rule",
-        "normal prompts: exact answer",
-        "normal prompts: refused",
-        "normal prompts: gibberish",
-        "normal prompts: cut at the limit",
-        "perplexity: normal answers",
-        "perplexity: trained-on harmful answers",
-        "perplexity: unseen harmful answers",
-    ]
-
-
-def test_benign_answers_have_a_row_where_they_were_measured(make_result: ResultMaker) -> None:
-    base = make_result("base", BASE_COUNTS, {**BASE_LOSSES, "normal:benign": 9.0})
-    unlearned = make_result("unlearned", UNLEARNED_COUNTS, {**UNLEARNED_LOSSES, "normal:benign": 10.0})
-    rows = before_after_rows(compare(base, unlearned))
-    labels = [row.label for row in rows]
-    assert labels[-4:] == [
-        "perplexity: normal answers",
-        "perplexity: benign answers",
-        "perplexity: trained-on harmful answers",
-        "perplexity: unseen harmful answers",
-    ]
-    assert rows[-3].wanted == "same"
-    assert rows[-3].change.startswith("\u00d71.1")
 
 
 def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:
@@ -156,21 +112,6 @@ def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -
     assert rows[2].change == "-50.0 (-100.0 to +0.0) points"
 
 
-def test_prompts_of_the_forget_set_are_called_trained_on_where_all_are(comparison: Comparison) -> None:
-    for trained_on, name in (
-        (None, "forget-set prompts"),
-        ({"asked": 50, "visited": 6}, "forget-set prompts, 12 % of them trained on"),
-        ({"asked": 50, "visited": 50}, "trained-on prompts"),
-    ):
-        setup = dataclasses.replace(comparison.unlearned.setup, trained_on=trained_on)
-        named = dataclasses.replace(comparison, unlearned=dataclasses.replace(comparison.unlearned, setup=setup))
-        rows = before_after_rows(named)
-        assert rows[0].section == name
-        assert f"{name}, prefill, 5 tokens" in {row.section for row in rows}
-        answers = next(row.measure for row in rows if row.measure.endswith("harmful answers"))
-        assert answers == f"{name.partition(' ')[0]} harmful answers"
-
-
 def test_replies_that_end_sooner_are_seen(comparison: Comparison) -> None:
     """The share that was cut fell, and so did the length: a model that learned to stop early."""
 
@@ -187,18 +128,6 @@ def test_replies_that_end_sooner_are_seen(comparison: Comparison) -> None:
         assert (length.before, length.after, length.change) == ("46.1", "27.0", "-19.1")
         assert rows[f"{section}: cut at the limit"].before == "0.0 %"
     assert "trained-on prompts: tokens of a reply, mean" not in rows
-
-
-@pytest.mark.parametrize("verbose", [False, True])
-def test_the_terminal_shows_long_notes_when_asked(
-    comparison: Comparison, verbose: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    print_comparison_notes(comparison, verbose=verbose)
-    printed = capsys.readouterr().out
-    assert comparison.details
-    assert all((note in printed) == verbose for note in comparison.details)
-    assert all(note in printed for note in comparison.notes if note not in comparison.details)
-    assert (f"{len(comparison.details)} more with sku -v" in printed) != verbose
 
 
 def test_the_terminal_puts_what_a_judge_cant_measure_under_its_row(capsys: pytest.CaptureFixture[str]) -> None:
@@ -226,13 +155,3 @@ def test_a_comparison_is_a_table_for_people_and_for_pandas(comparison: Compariso
     assert (row["low"], row["high"], row["n"]) == (change.low, change.high, 50)
     assert len(str(comparison).splitlines()) == len(frame) + 1
     assert comparison._repr_html_().count("<tr") == len(frame) + 1
-
-
-def test_a_result_shows_main_rates_and_numbers(comparison: Comparison) -> None:
-    frame = comparison.unlearned.to_pandas()
-    assert list(frame) == ["split", "kind", "measure", "value", "low", "high", "n"]
-    assert set(frame[frame.kind == "prefill 5"].measure) == {"harmful_ungated", "harmful"}
-    harmful = frame[(frame.split == "forget_test") & (frame.kind == "reply")].set_index("measure").value["harmful"]
-    assert harmful == comparison.unlearned.replies["forget_test"]["harmful"].value
-    perplexity = frame[frame.measure == "perplexity"].set_index("split").value
-    assert perplexity["retain_test"] == comparison.unlearned.perplexity["retain_test"].value

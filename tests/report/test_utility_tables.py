@@ -58,12 +58,6 @@ def test_rows_in_reading_order_with_their_numbers(comparison: Comparison) -> Non
     assert before_after_rows(measured(comparison, tasks, less))[-6:] == rows
 
 
-def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:
-    assert list(utility_rows(comparison)) == []
-    one_side = measured(comparison, None, harness(("a",), a=scores({"acc": 1.0})))
-    assert not any("lm-eval" in row.label for row in utility_rows(one_side))
-
-
 def test_a_tag_is_shown_by_its_tasks_and_a_task_by_its_main_metric(comparison: Comparison) -> None:
     found = harness(
         ("some_tag",),

@@ -18,9 +18,9 @@ from sku.attacks.results import AttackReport
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.verdict import OverallVerdict
-from sku.report.card import KNOWN_LICENSES, CardChoices, public_name, read_card, write_cards
+from sku.report.card import CardChoices, public_name, write_cards
 from sku.report.robustness import attack_rows, relearn_rows
-from sku.report.words import LONGEST, Written, escaped, fenced, one_line
+from sku.report.words import Written, escaped, fenced
 from sku.storage import write_json
 
 from .conftest import change_json
@@ -86,31 +86,6 @@ def test_what_the_judge_cant_measure_is_no_figure_of_a_leaderboard(run_without_c
     assert "it finds 1383 of 1402 harmful replies and calls 988 of 1074 safe ones harmful" in body_of(run)
 
 
-@pytest.mark.parametrize("told", [True, False])
-def test_a_note_of_the_evaluation_is_said_once(run_without_cards: Path, told: bool) -> None:
-    """Runs of 0.1.0 have it in the setup only, later ones among the notes of the comparison too."""
-    run, note = run_without_cards, "half of the prompts were trained on"
-    change_json(run / "results.json", "unlearned", "setup", "notes", value=[note])
-    notes = json.loads((run / "results.json").read_text(encoding="utf-8"))["notes"]
-    change_json(run / "results.json", "notes", value=[*notes, note] if told else notes)
-    write_cards(run)
-    assert body_of(run).count(note) == 1
-
-
-def test_origin_limits_and_warnings_are_said(run: Path) -> None:
-    body = body_of(run)
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    for words in (
-        manifest["recipe_sha256"], *(source["sha256"] for source in manifest["data"]["sources"]),
-        "1.375: alpha 1.375 leaves the least harm within the utility budget", "arXiv 2402.10058",
-        "guided\\_distortion 1",
-        r"theta\_bad = theta\_o + (theta\_o - theta\_u) / 1.375 is the hazardous model of stage 1",
-        "is no proof that knowledge is gone", "meaningless on other data",
-        "measured in float32 only", "Apache-2.0", "AutoModelForCausalLM.from_pretrained",
-    ):  # fmt: skip
-        assert words in body, words
-
-
 def test_the_front_matter(run: Path) -> None:
     data = card_of(run).data.to_dict()
     assert data["library_name"] == "transformers"
@@ -129,16 +104,6 @@ def test_the_front_matter(run: Path) -> None:
     assert (prefill["value"], prefill["args"]["low"], prefill["args"]["high"]) == (90.0, 82.56, 94.48)
     assert (prefill["args"]["prompts"], prefill["args"]["base"], prefill["args"]["judge"]) == (100, 100.0, "embedded")
     assert figures["retain_test", "perplexity_ratio"]["value"] == 1.0193
-
-
-def test_what_nobody_stated_or_chose_is_called_so(run_without_cards: Path) -> None:
-    run = run_without_cards
-    change_json(run / "manifest.json", "model", "license", value=None)
-    change_json(run / "manifest.json", "sweep", value=None)
-    write_cards(run)
-    assert "license" not in card_of(run).data.to_dict()
-    assert "Not stated. That of the base model applies" in body_of(run)
-    assert "1.375: given in the recipe, not chosen by a search" in body_of(run)
 
 
 def test_a_hub_model_and_hub_data(run_without_cards: Path) -> None:
@@ -174,12 +139,6 @@ def test_a_local_base_is_named_on_request(run: Path) -> None:
     write_cards(run, CardChoices(license="My Own Licence", base_model="someone/base"))
     data = card_of(run).data.to_dict()
     assert (data["license"], data["license_name"], data["base_model"]) == ("other", "my-own-licence", "someone/base")
-
-
-def test_licences_the_hub_knows_are_whole_words() -> None:
-    assert {"cc-by-nc-nd-3.0", "deepfloyd-if-license", "apache-2.0"} <= KNOWN_LICENSES
-    assert not [name for name in KNOWN_LICENSES if name.endswith("-")]
-    assert not {"license", "nd-3.0"} & KNOWN_LICENSES
 
 
 @pytest.mark.parametrize("base", ["/home/me/model", "a b/c", "../x"])
@@ -300,18 +259,6 @@ def test_settings_of_judges_are_not_shown(run_without_cards: Path) -> None:
     assert "10.0.0.7" not in card_of(run_without_cards).content
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("a\nb\r\nc\u2028d\x00", "a b c d"),
-        ("x" * (LONGEST + 5), "x" * LONGEST + "\u2026"),
-        ("", ""),
-    ],
-)
-def test_one_line(text: str, expected: str) -> None:
-    assert one_line(text) == expected
-
-
 def test_escaping() -> None:
     assert escaped("a|b_c*d`e`[f](g) <h> &amp; #1") == (
         r"a\|b\_c\*d\`e\`\[f\](g) &lt;h&gt; &amp;amp; \#1"
@@ -336,8 +283,3 @@ def test_a_run_without_results_or_with_broken_ones(run_without_cards: Path) -> N
     assert not (run_without_cards / "unlearned" / "README.md").exists()
     with pytest.raises(EvaluationError, match="no run folder"):
         write_cards(run_without_cards / "evaluation")
-
-
-def test_reading_a_card(run: Path) -> None:
-    assert "sku" in read_card(run / "unlearned")["tags"]
-    assert CardChoices() == CardChoices(license=None, base_model=None)

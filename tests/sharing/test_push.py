@@ -148,12 +148,6 @@ def test_what_must_not_leave_is_refused_before_the_hub_is_asked(
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("name", ["unlearned", "a b/c", "a/b/c", "../x"])
-def test_names_of_repositories_are_checked(run: Path, name: str) -> None:
-    with pytest.raises(OutputError, match="no namespace|no name of a hub repository"):
-        plan_push(run, name)
-
-
 KNOWN = "--i-know-this-is-the-bad-model"
 
 
@@ -231,14 +225,6 @@ def test_the_adapter_to_a_branch_of_a_public_repository(run: Path, hub: Hub) -> 
     assert "adapter_model.safetensors" in hub.repositories[REPO].branches["v2"]
 
 
-def test_a_second_upload_goes_to_the_same_repository(run: Path, hub: Hub) -> None:
-    """The hub answers 409 to its creation; weights that it has are not sent again."""
-    upload(plan_push(run, REPO))
-    upload(plan_push(run, REPO))
-    assert hub.count("/api/repos/create") == 2
-    assert hub.count("/lfs/") == 1
-
-
 def test_a_public_repository_gets_nothing_unless_asked(run: Path, hub: Hub) -> None:
     hub.repositories[REPO] = Repository(private=False)
     with pytest.raises(OutputError, match="exists and is public: nothing was uploaded; add --public"):
@@ -287,32 +273,6 @@ def test_a_wrong_token_is_named(run: Path, hub: Hub, monkeypatch: pytest.MonkeyP
         upload(plan_push(run, REPO))
     assert wrong not in str(caught.value)
     assert hub.repositories == {}
-
-
-@pytest.mark.parametrize("part", ["/preupload/", ".git/info/lfs", "/lfs/"])
-def test_failures_that_pass_are_tried_again(run: Path, hub: Hub, part: str) -> None:
-    hub.faults = {part: [503, 500]}
-    upload(plan_push(run, REPO))
-    assert "model.safetensors" in hub.repositories[REPO].branches["main"]
-    assert hub.faults[part] == []
-
-
-def test_failures_that_stay_are_told_and_leave_nothing(run: Path, hub: Hub) -> None:
-    hub.faults = {"/lfs/": [503] * 50}
-    with pytest.raises(OutputError, match=r"the hub fails \(HTTP 503\) after several tries: nothing was committed"):
-        upload(plan_push(run, REPO))
-    assert hub.repositories[REPO].branches["main"] == {}
-
-
-def test_a_connection_that_breaks_off_goes_on_with_the_same_call(run: Path, hub: Hub) -> None:
-    hub.faults = {"/commit/": [0] * 50}
-    with pytest.raises(OutputError, match="out of reach"):
-        upload(plan_push(run, REPO))
-    assert hub.repositories[REPO].branches["main"] == {}
-    hub.faults = {}
-    upload(plan_push(run, REPO))
-    assert hub.count("/lfs/") == 1, "the weights were there already"
-    assert "model.safetensors" in hub.repositories[REPO].branches["main"]
 
 
 @pytest.mark.integration

@@ -1,4 +1,4 @@
-"""``sku report``, ``sku results``: a finished run as one HTML file; tables and pictures from records."""
+"""``sku report``, ``sku results``, ``sku push``: a finished run as one HTML file; tables from records; the upload."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import print_json
+from sku.cli.console import errors, notes, print_json
 from sku.cli.console import results as console
 from sku.cli.options import JsonOption
 from sku.cli.tables import print_verdict
 from sku.errors import OutputError, RecipeError
 from sku.kept_replies import REPORT_FILE
-from sku.quiet import quiet_libraries
+from sku.quiet import quiet_imports, quiet_libraries
 
 
 def report(
@@ -127,3 +127,56 @@ def _update(page: Path, mark: str, text: str) -> None:
         page.write_text(replace_block(old, mark, text, str(page)), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"{page} can't be read or written: {error.strerror or error}") from error
+
+
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished sku run.")],
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="Where to: NAMESPACE/NAME.")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="The adapter instead of the whole model.")] = False,
+    public: Annotated[
+        bool, typer.Option("--public", help="A repository that everybody sees; private otherwise.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch to commit to, made where it doesn't exist; main otherwise.")
+    ] = None,
+    model_license: Annotated[
+        str | None,
+        typer.Option("--license", help="Licence on the card, which is written anew, such as apache-2.0."),
+    ] = None,
+    base_model: Annotated[
+        str | None, typer.Option(metavar="HUB_ID", help="Hub id of the base on the card, which is written anew.")
+    ] = None,
+    acknowledged: Annotated[
+        bool,
+        typer.Option(
+            "--i-know-this-is-the-bad-model", help="Hand out an adapter that is the bad model's with its sign turned."
+        ),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, list files and sizes, upload nothing.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Upload a finished run's model with its card, nothing else. Bad models and replies are never uploaded."""
+    quiet_imports()
+    from sku.push import plan_push, upload
+    from sku.report.card import CardChoices, write_cards
+
+    choices = CardChoices(license=model_license, base_model=base_model)
+    if choices != CardChoices() and not dry_run:
+        write_cards(run, choices)
+    plan = plan_push(run, repo_id, "adapter" if adapter else "model", acknowledged=acknowledged)
+    url = None
+    if not dry_run:
+        notes.print(f"uploading {len(plan.files)} files, {plan.size / 2**20:,.1f} MiB, to {repo_id}")
+        try:
+            url = upload(plan, public=public, revision=revision)
+        except KeyboardInterrupt:
+            errors.print("interrupted: nothing was committed; the same command goes on")
+            raise typer.Exit(130) from None
+    if as_json:
+        listed = [{"path": file.name, "bytes": file.size} for file in plan.files]
+        print_json({"repo_id": repo_id, "files": listed, "bytes": plan.size, "url": url})
+        return
+    for file in plan.files:
+        console.print(f"{file.size:>16,}  {file.name}")
+    console.print(f"{plan.size:>16,}  bytes in {len(plan.files)} files")
+    console.print(f"\nuploaded  {url}" if url else "\nnothing was uploaded (--dry-run)")

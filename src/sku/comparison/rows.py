@@ -58,12 +58,12 @@ def comparison_rows(recipe: Recipe, methods: Sequence[str] = ()) -> list[Row]:
 
     Args:
         recipe: ``compare`` says what is left out here.
-        methods: Names, or files that define one; those of the recipe, or all, where this is empty.
+        methods: Names, or files that define one; all where this is empty.
 
     Raises:
         RecipeError: An unknown method, or two of one name.
     """
-    names = methods or recipe.compare.methods or [method.name for method in METHODS]
+    names = methods or [method.name for method in METHODS]
     found = {name: method_named(name) for name in names}
     twice = [name for name, count in Counter(method.name for method in found.values()).items() if count > 1]
     if twice:

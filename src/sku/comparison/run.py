@@ -28,7 +28,7 @@ from sku.config import Recipe, refuse_final
 from sku.data.load import load_data
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.record_files import read_json_object
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 from sku.report.method_records import Comparison, RowTitle, run_name
 from sku.reproducibility import content_sha256
 from sku.storage import LOCK_FILE, check_place, named_disk_errors, own_by_file, write_text
@@ -97,7 +97,7 @@ def check_rows(recipes: Sequence[Recipe], out: Path) -> None:
         SkuError: As ``run_comparison``.
     """
     for recipe in recipes:
-        prepare(recipe, out)
+        resolve_method(recipe, out)
     first = recipes[0]
     refuse_final(first.data, "a comparison, which chooses strengths,")
     check_judge(first, load_data(first.data, first.seed, forget_validation=first.forget_validation))

@@ -92,8 +92,6 @@ class MethodConfig:
 class CompareConfig:
     """What ``sku compare`` runs beside the recipe itself."""
 
-    methods: tuple[str, ...] = ()
-    """Names of the methods; all where this is empty."""
     seeds: Count = 3
     """Training seeds: that of the recipe and those after it. Data and test prompts are the same for all."""
     published: Positive | None = None

@@ -20,7 +20,7 @@ from ruamel.yaml.error import YAMLError
 from sku.config.check import STRICT, Seed, check_plain, explain, plain_data, validated
 from sku.config.data import EMBEDDED, DataConfig, ModelConfig
 from sku.config.evaluate import CompareConfig, EvaluateConfig, MethodConfig
-from sku.config.stages import TRAINING_KEYS, AcquireConfig, NegateConfig, SweepConfig, TwinShares
+from sku.config.stages import TRAINING_KEYS, VALIDATION_SHARE, AcquireConfig, NegateConfig, SweepConfig, TwinShares
 from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")
@@ -84,7 +84,7 @@ class Recipe:
     def forget_validation(self) -> float:
         """Share of the harmful prompts to hold out: to choose alpha, to ask stage 1; 0 for none."""
         needed = self.chooses_alpha or self.checks_stage_1
-        return self.sweep.validation_fraction if needed else 0.0
+        return VALIDATION_SHARE if needed else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as plain data, every default spelled out."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from sku.config.check import AboveOne, Count, Fraction, Limit, NotNegative, Positive, Seed, check_alpha, validated
+from sku.config.check import AboveOne, Count, Limit, NotNegative, Positive, Seed, check_alpha, validated
 from sku.errors import RecipeError
 
 PreservationMode = Literal["divergence", "retention", "targeted"]
@@ -151,6 +151,11 @@ class NegateConfig:
         return 1.0 if self.alpha == "auto" else self.alpha
 
 
+VALIDATION_SHARE = 0.2
+"""Of the harmful prompts outside ``forget_test``: ``forget_validation``, which stage 1 does not train on. The embedded
+world has its own."""
+
+
 @validated
 class SweepConfig:
     """How alpha is chosen: by ``sku sweep``, and in a run with ``negate.alpha: auto``.
@@ -164,9 +169,6 @@ class SweepConfig:
     each smaller by the square root of 2."""
     points: Count = 5
     """Number of alphas that are asked where they are found."""
-    validation_fraction: Fraction = 0.2
-    """Share of the harmful prompts outside ``forget_test`` that becomes ``forget_validation``, so that stage 1 does
-    not train on it. The embedded world has its own."""
     prompts: Count = 100
     """Harmful prompts of ``forget_validation``, drawn by the seed; fewer where there are fewer."""
     retain_prompts: Count = 100

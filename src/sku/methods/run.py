@@ -7,6 +7,7 @@ prompts" is asked of those that were.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
@@ -52,9 +53,39 @@ class MethodRun:
     strength: float
     """theta_u = theta_o + strength * delta; the alpha of the methods that negate, 1 where a run is to choose it."""
     training: UnlearningConfig
+    joint: JointDataset | None = None
+    """What is trained on, where that is tokenized already; of twins what the bad one is trained on."""
+
+    def tokenized(
+        self,
+        recipe: Recipe,
+        data: ForgetRetainData,
+        tokenizer: PreTrainedTokenizerBase,
+        model: PreTrainedModel,
+    ) -> MethodRun:
+        """The same with its joint examples.
+
+        Args:
+            recipe: Of this run.
+            data: The splits.
+            tokenizer: Of the model.
+            model: The original one, asked for its shape alone.
+
+        Raises:
+            DataError: As ``JointDataset``.
+            ModelError: As ``JointDataset``.
+        """
+        rows = self.method.objective(self.settings, model).rows
+        return dataclasses.replace(self, joint=_joint(recipe, self.training, data, tokenizer, rows))
+
+    def in_folder(self, folder: Path) -> MethodRun:
+        """The same with its checkpoints in another folder."""
+        training = copy.copy(self.training)
+        training.output_dir = str(folder)
+        return dataclasses.replace(self, training=training)
 
 
-def prepare(recipe: Recipe, folder: Path, *, device: str | None = None) -> MethodRun:
+def resolve_method(recipe: Recipe, folder: Path, *, device: str | None = None) -> MethodRun:
     """Reads and checks a recipe's settings for its method.
 
     Args:
@@ -128,6 +159,7 @@ def train_method(
     data: ForgetRetainData,
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
+    run: MethodRun | None = None,
 ) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
     """Trains a recipe's method; both twins where ``acquire.twin`` is ``good``.
 
@@ -138,6 +170,7 @@ def train_method(
         data: Splits; ``forget_train`` and ``retain_train`` are used.
         folder: Private folder for checkpoints; the last one in it is resumed from.
         callbacks: For progress.
+        run: Of ``resolve_method``, whose checkpoints go to ``folder``; resolved here if None.
 
     Returns:
         The trained model and its log; of twins their difference, as an adapter or a ``TaskVector``.
@@ -148,7 +181,7 @@ def train_method(
         NonFiniteLossError: A loss term is NaN or infinite.
         OutputError: A checkpoint can't be written.
     """
-    run = prepare(recipe, folder, device=loaded.model.device.type)
+    run = (run or resolve_method(recipe, folder, device=loaded.model.device.type)).in_folder(folder)
     method = run.method
     # Checkpoints of every method are kept private: they lie beside data that is not for everyone.
     if method.negates:
@@ -157,7 +190,7 @@ def train_method(
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not has_twins(recipe):
         return _train(recipe, run, method.objective(run.settings, loaded.model), loaded, data, folder, callbacks)
-    return _train_twins(recipe, loaded, data, folder, callbacks)
+    return _train_twins(recipe, run, loaded, data, folder, callbacks)
 
 
 def check_rows(recipe: Recipe, data: ForgetRetainData) -> None:
@@ -194,7 +227,7 @@ def _train(
     modules = method.trained_modules(run.settings, loaded.model) if method.trained_modules else None
     return train(
         loaded,
-        data,
+        data if run.joint is None else run.joint,
         objective,
         run.training,
         tuning=recipe.acquire.tuning,
@@ -209,6 +242,7 @@ def _train(
 
 def _train_twins(
     recipe: Recipe,
+    run: MethodRun,
     loaded: LoadedModel,
     data: ForgetRetainData,
     folder: Path,
@@ -237,9 +271,11 @@ def _train_twins(
             continue
         original = original or load_model(config, four_bit=four_bit)
         mark_hazardous(final.parent)
-        run = prepare(recipe, final.parent, device=original.model.device.type)
+        own = run.in_folder(final.parent)
+        if twin != "bad":
+            own = dataclasses.replace(own, joint=None)  # It learns other rows.
         objective = sku_objective(recipe.acquire, twin=twin)
-        trained = _train(recipe, run, objective, original, data, final.parent, callbacks)
+        trained = _train(recipe, own, objective, original, data, final.parent, callbacks)
         with new_folder(final, private=True) as temporary:
             mark_hazardous(temporary)
             trained.save(temporary)
@@ -351,8 +387,6 @@ def with_visited(
     data: ForgetRetainData,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
-    *,
-    processes: int = 1,
 ) -> ForgetRetainData:
     """The data, with the harmful examples named that the recipe's training visits.
 
@@ -361,23 +395,31 @@ def with_visited(
         data: The splits.
         tokenizer: Of the model.
         model: The original one, asked for its shape alone.
-        processes: That train together.
 
     Returns:
         The splits with ``visited`` set; None there where it can't be told: the recipe can't be trained here (training
         itself says why), or its settings let the trainer choose its batches.
     """
     try:
-        run = prepare(recipe, Path("unused"), device="cpu")
-        written = resolve_prompt_format(recipe.model.prompt_format, tokenizer)
-        encoder = Encoder(tokenizer, written, run.training.max_length, run.training.max_answer_tokens)
+        run = resolve_method(recipe, Path("unused"), device="cpu")
         # Of all rows those that decide which examples there are.
         rows = RowPlan(safe=run.method.objective(run.settings, model).rows.safe)
-        joint = JointDataset(data, encoder, rows=rows, seed=run.training.seed)
-        visited = visited_examples(joint, run.training, processes=processes)
+        visited = visited_examples(_joint(recipe, run.training, data, tokenizer, rows), run.training)
     except SkuError:
         visited = None
     return dataclasses.replace(data, visited=visited)
+
+
+def _joint(
+    recipe: Recipe,
+    training: UnlearningConfig,
+    data: ForgetRetainData,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: RowPlan,
+) -> JointDataset:
+    written = resolve_prompt_format(recipe.model.prompt_format, tokenizer)
+    encoder = Encoder(tokenizer, written, training.max_length, training.max_answer_tokens)
+    return JointDataset(data, encoder, rows=rows, seed=training.seed)
 
 
 def visited_examples(joint: JointDataset, training: UnlearningConfig, *, processes: int = 1) -> tuple[int, ...] | None:

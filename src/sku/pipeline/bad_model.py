@@ -13,8 +13,8 @@ from sku.config import Recipe, refuse_final
 from sku.data.examples import ForgetRetainData
 from sku.errors import ModelError, RecipeError, SkuError, named_memory_errors
 from sku.evaluate.record_files import create_private_folder
-from sku.memory import decide_checkpointing, with_checkpointing
-from sku.methods.run import TWINS, has_twins, prepare, train_method, twin_folder, with_safe_dtype
+from sku.memory import Checkpointing, decide_checkpointing, with_checkpointing
+from sku.methods.run import TWINS, MethodRun, has_twins, resolve_method, train_method, twin_folder, with_safe_dtype
 from sku.models import load_model
 from sku.pipeline.checks import check_trained_model, check_training, load_recipe_data
 from sku.plan import Progress
@@ -49,18 +49,23 @@ def run_acquire(recipe: Recipe, out: Path, *, progress: Progress | None = None) 
     processes = current_processes()
     processes.run_on_rank0(lambda: check_new(out))
     processes.run_on_rank0(lambda: check_can_be_made(out))
-    prepare(recipe, out)  # Refused before anything is read.
+    decided = processes.run_on_rank0(lambda: decide_checkpointing(recipe))
+    run = resolve_method(with_checkpointing(recipe, decided), out)  # Refused before anything is read.
     model, data = processes.run_on_all_ranks(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
-    training = processes.run_on_all_ranks(lambda: check_training(recipe, model, data, out))
+    training = processes.run_on_all_ranks(lambda: check_training(recipe, model, data, run))
     processes.run_on_rank0(lambda: check_space(out, training.peak_bytes, "sku acquire"))
-    return _train_bad_model(recipe, data, out, progress)
+    return _train_bad_model(recipe, training.run, data, out, decided, progress)
 
 
 def _train_bad_model(
-    recipe: Recipe, data: ForgetRetainData, out: Path, progress: Progress | None
+    recipe: Recipe,
+    run: MethodRun,
+    data: ForgetRetainData,
+    out: Path,
+    decided: Checkpointing | None,
+    progress: Progress | None,
 ) -> list[dict[str, Any]]:
     processes = current_processes()
-    decided = processes.run_on_rank0(lambda: decide_checkpointing(recipe))
     if decided is not None:
         _log.info("activation checkpointing is %s", decided.line)
     with shared_new_folder(processes, out) as temporary:
@@ -68,8 +73,7 @@ def _train_bad_model(
         with named_memory_errors("load"):
             loaded = load_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
         with named_memory_errors("acquire"):
-            trained = with_checkpointing(recipe, decided)
-            acquired = train_method(trained, loaded, data, checkpoints, step_progress(progress))
+            acquired = train_method(recipe, loaded, data, checkpoints, step_progress(progress), run)
         for twin in TWINS if has_twins(recipe) else ():
             (twin_folder(checkpoints, twin) / "final").rename(twin_folder(temporary, twin))
         processes.run_on_rank0(lambda: shutil.rmtree(checkpoints))
@@ -106,15 +110,17 @@ def run_sweep(
     if bad is None and there:
         check_same_training(trained, recipe)
     check_can_be_made(out)
-    prepare(recipe, trained)
+    decided = None if there else decide_checkpointing(recipe)
+    run = resolve_method(with_checkpointing(recipe, decided), trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)
     draw_questions(data, model.writer(recipe), recipe.sweep, seed=recipe.seed)  # Refused before training.
     if not there:
-        check_space(out, check_training(recipe, model, data, trained).peak_bytes, "sku sweep")
+        training = check_training(recipe, model, data, run)
+        check_space(out, training.peak_bytes, "sku sweep")
         create_private_folder(out)
         try:
-            _train_bad_model(recipe, data, trained, progress)
+            _train_bad_model(recipe, training.run, data, trained, decided, progress)
         except SkuError:
             with suppress(OSError):  # Not empty: it was there before.
                 out.rmdir()

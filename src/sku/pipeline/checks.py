@@ -14,16 +14,14 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from sku.attacks.kinds import check_attacks
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.joint import JointDataset
 from sku.data.load import load_data
-from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.evaluate import asking
 from sku.evaluate.backends import check_source
 from sku.evaluate.harness import check_tasks
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.prefills import keys_of, prefills, with_answers
 from sku.memory import training_disk_bytes
-from sku.methods.run import MethodRun, check_rows, has_twins, prepare, with_safe_dtype
+from sku.methods.run import MethodRun, check_rows, has_twins, with_safe_dtype
 from sku.model_files import check_not_quantized, locate_model, with_gguf_file
 from sku.models import (
     check_four_bit,
@@ -78,6 +76,8 @@ class CheckedTraining:
 
     batch: int
     """Examples of one optimizer step, of all processes together."""
+    run: MethodRun
+    """With its joint examples."""
     examples: Mapping[str, int]
     """Split -> examples; of those that are trained on, those that survive tokenization."""
     left_out: Mapping[str, int]
@@ -156,26 +156,23 @@ def check_data(recipe: Recipe, data: ForgetRetainData) -> None:
     check_rows(recipe, data)
 
 
-def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, folder: Path) -> CheckedTraining:
+def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, run: MethodRun) -> CheckedTraining:
     """Settings, examples and adapter of a recipe's method.
 
     Args:
         recipe: Its method is what is trained.
         model: Of ``check_model``. An adapter is added to its skeleton.
         data: The splits, tokenized here.
-        folder: Where checkpoints lie.
+        run: The method, as it is resolved.
 
     Raises:
         DataError: A split keeps no example, or lacks what the method needs.
         RecipeError: A setting is unknown or impossible, or the adapter doesn't fit the model.
     """
-    run = prepare(recipe, folder, device=model.device.type)
     check_rows(recipe, data)
-    settings = run.training
-    objective = run.method.objective(run.settings, model.skeleton)
-    written = resolve_prompt_format(recipe.model.prompt_format, model.tokenizer)
-    encoder = Encoder(model.tokenizer, written, settings.max_length, settings.max_answer_tokens)
-    joint = JointDataset(data, encoder, rows=objective.rows, seed=settings.seed)
+    run, settings = run.tokenized(recipe, data, model.tokenizer, model.skeleton), run.training
+    joint = run.joint
+    assert joint is not None
     batch = int(settings.train_batch_size * settings.gradient_accumulation_steps * settings.world_size)
     steps = settings.max_steps
     if steps <= 0:
@@ -183,6 +180,7 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
     counts = data.counts()
     return CheckedTraining(
         batch=batch,
+        run=run,
         examples=counts | {name: report.kept for name, report in joint.reports.items() if name in counts},
         left_out={name: sum(report.left_out.values()) for name, report in joint.reports.items() if report.left_out},
         steps=steps,

@@ -94,17 +94,16 @@ def run_own(options: OwnOptions, out: Path, *, resume: bool = False, progress: P
     return write_own_replies(job, out, resume=resume, progress=progress)
 
 
-def with_own_replies(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> OwnData:
+def with_own_replies(recipe: Recipe, out: Path, prompts: OwnPrompts, *, progress: Progress | None = None) -> OwnData:
     """Writes own replies to a recipe's prompts, or finds those that were written from the same.
 
     They lie in ``own`` in the run's private folder ``out``, or under ``$SKU_CACHE`` where that is set. The judge of
-    the recipe's evaluation tells which replies are harmful.
+    the recipe's evaluation tells which replies are harmful; ``prompts`` are those of ``own_prompts_of``.
 
     Raises:
-        DataError: As ``own_prompts_of``, or no harmful reply was kept.
+        DataError: No harmful reply was kept.
         SkuError: As ``write_own_replies`` and ``load_model``.
     """
-    prompts = own_prompts_of(recipe)
     judge = judge_of(recipe.evaluate, prompts)
     if recipe.chooses_alpha:
         check_calibrated(judge.card)  # Before hours of writing rather than after them.

@@ -9,17 +9,18 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from transformers import PreTrainedModel
 
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.load import wants_own_replies
+from sku.data.load import OwnPrompts, wants_own_replies
 from sku.errors import NoAlphaError, OutputError, ProcessError, SkuError, named_memory_errors
 from sku.evaluate.record_files import create_private_folder
 from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
-from sku.methods.run import MethodRun, prepare, with_safe_dtype, with_visited
+from sku.methods import method_named
+from sku.methods.run import MethodRun, resolve_method, visited_examples, with_safe_dtype
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.own_replies.job import judge_of
 from sku.pipeline.checks import (
@@ -36,7 +37,7 @@ from sku.pipeline.checks import (
 from sku.pipeline.evaluate import Measured, Measuring, check_one_process_attacks, measured_stages, readable_source
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
-from sku.pipeline.unlearning import Unlearning
+from sku.pipeline.unlearning import Unlearning, trained_folder
 from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
@@ -51,6 +52,11 @@ UNWRITTEN = (
     "the examples are the prompts, as the model's own replies to them are not written yet: some prompts will have "
     "none, others several"
 )
+
+
+Resolved: TypeAlias = tuple[MethodRun, ForgetRetainData | OwnPrompts]
+"""What a run has checked and goes on with: the method with its joint examples, and the data; where the model's own
+replies are written first, the prompts in their place, and no joint examples yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,21 +109,19 @@ def plan_run(
     check_place(out)
     if base_of is not None and not (base_of / _BASE).is_dir():
         raise OutputError(f"{base_of} holds no evaluation of a base model: give the folder of another run")
-    unlearning = Unlearning(recipe, RunFolder(out, processes, _no_progress))
-    run = prepare(recipe, unlearning.trained_folder)
+    hazardous = method_named(recipe.method).negates
     if recipe.chooses_alpha:
         check_one_process()
-    begun = processes.run_on_rank0(lambda: unlearning.folder.check(recipe, resume=resume))
+    begun = processes.run_on_rank0(lambda: RunFolder(out, processes, _no_progress).check(recipe, resume=resume))
+    decided = processes.run_on_rank0(lambda: _checkpointing(recipe, begun))
+    run = resolve_method(with_checkpointing(recipe, decided), trained_folder(out, hazardous=hazardous))
     there = processes.run_on_rank0(lambda: bytes_in(out))
     writes_own = processes.run_on_rank0(lambda: wants_own_replies(recipe.data))
-    data, model, training, asked = processes.run_on_all_ranks(
-        lambda: _checked(recipe, run, out, writes_own=writes_own)
-    )
+    prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if writes_own else None
+    data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, out, prompts))
     negates = recipe.method == "sku"
-    hazardous = unlearning.method.negates
     kept = hazardous and recipe.keep_bad_model
     alpha = {"alpha": recipe.negate.alpha} if negates else {}
-    decided = processes.run_on_rank0(lambda: _checkpointing(recipe, begun))
     decision = told_checkpointing(decided)
     return CommandPlan(
         command="sku run",
@@ -143,7 +147,13 @@ def plan_run(
             *("results.json", "manifest.json", "training_log.jsonl", "before_after.png", "before_after.svg"),
         ),
         execute=lambda progress: _execute(
-            recipe, out, None if writes_own else data, base_of, resume=resume, decided=decided, progress=progress
+            recipe,
+            out,
+            (run, prompts) if prompts is not None else (training.run, data),
+            base_of,
+            resume=resume,
+            decided=decided,
+            progress=progress,
         ),
         disk_bytes=training.peak_bytes + model.bytes(recipe.negate.output_dtype),
         disk_there=there,
@@ -161,11 +171,10 @@ def _checkpointing(recipe: Recipe, manifest: Mapping[str, Any]) -> Checkpointing
 
 
 def _checked(
-    recipe: Recipe, run: MethodRun, out: Path, *, writes_own: bool
+    recipe: Recipe, run: MethodRun, out: Path, prompts: OwnPrompts | None
 ) -> tuple[ForgetRetainData, CheckedModel, CheckedTraining, dict[str, int]]:
-    """Data, model and training, and what is asked."""
-    if writes_own:
-        prompts = own_prompts_of(recipe)
+    """Data, model and training, and what is asked; with prompts the data are those of replies to come."""
+    if prompts is not None:
         judge_of(recipe.evaluate, prompts)
         data = stand_in_data(recipe, prompts)
     else:
@@ -175,10 +184,10 @@ def _checked(
     asked = check_evaluation(recipe, model, data, readable_source(recipe.model), out / "unlearned")
     if recipe.chooses_alpha or recipe.checks_stage_1:
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
-        begun = recipe.chooses_alpha and not writes_own
+        begun = recipe.chooses_alpha and prompts is None
         asked_too = recipe.sweep if begun else dataclasses.replace(recipe.sweep, prefill_tokens=())
         draw_questions(data, model.writer(recipe), asked_too, seed=recipe.seed)
-    return data, model, check_training(recipe, model, data, Path(str(run.training.output_dir))), asked
+    return data, model, check_training(recipe, model, data, run), asked
 
 
 def _no_progress(_stage: str, _done: int, _total: int) -> None:
@@ -188,7 +197,7 @@ def _no_progress(_stage: str, _done: int, _total: int) -> None:
 def _execute(
     recipe: Recipe,
     out: Path,
-    data: ForgetRetainData | None,
+    resolved: Resolved,
     base_of: Path | None,
     *,
     resume: bool,
@@ -197,7 +206,7 @@ def _execute(
 ) -> FinishedRun:
     processes = current_processes()
     missing = processes.run_on_rank0(lambda: [folder for folder in out.parents if not folder.exists()])
-    run = _Run(recipe, out, data, progress or _no_progress, processes)
+    run = _Run(recipe, out, resolved, progress or _no_progress, processes)
     try:
         run.folder.open(recipe, resume=resume)
         if base_of is not None:
@@ -246,20 +255,20 @@ class _Run:
     """The stages of one run, each of which finds what an interrupted run left."""
 
     def __init__(
-        self, recipe: Recipe, out: Path, data: ForgetRetainData | None, progress: Progress, processes: Processes
+        self, recipe: Recipe, out: Path, resolved: Resolved, progress: Progress, processes: Processes
     ) -> None:
-        """Names the folder; nothing is made yet. Without data the model's own replies are written first."""
-        self.recipe, self.out, self.data, self.progress, self.processes = recipe, out, data, progress, processes
+        """Names the folder; nothing is made yet."""
+        self.recipe, self.out, self.progress, self.processes = recipe, out, progress, processes
+        self.run, self.data = resolved
         self.folder = RunFolder(out, processes, progress)
-        self.unlearning = Unlearning(recipe, self.folder)
+        self.unlearning = Unlearning(recipe, self.folder, self.run)
 
     def finish(self) -> FinishedRun:
         """All stages, in order."""
-        if self.data is None:
-            self.data = self._own_replies()
+        written = None if isinstance(self.data, ForgetRetainData) else self._own_replies(self.data)
         recipe = self.recipe
         with self.folder.timed("load"):
-            data, loaded = self.processes.run_on_all_ranks(self._load)
+            data, loaded = self.processes.run_on_all_ranks(lambda: self._load(written))
         self.folder.note(
             data={
                 "splits": data.counts(),
@@ -297,24 +306,32 @@ class _Run:
         measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
         return self.processes.run_on_rank0(lambda: self._report(measured))
 
-    def _own_replies(self) -> ForgetRetainData:
+    def _own_replies(self, prompts: OwnPrompts) -> ForgetRetainData:
         """Data that the first process has the original model write; the recipe becomes one of these files."""
         with self.folder.timed("own_replies"):
-            own = self.processes.run_on_rank0(lambda: with_own_replies(self.recipe, self.out, progress=self.progress))
+            own = self.processes.run_on_rank0(
+                lambda: with_own_replies(self.recipe, self.out, prompts, progress=self.progress)
+            )
         self.recipe = own.recipe
-        self.unlearning = Unlearning(own.recipe, self.folder)
         self.folder.note(own_replies=own.record)
         return self.processes.run_on_all_ranks(own.load)
 
-    def _load(self) -> tuple[ForgetRetainData, LoadedModel]:
-        assert self.data is not None
+    def _load(self, written: ForgetRetainData | None) -> tuple[ForgetRetainData, LoadedModel]:
+        """The data with what training visits of them, and the model."""
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
-        # Once more: own replies are not those that the plan saw.
-        check_data(self.recipe, self.data)
+        if written is None:
+            assert isinstance(self.data, ForgetRetainData)
+            data = self.data
+        else:  # Not what the plan saw.
+            data = written
+            check_data(self.recipe, data)
+            self.run = self.run.tokenized(self.recipe, data, loaded.tokenizer, loaded.model)
+        assert self.run.joint is not None
+        self.unlearning = Unlearning(self.recipe, self.folder, self.run)
         if self.recipe.compare.published is not None:
-            return self.data.answered(), loaded
-        visits = with_visited(self.recipe, self.data, loaded.tokenizer, loaded.model, processes=self.processes.count)
-        return visits, loaded
+            return data.answered(), loaded
+        visited = visited_examples(self.run.joint, self.run.training, processes=self.processes.count)
+        return dataclasses.replace(data, visited=visited), loaded
 
     def _report(self, measured: Measured) -> FinishedRun:
         self.folder.note(bad_model={"kept": (self.out / "bad").exists()})

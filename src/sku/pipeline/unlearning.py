@@ -27,12 +27,10 @@ from sku.evaluate.batching import stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress
-from sku.memory import Checkpointing, with_checkpointing
-from sku.methods import method_named
 from sku.methods.run import (
     TWINS,
+    MethodRun,
     has_twins,
-    prepare,
     subtracted_by,
     train_method,
     twin_folder,
@@ -163,23 +161,27 @@ def _percent(rate: Rate) -> str:
     return f"{100 * rate.value:.0f} %"
 
 
+def trained_folder(out: Path, *, hazardous: bool) -> Path:
+    """Where a run leaves what stage 1 trains, until stage 2 is done."""
+    return out / ("bad" if hazardous else "trained")
+
+
 class Unlearning:
     """Stages 1 and 2 of one run, each of which finds what an interrupted run left."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, run: MethodRun) -> None:
         """Names the folder of what is trained; nothing is made yet.
 
         Args:
             recipe: What is run.
             folder: Of the run.
-
-        Raises:
-            RecipeError: There is no method of the recipe's name.
+            run: Its method.
         """
+        self.run = run
         self.recipe, self.folder, self.processes, self.out = recipe, folder, folder.processes, folder.path
-        self.method = method_named(recipe.method)
+        self.method = run.method
         self.config = with_safe_dtype(recipe)
-        self.trained_folder = self.out / ("bad" if self.method.negates else "trained")
+        self.trained_folder = trained_folder(self.out, hazardous=self.method.negates)
 
     def by_all_processes(
         self, held: list[LoadedModel], data: ForgetRetainData
@@ -239,7 +241,7 @@ class Unlearning:
             loaded = load_model(self.config, four_bit=True)
         with self.folder.timed("acquire"):
             trained = self._trained_model(loaded, data)
-        run = prepare(recipe, self.trained_folder)
+        run = self.run
         with self.folder.timed("negate"):
             if isinstance(trained, PeftModel):
                 vector, factors = subtracted_by(self.method, trained), AdapterVector.of(trained)
@@ -323,9 +325,8 @@ class Unlearning:
 
     def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
         """Stage 1 by all processes; its result lies in ``final`` afterwards."""
-        noted = self.folder.manifest.get("activation_checkpointing")
-        recipe = with_checkpointing(self.recipe, noted and Checkpointing(**noted))
-        trained = train_method(recipe, loaded, data, self.trained_folder, step_progress(self.folder.progress))
+        progress = step_progress(self.folder.progress)
+        trained = train_method(self.recipe, loaded, data, self.trained_folder, progress, self.run)
         self.processes.run_on_rank0(lambda: self._write_log(trained))
         with shared_new_folder(self.processes, self.trained_folder / "final") as temporary:
             if self.method.negates:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -16,7 +16,6 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.changes import PerplexityChange, RateChange
 from sku.report.read_run import Part, RecordedRun, read_run
-from sku.report.reflection import adapter_is_bad, reflection_of, twin_shares
 from sku.report.robustness import ATTACK_COLUMNS, RELEARN_COLUMNS, attack_rows, relearn_rows
 from sku.report.tables import ON_CARD, KeyFigure, key_figures
 from sku.report.words import Written, escaped, fenced, one_line, percent, table
@@ -63,6 +62,52 @@ class CardChoices:
             raise OutputError(
                 f"--base-model is {base}; it must be a hub id such as HuggingFaceTB/SmolLM2-135M-Instruct"
             )
+
+
+Reflection = Literal["bad", "twins", "good", "none"]
+"""The bad model; the base with the bad twin added and the good one subtracted; the base without the good twin's change
+alone; no hazardous model."""
+ACKNOWLEDGEMENT = "--i-know-this-is-the-bad-model"
+"""Option of the commands that hand out an adapter."""
+
+
+def twin_shares(recipe: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Shares of the bad and the good twin in what a recipe subtracts; None where there are no twins."""
+    if recipe["method"] != "sku" or recipe["acquire"].get("twin", "none") == "none":
+        return None
+    shares = recipe["negate"]["twin"]
+    return float(shares["bad"]), float(shares["good"])
+
+
+def reflection_of(run: RecordedRun) -> Reflection:
+    """What ``theta_o + (theta_o - theta_u) / alpha`` is, by the run's method and its twins."""
+    if not run.negates:
+        return "none"
+    bad, good = twin_shares(run.recipe) or (1.0, 0.0)
+    if not good:
+        return "bad"
+    return "twins" if bad else "good"
+
+
+def adapter_is_bad(run: RecordedRun) -> bool:
+    """Whether a run's adapter is the bad model's but for sign and size: without a good twin that outweighs it."""
+    bad, good = twin_shares(run.recipe) or (1.0, 0.0)
+    return run.negates and bad >= good
+
+
+def check_adapter(run: RecordedRun, *, acknowledged: bool) -> None:
+    """Refuses to hand out an adapter that is the bad model's, unless somebody says that they know.
+
+    Raises:
+        OutputError: It is, and nobody does.
+    """
+    if acknowledged or not adapter_is_bad(run):
+        return
+    own = "close to the bad model's" if reflection_of(run) == "twins" else "the bad model's"
+    raise OutputError(
+        f"the adapter of {run.folder} is {own} with its sign turned, so whoever has it has that model: "
+        f"share the merged weights instead (docs/limits.md says what they give away), or add {ACKNOWLEDGEMENT}"
+    )
 
 
 def public_name(location: str) -> str:

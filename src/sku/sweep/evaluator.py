@@ -125,8 +125,7 @@ def draw_questions(
             what = "prompt" if tokens == FREE else f"prefill of {tokens} tokens"
             raise EvaluationError(
                 f"forget_validation has no {what} that can be asked ({len(drawn)} prompts drawn, "
-                f"{dict(asked.left_out)}): take shorter prompts, change sweep.prefill_tokens or raise "
-                "sweep.validation_fraction"
+                f"{dict(asked.left_out)}): take shorter or more prompts, or change sweep.prefill_tokens"
             )
     if not asked.normal:
         raise EvaluationError("retain_validation has no prompt that can be asked: take shorter ones")

@@ -30,7 +30,7 @@ from sku.evaluate.judges.cache import cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.prefills import starts_note
 from sku.evaluate.record_files import create_private_folder
-from sku.methods.run import prepare, with_safe_dtype
+from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_model
 from sku.negate.arithmetic import saved_type
 from sku.negate.run import task_vector_of
@@ -115,7 +115,7 @@ def sweep(
     check_one_process()
     config = recipe.sweep
     if not data.forget_validation:
-        raise EvaluationError("forget_validation is empty: load the data with sweep.validation_fraction")
+        raise EvaluationError("forget_validation is empty: load the data with forget_validation")
     create_private_folder(folder)
     writer = Writer.of(base, tokenizer, recipe.model.prompt_format)
     judge = cached(choose_judge(recipe.evaluate, data), folder)
@@ -388,7 +388,7 @@ def sweep_bad_model(
     """
     if not bad.is_dir():
         raise ModelError(f"there is no folder {bad}: give that of a bad model, or leave it out to train one")
-    prepare(recipe, out)
+    resolve_method(recipe, out)
     notes = [*data.notes(), *training_notes(bad, data)]
     loaded = load_model(with_safe_dtype(recipe))
     vector = transformed(recipe, task_vector_of(loaded.model, bad), loaded.model, loaded.tokenizer, data)

@@ -52,7 +52,7 @@ class Trained(Generic[ModelT_co]):
 
 def train(
     loaded: LoadedModel,
-    data: ForgetRetainData,
+    data: ForgetRetainData | JointDataset,
     objective: Objective,
     settings: UnlearningConfig,
     *,
@@ -69,7 +69,7 @@ def train(
     Args:
         loaded: The original model. With an adapter its own weights stay as they are; with full fine-tuning they are
             trained in place.
-        data: Splits; ``forget_train`` and ``retain_train`` are used.
+        data: Splits, of which ``forget_train`` and ``retain_train`` are used; or joint examples of them.
         objective: What is minimised.
         settings: Of the trainer.
         tuning: What is trained.

@@ -174,30 +174,6 @@ def test_a_tile_says_where_the_judge_measures_nothing(run: RecordedRun) -> None:
     assert told in run_page(doubted).html
 
 
-def test_every_part_is_there(page: Page) -> None:
-    text = Elements(page.html).text
-    for words in (
-        "15.4 %", "95 %: 4.3 to 42.2", "the lowest alpha within budget", "a note of the sweep",
-        "left out: template",
-        "sku run --out runs/mine", "a" * 64,
-        "c" * 40, "torch", "2.13", "refusal_rules", "80 pairs of replies",
-    ):  # fmt: skip
-        assert words in text, words
-    assert "left out." not in text
-
-
-def test_what_is_missing_says_how_to_have_it(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "bare", parts=False)
-    (folder / "training_log.jsonl").unlink()
-    text = Elements(run_page(read_run(folder, replies=False)).html).text
-    for words in (
-        "negate.alpha=auto", "evaluate.attacks=[paraphrase,template]",
-        "holds no norms of the change", "training_log.jsonl", "sku report on the whole folder",
-    ):  # fmt: skip
-        assert words in text, words
-    assert text.count("left out.") == 5
-
-
 def test_without_replies_no_word_of_them_is_in_the_file(run_folder: Path, page: Page, tmp_path: Path) -> None:
     without = write_report(run_folder, tmp_path / "without.html", replies=False).path
     words = HARMFUL_REPLY, "zorvex", "florn", "mix glowing"
@@ -217,11 +193,6 @@ def test_the_same_run_gives_the_same_file(run_folder: Path, page: Page, tmp_path
     assert path.read_bytes() == page.html.encode()
     assert path.stat().st_mode & 0o777 == 0o600
     assert len(drawn) == 2 * len(page.pictures) == len(list((tmp_path / "plots").iterdir()))
-
-
-def test_judged_again_is_said(hostile_html: str, page: Page) -> None:
-    assert "judged again by people" in Elements(hostile_html).text
-    assert "judged again" not in page.html
 
 
 def test_what_can_not_be_written(run_folder: Path, tmp_path: Path) -> None:

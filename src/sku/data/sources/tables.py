@@ -19,6 +19,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
+from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -172,6 +173,12 @@ def is_hub_id(source: SourceConfig) -> bool:
 
 def _read_file(path: Path, source: SourceConfig) -> Table:
     _refuse(source, "revision", "config_name", "split", what=f"the file {path}")
+    stamp = path.stat()
+    return _file_of(path.absolute(), (stamp.st_ino, stamp.st_mtime_ns, stamp.st_size))
+
+
+@lru_cache(maxsize=8)  # A command asks what a file holds before it loads it.
+def _file_of(path: Path, _stamp: tuple[int, ...]) -> Table:
     if text_suffix(path) is not None:
         columns, rows = read_text_file(path)
         return Table(columns=tuple(columns), rows=rows)
@@ -179,7 +186,7 @@ def _read_file(path: Path, source: SourceConfig) -> Table:
         raise DataError(f"{path} has no known file type; known: {', '.join((*SUFFIXES, PARQUET))}")
     from sku.data.sources.hub import load_files
 
-    return _table(load_files("parquet", source, path))
+    return _table(load_files("parquet", SourceConfig(path=str(path)), path))
 
 
 def _read_folder(path: Path, source: SourceConfig) -> Table:
