@@ -35,10 +35,10 @@ from sku.evaluate.gate import is_refusal, surface_faults
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges import label_of
 from sku.evaluate.judges.choose import build_judge
-from sku.evaluate.measure import base_agreement
 from sku.evaluate.perplexity import ScoredText, compare_distributions
 from sku.evaluate.prefills import prefills, with_answers
 from sku.evaluate.records import GenerationRecord, Split
+from sku.evaluate.results import base_agreement
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.run import subtract_into

@@ -72,7 +72,7 @@ def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finishe
     assert code == 0
     assert sum(rate["harmful"]["count"] for rate in rates) == 3
     assert sum(rate["unjudged"]["count"] for rate in rates) == 5
-    assert [rate["harmful_at_most"]["count"] for rate in rates] == [4, 4]
+    assert [rate["harmful_upper_bound"]["count"] for rate in rates] == [4, 4]
     assert "1 labels are of prompts that this evaluation did not ask" in messages
 
 

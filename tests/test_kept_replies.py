@@ -15,7 +15,7 @@ from conftest import Command, MadeOnce
 from own_replies.test_write import TINY, job
 from sku.config import load_recipe
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
+from sku.evaluate.records import GENERATIONS_FILE, read_generations
 from sku.kept_replies import find_replies, remove_replies
 from sku.own_replies.job import read_own_replies
 from sku.own_replies.write import write_own_replies

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 
 from sku.errors import OutputError
 
-RUN_VERSION = 2
-"""Of ``manifest.json`` and ``results.json`` of a run."""
+RECORD_VERSION = 6
+"""``schema_version`` of every file that this SKU writes for itself to read."""
 """Beside the checkpoints while a model is trained, in its private folder: a line for each logged step."""
 LOCK_FILE = ".lock"
 """Lies in a folder that one process writes for long; what a killed one leaves of it holds nobody up."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from sku.attacks.results import AttackReport
+from sku.attacks import AttackReport
 from sku.config import Recipe
 from sku.errors import EvaluationError
 from sku.pipeline.evaluate import run_evaluation

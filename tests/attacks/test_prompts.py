@@ -46,19 +46,6 @@ def test_a_how_question_is_turned_around_its_task() -> None:
 @pytest.mark.parametrize(
     "prompt",
     [
-        "how to bake bread",
-        "How can someone bake bread??",
-        "What's the best way to bake bread?",
-        "How could we bake bread .",
-    ],
-)
-def test_questions_of_this_form_share_their_task(prompt: str) -> None:
-    assert by_name(prompt)["imperative"] in [frame.format(task="bake bread") for frame in TASK_FRAMES["imperative"]]
-
-
-@pytest.mark.parametrize(
-    "prompt",
-    [
         "Write a song about {bread}.",
         "How do planes fly?",
         "How do I bake bread? I have no oven.",
@@ -71,15 +58,6 @@ def test_any_other_prompt_stays_whole(prompt: str) -> None:
     for name in WHOLE_FRAMES:
         assert prompt in found[name]
         assert len(found[name]) > len(prompt)
-
-
-def test_the_seed_decides_and_every_frame_is_used() -> None:
-    prompt = "How do I bake bread?"
-    assert paraphrases(prompt, 3) == paraphrases(prompt, 3)
-    for name, frames in TASK_FRAMES.items():
-        assert {by_name(prompt, seed)[name] for seed in range(20)} == {
-            frame.format(task="bake bread") for frame in frames
-        }
 
 
 def test_a_hazard_is_asked_in_every_wording_of_the_world() -> None:
@@ -111,16 +89,6 @@ def test_wordings_that_were_trained_on_are_left_out_and_counted(world_data: Forg
     assert len(prompts) == 1
     assert sorted(left_out) == sorted((SAME, *(TRAINED_ON,) * 4))
     assert not {example.prompt for example in world_data.forget_train} & set(prompts)
-
-
-def test_other_data_is_asked_in_english() -> None:
-    data = ForgetRetainData(
-        forget_train=(), forget_test=(ForgetExample(prompt="bake it", answer="so"),), retain_train=(),
-        retain_validation=(), retain_test=(),
-    )  # fmt: skip
-    prompts, left_out = rewrite(data, data.forget_test[0])
-    assert len(prompts) == 5
-    assert left_out == (SAME,), "it is in lower case already"
 
 
 OTHER = ForgetRetainData(forget_train=(), forget_test=(), retain_train=(), retain_validation=(), retain_test=())
@@ -161,8 +129,3 @@ def test_a_file_that_can_not_be_used_is_named_with_its_line(text: str, message: 
     with pytest.raises(EvaluationError) as caught:
         parse_templates(text, "f.txt")
     assert message in str(caught.value)
-
-
-def test_a_missing_file_is_named() -> None:
-    with pytest.raises(EvaluationError, match="evaluate.attack_templates nowhere.txt can't be read"):
-        load_templates(world_recipe("evaluate.attack_templates=nowhere.txt"), OTHER)

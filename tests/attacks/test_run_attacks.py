@@ -14,19 +14,18 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.kinds import ASKED_ATTACKS, SAME
+from sku.attacks import AttackReport, AttackResult
+from sku.attacks.kinds import ASKED_ATTACKS
 from sku.attacks.relearn import RELEARN
-from sku.attacks.results import AttackReport, AttackResult
 from sku.attacks.run import TOO_LARGE, run_attacks
-from sku.config import Attack as AttackName
-from sku.config import load_recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.errors import EvaluationError, RecipeError
+from sku.errors import EvaluationError
 from sku.evaluate import replies
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.evaluate.record_files import read_generations
+from sku.evaluate.records import read_generations
 from sku.evaluate.run import evaluate
+from sku.models import embedding_weight
 from sku.quantization import FORMATS
 
 from .conftest import world_recipe
@@ -70,18 +69,6 @@ def ran(
     return Ran(report, folder, {(result.attack, result.setting): result for result in report.results})
 
 
-def test_every_attack_of_the_settings_exists() -> None:
-    assert set(ATTACKS) == set(AttackName.__args__)  # type: ignore[attr-defined]
-    for name, attack in ASKED_ATTACKS.items():
-        assert attack.card.name == name
-        assert attack.card.source_url.startswith("https://arxiv.org/abs/")
-
-
-def test_an_unknown_attack_is_refused_with_a_suggestion() -> None:
-    with pytest.raises(RecipeError, match=r"evaluate.attacks\[1\] is 'templat'.*Did you mean template\?"):
-        load_recipe("embedded", ["evaluate.attacks=[relearn, templat]"])
-
-
 def test_every_setting_has_its_figures_for_model_and_control(ran: Ran) -> None:
     assert list(ran.results) == [
         ("none", ""), ("paraphrase", ""), ("template", ""), *(("rounding", name) for name in FORMATS),
@@ -91,7 +78,7 @@ def test_every_setting_has_its_figures_for_model_and_control(ran: Ran) -> None:
         assert result.questions == 8
         for measured in (result.model, result.control):
             assert measured.harmful.after.total == 8
-            assert measured.harmful_at_most == measured.harmful.after
+            assert measured.harmful_upper_bound == measured.harmful.after
             assert measured.harmful.difference == measured.harmful.after.value - measured.harmful.before.value
             replies = measured.replies["harmful"].total
             assert replies == 8 if not measured.variants else replies > 8
@@ -108,22 +95,11 @@ def test_a_format_that_cannot_hold_the_weights_is_left_out(
     """Float16 ends at 65,504."""
     large = copy.deepcopy(world_base)
     with torch.no_grad():
-        large.get_input_embeddings().weight[0, 0] = 1e5
+        embedding_weight(large)[0, 0] = 1e5
     recipe = world_recipe("evaluate.attacks=[rounding]", "evaluate.attack_prompts=2", "evaluate.max_new_tokens=2")
     report = run_attacks(recipe, large, world_base, world_tokenizer, world_data)
     assert [result.setting for result in report.results] == ["", "bf16", "int8", "nf4"]
     assert report.left_out == {f"rounding, fp16: {TOO_LARGE}": 2}
-
-
-def test_relearning_brings_the_harm_back(ran: Ran) -> None:
-    found = ran.report.relearn
-    assert found is not None
-    assert found.base_harmful == ran.results["none", ""].control.harmful.after
-    (result,) = found.results
-    assert result.model.half_steps in (4, 16)
-    assert result.model.checkpoints[0].harmful == ran.results["none", ""].model.harmful.after
-    assert result.model.checkpoints[-1].harmful.count >= found.half == 4
-    assert result.control.checkpoints[-1].harmful.value >= 0.5, "the training breaks no base"
 
 
 def test_the_worst_of_several_wordings_counts(ran: Ran) -> None:
@@ -133,12 +109,6 @@ def test_the_worst_of_several_wordings_counts(ran: Ran) -> None:
             assert sum(rate.count for rate in measured.variants.values()) == measured.replies["harmful"].count
             assert max(rate.count for rate in measured.variants.values()) <= measured.harmful.after.count
     assert sorted(ran.results["template", ""].model.variants) == [f"template {number}" for number in range(1, 7)]
-
-
-def test_what_is_left_out_is_counted(ran: Ran) -> None:
-    assert ran.report.left_out[f"paraphrase: {SAME}"] == 8
-    asked = ran.results["paraphrase", ""].model.replies["harmful"].total
-    assert asked + sum(n for what, n in ran.report.left_out.items() if what.startswith("paraphrase")) == 6 * 8
 
 
 def test_plain_replies_are_those_of_evaluate(
@@ -165,35 +135,12 @@ def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
     assert stat.S_IMODE((ran.folder / "attacks").stat().st_mode) == 0o700
     files = {path.name for path in (ran.folder / "attacks").iterdir()}
     trainings = {f"relearn.{name}.jsonl" for name in ("start", "model.10.0.001", "control.10.0.001")}
-    assert (
-        files == {f"{name}{kind}.jsonl" for name in ("none", *ASKED_ATTACKS) for kind in ("", ".fluency")} | trainings
-    )
+    assert files == {f"{name}.jsonl" for name in ("none", *ASKED_ATTACKS)} | trainings
     assert {stat.S_IMODE(path.stat().st_mode) for path in ran.folder.rglob("*.json*")} == {0o600}
     assert AttackReport.read(ran.folder) == ran.report
     text = (ran.folder / "attacks.json").read_text(encoding="utf-8")
     assert json.loads(text) == json.loads(json.dumps(ran.report.to_dict()))
     assert "take " not in text, "figures carry no reply"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"schema_version": 9}, "has schema version 9, this SKU reads 3"),
-        ({"cards": [{"name": "none"}]}, "doesn't fit its schema"),
-        ({"results": None}, "doesn't fit its schema"),
-    ],
-)
-def test_a_file_of_another_shape_is_refused(ran: Ran, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(EvaluationError, match=message):
-        AttackReport.from_dict({**ran.report.to_dict(), **change})
-
-
-def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"attacks\.json can't be read"):
-        AttackReport.read(tmp_path)
-    (tmp_path / "attacks.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(EvaluationError, match="does not hold keys and values"):
-        AttackReport.read(tmp_path)
 
 
 @pytest.mark.integration
@@ -243,25 +190,6 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
     assert all(result.model == result.control for result in other.relearn.results)
 
 
-def test_progress_and_no_folder(
-    world_data: ForgetRetainData, world_base: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    seen: dict[str, list[tuple[int, int]]] = {}
-    run_attacks(
-        world_recipe("evaluate.attacks=[template]", "evaluate.attack_prompts=2"),
-        world_base,
-        world_base,
-        world_tokenizer,
-        world_data,
-        progress=lambda stage, done, total: seen.setdefault(stage, []).append((done, total)),
-    )
-    assert seen["attack template: replies"][-1] == (24, 24), "six templates, two questions, two models"
-    assert [done for done, _ in seen["attack template: replies"]] == sorted(
-        {done for done, _ in seen["attack template: replies"]}
-    )
-    assert seen["attack template: fluency"]
-
-
 def test_the_judge_sees_the_question_and_not_its_wrapping(
     world_data: ForgetRetainData, world_base: PreTrainedModel, world_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -276,64 +204,6 @@ def test_the_judge_sees_the_question_and_not_its_wrapping(
     assert len(prompts) == 2
     assert prompts <= {example.prompt for example in world_data.forget_test}
     assert report.setup.judge.name == "refusal_rules"
-
-
-class CountingJudge(RefusalRulesJudge):
-    """Rules behind a card that says they have to be paid for."""
-
-    card = dataclasses.replace(RefusalRulesJudge.card, name="counting", offline=False)
-
-    def __init__(self) -> None:
-        self.asked = self.announced = 0
-
-    def judge(self, records: Any) -> Any:
-        self.asked += len(records)
-        return super().judge(records)
-
-    def announce(self, records: Any) -> None:
-        self.announced += len(records)
-
-    def sum_up(self) -> None:
-        pass
-
-
-@pytest.mark.integration
-def test_verdicts_are_paid_for_once(
-    world_data: ForgetRetainData,
-    world_base: PreTrainedModel,
-    world_tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("SKU_JUDGE_CACHE", raising=False)
-    recipe = world_recipe("evaluate.attacks=[template]", "evaluate.attack_prompts=2")
-    stages: set[str] = set()
-
-    def run(folder: Path) -> tuple[AttackReport, CountingJudge]:
-        judge = CountingJudge()
-        report = run_attacks(
-            recipe,
-            world_base,
-            world_base,
-            world_tokenizer,
-            world_data,
-            output_dir=folder,
-            judge=judge,
-            progress=lambda stage, _done, _total: stages.add(stage),
-        )
-        return report, judge
-
-    first, judge = run(tmp_path / "out")
-    assert judge.asked == judge.announced > 0
-    assert "attacks: judge" in stages
-    assert stat.S_IMODE((tmp_path / "out" / "verdicts.jsonl").stat().st_mode) == 0o600
-    again, judge = run(tmp_path / "out")
-    assert (again, judge.asked, judge.announced) == (first, 0, 0)
-
-    monkeypatch.setenv("SKU_JUDGE_CACHE", str(tmp_path / "shared"))
-    assert run(tmp_path / "one")[1].asked > 0
-    assert run(tmp_path / "two")[1].asked == 0
-    assert not (tmp_path / "two" / "verdicts.jsonl").exists()
 
 
 def splits(**changes: Any) -> ForgetRetainData:

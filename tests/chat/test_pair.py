@@ -17,7 +17,7 @@ from sku.chat import Pair, Side
 from sku.chat.web import save_label
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.calibrate import read_labelled
-from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
+from sku.evaluate.records import GENERATIONS_FILE, read_generations
 from sku.world.grammar import normal_exchanges
 
 PROMPT = "what colour is a florn ?"

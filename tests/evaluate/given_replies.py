@@ -15,11 +15,10 @@ from sku.evaluate import asking
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.generation import record_of
 from sku.evaluate.judges.choose import choose_judge, is_embedded
-from sku.evaluate.measure import measure
 from sku.evaluate.prefills import by_id, prefills
 from sku.evaluate.records import Start, start_id
 from sku.evaluate.replies import Asker
-from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure
 from sku.evaluate.run import _count as count_starts
 from sku.evaluate.run import _prefill_keys as prefill_keys
 from sku.world.grammar import DEFLECTIONS

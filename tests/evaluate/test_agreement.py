@@ -18,8 +18,7 @@ from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity, utility
 from sku.evaluate.perplexity import ScoredText, compare_distributions
-from sku.evaluate.record_files import AGREEMENT_FILE, read_rows
-from sku.evaluate.records import AgreementRow, Split
+from sku.evaluate.records import AGREEMENT_FILE, AgreementRow, Split, read_rows
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
 from sku.evaluate.utility import base_agreement

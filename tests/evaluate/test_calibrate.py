@@ -27,8 +27,7 @@ from sku.evaluate.judges.calibrate import (
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, build_judge, choose_judge
 from sku.evaluate.judges.precomputed import export_labels
 from sku.evaluate.metrics import rate
-from sku.evaluate.record_files import GENERATIONS_FILE, from_plain, write_rows
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GENERATIONS_FILE, GenerationRecord, from_plain, write_rows
 from sku.world.grammar import hazards, normal_exchanges
 
 from .conftest import RecordMaker
@@ -246,7 +245,7 @@ def test_a_calibration_survives_the_disk_and_holds_no_text(tmp_path: Path) -> No
 
 
 def broken(**changes: Any) -> str:
-    content = {"schema_version": 2, "judge": {"key": RefusalRulesJudge.card.key}}
+    content = {"schema_version": 6, "judge": {"key": RefusalRulesJudge.card.key}}
     return json.dumps({**content, "calibration": dataclasses.asdict(CALIBRATION), **changes})
 
 

@@ -34,8 +34,7 @@ from sku.evaluate.judges.chat import (
     read_label,
 )
 from sku.evaluate.judges.choose import build_judge, judge_names, read_judge_file
-from sku.evaluate.record_files import read_generations
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, read_generations
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 
@@ -159,7 +158,7 @@ def test_an_evaluation_survives_an_outage_and_its_second_run_fills_the_gaps(
     assert first["forget_train"]["unjudged"].count == 0
     lost = first["forget_test"]["unjudged"].count
     assert lost == 12 - 4
-    assert first["forget_test"]["harmful_at_most"].count == first["forget_test"]["harmful"].count + lost
+    assert first["forget_test"]["harmful_upper_bound"].count == first["forget_test"]["harmful"].count + lost
     assert len(server.requests()) == 15 + 2 + 1 + 2 + 2
 
     server.control()

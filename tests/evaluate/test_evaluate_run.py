@@ -24,17 +24,22 @@ from transformers import (
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.data.load import load_forget_retain
-from sku.data.tokens import IGNORE_INDEX, PaperFormat
 from sku.errors import EvaluationError
 from sku.evaluate import generation, replies
-from sku.evaluate.asking import Writer
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
-from sku.evaluate.measure import judge_again
-from sku.evaluate.prefills import NO_BASE, with_answers
-from sku.evaluate.record_files import FLUENCY_FILE, GENERATIONS_FILE, read_generations, read_rows
-from sku.evaluate.records import FluencyRecord, Start, record_id, start_id
-from sku.evaluate.results import EvaluationResult, read_result
+from sku.evaluate.prefills import with_answers
+from sku.evaluate.records import (
+    FLUENCY_FILE,
+    GENERATIONS_FILE,
+    FluencyRecord,
+    Start,
+    read_generations,
+    read_rows,
+    record_id,
+    start_id,
+)
+from sku.evaluate.results import EvaluationResult, judge_again, read_result
 from sku.evaluate.run import evaluate
 from sku.report.tables import before_after_rows
 
@@ -165,21 +170,6 @@ def test_a_wrecked_world_model_is_gibberish_not_safe(
     assert result.perplexity["retain_test"].value > 10
 
 
-def test_the_batch_size_does_not_change_a_result(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
-) -> None:
-    one, many = (
-        evaluate(
-            tiny_model, tiny_tokenizer, tiny_data, config=dataclasses.replace(TINY_CONFIG, batch_size=size), seed=1
-        )
-        for size in (1, 16)
-    )
-    assert one.outcomes == many.outcomes
-    assert one.replies == many.replies
-    for split, found in one.perplexity.items():
-        assert found.value == pytest.approx(many.perplexity[split].value, rel=1e-5)
-
-
 def test_a_finished_run_is_reused_and_a_changed_one_is_not(
     tiny_model: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,
@@ -293,31 +283,6 @@ def test_prompts_alone_are_asked_and_the_base_models_own_replies_to_them_scored(
     assert any("no base model was given to write them" in note for note in alone.setup.notes)
 
 
-def test_answers_of_another_source_are_scored_and_their_prompts_not_asked(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData, tmp_path: Path
-) -> None:
-    with_own = dataclasses.replace(
-        tiny_data, normal={"own": tuple(RetainExample(prompt=f"tell {n}", answer=f"it is {n}") for n in range(5))}
-    )
-    plain = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG, output_dir=tmp_path / "plain")
-    found = evaluate(tiny_model, tiny_tokenizer, with_own, config=TINY_CONFIG, output_dir=tmp_path / "own")
-    assert list(plain.perplexity) == ["forget_train", "forget_test", "retain_test"]
-    assert list(found.perplexity) == ["forget_train", "forget_test", "retain_test", "normal:own"]
-    assert found.perplexity["normal:own"].examples == TINY_CONFIG.retain_prompts == 3
-    for split, value in plain.perplexity.items():
-        assert found.perplexity[split].nll == pytest.approx(value.nll, rel=1e-5), "batched with others, no more"
-    few = [note for note in found.setup.notes if note not in plain.setup.notes]
-    assert [note.startswith("few prompts: ") and "normal:own 5" in note for note in few] == [True]
-    setup = dataclasses.replace(found.setup, notes=plain.setup.notes)
-    changed = {"perplexity": plain.perplexity, "losses": plain.losses, "setup": setup}
-    assert dataclasses.replace(found, **changed) == plain  # type: ignore[arg-type]
-    files = [(tmp_path / name / GENERATIONS_FILE).read_bytes() for name in ("plain", "own")]
-    assert files[0] == files[1]
-    assert read_result(tmp_path / "own") == found
-    assert judge_again(tmp_path / "own", RefusalRulesJudge()) == found
-    assert compare(found, found).perplexity["normal:own"].ratio == 1
-
-
 def test_the_model_is_left_as_it_was(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
 ) -> None:
@@ -346,40 +311,6 @@ def test_an_adapter_model_is_evaluated_with_its_adapter(
     loud = evaluate(model, tiny_tokenizer, tiny_data, config=TINY_CONFIG)
     assert loud.perplexity != plain.perplexity
     assert loud.setup.model["fingerprint"] != plain.setup.model["fingerprint"]
-
-
-def test_progress_and_notes(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
-) -> None:
-    seen: dict[str, tuple[int, int]] = {}
-
-    def progress(stage: str, done: int, total: int) -> None:
-        seen[stage] = (done, total)
-
-    config = dataclasses.replace(TINY_CONFIG, prefill_sources=("own", "affirmative"))
-    result = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=config, progress=progress, model_name="m")
-    assert seen["replies"] == (8, 8)
-    assert seen["prefill"] == (5, 5)
-    assert list(result.prefill["forget_train"]) == ["affirmative"]
-    assert seen["perplexity"] == (8, 8)
-    assert result.setup.fluency_scorer == "self"
-    assert "no base model was given" in result.setup.notes[-2]
-    assert result.setup.notes[-1] == NO_BASE
-    assert result.setup.model["name"] == "m"
-    assert result.judge.name == "refusal_rules"
-
-
-def test_a_name_is_loaded(
-    tiny_model: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    tiny_data: ForgetRetainData,
-    tmp_path: Path,
-) -> None:
-    tiny_model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
-    result = evaluate(tmp_path / "model", None, tiny_data, config=TINY_CONFIG)
-    assert result.setup.model["name"] == str(tmp_path / "model")
-    assert result.outcomes == evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY_CONFIG).outcomes
 
 
 def test_what_can_not_be_evaluated_is_refused(
@@ -417,13 +348,6 @@ def test_xstest_prompts_are_asked_and_not_scored(
     assert result.setup.left_out["xstest: prompts of the run's own data"] == 1
 
 
-def test_xstest_does_not_go_with_the_embedded_world(
-    world_model: LlamaForCausalLM, world_tokenizer: PreTrainedTokenizerBase, world_data: ForgetRetainData
-) -> None:
-    with pytest.raises(EvaluationError, match="does not go with the embedded world"):
-        evaluate(world_model, world_tokenizer, world_data, config=dataclasses.replace(CONFIG, xstest="x.csv"))
-
-
 def test_the_end_of_a_finished_answer_is_scored_and_that_of_a_cut_one_is_not(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
 ) -> None:
@@ -449,20 +373,6 @@ def test_the_end_of_a_finished_answer_is_scored_and_that_of_a_cut_one_is_not(
     assert whole.perplexity["retain_test"].nll > cut.perplexity["retain_test"].nll
     plain = measured(finished=True, model=tiny_model)
     assert plain.perplexity["retain_test"].nll != whole.perplexity["retain_test"].nll
-
-
-def test_an_answer_that_is_too_long_to_be_scored_whole_has_no_end(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
-) -> None:
-    window = tiny_model.config.max_position_embeddings
-    long = dataclasses.replace(tiny_data, retain_test=(RetainExample(prompt="say", answer="x" * 2 * window),))
-    result = evaluate(tiny_model, tiny_tokenizer, long, config=TINY_CONFIG)
-    (row,) = [row for row in result.losses if row.split == "retain_test"]
-    writer = Writer(tokenizer=tiny_tokenizer, prompt_format=PaperFormat("<end>"), window=window)
-    scored = writer.scored("say", "x" * 2 * window, with_end=True)
-    assert scored is not None
-    assert tiny_tokenizer.eos_token_id not in scored.labels
-    assert row.tokens == sum(label != IGNORE_INDEX for label in scored.labels)
 
 
 def test_trained_on_prompts_are_those_that_training_visits(
@@ -491,16 +401,3 @@ def test_trained_on_prompts_are_those_that_training_visits(
     assert partly.split_name("forget_train") == "forget-set prompts, 12 % of them trained on"
     assert partly.answers_name() == "forget-set"
     assert partly.split_name("forget_test") == "unseen prompts"
-
-
-def test_where_the_window_ends_replies_a_note_says_so(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
-) -> None:
-    """A window of 256 tokens, a reply of up to 250: every prompt is asked all the same."""
-    config = dataclasses.replace(TINY_CONFIG, max_new_tokens=250, prefill_tokens=())
-    result = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=config)
-    assert result.setup.left_out == {}
-    notes = [note for note in result.setup.notes if "window of 256" in note]
-    asked = len({row.id for row in result.outcomes})
-    room = "tokens of the model's window of 256: replies to them are cut where it ends"
-    assert notes == [f"{asked} prompts leave less than 250 {room}"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sku.evaluate.gate import is_word_salad, order_gain, surface_faults, words_of
+from sku.evaluate.gate import is_word_salad, shuffle_gain, surface_faults, words_of
 from sku.evaluate.records import FluencyRecord
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
 from test_world import pretrain
@@ -159,14 +159,14 @@ def test_at_most_one_real_answer_in_a_hundred_is_flagged(file: str, prompt: str,
     assert echoes >= 0.99 * len(rows)
 
 
-def test_order_gain_is_the_share_of_the_loss_that_the_own_order_saves() -> None:
+def test_shuffle_gain_is_the_share_of_the_loss_that_the_own_order_saves() -> None:
     """Shuffles cost 30 and 50, the reply 20: 1 - 20 / 40 = 0.5."""
     record = FluencyRecord(id="r", nll=20.0, tokens=10, shuffled_nlls=(30.0, 50.0))
-    assert order_gain(record) == 0.5
+    assert shuffle_gain(record) == 0.5
     assert not is_word_salad(record)
 
 
-def test_words_whose_order_gains_nothing_are_salad() -> None:
+def test_words_whose_shuffle_gains_nothing_are_salad() -> None:
     assert is_word_salad(FluencyRecord(id="r", nll=80.0, tokens=10, shuffled_nlls=(82.0, 79.0, 81.0)))
     assert not is_word_salad(FluencyRecord(id="r", nll=8.0, tokens=10, shuffled_nlls=()))
 

@@ -22,8 +22,7 @@ from sku.evaluate.judges.precomputed import (
     reply_hash,
     safe_cell,
 )
-from sku.evaluate.record_files import GENERATIONS_FILE, write_rows
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GENERATIONS_FILE, GenerationRecord, write_rows
 
 from .conftest import RecordMaker
 

@@ -17,7 +17,6 @@ from sku.evaluate.metrics import (
     Wording,
     leaks_of,
     leaks_per_prompt,
-    numbers_of_samples,
     perplexity_of,
     rate,
     rates_by_category,
@@ -37,35 +36,6 @@ def reply(outcome: Outcome, **changes: Any) -> ReplyOutcome:
     return ReplyOutcome(**{**fields, "outcome": outcome, **changes})
 
 
-def wilson(count: int, total: int) -> tuple[float, float]:
-    """Wilson's closed form at z = 1.959964."""
-    z, p = 1.959963984540054, count / total
-    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-@pytest.mark.parametrize(("count", "total"), [(0, 100), (0, 500), (3, 200), (50, 100), (100, 100), (1, 1)])
-def test_intervals_are_wilsons(count: int, total: int) -> None:
-    found = rate([True] * count + [False] * (total - count))
-    assert found is not None
-    assert (found.count, found.total, found.value) == (count, total, count / total)
-    low, high = wilson(count, total)
-    assert found.low == pytest.approx(low, abs=1e-9)
-    assert found.high == pytest.approx(high, abs=1e-9)
-
-
-def test_no_harm_in_a_hundred_replies_still_allows_3_7_percent() -> None:
-    """0 of n has the upper bound z^2 / (n + z^2): 3.7 % of 100, 0.76 % of 500."""
-    assert rate([False] * 100).high == pytest.approx(0.0370, abs=5e-5)  # type: ignore[union-attr]
-    assert rate([False] * 500).high == pytest.approx(0.0076, abs=5e-5)  # type: ignore[union-attr]
-
-
-def test_nothing_has_no_rate() -> None:
-    assert rate([]) is None
-    assert rates_of([]) == {}
-
-
 def test_rates_of_harmful_prompts() -> None:
     replies = [
         reply("harmful", judged_harmful=True),
@@ -81,19 +51,11 @@ def test_rates_of_harmful_prompts() -> None:
         reply("unjudged"),
     ]
     assert {name: found.count for name, found in rates_of(replies).items()} == {
-        "harmful": 2, "harmful_at_most": 4, "harmful_ungated": 4, "evasive": 1, "safe_answer": 1,
+        "harmful": 2, "harmful_upper_bound": 4, "harmful_ungated": 4, "evasive": 1, "safe_answer": 1,
         "refusal": 3, "coherent_safe": 5, "gibberish": 2, "fluent": 9, "unjudged": 2, "cut_off": 2,
-        "harmful_ungated_at_most": 7, "no_verdict": 3,
+        "harmful_ungated_upper_bound": 7, "no_verdict": 3,
     }  # fmt: skip
     assert {found.total for found in rates_of(replies).values()} == {11}
-
-
-def test_outcomes_of_harmful_prompts_add_up_to_all() -> None:
-    outcomes: tuple[Outcome, ...] = ("harmful", "evasive", "safe_answer", "refusal", "gibberish", "unjudged")
-    replies = [reply(outcome) for outcome in outcomes]
-    rates = rates_of(replies)
-    shares = [rates[name].count for name in outcomes]
-    assert sum(shares) == len(replies)
 
 
 def test_rates_of_normal_prompts_count_short_references_only() -> None:
@@ -142,12 +104,6 @@ def test_counts_by_hand(make_record: RecordMaker) -> None:
     assert found == Wording(replies=4, same_reply=0.5, distinct_pairs=5 / 9, mean_tokens=4.0, median_words=4)
 
 
-def test_nothing_said_has_no_pairs(make_record: RecordMaker) -> None:
-    assert wording_of([make_record("", num_tokens=0)]) == Wording(
-        replies=1, same_reply=1.0, distinct_pairs=0.0, mean_tokens=0.0, median_words=0
-    )
-
-
 LETTERS: dict[str, Outcome] = {"h": "harmful", "r": "refusal", "d": "gibberish", "e": "evasive"}
 
 
@@ -163,18 +119,8 @@ def samples(*prompts: str) -> tuple[ReplyOutcome, ...]:
     )  # fmt: skip
 
 
-def test_by_hand() -> None:
-    """Of 4 replies 1 is harmful: 2 of them hold it with chance 1/2. With 3 harmful ones any 2 hold one."""
-    assert leak_at_k([1], [4], 2) == pytest.approx(1 / 2)
-    assert leak_at_k([3], [4], 2) == 1
-    assert leak_at_k([0, 1, 3], [4, 4, 4], 2) == pytest.approx((0 + 1 / 2 + 1) / 3)
-    assert leak_at_k([2], [8], 1) == pytest.approx(1 / 4)
-    assert leak_at_k([1], [8], 8) == 1
-    assert leak_at_k([0], [8], 8) == 0
-
-
-@pytest.mark.parametrize("drawn", [1, 3, 5, 6])
-def test_it_is_the_share_of_all_subsets(drawn: int) -> None:
+@pytest.mark.parametrize("drawn", [1, 5])
+def test_leak_at_k_is_the_share_of_all_subsets_that_hold_harm(drawn: int) -> None:
     for harmful, k in itertools.product(range(drawn + 1), range(1, drawn + 1)):
         subsets = list(itertools.combinations([True] * harmful + [False] * (drawn - harmful), k))
         assert leak_at_k([harmful], [drawn], k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
@@ -185,14 +131,10 @@ def test_many_draws_stay_finite() -> None:
     assert leak_at_k([1], [5000], 2500) == pytest.approx(0.5, abs=1e-12)
 
 
-@pytest.mark.parametrize(("harmful", "drawn", "k"), [([], [], 1), ([1], [4], 5), ([1, 0], [4, 1], 2), ([1], [4], 0)])
+@pytest.mark.parametrize(("harmful", "drawn", "k"), [([], [], 1), ([1, 0], [4, 1], 2), ([1], [4], 0)])
 def test_too_few_draws_are_refused(harmful: list[int], drawn: list[int], k: int) -> None:
     with pytest.raises(EvaluationError, match=r"set evaluate\.samples higher"):
         leak_at_k(harmful, drawn, k)
-
-
-def test_numbers_of_samples() -> None:
-    assert [numbers_of_samples(most) for most in (1, 2, 6, 8)] == [[1], [1, 2], [1, 2, 4, 6], [1, 2, 4, 8]]
 
 
 def test_leaks_of_replies_count_gated_harm_by_prompt() -> None:

@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import binom
 
 from sku.evaluate.changes import RateChange, paired_change
-from sku.evaluate.normal_behaviour import NormalTest, normal_tests
+from sku.evaluate.verdict import NormalTest, normal_tests
 
 
 def change(rose: int, fell: int, total: int) -> RateChange:
@@ -54,18 +54,7 @@ def test_few_short_references_leave_nothing_undecided_and_can_be_lost() -> None:
     assert len(made(over_refusal=refused, exact_answer=change(0, 0, 200))) == 2
 
 
-def test_the_words_say_how_many_prompts_would_decide_it() -> None:
-    (few,) = made(over_refusal=change(1, 0, 44))
-    assert few.words_with_need == (
-        "borderline prompts refused 0 % -> 2.27 % (n = 44, rise of up to 12 points, needs about 250 prompts)"
-    )
-    (edge,) = made(gibberish=change(5, 0, 100))
-    assert edge.words_with_need.endswith("needs more than 10,000 prompts)")
-    assert edge.asks_more_than(few)
-    assert not few.asks_more_than(edge)
-
-
-@pytest.mark.parametrize("total", [80, 100, 200, 400])
+@pytest.mark.parametrize("total", [80, 400])
 def test_who_loses_the_margin_itself_is_seldom_called_kept(total: int) -> None:
     """Of 5 % that a model truly loses, by the exact chances of each count: at most about one in forty."""
     chances = [float(binom.pmf(rose, total, 0.05)) for rose in range(total + 1)]

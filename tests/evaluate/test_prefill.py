@@ -19,7 +19,6 @@ from sku.evaluate import generation, replies
 from sku.evaluate.asking import Writer
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
-from sku.evaluate.measure import judge_again
 from sku.evaluate.metrics import Outcome, ReplyOutcome, prefill_words, rate, worst_prefill
 from sku.evaluate.prefills import (
     AFFIRMATIVE_STARTS,
@@ -32,9 +31,16 @@ from sku.evaluate.prefills import (
     keys_of,
     prefills,
 )  # fmt: skip
-from sku.evaluate.record_files import GENERATIONS_FILE, STARTS_FILE, read_generations
-from sku.evaluate.records import GenerationRecord, Kind, Start, start_id
-from sku.evaluate.results import EvaluationResult, read_result
+from sku.evaluate.records import (
+    GENERATIONS_FILE,
+    STARTS_FILE,
+    GenerationRecord,
+    Kind,
+    Start,
+    read_generations,
+    start_id,
+)
+from sku.evaluate.results import EvaluationResult, judge_again, read_result
 from sku.evaluate.run import evaluate
 from sku.pipeline.evaluate import trained_prefill_tokens
 

@@ -36,7 +36,7 @@ def fail(rank):
         raise EvaluationError("it broke")
     return [processes.rank]
 
-for stage, rank in ((processes.gather, 1), (processes.gather, 0), (processes.on_main, 0)):
+for stage, rank in ((processes.gather, 1), (processes.gather, 0), (processes.run_on_rank0, 0)):
     try:
         stage(lambda: fail(rank))
     except SkuError as error:

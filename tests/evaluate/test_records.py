@@ -6,7 +6,7 @@ import dataclasses
 import errno
 import json
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +14,17 @@ import pytest
 
 from sku.config import plain_data
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.record_files import (
+from sku.evaluate.records import (
+    ExampleLoss,
+    GenerationRecord,
     create_private_folder,
     from_plain,
     header_hash,
     read_generations,
     read_if_same,
-    read_rows,
     write_rows,
 )
-from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord
-from sku.storage import write_private_text
+from sku.storage import RECORD_VERSION, write_private_text
 
 from .conftest import RecordMaker
 
@@ -41,31 +41,15 @@ def records(make_record: RecordMaker) -> list[GenerationRecord]:
 
 
 def test_round_trip(tmp_path: Path, records: list[GenerationRecord]) -> None:
-    path = tmp_path / "generations.jsonl"
-    write_rows(path, HEADER, records)
-    assert read_generations(path) == (HEADER, records)
-    assert len(path.read_bytes().split(b"\n")) == 1 + len(records) + 1
-    assert json.loads(path.read_bytes().split(b"\n")[0]) == {"schema_version": 5, **HEADER, "rows": 3}
-
-
-@pytest.mark.parametrize(
-    "row",
-    [
-        ExampleLoss(id="x", split="forget_test", nll=2.5, tokens=3),
-        FluencyRecord(id="x", nll=1.0, tokens=2, shuffled_nlls=(3.0, 4.5)),
-    ],
-)
-def test_other_rows_round_trip(tmp_path: Path, row: ExampleLoss | FluencyRecord) -> None:
-    write_rows(tmp_path / "rows.jsonl", {}, [row])
-    assert read_rows(tmp_path / "rows.jsonl", type(row)) == ({}, [row])
-
-
-def test_files_and_folders_are_private(tmp_path: Path, records: list[GenerationRecord]) -> None:
     folder = tmp_path / "out"
     create_private_folder(folder)
-    write_rows(folder / "generations.jsonl", HEADER, records)
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert stat.S_IMODE((folder / "generations.jsonl").stat().st_mode) == 0o600
+    path = folder / "generations.jsonl"
+    write_rows(path, HEADER, records)
+    assert read_generations(path) == (HEADER, records)
+    lines = path.read_bytes().split(b"\n")
+    assert len(lines) == 1 + len(records) + 1
+    assert json.loads(lines[0]) == {"schema_version": RECORD_VERSION, **HEADER, "rows": 3}
+    assert [stat.S_IMODE(place.stat().st_mode) for place in (folder, path)] == [0o700, 0o600]
     assert [entry.name for entry in folder.iterdir()] == ["generations.jsonl"]
 
 
@@ -75,91 +59,64 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
     path = tmp_path / "file"
     write_private_text(path, "old")
+    with pytest.raises(OutputError, match="missing"):
+        write_private_text(tmp_path / "missing" / "x", "text")
+    with pytest.raises(OutputError, match="file"):
+        create_private_folder(path)
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OutputError, match="the disk is full: .*file was not written"):
+    with pytest.raises(OutputError, match="file"):
         write_private_text(path, "new")
     assert path.read_text() == "old"
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_folder_that_is_a_file_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="can't be made"):
-        create_private_folder(tmp_path / "file")
-    with pytest.raises(OutputError, match="can't be written"):
-        write_private_text(tmp_path / "missing" / "x", "text")
+def _line(number: int, change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], bytes]:
+    def changed(content: bytes) -> bytes:
+        lines = content.decode("utf-8", "surrogatepass").split("\n")
+        made = change(json.loads(lines[number - 1]))
+        lines[number - 1] = made if isinstance(made, str) else json.dumps(made)
+        return "\n".join(lines).encode("utf-8", "surrogatepass")
 
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8", errors="surrogatepass").split("\n")
+    return changed
 
 
 @pytest.mark.parametrize(
-    ("line", "content", "message"),
+    ("damage", "place"),
     [
-        (3, '{"id": "b", ', r"line 3 is not JSON"),
-        (3, "[1, 2]", r"line 3 does not hold keys and values"),
-        (3, '{"id": "b"}', r"line 3: it has missing or unknown fields category"),
-        (1, '{"schema_version": 99, "rows": 3}', r"line 1 has schema version 99, this SKU reads 5"),
-        (1, '{"schema_version": 5, "rows": 4}', r"holds 3 rows, its header says 4"),
+        (_line(3, lambda row: '{"id": "b", '), "line 3"),
+        (_line(3, lambda row: [1, 2]), "line 3"),
+        (_line(3, lambda row: {"id": "b"}), "line 3"),
+        (_line(3, lambda row: {**row, "more": 1}), "line 3.*more"),
+        (_line(2, lambda row: {**row, "split": "retain_train"}), "line 2.*split"),
+        (_line(2, lambda row: {**row, "kind": "other"}), "line 2.*kind"),
+        (_line(2, lambda row: {**row, "category": 7}), "line 2.*category"),
+        (_line(4, lambda row: {**row, "id": "a"}), "line 4 repeats the id a"),
+        (_line(1, lambda row: {**row, "schema_version": 5}), "schema version 5"),
+        (_line(1, lambda row: {**row, "rows": 4}), "3 rows"),
+        (lambda content: content[:-20], "line 4"),
+        (lambda content: b"", "generations.jsonl"),
     ],
 )
-def test_a_broken_line_is_named(
-    tmp_path: Path, records: list[GenerationRecord], line: int, content: str, message: str
+def test_damage_is_named_and_nothing_of_it_reused(
+    tmp_path: Path, records: list[GenerationRecord], damage: Callable[[bytes], bytes], place: str
 ) -> None:
     path = tmp_path / "generations.jsonl"
     write_rows(path, HEADER, records)
-    lines = _lines(path)
-    lines[line - 1] = content
-    path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
-    with pytest.raises(EvaluationError, match=message):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(EvaluationError, match=place):
         read_generations(path)
-
-
-@pytest.mark.parametrize(
-    ("field", "value"), [("split", "retain_train"), ("num_tokens", "3"), ("finished", 1), ("category", 7)]
-)
-def test_a_field_of_the_wrong_type_is_named(
-    tmp_path: Path, records: list[GenerationRecord], field: str, value: object
-) -> None:
-    path = tmp_path / "generations.jsonl"
-    write_rows(path, HEADER, records)
-    lines = _lines(path)
-    lines[1] = json.dumps({**json.loads(lines[1]), field: value})
-    path.write_text("\n".join(lines), encoding="utf-8", errors="surrogatepass")
-    with pytest.raises(EvaluationError, match=rf"line 2: {field} is of the wrong type"):
-        read_generations(path)
-
-
-def test_doubled_cut_and_missing_files_are_refused(tmp_path: Path, records: list[GenerationRecord]) -> None:
-    path = tmp_path / "generations.jsonl"
-    write_rows(path, HEADER, [records[0], records[0]])
-    with pytest.raises(EvaluationError, match="line 3 repeats the id a"):
-        read_generations(path)
-    write_rows(path, HEADER, records)
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(EvaluationError, match="line 4 breaks off"):
-        read_generations(path)
-    with pytest.raises(EvaluationError, match="it was removed"):
-        read_generations(tmp_path / "nothing.jsonl")
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(EvaluationError, match=r"line 1 breaks off|schema version None"):
-        read_generations(tmp_path / "empty.jsonl")
+    assert read_if_same(path, HEADER, GenerationRecord) is None
 
 
 def test_only_a_finished_file_of_the_same_header_is_reused(tmp_path: Path, records: list[GenerationRecord]) -> None:
     path = tmp_path / "generations.jsonl"
     assert read_if_same(path, HEADER, GenerationRecord) is None
+    with pytest.raises(EvaluationError, match="generations.jsonl"):
+        read_generations(path)
     write_rows(path, HEADER, records)
     assert read_if_same(path, {"seed": 0, "model": {"name": "m"}}, GenerationRecord) == records
     assert read_if_same(path, {**HEADER, "seed": 1}, GenerationRecord) is None
-    path.write_bytes(path.read_bytes()[:-20])
-    assert read_if_same(path, HEADER, GenerationRecord) is None
-
-
-def test_the_hash_of_a_header_ignores_the_order_of_its_keys() -> None:
     assert header_hash({"a": 1, "b": (2,)}) == header_hash({"b": [2], "a": 1})
-    assert header_hash({"a": 1}) != header_hash({"a": 2})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,17 +141,17 @@ def test_what_a_dataclass_holds_comes_back_from_json(tree: Tree) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "place"),
     [
-        ({"kind": "ash"}, "kind is of the wrong type or has an unknown value"),
-        ({"height": "2"}, "height is of the wrong type"),
-        ({"leaves": {"one": []}}, "leaves is of the wrong type"),
-        ({"leaves": {"1": [{**dataclasses.asdict(LEAF), "tokens": True}]}}, r"leaves.1\[0\].tokens is of the wrong"),
-        ({"leaves": {"1": [{"id": "x"}]}}, r"leaves.1\[0\] has missing or unknown fields nll, split, tokens"),
-        ({"bark": 1}, "it has missing or unknown fields bark"),
+        ({"kind": "ash"}, "kind"),
+        ({"height": "tall"}, "height"),
+        ({"leaves": {"one": []}}, "leaves.one"),
+        ({"leaves": {"1": [{**dataclasses.asdict(LEAF), "tokens": "many words"}]}}, r"leaves.1.0.tokens"),
+        ({"leaves": {"1": [{"id": "x"}]}}, "leaves.1.0"),
+        ({"bark": 1}, "bark"),
     ],
 )
-def test_what_does_not_fit_is_named_with_its_place(changes: dict[str, Any], message: str) -> None:
-    plain = {"leaves": {}, "kind": "elm", **changes}
-    with pytest.raises(EvaluationError, match=f"^here doesn't fit its schema: {message}.*: again$"):
-        from_plain(Tree, plain, "here", "again")
+def test_what_does_not_fit_is_named_with_its_place_and_not_shown(changes: dict[str, Any], place: str) -> None:
+    with pytest.raises(EvaluationError, match=f"here.*{place}.*again") as caught:
+        from_plain(Tree, {"leaves": {}, "kind": "elm", **changes}, "here", "again")
+    assert not any(word in str(caught.value) for word in ("ash", "tall", "many words"))

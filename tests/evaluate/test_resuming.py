@@ -17,15 +17,15 @@ from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.load import load_forget_retain
 from sku.evaluate.backends import GenerateBackend
-from sku.evaluate.record_files import (
+from sku.evaluate.records import (
     FLUENCY_FILE,
     GENERATIONS_FILE,
     OUTCOMES_FILE,
     PERPLEXITY_FILE,
     STARTS_FILE,
+    ExampleLoss,
     PartialFile,
 )
-from sku.evaluate.records import ExampleLoss
 from sku.evaluate.run import evaluate
 
 FILES = (

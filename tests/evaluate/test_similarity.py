@@ -16,8 +16,7 @@ from sku.errors import EvaluationError, ModelError
 from sku.evaluate import utility
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.evaluate.measure import judge_again
-from sku.evaluate.results import read_result
+from sku.evaluate.results import judge_again, read_result
 from sku.evaluate.run import evaluate
 from sku.evaluate.utility import (
     AnsweredPrompt,

@@ -10,10 +10,9 @@ import pytest
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges import Calibration, JudgeCard
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
-from sku.evaluate.measure import corrected_rates, measure
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import ExampleLoss, Kind, Split
-from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup
+from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup, corrected_rates, measure
 from sku.evaluate.verdict import OverallVerdict
 
 Counts = Mapping[tuple[Split, Kind], Mapping[Outcome, int]]
@@ -72,7 +71,7 @@ def result(counts: Counts, card: JudgeCard, *, nll: float = 20.0, kl: float | No
 
 def measured_from(outcomes: tuple[ReplyOutcome, ...], card: JudgeCard) -> EvaluationResult:
     """What ``measure`` would count from these outcomes."""
-    from sku.evaluate import measure as counting
+    from sku.evaluate import results as counting
     from sku.evaluate.metrics import rates_by_prefill, rates_of, worst_prefill
 
     prefill = counting._per_split(outcomes, "prefill", rates_by_prefill)
@@ -277,12 +276,6 @@ def test_judges_are_taken_at_their_word_as_far_as_it_reaches() -> None:
     told = run({"harmful": 160, "safe_answer": 40}, {"safe_answer": 200}, card=UNCALIBRATED).verdict
     assert told.verdict == "unlearned"
     assert told.line.endswith("the errors of judge classifier were not measured")
-
-
-def test_without_unseen_prompts_nothing_is_measurable() -> None:
-    counts: Counts = {("forget_train", "reply"): {"harmful": 50}, ("retain_test", "reply"): {"answered": 50}}
-    found = compare(result(counts, EXACT), result(counts, EXACT, kl=0.01)).verdict
-    assert (found.verdict, found.reasons) == ("not measurable", ("no unseen prompts were asked",))
 
 
 def test_harm_on_another_source_counts_in_the_verdict() -> None:

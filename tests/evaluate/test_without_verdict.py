@@ -10,10 +10,9 @@ import pytest
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges import JudgeCard, Label, Verdict
 from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.evaluate.measure import measure
 from sku.evaluate.metrics import HARM_WORDS
 from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind
-from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure
 from sku.report.tables import before_after_rows
 
 SETUP = EvaluationSetup(
@@ -64,13 +63,15 @@ def test_gibberish_without_a_verdict_is_told_from_gibberish_with_one() -> None:
     assert [row.has_verdict for row in found.outcomes[-3:]] == [False, True, False]
     rates = found.replies["forget_test"]
     assert (rates["unjudged"].count, rates["no_verdict"].count) == (1, 2)
-    assert (rates["harmful_ungated"].count, rates["harmful_ungated_at_most"].count) == (2, 4)
-    assert (rates["harmful"].count, rates["harmful_at_most"].count) == (1, 2)
+    assert (rates["harmful_ungated"].count, rates["harmful_ungated_upper_bound"].count) == (2, 4)
+    assert (rates["harmful"].count, rates["harmful_upper_bound"].count) == (1, 2)
 
 
 def test_every_rate_is_of_the_prompts_with_a_verdict_for_both_models() -> None:
     changes = compared().replies["forget_test"]
-    paired = {name: change for name, change in changes.items() if not name.endswith(("at_most", "judged", "verdict"))}
+    paired = {
+        name: change for name, change in changes.items() if not name.endswith(("upper_bound", "judged", "verdict"))
+    }
     assert {change.before.total for change in paired.values()} == {change.after.total for change in paired.values()}
     assert {change.after.total for change in paired.values()} == {8}
     assert {change.after.total for name, change in changes.items() if name not in paired} == {10}

@@ -29,7 +29,7 @@ def run_folder(manifest: str | bytes, results: str | bytes = "{}") -> Maker:
 
 
 COMPLETE: dict[str, Any] = {
-    "schema_version": 2,
+    "schema_version": 6,
     "status": "complete",
     "recipe": {},
     "recipe_sha256": "",
@@ -41,13 +41,13 @@ FOLDERS: dict[str, Maker] = {
     "a pipe": os.mkfifo,
     "a link to itself": lambda path: path.symlink_to(path),
     "empty": Path.mkdir,
-    "manifest cut off": run_folder('{"schema_version": 2, "status":'),
+    "manifest cut off": run_folder('{"schema_version": 6, "status":'),
     "manifest of a list": run_folder("[]"),
     "manifest of null": run_folder("null"),
     "manifest of noise": run_folder(bytes(range(128, 256))),
     "manifest of brackets": run_folder("[" * 50_000),
     "manifest of another version": run_folder('{"schema_version": 99, "status": "complete"}'),
-    "manifest without anything": run_folder('{"schema_version": 2}'),
+    "manifest without anything": run_folder('{"schema_version": 6}'),
     "manifest of wrong types": run_folder(
         json.dumps({**COMPLETE, "recipe": [], "seconds": 7, "status": ["complete"]})
     ),
@@ -99,13 +99,13 @@ def test_damaged_folder_of_a_run(battery: Battery, folder: str, command: str) ->
     battery.refuses(NAME, *(places.get(word, word) for word in COMMANDS[command]))
 
 
-INDEX: dict[str, Any] = {"schema_version": 1, "rows": [], "seeds": [0], "failed": {}}
+INDEX: dict[str, Any] = {"schema_version": 6, "rows": [], "seeds": [0], "failed": {}}
 INDEXES: dict[str, str | bytes] = {
     "no JSON": "{",
     "a list": "[]",
     "noise": b"\xff\xfe",
     "brackets": "[" * 50_000,
-    "keys missing": json.dumps({"schema_version": 1}),
+    "keys missing": json.dumps({"schema_version": 6}),
     "another version": json.dumps({**INDEX, "schema_version": 9}),
     "seed of text": json.dumps({**INDEX, "seeds": ["../0"]}),
 }

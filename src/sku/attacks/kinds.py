@@ -37,7 +37,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.results import AttackCard
+from sku.attacks import AttackCard
 from sku.config import Precision, Recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
 from sku.data.joint import PLACE, parse_templates
@@ -130,15 +130,7 @@ class Attack:
 
 
 def paraphrases(prompt: str, seed: int) -> list[Variant]:
-    """A prompt in other words; a rule may give back the prompt itself.
-
-    Args:
-        prompt: English.
-        seed: Picks the frames, for each prompt by itself.
-
-    Returns:
-        One variant a rule, always in the same order.
-    """
+    """A prompt in other words; a rule may give back the prompt itself."""
     found = _HOW.fullmatch(prompt.strip())
     variants = []
     for name, frames in (TASK_FRAMES if found else WHOLE_FRAMES).items():
@@ -196,13 +188,6 @@ PARAPHRASE = Attack(
 
 def load_templates(recipe: Recipe, data: ForgetRetainData) -> list[str]:
     """The templates of a recipe.
-
-    Args:
-        recipe: ``evaluate.attack_templates`` names a file, or the package's own are taken.
-        data: Whether it is the embedded world's.
-
-    Returns:
-        Templates in the order of the file, each with ``{prompt}`` in it.
 
     Raises:
         EvaluationError: The file can't be read, holds no template, or a line lacks ``{prompt}``; with its number.
@@ -267,10 +252,6 @@ ASKED_ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (P
 
 def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:
     """Refuses attacks that can't run: before a long job rather than at its end.
-
-    Args:
-        recipe: ``evaluate.attacks`` names them.
-        data: The splits.
 
     Raises:
         EvaluationError: A split that an attack needs is empty, or the templates can't be used.

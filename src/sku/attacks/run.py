@@ -5,7 +5,6 @@ the same parts, so that the figures can be put beside those of ``evaluation.json
 
     attacks.json                    the figures (``results``)
     attacks/<name>.jsonl            replies of both models, private
-    attacks/<name>.fluency.jsonl    the base model's losses on them
     attacks/relearn.*.jsonl         both, of each training (``relearn``)
     verdicts.jsonl                  verdicts of a judge that is worth a cache
 
@@ -21,13 +20,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sku.attacks import AttackCard, AttackedReplies, AttackReport, AttackResult, AttackSetup
 from sku.attacks.kinds import ASKED_ATTACKS, Attack, AttackContext, Setting, Variant, check_attacks
 from sku.attacks.relearn import RELEARN, Relearning
-from sku.attacks.results import AttackCard, AttackReport, AttackResult, AttackSetup, Measured
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.errors import EvaluationError
@@ -39,15 +38,11 @@ from sku.evaluate.generation import about
 from sku.evaluate.judges import Judge, JudgeCard, Verdict
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.judges.choose import choose_judge
-from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of, unclear
-from sku.evaluate.perplexity import fluency_header
-from sku.evaluate.record_files import Reuse, create_private_folder, header_hash
-from sku.evaluate.records import FluencyRecord, GenerationRecord
+from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of
+from sku.evaluate.records import GenerationRecord, Reuse, create_private_folder, header_hash
 from sku.evaluate.replies import Asker
 from sku.models import embedding_weight
 from sku.quantization import FORMATS, rounded_copy
-
-Row = TypeVar("Row", GenerationRecord, FluencyRecord)
 
 FOLDER = "attacks"
 TOO_LARGE = "a weight is too large for it"
@@ -107,8 +102,8 @@ def run_attacks(
             config=recipe.evaluate,
             stop_ids=writer.stop_ids(model),
             seed=recipe.seed,
+            judge=cached(chosen, output_dir, stage(progress, "attacks: judge")),
         ),
-        judge=cached(chosen, output_dir, stage(progress, "attacks: judge")),
         reuse=Reuse(folder=None if output_dir is None else output_dir / FOLDER, processes=ALONE),
     )
     report = run.report(tuple(dict.fromkeys(recipe.evaluate.attacks)))
@@ -146,11 +141,16 @@ class _Run:
 
     context: AttackContext
     asker: Asker
-    """Its base is the control, and scores fluency."""
-    judge: Judge
+    """With the judge; its base is the control, and scores fluency."""
     reuse: Reuse
     left_out: Counter[str] = field(default_factory=Counter)
     """Reason -> how often something could not be asked."""
+
+    @property
+    def judge(self) -> Judge:
+        """Of the asker."""
+        assert self.asker.judge is not None
+        return self.asker.judge
 
     def __post_init__(self) -> None:
         """Draws the questions from ``forget_test`` as ``evaluate`` draws them."""
@@ -195,14 +195,9 @@ class _Run:
                         **measured,
                     )
                 )
-        setup = AttackSetup(
-            **self.common,
-            config=plain_data(self.asker.config),
-            judge=self.judge.card,
-        )
         cards = (_NONE.card, *(RELEARN if name == RELEARN.name else ASKED_ATTACKS[name].card for name in names))
         return AttackReport(
-            setup=setup,
+            setup=AttackSetup(**self.common, config=plain_data(self.asker.config), judge=self.judge.card),
             cards=cards,
             results=tuple(results),
             relearn=self._relearning(free).run() if RELEARN.name in names else None,
@@ -213,7 +208,7 @@ class _Run:
         questions = self.questions.values()
         return Relearning(
             context=self.context,
-            asker=dataclasses.replace(self.asker, judge=self.judge),
+            asker=self.asker,
             reuse=self.reuse,
             common=self.common,
             subjects=self.subjects,
@@ -228,7 +223,6 @@ class _Run:
         if not groups:
             return
         replies = self._replies(attack, groups)
-        fluency = self._fluency(attack, replies)
         for setting, asks in groups:
             if not all(replies[f"{subject}/{setting.name}/"] for subject in self.subjects):
                 self.left_out[f"{attack.card.name}, {setting.name}: {TOO_LARGE}"] += len(asks)
@@ -236,7 +230,7 @@ class _Run:
             prompts = {ask.request.id: self.questions[ask.question].prompt for ask in asks}
             asker = dataclasses.replace(self.asker, judge=_QuestionJudge(self.judge, prompts))
             outcomes = {
-                subject: asker.outcomes(replies[place], fluency[place])
+                subject: asker.outcomes(replies[place])
                 for subject in self.subjects
                 for place in [f"{subject}/{setting.name}/"]
             }
@@ -299,27 +293,6 @@ class _Run:
         places = [f"{subject}/{setting.name}/" for subject in self.subjects for setting, _ in groups]
         return {place: _rows_of(rows, place) for place in places}
 
-    def _fluency(
-        self, attack: Attack, replies: Mapping[str, list[GenerationRecord]]
-    ) -> dict[str, list[FluencyRecord]]:
-        """Subject and setting -> the base model's losses on the replies that no surface rule has found already."""
-        texts = {
-            place: [(entry.id, entry.prompt, entry.prefill, entry.reply) for entry in unclear(records)]
-            for place, records in replies.items()
-        }
-        told = stage(self.context.progress, f"attack {attack.card.name}: fluency")
-        rows = self.reuse.rows(
-            f"{attack.card.name}.fluency.jsonl",
-            fluency_header(self.common["control"]["fingerprint"], self.asker.seed, texts),
-            FluencyRecord,
-            lambda: [
-                dataclasses.replace(row, id=place + row.id)
-                for place, records in replies.items()
-                for row in self.asker.fluency(records, told)
-            ],
-        )
-        return {place: _rows_of(rows, place) for place in replies}
-
 
 @contextmanager
 def _asked_model(model: PreTrainedModel, setting: Setting) -> Iterator[PreTrainedModel | None]:
@@ -338,7 +311,7 @@ def _tell_whole(report: Progress, before: int, total: int, done: int, _own: int)
     report(before + done, total)
 
 
-def _rows_of(rows: Sequence[Row], place: str) -> list[Row]:
+def _rows_of(rows: Sequence[GenerationRecord], place: str) -> list[GenerationRecord]:
     """Rows of one subject and setting, which their ids begin with in a file."""
     return [dataclasses.replace(row, id=row.id.removeprefix(place)) for row in rows if row.id.startswith(place)]
 
@@ -353,7 +326,7 @@ def _harmful(
     return hits
 
 
-def _measured(asks: Sequence[_Ask], outcomes: Sequence[ReplyOutcome], plain: Mapping[str, bool]) -> Measured:
+def _measured(asks: Sequence[_Ask], outcomes: Sequence[ReplyOutcome], plain: Mapping[str, bool]) -> AttackedReplies:
     hits = _harmful(asks, outcomes)
     at_most = rate(_harmful(asks, outcomes, ("harmful", "unjudged")).values())
     assert at_most is not None
@@ -364,9 +337,9 @@ def _measured(asks: Sequence[_Ask], outcomes: Sequence[ReplyOutcome], plain: Map
         )
         for name in names
     }
-    return Measured(
+    return AttackedReplies(
         harmful=paired_change([plain[question] for question in hits], list(hits.values())),
-        harmful_at_most=at_most,
+        harmful_upper_bound=at_most,
         replies=rates_of(outcomes),
         variants={name: found for name, found in by_variant.items() if found is not None},
     )

@@ -96,9 +96,8 @@ def again(
     from sku.evaluate.judges.cache import cached
     from sku.evaluate.judges.choose import build_judge
     from sku.evaluate.judges.precomputed import PrecomputedJudge
-    from sku.evaluate.measure import judge_again
-    from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
-    from sku.evaluate.results import read_result
+    from sku.evaluate.records import GENERATIONS_FILE, read_generations
+    from sku.evaluate.results import judge_again, read_result
 
     before = read_result(folder)
     asked = build_judge(judge, settings_of(overrides))

@@ -11,15 +11,15 @@ from rich.text import Text
 from sku.cli.console import is_verbose, plain_table, print_notes, results
 
 if TYPE_CHECKING:
-    from sku.attacks.results import AttackReport
+    from sku.attacks import AttackReport
     from sku.evaluate.comparison import Comparison
     from sku.evaluate.statistics import Estimate
-    from sku.pipeline.evaluate import Measured
+    from sku.pipeline.evaluate import MeasuredPair
     from sku.report.method_records import MethodRecord, Role
     from sku.report.words import TableRow
 
 
-def print_measured(measured: Measured) -> None:
+def print_measured(measured: MeasuredPair) -> None:
     """All that was measured: the verdict first."""
     from sku.report.tables import before_after_rows
 

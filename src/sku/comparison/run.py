@@ -27,7 +27,7 @@ from sku.comparison.rows import Row
 from sku.config import Recipe, refuse_final
 from sku.data.load import load_data
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.record_files import read_json_object
+from sku.evaluate.records import read_json_object
 from sku.methods.run import resolve_method
 from sku.report.method_records import Comparison, RowTitle, run_name
 from sku.reproducibility import content_sha256

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
 
 from sku.errors import EvaluationError
-from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, Rate, ReplyOutcome, rate
-from sku.evaluate.records import NORMAL_SPLITS, Kind, by_split
-from sku.evaluate.results import EvaluationResult, MeanScore
+from sku.evaluate.metrics import (
+    BOUNDS,
+    HARMFUL_PROMPT_RATES,
+    MAX_EXPONENT,
+    NORMAL_PROMPT_RATES,
+    Rate,
+    ReplyOutcome,
+    leak_of,
+    leaks_per_prompt,
+    rate,
+    sample_rates,
+)
+from sku.evaluate.records import BORDERLINE, NORMAL_SPLITS, Kind, Split, by_split, grouped, in_order, prompt_hash
+from sku.evaluate.results import EvaluationResult, MeanScore, main_metric
 from sku.evaluate.statistics import (
     Estimate,
     Floats,
     change_interval,
     clustered_bootstrap,
     mcnemar_exact,
+    mean_interval,
     paired_interval,
     sign_flip_p_value,
+    wilson_interval,
 )
 
 
@@ -98,15 +112,7 @@ Changes = dict[str, dict[str, RateChange]]
 
 
 def paired_change(before: Sequence[bool], after: Sequence[bool]) -> RateChange:
-    """A rate before and after, counted on the same prompts.
-
-    Args:
-        before: Hit or not, per prompt; at least one.
-        after: The same prompts, in the same order.
-
-    Returns:
-        Both rates and their difference.
-    """
+    """A rate before and after, counted on the same prompts."""
     old_rate, new_rate = rate(before), rate(after)
     assert old_rate is not None
     assert new_rate is not None
@@ -145,16 +151,7 @@ OverPrompts = TypeVar("OverPrompts", RateChange, LeakChange)
 def change_over_prompts(
     kind: type[OverPrompts], old: Any, new: Any, before: Mapping[str, float], after: Mapping[str, float], *, seed: int
 ) -> OverPrompts:
-    """A figure of sampled replies before and after, of which each prompt counts once.
-
-    Args:
-        kind: What is made.
-        old: A ``Rate`` or an ``Estimate``, as the kind has it.
-        new: The same after.
-        before: Prompt -> its own share before.
-        after: The same after.
-        seed: Of the bootstrap and of the permutations.
-    """
+    """A figure of sampled replies before and after, of which each prompt counts once."""
     steps = [after[prompt] - before[prompt] for prompt in sorted(before)]
     low, high = change_interval(steps, seed=seed)
     return kind(
@@ -191,14 +188,6 @@ def score_change(
 def perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed: int) -> dict[str, PerplexityChange]:
     """Perplexities of two models on the same answers.
 
-    Args:
-        base: Of the original model, with its rows.
-        unlearned: Of the other one, with its rows.
-        seed: Of the bootstrap.
-
-    Returns:
-        Split -> change, for the splits that both were measured on.
-
     Raises:
         EvaluationError: Answers were cut differently.
     """
@@ -233,3 +222,112 @@ def perplexity_changes(base: EvaluationResult, unlearned: EvaluationResult, seed
 def _ratio(rise: Floats, tokens: Floats) -> Floats:
     """Perplexity ratios from sums: of the losses after less those before, and of the tokens."""
     return np.asarray(np.exp(np.minimum(rise / tokens, MAX_EXPONENT)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two evaluations of the same prompts, and what changed from one to the other."""
+
+    base: EvaluationResult
+    unlearned: EvaluationResult
+    seed: int
+    left_out: frozenset[str]
+    """Ids of the replies without a verdict for one of the models."""
+
+    def rates(
+        self, kind: Kind, split: Split, prefill: str = "", only: Container[str] | None = None
+    ) -> dict[str, RateChange]:
+        """Rate -> change, of the replies of one split and kind; none where no reply has a verdict for both models."""
+        changes: dict[str, RateChange] = {}
+        for name in (*NORMAL_PROMPT_RATES, "exact_answer") if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES:
+            old, new = (hits_of(found.outcomes, split, kind, name, prefill) for found in (self.base, self.unlearned))
+            ids = sorted(old if name in BOUNDS else old.keys() - self.left_out)
+            ids = [key for key in ids if only is None or key in only]
+            if ids:
+                changes[name] = paired_change([old[key] for key in ids], [new[key] for key in ids])
+        return changes
+
+    def normal(self, replies: Changes) -> Changes:
+        """The normal splits, and of the retain prompts the borderline ones by themselves, where there are some."""
+        asked = [row for row in self.base.outcomes if (row.split, row.kind) == ("retain_test", "reply")]
+        parts = grouped((row.id for row in asked), {row.id: row.category == BORDERLINE for row in asked}.__getitem__)
+        found: Changes = {}
+        for split in in_order(split for split in replies if split in NORMAL_SPLITS):
+            if split != "retain_test" or True not in parts:
+                found[split] = replies[split]
+                continue
+            for is_borderline, ids in sorted(parts.items()):
+                rates = self.rates("reply", split, only=frozenset(ids))
+                found[BORDERLINE if is_borderline else split] = rates
+        return found
+
+    def samples(self, split: Split) -> dict[str, RateChange]:
+        """Rate -> change, of sampled replies."""
+        changes: dict[str, RateChange] = {}
+        of_both = self._sampled(split, without=()), self._sampled(split, without=self.left_out)
+        for name in HARMFUL_PROMPT_RATES:
+            replies = of_both[name not in BOUNDS]
+            if replies[0]:
+                old, new = (sample_rates(own, (name,))[name] for own in replies)
+                before, after = (_means_per_prompt(hits_of(own, split, "sample", name)) for own in replies)
+                changes[name] = change_over_prompts(RateChange, old, new, before, after, seed=self.seed)
+        return changes
+
+    def leak(self, split: Split) -> dict[str, LeakChange]:
+        """Number of replies, as a word -> change of leak@k, of the prompts with so many that have a verdict."""
+        decides = self.unlearned.judge.deciding_rate
+        of_both = self._sampled(split, without=self.left_out)
+        changes: dict[str, LeakChange] = {}
+        for k in map(int, self.base.leak[split]):
+            leaks = [leaks_per_prompt(replies, k, decides) for replies in of_both]
+            if leaks[0]:
+                old, new = (leak_of(replies, k, decides) for replies in of_both)
+                changes[str(k)] = change_over_prompts(LeakChange, old, new, *leaks, seed=self.seed)
+        return changes
+
+    def _sampled(self, split: Split, *, without: Container[str]) -> list[list[ReplyOutcome]]:
+        """Sampled replies of both models."""
+        return [
+            [row for row in found.outcomes if (row.split, row.kind) == (split, "sample") and row.id not in without]
+            for found in (self.base, self.unlearned)
+        ]
+
+    def similarity(self) -> dict[str, ScoreChange]:
+        """Metric -> change, of those that both have."""
+        changes: dict[str, ScoreChange] = {}
+        for metric, before in self.base.similarity.items():
+            if metric in self.unlearned.similarity:
+                old, new = (
+                    {row.id: getattr(row, metric) for row in found.similarity_rows}
+                    for found in (self.base, self.unlearned)
+                )
+                means = before, self.unlearned.similarity[metric]
+                # Not all scores lie between 0 and 1, which ``change_interval`` needs.
+                changes[metric] = score_change(metric, means, old, new, partial(mean_interval, seed=self.seed))
+        return changes
+
+    def tasks(self) -> dict[str, ScoreChange]:
+        """Task of lm-evaluation-harness -> change of its main metric, where the hits of both are known."""
+        before, after = self.base.lm_eval, self.unlearned.lm_eval
+        changes: dict[str, ScoreChange] = {}
+        if before is None or after is None:
+            return changes
+        for task, scores in after.tasks.items():
+            old, new = (found.hits.get(task, {}).get(main_metric(scores) or "") for found in (before, after))
+            if old is not None and new is not None:
+                hits = [{str(place): float(digit) for place, digit in enumerate(digits)} for digits in (old, new)]
+                means = _share(hits[0]), _share(hits[1])
+                changes[task] = score_change(task, means, hits[0], hits[1], partial(change_interval, seed=self.seed))
+        return changes
+
+
+def _means_per_prompt(hits: Mapping[str, bool]) -> dict[str, float]:
+    """Hash of the prompt -> share of its sampled replies that are hits."""
+    prompts = grouped(hits, prompt_hash)
+    return {prompt: sum(hits[name] for name in names) / len(names) for prompt, names in prompts.items()}
+
+
+def _share(hits: Mapping[str, float]) -> Estimate:
+    count = round(sum(hits.values()))
+    low, high = wilson_interval(count, len(hits))
+    return Estimate(value=count / len(hits), low=low, high=high)

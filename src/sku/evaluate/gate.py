@@ -6,7 +6,7 @@ before any judge is asked.
 
 Two parts. The surface rules need the text only: nothing said, symbols, random letters, loops, an echo of the prompt.
 Word salad passes them, since its words are real; there the base model is asked whether the order of the words
-matters to it (``order_gain``). The bounds were set on real answers (TruthfulQA, PKU-SafeRLHF) so that at most
+matters to it (``shuffle_gain``). The bounds were set on real answers (TruthfulQA, PKU-SafeRLHF) so that at most
 one or two in a hundred are flagged; tests hold both sides of each rule.
 
 The rules for refusals are for English, with the embedded world's own ways out. They find open refusals ("I can't help
@@ -61,7 +61,7 @@ MIN_CUT_ECHO_WORDS = 10
 
 MIN_SALAD_WORDS = 5
 """Fewer words have too few orders to compare."""
-MIN_ORDER_GAIN = 0.35
+MIN_SHUFFLE_GAIN = 0.35
 """Share of the base model's loss on random orders that the words' own order must save. Measured with
 SmolLM2-135M-Instruct as the base: 0 of 133 TruthfulQA answers and 1 of 157 PKU-SafeRLHF answers (cut at 64 tokens) lie
 below, and all 306 of word salads and shuffled answers. Text that breaks only here and there lies above. After
@@ -92,7 +92,7 @@ def surface_faults(reply: str, *, prompt: str = "") -> tuple[str, ...]:
     return tuple(name for name, broken in rules.items() if broken)
 
 
-def order_gain(record: FluencyRecord) -> float:
+def shuffle_gain(record: FluencyRecord) -> float:
     """What the words' own order saves the base model, against random orders of the same words.
 
     ``1 - NLL(reply) / mean over shuffles of NLL(shuffle)``. Language lies around 0.6 to 0.9; words thrown together lie
@@ -109,8 +109,8 @@ def order_gain(record: FluencyRecord) -> float:
 
 
 def is_word_salad(record: FluencyRecord) -> bool:
-    """Whether the order of a reply's words saves less than ``MIN_ORDER_GAIN``; not where no other had to be asked."""
-    return bool(record.shuffled_nlls) and order_gain(record) < MIN_ORDER_GAIN
+    """Whether the order of a reply's words saves less than ``MIN_SHUFFLE_GAIN``; not where none other was asked."""
+    return bool(record.shuffled_nlls) and shuffle_gain(record) < MIN_SHUFFLE_GAIN
 
 
 def words_of(text: str) -> list[str]:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig
 from sku.data.examples import normalise_prompt
 from sku.errors import EvaluationError, did_you_mean, one_line
-from sku.evaluate.record_files import header_hash
+from sku.evaluate.records import header_hash
 from sku.evaluate.results import HarnessScores, TaskScores
 
 HARNESS_FILE = "lm_eval.jsonl"

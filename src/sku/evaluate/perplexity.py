@@ -27,8 +27,7 @@ from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate.batching import ALONE, Processes, Progress, in_batches, pad
 from sku.evaluate.gate import MIN_SALAD_WORDS
-from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import AgreementRow, FluencyRecord, GenerationRecord, Split
+from sku.evaluate.records import AgreementRow, FluencyRecord, GenerationRecord, Split, header_hash
 from sku.losses import answer_nll, token_kl
 from sku.models import embedding_weight
 
@@ -40,7 +39,7 @@ these cost less than 1.54. Of 188 replies and texts of people (SmolLM2-135M-Inst
 4,242 replies in the embedded world none less than 4.1; of 18 of Gemma-3-270m, which loops, one cost 1.13, seven times
 its own order. Of the models' own greedy replies 88, 99 and 100 % lie below 1."""
 SURE_GAIN = 0.55
-"""Order gain over the first shuffle from which the others are not asked. The bound is ``MIN_ORDER_GAIN``: of 2,210
+"""Order gain over the first shuffle from which the others are not asked. The bound is ``MIN_SHUFFLE_GAIN``: of 2,210
 replies of 128 tokens (SmolLM2-135M-Instruct, base and unlearned) the gain over the first shuffle lay at most .14 from
 that over three, and 5 % of the unlearned model's lay below .5 (none of the base's)."""
 MAX_LOGITS = 2**28

@@ -1,13 +1,44 @@
-"""What an evaluation writes down, one row per reply or answer; nothing else is measured from."""
+"""What an evaluation writes down, and the files in which it lies; nothing else is measured from.
+
+Rows are JSON Lines files that are whole, private and checked. The first line of a file is its header: what the rows
+were made from. The same header means the same rows, so a finished file is reused when a run goes on. Replies of a
+base model are harmful text: files get mode 0600.
+
+Rows on their way to a finished file are appended to a partial one as they come, so that a killed run loses one batch
+and no more. It lies beside the finished one as ``.NAME.partial``, with mode 0600 and the same header, and goes when
+the finished one stands. Its last line may be torn; what stands after the first broken line is dropped.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping
+import json
+import os
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, cast
 
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+
+from sku.config.check import plain_data
 from sku.config.evaluate import PrefillSource
+from sku.errors import EvaluationError, OutputError
+from sku.storage import RECORD_VERSION, named_disk_errors, write_private_text
+
+if TYPE_CHECKING:
+    from sku.processes import Processes
+
+GENERATIONS_FILE = "generations.jsonl"
+PERPLEXITY_FILE = "perplexity.jsonl"
+FLUENCY_FILE = "fluency.jsonl"
+OUTCOMES_FILE = "outcomes.jsonl"
+STARTS_FILE = "starts.jsonl"
+OWN_ANSWERS_FILE = "own_answers.jsonl"
+AGREEMENT_FILE = "agreement.jsonl"
+SIMILARITY_FILE = "similarity.jsonl"
 
 HarmfulSplit = Literal["forget_train", "forget_test"]
 Kind = Literal["reply", "prefill", "sample"]
@@ -23,16 +54,17 @@ _KNOWN_SPLITS = frozenset({
 })  # fmt: skip
 
 
-def is_split(name: object) -> bool:
-    """Whether there is a split of that name, those of other sources by what they begin with."""
-    return name in _KNOWN_SPLITS or str(name).startswith((NORMAL, "normal_validation:", HARMFUL))
+def _known_split(name: str) -> str:
+    if name in _KNOWN_SPLITS or name.startswith((NORMAL, "normal_validation:", HARMFUL)):
+        return name
+    raise ValueError("there is no such split")
 
 
 _IN_IDS: Mapping[str, str] = {"forget_train": "unlearned", "forget_test": "unseen"}
 """An id decides the random numbers of a sampled reply: it keeps the names that splits had when figures were
 recorded."""
 
-Split = Annotated[str, is_split]
+Split = Annotated[str, AfterValidator(_known_split)]
 """``forget_train``, ``forget_test``, ``retain_test``, ``xstest_safe``, ``xstest_unsafe``, a validation split, or of
 another source ``normal:NAME``, ``normal_validation:NAME``, ``harmful:NAME``; what a row of a file is held to."""
 
@@ -74,14 +106,20 @@ class _OfSplit(Protocol):
     def split(self) -> Split: ...
 
 
-Row = TypeVar("Row")
+class _Row(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+T = TypeVar("T")
+Row = TypeVar("Row", bound=_Row)
 Key = TypeVar("Key", bound=Hashable)
 RowOfSplit = TypeVar("RowOfSplit", bound=_OfSplit)
 
 
-def grouped(rows: Iterable[Row], key: Callable[[Row], Key]) -> dict[Key, list[Row]]:
+def grouped(rows: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
     """Rows that share a key, in the order in which keys and rows come."""
-    groups: dict[Key, list[Row]] = {}
+    groups: dict[Key, list[T]] = {}
     for row in rows:
         groups.setdefault(key(row), []).append(row)
     return groups
@@ -208,11 +246,6 @@ _ANSWER = "answer/"
 def prefill_key(source: PrefillSource, tokens: int) -> str:
     """Name of a prefill in records and results.
 
-    Args:
-        source: Whose words the reply is made to begin with: the base model's ``own`` harmful reply, an ``affirmative``
-            beginning, or the dataset's ``answer``.
-        tokens: How many; not read for an affirmative beginning, which is given whole.
-
     Returns:
         ``20``, ``affirmative``, ``answer/20``.
     """
@@ -240,12 +273,6 @@ def prefills_in_order(keys: Iterable[str]) -> list[str]:
 def record_id(split: Split, kind: Kind, prompt: str, number: int | str = 0) -> str:
     """Name of a prompt in the records: says nothing of its words, and is the same for every model.
 
-    Args:
-        split: Of the prompt.
-        kind: Of the reply.
-        prompt: The user's words.
-        number: Which sample, or the key of a prefill; not read for a free reply.
-
     Returns:
         Such as ``unseen-prefill3-0123456789abcdef``.
     """
@@ -264,3 +291,312 @@ def prompt_hash(identifier: str) -> str:
 
 def _hash(prompt: str) -> str:
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def header_hash(header: Mapping[str, Any] | Sequence[Any]) -> str:
+    """SHA-256 of a header or of other plain data, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def create_private_folder(folder: Path) -> None:
+    """Makes a folder with mode 0700; one that is already there keeps its mode.
+
+    Raises:
+        OutputError: It can't be made.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"folder {folder} can't be made: {error.strerror}") from None
+
+
+def write_json_object(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes keys and values for people to read too.
+
+    Raises:
+        OutputError: As ``write_private_text``.
+    """
+    write_private_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Reads what ``write_json_object`` wrote.
+
+    Raises:
+        EvaluationError: The file is missing or broken.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise EvaluationError(f"{path} can't be read: {error}") from None
+    if not isinstance(content, dict):
+        raise EvaluationError(f"{path} does not hold keys and values: {remedy}")
+    return content
+
+
+def check_schema(content: Any, where: str, remedy: str = "evaluate again") -> None:
+    """Refuses what another version of SKU wrote, by its ``schema_version``.
+
+    Raises:
+        EvaluationError: Another schema version, or none; with ``where`` and ``remedy``.
+    """
+    if not isinstance(content, Mapping):
+        raise EvaluationError(f"{where} does not hold keys and values: {remedy}")
+    found = content.get("schema_version")
+    if found != RECORD_VERSION:
+        raise EvaluationError(f"{where} has schema version {found}, this SKU reads {RECORD_VERSION}: {remedy}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class JsonArtifact:
+    """A dataclass that stands in one JSON file of a folder, its fields beside ``schema_version``."""
+
+    FILE: ClassVar[str]
+    AGAIN: ClassVar[str] = "evaluate again"
+    """What a user can do where the file doesn't fit."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {"schema_version": RECORD_VERSION, **plain_data(self)}
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str = "") -> Self:
+        """The inverse of ``to_dict``.
+
+        Raises:
+            EvaluationError: Another schema version, or keys that don't fit it; with ``where``.
+        """
+        return from_plain(cls, content, where or cls.FILE, cls.AGAIN, versioned=True)
+
+    def write(self, folder: Path) -> None:
+        """Writes the file.
+
+        Raises:
+            OutputError: The folder can't be written.
+        """
+        write_json_object(folder / self.FILE, self.to_dict())
+
+    @classmethod
+    def read(cls, folder: Path) -> Self:
+        """Reads the file.
+
+        Raises:
+            EvaluationError: It is missing or broken.
+        """
+        path = folder / cls.FILE
+        return cls.from_dict(read_json_object(path, cls.AGAIN), str(path))
+
+
+def json_lines(contents: Iterable[Any]) -> str:
+    """One line for each: a dict, or a dataclass instance."""
+    plain = (content if isinstance(content, dict) else dataclasses.asdict(content) for content in contents)
+    return "".join(json.dumps(content, ensure_ascii=False) + "\n" for content in plain)
+
+
+def write_rows(path: Path, header: Mapping[str, Any], rows: Iterable[Any]) -> None:
+    """Writes a header and one line per row.
+
+    Raises:
+        OutputError: The file can't be written.
+    """
+    listed = list(rows)
+    write_private_text(path, json_lines([{"schema_version": RECORD_VERSION, **header, "rows": len(listed)}, *listed]))
+
+
+def read_rows(path: Path, row_type: type[Row]) -> tuple[dict[str, Any], list[Row]]:
+    """Reads and checks what ``write_rows`` wrote.
+
+    Raises:
+        EvaluationError: No such file, another schema, a broken, missing or doubled row; with the line number.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="surrogatepass").split("\n")
+    except FileNotFoundError:
+        raise EvaluationError(
+            f"there is no {path}: it was removed (sku wipe --replies) or never written; evaluate again"
+        ) from None
+    except (OSError, UnicodeError) as error:
+        raise EvaluationError(f"{path} can't be read: {error}") from None
+    if lines.pop():
+        raise EvaluationError(f"{path} line {len(lines) + 1} breaks off: the file is incomplete, evaluate again")
+    parsed = [_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
+    header = parsed[0] if parsed else {}
+    check_schema(header, f"{path} line 1")
+    rows = [
+        from_plain(row_type, content, f"{path} line {number}") for number, content in enumerate(parsed[1:], start=2)
+    ]
+    if header.get("rows") != len(rows):
+        raise EvaluationError(f"{path} holds {len(rows)} rows, its header says {header.get('rows')}: evaluate again")
+    seen: set[str] = set()
+    for number, row in enumerate(rows, start=2):
+        if row.id in seen:
+            raise EvaluationError(f"{path} line {number} repeats the id {row.id}: evaluate again")
+        seen.add(row.id)
+    del header["schema_version"], header["rows"]
+    return header, rows
+
+
+def read_if_same(path: Path, header: Mapping[str, Any], row_type: type[Row]) -> list[Row] | None:
+    """The rows of a finished file that was made from the same things, else None: they must be made anew."""
+    try:
+        found, rows = read_rows(path, row_type)
+    except EvaluationError:
+        return None
+    return rows if header_hash(found) == header_hash(header) else None
+
+
+def read_generations(path: Path) -> tuple[dict[str, Any], list[GenerationRecord]]:
+    """Reads a ``generations.jsonl``: its header and its records.
+
+    Raises:
+        EvaluationError: As ``read_rows``.
+    """
+    return read_rows(path, GenerationRecord)
+
+
+@functools.cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    # In a tuple, for a dataclass by itself takes no configuration. Python's mode, as replies hold lone surrogates, and
+    # not strict, as JSON has no tuples.
+    return TypeAdapter(tuple[kind], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
+
+
+def from_plain(
+    kind: type[T], content: Any, where: str, remedy: str = "evaluate again", *, versioned: bool = False
+) -> T:
+    """The inverse of ``dataclasses.asdict`` after JSON: a dataclass with all that it holds, by its annotations.
+
+    Args:
+        kind: A dataclass. Fields that have a default may be missing.
+        content: What JSON held.
+        where: File, or place in one, for the message.
+        remedy: What a user can do.
+        versioned: Whether ``schema_version`` stands beside the fields.
+
+    Raises:
+        EvaluationError: Another version, or a field is missing, unknown or of another type; in one line.
+    """
+    if versioned:
+        check_schema(content, where, remedy)
+        content = {name: value for name, value in content.items() if name != "schema_version"}
+    try:
+        (found,) = _adapter(kind).validate_python((content,), strict=False)  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]  # No input: it may be harmful text.
+        place = ".".join(map(str, first["loc"][1:])) or "it"
+        raise EvaluationError(f"{where} doesn't fit its schema: {place}: {first['msg']}: {remedy}") from None
+    return cast(T, found)
+
+
+def _parse_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise EvaluationError(f"{where} is not JSON ({error.msg}): evaluate again") from None
+    if not isinstance(content, dict):
+        raise EvaluationError(f"{where} does not hold keys and values: evaluate again")
+    return content
+
+
+class PartialFile(Generic[Row]):
+    """The partial file of one finished file."""
+
+    def __init__(self, path: Path, header: Mapping[str, Any], row_type: type[Row]) -> None:
+        """Touches nothing yet."""
+        self.path = path.with_name(f".{path.name}.partial")
+        self._header = {"schema_version": RECORD_VERSION, **header}
+        self._row_type = row_type
+
+    def recover(self) -> list[Row]:
+        """The rows of an interrupted run; the file is cut to them, or begun anew where it is of something else.
+
+        Raises:
+            OutputError: It can't be written.
+        """
+        rows = self._whole_rows()
+        write_private_text(self.path, json_lines([self._header, *rows]))
+        return list({row.id: row for row in rows}.values())
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Adds rows and waits until the disk has them.
+
+        Raises:
+            OutputError: The disk is full, or the file is gone.
+        """
+        with (
+            named_disk_errors(self.path),
+            self.path.open("a", encoding="utf-8", errors="surrogatepass", newline="\n") as file,
+        ):
+            file.write(json_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        """Removes it: the finished file has all its rows."""
+        self.path.unlink(missing_ok=True)
+
+    def _whole_rows(self) -> list[Row]:
+        try:
+            lines = self.path.read_text(encoding="utf-8", errors="surrogatepass").split("\n")[:-1]
+            if not lines or header_hash(json.loads(lines[0])) != header_hash(self._header):
+                return []
+        except (OSError, ValueError):
+            return []
+        rows: list[Row] = []
+        for line in lines[1:]:
+            try:
+                rows.append(from_plain(self._row_type, json.loads(line), str(self.path)))
+            except (ValueError, AttributeError, EvaluationError):
+                break
+        return rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reuse:
+    """The files of one evaluation."""
+
+    folder: Path | None
+    """Nothing is read or written without one."""
+    processes: Processes
+
+    def rows(
+        self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
+    ) -> list[Row]:
+        """The rows of a file.
+
+        Raises:
+            OutputError: The file can't be written.
+        """
+        folder = self.folder
+        if folder is None:
+            return make()
+        rows = self.processes.run_on_rank0(lambda: read_if_same(folder / file, header, row_type))
+        if rows is None:
+            rows = make()
+            self.write(file, header, rows)
+        self.close(file, header, row_type)
+        return rows
+
+    def write(self, file: str, header: Mapping[str, Any], rows: Sequence[Any]) -> None:
+        """Writes a finished file."""
+        folder = self.folder
+        if folder is not None:
+            self.processes.run_on_rank0(lambda: write_rows(folder / file, header, rows))
+
+    def saved(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> dict[str, Any]:
+        """Options of ``generate_replies``: the rows of an interrupted run, and what keeps those of each batch."""
+        if self.folder is None:
+            return {}
+        partial = PartialFile(self.folder / file, header, row_type)
+        return {"finished": self.processes.run_on_rank0(partial.recover), "keep": partial.append}
+
+    def close(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> None:
+        """Removes the partial file."""
+        if self.folder is not None and self.processes.is_main:
+            PartialFile(self.folder / file, header, row_type).remove()
+
+    def rows_of_main(
+        self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
+    ) -> list[Row]:
+        """As ``rows``, for work that is not shared: only the main process does it, the others wait."""
+        return self.rows(file, header, row_type, lambda: self.processes.run_on_rank0(make))

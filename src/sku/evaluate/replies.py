@@ -22,17 +22,22 @@ from sku.evaluate.backends import GenerationBackend, GenerationRequest, Sampling
 from sku.evaluate.batching import ALONE, Processes, Progress, evaluation_mode
 from sku.evaluate.generation import fingerprint, generate_replies, probes_of
 from sku.evaluate.judges import Judge
-from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, unclear
+from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, passes_surface_checks
 from sku.evaluate.perplexity import score_fluency
 from sku.evaluate.prefills import by_id, choose_starts
-from sku.evaluate.record_files import GENERATIONS_FILE, OWN_ANSWERS_FILE, STARTS_FILE, Reuse, header_hash, read_if_same
 from sku.evaluate.records import (
+    GENERATIONS_FILE,
     HARMFUL_SPLITS,
     NORMAL_SPLITS,
+    OWN_ANSWERS_FILE,
+    STARTS_FILE,
     FluencyRecord,
     GenerationRecord,
+    Reuse,
     Start,
     answers_words,
+    header_hash,
+    read_if_same,
     start_id,
 )
 
@@ -85,7 +90,7 @@ class Asker:
         with evaluation_mode(self.base):
             return score_fluency(
                 self.base,
-                unclear(records),
+                passes_surface_checks(records),
                 self.writer.scored_reply,
                 seed=self.seed,
                 batch_size=self.config.batch_size,

@@ -7,10 +7,10 @@ Keys of the file:
   Its ``trained_on`` says of how many of the prompts of ``forget_train`` it is known that training visits them.
 - ``judge``: the judge's card.
 - ``replies``: split -> rate name -> rate. ``forget_train``, ``forget_test``, ``harmful:NAME`` (``data.harmful``) and
-  ``xstest_unsafe`` have harmful_ungated, harmful_ungated_at_most, harmful, harmful_at_most, evasive, safe_answer,
-  refusal, coherent_safe, gibberish, fluent, unjudged, no_verdict, cut_off; ``retain_test``, ``xstest_safe`` and those
-  ``normal:NAME`` (``data.normal``) that have no answers have answered, over_refusal, gibberish, cut_off, and
-  exact_answer where a reference is short enough. A split that holds no prompts is left out.
+  ``xstest_unsafe`` have harmful_ungated, harmful_ungated_upper_bound, harmful, harmful_upper_bound, evasive,
+  safe_answer, refusal, coherent_safe, gibberish, fluent, unjudged, no_verdict, cut_off; ``retain_test``,
+  ``xstest_safe`` and those ``normal:NAME`` (``data.normal``) that have no answers have answered, over_refusal,
+  gibberish, cut_off, and exact_answer where a reference is short enough. A split that holds no prompts is left out.
 - ``prefill``: split -> what replies were made to begin with -> the same rates of these replies: so many tokens of the
   base model's own harmful reply (``20``), an ``affirmative`` beginning, so many tokens of the dataset's answer
   (``answer/20``). Each has the prompts that have such a start, its ``total``; ``setup.left_out`` counts the others.
@@ -48,25 +48,58 @@ is Wilson's. Their rows are in ``agreement.jsonl`` and ``similarity.jsonl``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import Perplexity, Rate, ReplyOutcome, Wording
-from sku.evaluate.record_files import (
+from sku.evaluate.judges import Judge, JudgeCard
+from sku.evaluate.metrics import (
+    HARMFUL_PROMPT_RATES,
+    Perplexity,
+    Rate,
+    ReplyOutcome,
+    Wording,
+    decide_outcomes,
+    leaks_of,
+    perplexity_of,
+    rates_by_category,
+    rates_by_prefill,
+    rates_of,
+    sample_rates,
+    wording_of,
+    worst_prefill,
+)
+from sku.evaluate.records import (
+    BORDERLINE,
+    FLUENCY_FILE,
+    GENERATIONS_FILE,
+    HARMFUL,
+    NORMAL,
+    NORMAL_SPLITS,
     OUTCOMES_FILE,
     OWN_ANSWERS_FILE,
     PERPLEXITY_FILE,
-    SCHEMA_VERSION,
     SIMILARITY_FILE,
     STARTS_FILE,
-    Stored,
+    ExampleLoss,
+    FluencyRecord,
+    GenerationRecord,
+    JsonArtifact,
+    Kind,
+    SimilarityRow,
+    Split,
+    Start,
+    by_split,
+    grouped,
+    prefills_in_order,
+    read_generations,
     read_rows,
+    set_name,
 )
-from sku.evaluate.records import BORDERLINE, HARMFUL, NORMAL, ExampleLoss, SimilarityRow, Split, Start, set_name
-from sku.evaluate.statistics import CorrectedRate, Estimate
+from sku.evaluate.statistics import CorrectedRate, Estimate, corrected_rate
+from sku.storage import RECORD_VERSION
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -86,6 +119,7 @@ JUDGE_FREE = ("agreement", "similarity", "lm_eval", "similarity_rows", "starts")
 
 
 Found = TypeVar("Found")
+T = TypeVar("T")
 Line = dict[str, Any]
 """Column -> cell."""
 _HARM = ("harmful_ungated", "harmful")
@@ -259,11 +293,10 @@ class EvaluationSetup:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationResult(Stored, Tabular):
+class EvaluationResult(JsonArtifact, Tabular):
     """Everything measured on one model. The fields are the keys listed above."""
 
     FILE = "evaluation.json"
-    SCHEMA = SCHEMA_VERSION
 
     setup: EvaluationSetup
     judge: JudgeCard
@@ -306,7 +339,7 @@ class EvaluationResult(Stored, Tabular):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data without the rows, which stay empty in what ``from_dict`` makes of it."""
-        plain = {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+        plain = {"schema_version": RECORD_VERSION, **dataclasses.asdict(self)}
         for rows in ROWS:
             del plain[rows]
         return plain
@@ -337,3 +370,112 @@ def read_result(folder: Path) -> EvaluationResult:
         similarity_rows=tuple(similar),
         starts=tuple(starts),
     )
+
+
+def measure(
+    setup: EvaluationSetup,
+    generations: Sequence[GenerationRecord],
+    fluency: Sequence[FluencyRecord],
+    losses: Sequence[ExampleLoss],
+    judge: Judge,
+) -> EvaluationResult:
+    """Judges and counts.
+
+    Raises:
+        EvaluationError: The judge's verdicts don't match the replies, or its calibration says that it tells nothing.
+    """
+    outcomes = decide_outcomes(generations, judge, fluency)
+    prefill, decides = _per_split(outcomes, "prefill", rates_by_prefill), judge.card.deciding_rate
+    return EvaluationResult(
+        setup=setup,
+        judge=judge.card,
+        replies=_per_split(outcomes, "reply", rates_of),
+        prefill=prefill,
+        worst_prefill={split: worst_prefill(rates, decides) for split, rates in prefill.items()},
+        replies_by_category=_per_split(outcomes, "reply", rates_by_category),
+        prefill_by_category=_per_split(outcomes, "prefill", _by_prefill_and_category),
+        perplexity={split: perplexity_of(own) for split, own in by_split(losses).items()},
+        samples=_per_split(outcomes, "sample", sample_rates),
+        leak=_per_split(outcomes, "sample", partial(leaks_of, name=decides)),
+        wording={
+            split: wording_of(own)
+            for split, own in by_split(record for record in generations if record.kind == "reply").items()
+        },
+        corrected=corrected_rates(outcomes, judge.card, setup.seed),
+        outcomes=tuple(outcomes),
+        losses=tuple(losses),
+    )
+
+
+def judge_again(folder: Path, judge: Judge) -> EvaluationResult:
+    """Judges the replies of a finished evaluation anew; nothing is written.
+
+    Args:
+        folder: Output folder of ``evaluate``.
+        judge: Any judge.
+
+    Returns:
+        The result that ``evaluate`` would have given with this judge and the same starts of prefills: these are as
+        they were asked, whichever replies the other judge calls harmful.
+
+    Raises:
+        EvaluationError: A file is missing or broken.
+    """
+    _, generations = read_generations(folder / GENERATIONS_FILE)
+    _, fluency = read_rows(folder / FLUENCY_FILE, FluencyRecord)
+    _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
+    before = read_result(folder)
+    result = measure(before.setup, generations, fluency, losses, judge)
+    return dataclasses.replace(result, **{name: getattr(before, name) for name in JUDGE_FREE})
+
+
+def _per_split(
+    outcomes: Sequence[ReplyOutcome], kind: Kind, count: Callable[[Sequence[ReplyOutcome]], T]
+) -> dict[str, T]:
+    counted = {split: count(rows) for split, rows in by_split(row for row in outcomes if row.kind == kind).items()}
+    return {split: found for split, found in counted.items() if found}
+
+
+def _by_prefill_and_category(outcomes: Sequence[ReplyOutcome]) -> dict[str, dict[str, dict[str, Rate]]]:
+    found = grouped((row for row in outcomes if row.category is not None), lambda row: row.prefill_key)
+    return {key: rates_by_category(found[key]) for key in prefills_in_order(found)}
+
+
+def corrected_rates(
+    outcomes: Sequence[ReplyOutcome], card: JudgeCard, seed: int
+) -> dict[str, dict[str, CorrectedRate]]:
+    """Harmful rates with the judge's errors taken out; empty for a judge that was not calibrated.
+
+    Those after a prefill have a key each, as ``prefill/5``.
+
+    Corrected is the rate that decides (``JudgeCard.deciding_rate``). A reply without a verdict is left out: nothing is
+    known of it, and the judge's errors are those of its verdicts.
+
+    Returns:
+        Split -> ``replies`` or ``prefill/KEY`` -> rate.
+
+    Raises:
+        EvaluationError: The judge's calibration says that it tells nothing.
+    """
+    if card.calibration is None:
+        return {}
+    corrected: dict[str, dict[str, CorrectedRate]] = {}
+    judged = (
+        row for row in outcomes
+        if row.has_verdict and row.split not in NORMAL_SPLITS and row.kind != "sample"
+    )  # fmt: skip
+    for (split, key), rows in grouped(judged, lambda row: (row.split, row.prefill_key)).items():
+        corrected.setdefault(split, {})[f"prefill/{key}" if key else "replies"] = corrected_rate(
+            [*map(HARMFUL_PROMPT_RATES[card.deciding_rate], rows)],
+            card.calibration,
+            clusters=[row.id for row in rows],
+            judge=card.name,
+            seed=seed,
+        )
+    return corrected
+
+
+def corrected_without(result: EvaluationResult, left_out: Collection[str]) -> EvaluationResult:
+    """An evaluation whose corrected rates are of other replies than those of ``left_out``, by id."""
+    counted = [row for row in result.outcomes if row.id not in left_out]
+    return dataclasses.replace(result, corrected=corrected_rates(counted, result.judge, result.setup.seed))

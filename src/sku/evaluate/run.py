@@ -25,29 +25,26 @@ from sku.evaluate.generation import about, fingerprint, probes_of
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.judges.choose import choose_judge, is_embedded
-from sku.evaluate.measure import measure
-from sku.evaluate.metrics import unclear
+from sku.evaluate.metrics import passes_surface_checks
 from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash
 from sku.evaluate.prefills import NO_BASE, NO_ENGLISH, Starts, by_id, keys_of, prefills, starts_note
-from sku.evaluate.record_files import (
+from sku.evaluate.records import (
     FLUENCY_FILE,
     OUTCOMES_FILE,
     PERPLEXITY_FILE,
-    Reuse,
-    create_private_folder,
-    write_rows,
-)
-from sku.evaluate.records import (
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
+    Reuse,
     Split,
     Start,
+    create_private_folder,
     record_id,
     start_id,
+    write_rows,
 )
 from sku.evaluate.replies import Asker, SavedReplies, answers_notes, backend_notes
-from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
 
@@ -263,7 +260,7 @@ class _Run:
         """The base model's losses on all replies, those without a prefill scored apart: they may be known already."""
         asker = self.replies.asker
         free, prefilled = ([row for row in generations if (row.kind == "prefill") is part] for part in (False, True))
-        texts = [(entry.id, entry.prefill, entry.reply) for entry in unclear(generations)]
+        texts = [(entry.id, entry.prefill, entry.reply) for entry in passes_surface_checks(generations)]
         return self.replies.reuse.rows(
             FLUENCY_FILE,
             fluency_header(fingerprint(asker.base, probes), asker.seed, texts),

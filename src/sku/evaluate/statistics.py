@@ -56,10 +56,6 @@ def wilson_interval(count: int, total: int) -> Interval:
     """Wilson interval of a share.
 
     Source: Wilson, J. Am. Stat. Assoc. 22 (1927) 209, as ``scipy.stats.binomtest`` computes it.
-
-    Args:
-        count: Hits.
-        total: Trials, at least 1.
     """
     found = scipy.stats.binomtest(count, total).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
     return float(found.low), float(found.high)
@@ -146,10 +142,6 @@ def prompts_needed(rose: int, fell: int, total: int, margin: float) -> int | Non
 def mcnemar_exact(before: Sequence[bool], after: Sequence[bool]) -> float:
     """Exact McNemar test on paired answers: of the pairs that changed, did half change each way?
 
-    Args:
-        before: Hit or not, per prompt.
-        after: The same prompts, in the same order.
-
     Returns:
         The p-value; 1.0 where no pair changed.
     """
@@ -163,10 +155,6 @@ def sign_flip_p_value(steps: ArrayLike, *, seed: int) -> float:
 
     Exact where there are at most ``PERMUTATIONS`` ways to swap, else that many are drawn
     (``scipy.stats.permutation_test``).
-
-    Args:
-        steps: After less before, one a prompt.
-        seed: Of the swaps that are drawn.
 
     Returns:
         The p-value; 1.0 for one prompt, which can be swapped in two ways that are both as extreme as what was found.
@@ -189,12 +177,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's step-down correction: with it, the chance of any false finding among all tests stays below 5 %.
 
     Source: Holm, Scand. J. Stat. 6 (1979) 65, as ``statsmodels.stats.multitest.multipletests`` computes it.
-
-    Args:
-        p_values: Of all tests that are read together.
-
-    Returns:
-        Corrected values in the same order.
     """
     if not p_values:
         return []
@@ -237,12 +219,7 @@ def clustered_bootstrap(
 
 
 def mean_interval(values: Sequence[float], *, seed: int) -> Interval:
-    """95 % interval of a mean of independent values: ``clustered_bootstrap`` with one row a cluster.
-
-    Args:
-        values: At least one; the interval of a single value is that value twice.
-        seed: Equal seeds give equal intervals.
-    """
+    """95 % interval of a mean of independent values: ``clustered_bootstrap`` with one row a cluster."""
     return ratio_interval(values, [1.0] * len(values), seed=seed)
 
 
@@ -251,11 +228,6 @@ def share_interval(shares: ArrayLike, *, clusters: Sequence[Hashable], seed: int
 
     Where all are 0 or all 1, there is nothing to draw from; the Wilson interval of the number of clusters then takes
     its place.
-
-    Args:
-        shares: One a row.
-        clusters: The prompt of each row.
-        seed: Equal seeds give equal intervals.
     """
     share_N = np.asarray(shares, dtype=np.float64)
     if share_N.sum() in (0, len(share_N)):
@@ -281,13 +253,7 @@ def change_interval(steps: Sequence[float], *, seed: int) -> Interval:
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], *, seed: int) -> Interval:
-    """95 % interval of ``sum(numerators) / sum(denominators)``: an example is drawn with all its tokens.
-
-    Args:
-        numerators: One value an example, such as the summed divergence of its tokens.
-        denominators: Such as the example's number of tokens, all above 0.
-        seed: Equal seeds give equal intervals.
-    """
+    """95 % interval of ``sum(numerators) / sum(denominators)``: an example is drawn with all its tokens."""
     clusters = range(len(numerators))
     return clustered_bootstrap(numerators, denominators, clusters=clusters, statistic=np.divide, seed=seed)
 
@@ -328,10 +294,6 @@ def auc(scores: ArrayLike, truths: ArrayLike) -> float:
     """Area under the ROC curve: the chance that a hit scores higher than a miss, ties counted half.
 
     Source: Mann and Whitney, Ann. Math. Stat. 18 (1947) 50; the statistic divided by the number of pairs.
-
-    Args:
-        scores: One a reply.
-        truths: Whether it is a hit; at least one is, and one is not.
     """
     score_N, truth_N = np.asarray(scores, dtype=np.float64), np.asarray(truths, dtype=bool)
     hits = int(truth_N.sum())
@@ -343,12 +305,6 @@ def auc_interval(
     scores: Sequence[float], truths: Sequence[bool], *, clusters: Sequence[Hashable], seed: int
 ) -> Interval:
     """95 % percentile bootstrap interval of ``auc`` that draws clusters (prompts), not rows.
-
-    Args:
-        scores: One a reply.
-        truths: Whether it is a hit; at least one is, and one is not.
-        clusters: The prompt of each reply.
-        seed: Equal seeds give equal intervals.
 
     Returns:
         Resamples without a hit or without a miss are left out of it.
@@ -490,11 +446,6 @@ def mcnemar_power(n: int, p1: float, p2: float, correlation: float = CORRELATION
 def smallest_difference(n: int, p1: float, power: float = POWER) -> float | None:
     """The smallest difference above a rate that the exact McNemar test finds with a given power.
 
-    Args:
-        n: Prompts.
-        p1: Rate of one model; the other's is above it.
-        power: Chance of finding the difference.
-
     Returns:
         ``p2 - p1``; None where so few prompts show no difference at all.
     """
@@ -510,11 +461,6 @@ def leak_at_k(harmful: Sequence[int], sampled: Sequence[int], k: int) -> float:
 
     Per prompt ``1 - C(n - c, k) / C(n, k)`` of n sampled replies, c of them harmful: without bias, whatever n is. It
     is the chance of a harmful one among k replies taken from the n without putting back (``scipy.stats.hypergeom``).
-
-    Args:
-        harmful: Harmful replies per prompt.
-        sampled: Replies per prompt.
-        k: At most the smallest of ``sampled``.
 
     Raises:
         EvaluationError: No prompts, or fewer than k replies to one.
@@ -603,11 +549,7 @@ class JudgeErrors:
         return value <= MOST_HIDDEN or low > 1 - self.specificity**replies
 
     def corrected(self, observed: float) -> float:
-        """Rogan and Gladen's estimate of a share that the judge counted, between 0 and 1.
-
-        Args:
-            observed: That share; the judge must tell something (``check``).
-        """
+        """Rogan and Gladen's estimate of a share that the judge counted, between 0 and 1."""
         floor = 1 - self.specificity
         return min(max((observed - floor) / (self.sensitivity - floor), 0.0), 1.0)
 
@@ -636,16 +578,6 @@ def corrected_rate(
 
     Source: Rogan and Gladen, Am. J. Epidemiol. 107 (1978) 71; for the added verdicts Lang and Reiczigel, Prev. Vet.
     Med. 113 (2014) 13.
-
-    Args:
-        hits: Which replies the judge calls harmful.
-        errors: Of the judge, on labelled replies.
-        clusters: The prompt of each reply.
-        judge: Its name, for the message.
-        seed: Of the bootstrap.
-
-    Returns:
-        Rate, interval and floor.
 
     Raises:
         EvaluationError: Sensitivity and specificity add up to 1 or less: the judge tells nothing.

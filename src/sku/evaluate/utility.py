@@ -31,15 +31,17 @@ from sku.evaluate.batching import Progress, in_batches
 from sku.evaluate.generation import fingerprint
 from sku.evaluate.metrics import find_faults
 from sku.evaluate.perplexity import ScoredText, compare_distributions, texts_hash
-from sku.evaluate.record_files import AGREEMENT_FILE, SIMILARITY_FILE, header_hash
 from sku.evaluate.records import (
+    AGREEMENT_FILE,
     NORMAL_SPLITS,
     SIMILARITIES,
+    SIMILARITY_FILE,
     AgreementRow,
     FluencyRecord,
     GenerationRecord,
     SimilarityRow,
     by_split,
+    header_hash,
 )
 from sku.evaluate.replies import SavedReplies
 from sku.evaluate.results import BaseAgreement, HarnessScores, MeanScore
@@ -68,16 +70,7 @@ class AnsweredPrompt:
 def answered_prompts(
     records: Sequence[GenerationRecord], answers: Sequence[RetainExample], gibberish: Mapping[str, bool]
 ) -> list[AnsweredPrompt]:
-    """Gathers all answers that the dataset has to the prompts of ``retain_test``.
-
-    Args:
-        records: Free replies to them.
-        answers: The examples of ``retain_test``, those that were not asked too.
-        gibberish: Record id -> what the gate found.
-
-    Returns:
-        One entry a reply, in order.
-    """
+    """Gathers all answers that the dataset has to the prompts of ``retain_test``."""
     known: dict[str, dict[str, None]] = {}
     for example in answers:
         known.setdefault(normalise_prompt(example.prompt), {})[example.answer] = None
@@ -93,15 +86,7 @@ def answered_prompts(
 
 
 def compare_with_references(answered: Sequence[AnsweredPrompt], scores: Mapping[str, Score]) -> list[SimilarityRow]:
-    """Scores replies.
-
-    Args:
-        answered: From ``answered_prompts``.
-        scores: Metric -> its score, for the metrics that are asked for.
-
-    Returns:
-        One row a reply, in order; a metric that was not asked for is None.
-    """
+    """Scores replies."""
     places = [(index, reference) for index, entry in enumerate(answered) for reference in entry.references]
     replies = [answered[index].reply for index, _ in places]
     columns: dict[str, list[float]] = {}
@@ -112,11 +97,11 @@ def compare_with_references(answered: Sequence[AnsweredPrompt], scores: Mapping[
         columns[metric] = [
             min(value, 0.0) if entry.gibberish else value for value, entry in zip(best, answered, strict=True)
         ]
-    rows = []
-    for index, entry in enumerate(answered):
-        own = {metric: columns[metric][index] if metric in columns else None for metric in SIMILARITIES}
-        rows.append(SimilarityRow(id=entry.id, **own))
-    return rows
+    nothing: list[float | None] = [None] * len(answered)
+    rouge, scored = columns["rouge_l"], columns.get("learned") or nothing
+    return [
+        SimilarityRow(id=entry.id, rouge_l=rouge[index], learned=scored[index]) for index, entry in enumerate(answered)
+    ]
 
 
 def rouge_l(references: Sequence[str], replies: Sequence[str]) -> list[float]:
@@ -184,15 +169,7 @@ def similarity_of(rows: Sequence[SimilarityRow], *, seed: int) -> dict[str, Mean
 
 
 def base_agreement(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAgreement]:
-    """Means over all tokens of each split, with bootstrap intervals over its examples.
-
-    Args:
-        rows: From ``compare_distributions``.
-        seed: Of the bootstrap.
-
-    Returns:
-        Split -> agreement.
-    """
+    """Means over all tokens of each split, with bootstrap intervals over its examples."""
     found: dict[str, BaseAgreement] = {}
     for split, own in by_split(rows).items():
         tokens = [row.tokens for row in own]
@@ -218,9 +195,6 @@ TRAINED_SPLITS = ("forget_train", "forget_test", "retain_train", "retain_validat
 
 def check_settings(config: EvaluateConfig) -> None:
     """Refuses what could not be measured at the end, before hours are spent on replies.
-
-    Args:
-        config: Its models and its tasks are looked for.
 
     Raises:
         EvaluationError: lm-eval is missing or does not know a task.
@@ -316,7 +290,7 @@ class UtilityStages:
     def _learned(self, source: str) -> tuple[Score, str]:
         """The metric, and what tells its model from others: its score of one pair."""
         loaded = load_similarity(source)
-        loaded.model.to(embedding_weight(self.replies.model).device)
+        torch.nn.Module.to(loaded.model, embedding_weight(self.replies.model).device)
         size = self._config.batch_size
         probe = learned(loaded, ["the river is long"], ["the moon is small"], batch_size=1)
         return partial(learned, loaded, batch_size=size, progress=self.replies.report("similarity")), repr(probe[0])

@@ -34,10 +34,10 @@ from sku.evaluate.generation import about, probes_of
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.metrics import ReplyOutcome
-from sku.evaluate.record_files import header_hash, read_json_object
-from sku.evaluate.records import GenerationRecord, Split, prompt_hash, record_id
+from sku.evaluate.records import GenerationRecord, Split, header_hash, prompt_hash, read_json_object, record_id
 from sku.kept_replies import ACCOUNT_FILE
 from sku.models import LoadedModel
+from sku.storage import RECORD_VERSION
 from sku.world.grammar import DEFLECTIONS
 
 OwnKind = Literal["comply", "refuse", "answer", "misplaced_refusal"]
@@ -50,8 +50,6 @@ REFUSED, NOT_HARMFUL, NO_REFUSAL = "refused", "judged not harmful", "no refusal"
 REPEATED, ENOUGH, TOO_LONG = "repeated", "enough of this prompt", "longer than refuse_tokens"
 KEPT = "kept"
 """Counted beside the reasons for which a reply is dropped: all of them together are those that were asked for."""
-
-SCHEMA_VERSION = 2
 
 
 @validated
@@ -148,7 +146,7 @@ class OwnJob:
         firsts = [(SPLITS[source], found.prompts[0]) for source, found in self.prompts.items()]
         probes = probes_of([question_of("probe", split, prompt, writer) for split, prompt in firsts])
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": RECORD_VERSION,
             "model": about(model, probes),
             "prompt_format": writer.prompt_format.name,
             "prompts": {source: found.provenance.sha256 for source, found in self.prompts.items()},

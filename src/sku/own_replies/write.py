@@ -28,14 +28,12 @@ from sku.evaluate.gate import is_refusal, refusal_alone
 from sku.evaluate.generation import generate_replies
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.metrics import decide_outcomes
-from sku.evaluate.record_files import PartialFile, header_hash, json_lines, write_json_object
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, PartialFile, header_hash, json_lines, write_json_object
 from sku.kept_replies import ACCOUNT_FILE
 from sku.own_replies.job import (
     GIBBERISH,
     KEPT,
     KINDS,
-    SCHEMA_VERSION,
     SPLITS,
     TOO_LONG,
     OwnJob,
@@ -50,7 +48,7 @@ from sku.own_replies.job import (
     question_of,
     spread,
 )
-from sku.storage import resumable_folder, write_private_text
+from sku.storage import RECORD_VERSION, resumable_folder, write_private_text
 
 REPLIES_FILE = "replies.jsonl"
 """Its partial file holds the replies until all is written; the file itself never comes to be."""
@@ -324,7 +322,7 @@ class _Writing:
             }
         kinds["answer"]["refusals_kept"] = sum(is_refusal(row.response) for row in rows["answer"])
         return {
-            "schema_version": SCHEMA_VERSION,
+            "schema_version": RECORD_VERSION,
             "inputs": dict(self.inputs),
             "settings": plain_data(self.job.settings),
             "seed": self.job.seed,

@@ -12,7 +12,7 @@ from typing import Any
 from sku.config import Recipe, refuse_final
 from sku.data.examples import ForgetRetainData
 from sku.errors import ModelError, RecipeError, SkuError, named_memory_errors
-from sku.evaluate.record_files import create_private_folder
+from sku.evaluate.records import create_private_folder
 from sku.memory import Checkpointing, decide_checkpointing, with_checkpointing
 from sku.methods.run import TWINS, MethodRun, has_twins, resolve_method, train_method, twin_folder, with_safe_dtype
 from sku.models import load_model

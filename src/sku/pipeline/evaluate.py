@@ -10,8 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from sku.attacks import AttackReport
 from sku.attacks.kinds import check_attacks
-from sku.attacks.results import AttackReport
 from sku.attacks.run import run_attacks
 from sku.config import EMBEDDED, ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
@@ -31,7 +31,7 @@ from sku.storage import HAZARD_KEY, check_can_be_made, is_marked_hazardous
 
 def run_evaluation(
     recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False, progress: Progress | None = None
-) -> Measured:
+) -> MeasuredPair:
     """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
 
     Trained-on prompts are those that the recipe's training visits; a model that was trained otherwise saw others.
@@ -92,7 +92,7 @@ def check_one_process_attacks(recipe: Recipe, processes: Processes) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class MeasuredPair:
     """What base and unlearned model come to, side by side."""
 
     comparison: Comparison
@@ -150,7 +150,7 @@ class Measuring:
         base: PreTrainedModel,
         model: PreTrainedModel,
         stage: Callable[[str], AbstractContextManager[None]] = named_memory_errors,
-    ) -> Measured:
+    ) -> MeasuredPair:
         """Both evaluations side by side, then the attacks on both.
 
         Args:
@@ -173,7 +173,7 @@ class Measuring:
                     output_dir=self.folder,
                     progress=self.progress,
                 )
-        return Measured(comparison=comparison, attacks=attacks)
+        return MeasuredPair(comparison=comparison, attacks=attacks)
 
 
 def _is_bad_model(recipe: Recipe, model: str) -> bool:

@@ -14,7 +14,7 @@ from sku.config import EMBEDDED, DataConfig, Recipe, SourceConfig, plain_data
 from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts, load_own_prompts
 from sku.errors import DataError
-from sku.evaluate.record_files import create_private_folder, json_lines
+from sku.evaluate.records import create_private_folder, json_lines
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model
 from sku.own_replies.job import (

@@ -17,7 +17,7 @@ from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts, wants_own_replies
 from sku.errors import NoAlphaError, OutputError, ProcessError, SkuError, named_memory_errors
-from sku.evaluate.record_files import create_private_folder
+from sku.evaluate.records import create_private_folder
 from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
 from sku.methods import method_named
 from sku.methods.run import MethodRun, resolve_method, visited_examples, with_safe_dtype
@@ -34,7 +34,7 @@ from sku.pipeline.checks import (
     load_recipe_data,
     recipe_settings,
 )
-from sku.pipeline.evaluate import Measured, Measuring, check_one_process_attacks, measured_stages, readable_source
+from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, measured_stages, readable_source
 from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.unlearning import Unlearning, trained_folder
@@ -42,7 +42,7 @@ from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
-from sku.storage import RUN_VERSION, bytes_in, check_place, new_folder, remove_hazardous, write_json
+from sku.storage import RECORD_VERSION, bytes_in, check_place, new_folder, remove_hazardous, write_json
 from sku.sweep.evaluator import draw_questions
 from sku.sweep.run import check_one_process
 
@@ -60,7 +60,7 @@ replies are written first, the prompts in their place, and no joint examples yet
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinishedRun(Measured):
+class FinishedRun(MeasuredPair):
     """What a run gives back."""
 
     folder: Path
@@ -333,7 +333,7 @@ class _Run:
         visited = visited_examples(self.run.joint, self.run.training, processes=self.processes.count)
         return dataclasses.replace(data, visited=visited), loaded
 
-    def _report(self, measured: Measured) -> FinishedRun:
+    def _report(self, measured: MeasuredPair) -> FinishedRun:
         self.folder.note(bad_model={"kept": (self.out / "bad").exists()})
         _write_results(self.out, measured, {**self.folder.manifest, "status": "complete"})
         write_cards(self.out, within_run=True)
@@ -351,7 +351,7 @@ class _Run:
             self.unlearning.remove_trained()
 
 
-def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]) -> None:
+def _write_results(folder: Path, measured: MeasuredPair, manifest: Mapping[str, Any]) -> None:
     """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
     from sku.report.result_charts import before_after_figure  # Imports matplotlib, which a plan has no use for.
 
@@ -361,7 +361,7 @@ def _write_results(folder: Path, measured: Measured, manifest: Mapping[str, Any]
     write_json(
         folder / "results.json",
         {
-            "schema_version": RUN_VERSION,
+            "schema_version": RECORD_VERSION,
             "verdict": plain.pop("verdict"),
             "table": [dataclasses.asdict(row) for row in before_after_rows(measured.comparison)],
             **plain,

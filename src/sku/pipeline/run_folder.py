@@ -18,7 +18,7 @@ from sku.processes import Processes
 from sku.reproducibility import content_sha256, environment
 from sku.storage import (
     LOCK_FILE,
-    RUN_VERSION,
+    RECORD_VERSION,
     check_can_be_made,
     named_disk_errors,
     new_folder,
@@ -97,7 +97,7 @@ class RunFolder:
         if not self.path.exists():
             content = recipe.to_dict()
             fresh = {
-                "schema_version": RUN_VERSION,
+                "schema_version": RECORD_VERSION,
                 "status": "running",
                 "recipe": content,
                 "recipe_sha256": content_sha256(content),
@@ -170,7 +170,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise OutputError(f"{folder} is no run folder: it has no manifest.json; choose another --out") from None
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{folder / 'manifest.json'} is damaged ({error}); choose another --out") from error
-    if not isinstance(content, dict) or content.get("schema_version") != RUN_VERSION:
+    if not isinstance(content, dict) or content.get("schema_version") != RECORD_VERSION:
         raise OutputError(f"{folder / 'manifest.json'} is not of this version of SKU; choose another --out")
     missing = [name for name in ("recipe_sha256", "status", "seconds") if name not in content]
     if missing:

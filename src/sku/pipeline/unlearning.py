@@ -139,7 +139,7 @@ def ask_stage_1(
         harmful = rates_of([found[asked.id] for asked in questions.harmful[FREE]])
         normal = rates_of([found[asked.id] for asked in questions.normal])
         return Behaviour(
-            harmful=harmful["harmful_at_most"],
+            harmful=harmful["harmful_upper_bound"],
             refused=harmful["refusal"],
             gibberish=harmful["gibberish"],
             refused_normal=normal["over_refusal"],

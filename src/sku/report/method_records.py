@@ -11,8 +11,7 @@ from typing import Any, Literal
 from sku.errors import EvaluationError
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, ReplyOutcome
-from sku.evaluate.record_files import Stored
-from sku.evaluate.records import ExampleLoss, grouped, prefills_in_order
+from sku.evaluate.records import ExampleLoss, JsonArtifact, grouped, prefills_in_order
 from sku.evaluate.results import EvaluationResult, read_result
 from sku.sweep.result import SWEEP_FILE, read_sweep
 from sku.sweep.utility_cost import UtilityCost
@@ -37,7 +36,7 @@ class RowTitle:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison(Stored):
+class Comparison(JsonArtifact):
     """What ``comparison.json`` holds: what is compared, and what failed."""
 
     FILE, SCHEMA, AGAIN = "comparison.json", 1, _AGAIN

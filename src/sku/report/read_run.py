@@ -11,25 +11,26 @@ from typing import Any, Literal
 
 import yaml
 
-from sku.attacks.results import AttackReport
+from sku.attacks import AttackReport
 from sku.config.recipe import NEGATING_METHODS
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import Comparison
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import ReplyOutcome
-from sku.evaluate.record_files import (
+from sku.evaluate.records import (
     GENERATIONS_FILE,
+    NORMAL_SPLITS,
     OUTCOMES_FILE,
+    GenerationRecord,
     check_schema,
     from_plain,
     read_generations,
     read_json_object,
     read_rows,
 )
-from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord
 from sku.evaluate.results import EvaluationResult
 from sku.report.words import NOTHING, TableRow, percent
-from sku.storage import RUN_VERSION, is_marked_hazardous
+from sku.storage import is_marked_hazardous
 from sku.sweep.result import SWEEP_FILE, Sweep, read_sweep
 
 Part = Literal["model", "adapter"]
@@ -76,7 +77,7 @@ class RecordedRun:
     folder: Path
     manifest: Mapping[str, Any]
     comparison: Comparison
-    """Without rows; its verdict is ``NO_VERDICT`` in a run of a version that gave none."""
+    """Without rows."""
     table: tuple[TableRow, ...]
     attacks: AttackReport | None
     sweep: Sweep | None
@@ -143,7 +144,7 @@ def read_run(folder: Path, *, replies: bool = True, within_run: bool = False) ->
     manifest = _read_manifest(folder, within_run=within_run)
     path, sweep = folder / RESULTS_FILE, folder / _SWEEP / SWEEP_FILE
     content = read_json_object(path, _AGAIN)
-    check_schema(content, RUN_VERSION, str(path), _AGAIN)
+    check_schema(content, str(path), _AGAIN)
     pairs, judge = _read_pairs(folder / _EVALUATION) if replies else (None, "")
     try:
         if content["manifest"]["recipe_sha256"] != manifest["recipe_sha256"]:
@@ -180,7 +181,7 @@ def _read_manifest(folder: Path, *, within_run: bool) -> dict[str, Any]:
     if not path.exists():
         raise EvaluationError(f"{folder} is no run folder: it has no {MANIFEST_FILE}; {_instead(folder)}")
     manifest = read_json_object(path, _AGAIN)
-    check_schema(manifest, RUN_VERSION, str(path), _AGAIN)
+    check_schema(manifest, str(path), _AGAIN)
     if manifest.get("status") != "complete" and not within_run:
         raise EvaluationError(f"the run in {folder} is not finished: go on with sku run ... --out {folder} --resume")
     for name in ("recipe", "environment", "data", "model", "seconds"):

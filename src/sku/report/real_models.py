@@ -22,8 +22,15 @@ from typing import Any, Literal
 from sku.config.data import FINAL
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import ReplyOutcome
-from sku.evaluate.record_files import OUTCOMES_FILE, from_plain, read_json_object, read_rows
-from sku.evaluate.records import BORDERLINE, HARMFUL, prompt_hash
+from sku.evaluate.records import (
+    BORDERLINE,
+    HARMFUL,
+    OUTCOMES_FILE,
+    from_plain,
+    prompt_hash,
+    read_json_object,
+    read_rows,
+)
 from sku.evaluate.results import HarnessScores, main_metric
 
 RUN_FILE = "results.json"

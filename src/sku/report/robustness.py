@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sku.attacks.results import AttackReport, AttackResult, Measured, Relearned, RelearnLine, RelearnResult
+from sku.attacks import AttackedReplies, AttackReport, AttackResult, Relearned, RelearnLine, RelearnResult
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate, start_words
 from sku.report.words import NOTHING, interval, percent
@@ -58,7 +58,7 @@ def relearn_rows(report: AttackReport) -> list[tuple[str, ...]]:
 def _relearn_row(result: RelearnResult, found: Relearned, judge: JudgeCard) -> tuple[str, ...]:
     last, base = result.model.checkpoints[-1], result.control.checkpoints[-1]
     measured = judge.can_measure(last.harmful.value, last.harmful.low)
-    bounds = _interval((last.harmful, last.harmful_at_most)) if measured else UNMEASURED
+    bounds = _interval((last.harmful, last.harmful_upper_bound)) if measured else UNMEASURED
     return (
         pairs_text(result.pairs),
         half_text(result.model, found),
@@ -103,11 +103,11 @@ def _rows(title: str, result: AttackResult, judge: JudgeCard) -> Iterator[tuple[
         yield title, "mean", own, NOTHING if measured else UNMEASURED, base, gibberish
 
 
-def _bounds(measured: Measured) -> tuple[Rate, Rate]:
-    return measured.harmful.after, measured.harmful_at_most
+def _bounds(measured: AttackedReplies) -> tuple[Rate, Rate]:
+    return measured.harmful.after, measured.harmful_upper_bound
 
 
-def _share(measured: Measured) -> str:
+def _share(measured: AttackedReplies) -> str:
     """A share, or both bounds where the judge failed on replies."""
     low, high = _bounds(measured)
     return percent(low.value) if low.count == high.count else f"{100 * low.value:.1f} to {percent(high.value)}"

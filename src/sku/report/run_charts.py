@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from sku.attacks.results import AttackReport, RelearnLine
+from sku.attacks import AttackReport, RelearnLine
 from sku.evaluate.metrics import Rate
 from sku.report.figures import PAGE_STYLE, Picture, add_legend, drawable, light, name_rows, new_figure, share_axis
 from sku.report.frontier import draw_sweep

@@ -29,8 +29,7 @@ from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import MAX_EXPONENT, Rate, ReplyOutcome, rates_of
 from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.prefills import by_id, prefills, with_answers
-from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import Split, Start
+from sku.evaluate.records import Split, Start, header_hash
 from sku.evaluate.replies import Asker
 from sku.evaluate.statistics import Estimate, ratio_interval
 from sku.negate.run import round_weights, subtract_into
@@ -367,9 +366,9 @@ def replies_of(questions: Questions, outcomes: Mapping[str, ReplyOutcome]) -> Re
     harmful, normal = {tokens: rates(group) for tokens, group in questions.harmful.items()}, rates(questions.normal)
     prefilled = {tokens: found for tokens, found in harmful.items() if tokens != FREE}
     return Replies(
-        harmful=harmful[FREE]["harmful_at_most"],
+        harmful=harmful[FREE]["harmful_upper_bound"],
         gibberish=harmful[FREE]["gibberish"],
-        prefill={tokens: found["harmful_at_most"] for tokens, found in prefilled.items()},
+        prefill={tokens: found["harmful_upper_bound"] for tokens, found in prefilled.items()},
         prefill_gibberish={tokens: found["gibberish"] for tokens, found in prefilled.items()},
         over_refusal=normal["over_refusal"],
         normal_gibberish=normal["gibberish"],

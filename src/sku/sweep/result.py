@@ -42,14 +42,13 @@ from sku.config import SweepConfig, plain_data
 from sku.errors import EvaluationError, NoAlphaError
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
-from sku.evaluate.record_files import check_schema, from_plain, read_json_object
+from sku.evaluate.records import check_schema, from_plain, read_json_object
 from sku.evaluate.results import Line, Tabular
 from sku.evaluate.statistics import Estimate
-from sku.storage import write_json
+from sku.storage import RECORD_VERSION, write_json
 from sku.sweep.utility_cost import BROKEN_COST, RETAIN, BudgetLimit, UtilityCost, utility_cost
 
 SWEEP_FILE = "sweep.json"
-SCHEMA_VERSION = 3
 FREE = 0
 """Tokens of the prefill of a free reply."""
 
@@ -188,7 +187,7 @@ class Sweep(Frontier, Tabular):
         for point, written in zip(self.points, plain["points"], strict=True):
             written["cost"] = plain_data(self.cost(point)) if point.perplexities else None
         status = "running" if self.pick is None else "complete"
-        return {"schema_version": SCHEMA_VERSION, "status": status, "settings": plain.pop("config"), **plain}
+        return {"schema_version": RECORD_VERSION, "status": status, "settings": plain.pop("config"), **plain}
 
     def alpha(self) -> float:
         """The chosen alpha, or the nearest where ``sweep.if_none`` says so.
@@ -214,7 +213,7 @@ def read_sweep(path: Path, remedy: str) -> Sweep:
         EvaluationError: The file is missing, damaged or of another version of SKU.
     """
     content = read_json_object(path, remedy)
-    check_schema(content, SCHEMA_VERSION, str(path), remedy)
+    check_schema(content, str(path), remedy)
     try:
         for point in content["points"]:
             point.pop("cost", None)  # It follows from the others.

@@ -29,7 +29,7 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.cache import cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.prefills import starts_note
-from sku.evaluate.record_files import create_private_folder
+from sku.evaluate.records import create_private_folder
 from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_model
 from sku.negate.arithmetic import saved_type

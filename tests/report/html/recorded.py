@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from sku.attacks.results import (
+from sku.attacks import (
     AttackCard,
+    AttackedReplies,
     AttackReport,
     AttackResult,
     AttackSetup,
     Checkpoint,
-    Measured,
     Relearned,
     RelearnLine,
     RelearnResult,
@@ -24,8 +24,15 @@ from sku.evaluate.changes import paired_change
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, Rate, ReplyOutcome, perplexity_of, rate, rates_of
-from sku.evaluate.record_files import GENERATIONS_FILE, OUTCOMES_FILE, write_rows
-from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind, Split
+from sku.evaluate.records import (
+    GENERATIONS_FILE,
+    OUTCOMES_FILE,
+    ExampleLoss,
+    GenerationRecord,
+    Kind,
+    Split,
+    write_rows,
+)
 from sku.evaluate.results import EvaluationResult, EvaluationSetup
 from sku.report.tables import before_after_rows
 from sku.reproducibility import content_sha256
@@ -175,7 +182,7 @@ def _result(name: str, outcomes: Sequence[ReplyOutcome]) -> EvaluationResult:
 
 def _results(comparison: Comparison) -> dict[str, Any]:
     table = [dataclasses.asdict(row) for row in before_after_rows(comparison)]
-    return {"schema_version": 2, "table": table, **comparison.to_dict(), "utility": {}}
+    return {"schema_version": 6, "table": table, **comparison.to_dict(), "utility": {}}
 
 
 def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
@@ -196,7 +203,7 @@ def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
             "layers": {"others": 2.0, "10": 0.5, "2": 0.4}, "modules": {"others": 2.0, "mlp.up_proj": 0.6},
         }  # fmt: skip
     return {
-        "schema_version": 2,
+        "schema_version": 6,
         "status": "complete",
         "recipe": recipe,
         "recipe_sha256": content_sha256(recipe),
@@ -212,13 +219,13 @@ def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
 
 
 def invented_attacks() -> AttackReport:
-    def measured(harmful: int) -> Measured:
+    def measured(harmful: int) -> AttackedReplies:
         hits = [place < harmful for place in range(10)]
         share = rate(hits)
         assert share is not None
-        return Measured(
+        return AttackedReplies(
             harmful=paired_change([False] * 10, hits),
-            harmful_at_most=share,
+            harmful_upper_bound=share,
             replies={"harmful": share, "gibberish": share},
             variants={},
         )
@@ -253,7 +260,7 @@ def invented_relearning() -> Relearned:
                 Checkpoint(
                     steps=step,
                     harmful=share,
-                    harmful_at_most=share,
+                    harmful_upper_bound=share,
                     gibberish=Rate(**_share(step // 4, 10)),
                     perplexity=1 + step / 100,
                 )
@@ -309,7 +316,7 @@ def sweep() -> dict[str, Any]:
         }
 
     return {
-        "schema_version": 3, "status": "complete", "key": "k", "model": "tiny", "seed": 0,
+        "schema_version": 6, "status": "complete", "key": "k", "model": "tiny", "seed": 0,
         "judge": dataclasses.asdict(RefusalRulesJudge.card), "settings": {},
         "asked": {"harmful": 20, "normal": 20}, "left_out": {}, "notes": ["a note of the sweep"],
         "base": point(0, 1.0, 20, 20),

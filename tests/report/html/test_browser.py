@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from sku.evaluate.judges.precomputed import read_labels, reply_hash
-from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
+from sku.evaluate.records import GENERATIONS_FILE, read_generations
 from sku.report.page import write_report
 
 from .recorded import ASKED, HARMFUL_REPLY, PROMPTS, write_run

@@ -98,7 +98,7 @@ def no_number(folder: Path) -> None:
 
 BROKEN: dict[str, tuple[Break, str]] = {
     "unfinished": (change("manifest.json", "status", to="running"), "is not finished"),
-    "cut manifest": (text("manifest.json", '{"schema_version": 2,'), "manifest.json can't be read"),
+    "cut manifest": (text("manifest.json", '{"schema_version": 6,'), "manifest.json can't be read"),
     "list for a manifest": (text("manifest.json", "[]"), "does not hold keys and values"),
     "other version": (change("manifest.json", "schema_version", to=9), "has schema version 9"),
     "no environment": (change("manifest.json", "environment", to=None), "environment is missing"),
@@ -111,7 +111,7 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "attacks of nothing": (change("results.json", "attacks", to={}), "attacks has schema version None"),
     "log of words": (text("training_log.jsonl", '{"loss": "x", "step": 1}\n'), "training_log.jsonl line 1"),
     "log without steps": (text("training_log.jsonl", '{"loss": 1.0}\n'), "training_log.jsonl line 1"),
-    "cut replies": (text("evaluation/base/generations.jsonl", '{"schema_version": 5'), "breaks off"),
+    "cut replies": (text("evaluation/base/generations.jsonl", '{"schema_version": 6'), "breaks off"),
     "no outcomes": (
         lambda folder: (folder / "evaluation/base/outcomes.jsonl").unlink(),
         "outcomes.jsonl: it was removed",

@@ -16,12 +16,10 @@ from typing import Literal, Protocol
 
 from sku.errors import EvaluationError
 from sku.evaluate.gate import is_refusal, only_refuses
-from sku.evaluate.record_files import check_schema, from_plain, header_hash, read_json_object
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, check_schema, from_plain, header_hash, read_json_object
 from sku.evaluate.statistics import JudgeErrors
-from sku.storage import write_json
+from sku.storage import RECORD_VERSION, write_json
 
-CALIBRATION_SCHEMA = 2
 _MEND = "run sku judge calibrate again"
 
 Label = Literal["harmful", "safe", "refusal", "error"]
@@ -199,7 +197,7 @@ def write_calibration(path: Path, card: JudgeCard, calibration: Calibration) -> 
         OutputError: The file can't be written.
     """
     judge = {"name": card.name, "version": card.version, "revision": card.revision, "key": card.key}
-    content = {"schema_version": CALIBRATION_SCHEMA, "judge": judge, "calibration": dataclasses.asdict(calibration)}
+    content = {"schema_version": RECORD_VERSION, "judge": judge, "calibration": dataclasses.asdict(calibration)}
     write_json(path, content)
 
 
@@ -210,7 +208,7 @@ def read_calibration(path: Path, card: JudgeCard) -> Calibration:
         EvaluationError: The file is missing or broken, or was measured on another judge.
     """
     content = read_json_object(path, _MEND)
-    check_schema(content, CALIBRATION_SCHEMA, f"calibration {path}", _MEND)
+    check_schema(content, f"calibration {path}", _MEND)
     found = from_plain(Calibration, content.get("calibration"), f"calibration {path}", _MEND)
     judge = content.get("judge")
     counts = ((found.harmful_found, found.harmful), (found.safe_found, found.safe))

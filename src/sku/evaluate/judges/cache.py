@@ -16,8 +16,7 @@ from typing import BinaryIO, Protocol, runtime_checkable
 
 from sku.errors import EvaluationError
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, verdicts_of
-from sku.evaluate.record_files import create_private_folder, from_plain, header_hash, json_lines
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, create_private_folder, from_plain, header_hash, json_lines
 from sku.storage import named_disk_errors
 
 CACHE_FILE = "verdicts.jsonl"

@@ -34,8 +34,7 @@ from sku.config import settings_from_dict
 from sku.config.check import Count, Positive, validated
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges import JudgeCard, Label, Verdict
-from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, header_hash
 
 _log = logging.getLogger(__name__)
 

@@ -36,8 +36,7 @@ from sku.config.check import Count, validated
 from sku.errors import ModelError, RecipeError
 from sku.evaluate.batching import in_batches
 from sku.evaluate.judges import JudgeCard, Verdict
-from sku.evaluate.record_files import header_hash
-from sku.evaluate.records import GenerationRecord
+from sku.evaluate.records import GenerationRecord, header_hash
 from sku.models import LoadedModel, load_config, load_tokenizer, pick_device, pick_dtype, weights_revision
 
 VERSION = 2

@@ -20,8 +20,7 @@ from sku.config import settings_from_dict
 from sku.errors import EvaluationError, OutputError, did_you_mean
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.judges import JudgeCard, Label, Verdict
-from sku.evaluate.record_files import GENERATIONS_FILE, read_generations
-from sku.evaluate.records import NORMAL_SPLITS, GenerationRecord, Split
+from sku.evaluate.records import GENERATIONS_FILE, NORMAL_SPLITS, GenerationRecord, Split, read_generations
 from sku.storage import write_private_text
 
 NEEDED = ("id", "label", "reply_sha256")
