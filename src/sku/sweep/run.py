@@ -25,8 +25,7 @@ from sku.evaluate.asking import Writer
 from sku.evaluate.backends import decoding_settings
 from sku.evaluate.batching import StageProgress, current_processes, stage
 from sku.evaluate.generation import fingerprint, probes_of
-from sku.evaluate.judges import JudgeCard
-from sku.evaluate.judges.cache import cached
+from sku.evaluate.judges import JudgeCard, cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.prefills import starts_note
 from sku.evaluate.records import create_private_folder

@@ -1,4 +1,4 @@
-"""Judges: is a reply to a harmful prompt harmful? One protocol, here, and a kind a file.
+"""Judges: is a reply to a harmful prompt harmful? One protocol and one cache, here, and a kind a file.
 
 Every judge has a card that says how far it can be trusted, and gives one verdict per record.
 
@@ -9,16 +9,28 @@ shows the judge's own count next to the gated one.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import BinaryIO, Literal, Protocol
 
 from sku.errors import EvaluationError
 from sku.evaluate.gate import is_refusal, only_refuses
-from sku.evaluate.records import GenerationRecord, check_schema, from_plain, header_hash, read_json_object
+from sku.evaluate.records import (
+    GenerationRecord,
+    check_schema,
+    create_private_folder,
+    from_plain,
+    header_hash,
+    json_lines,
+    read_json_object,
+)
 from sku.evaluate.statistics import JudgeErrors
-from sku.storage import RECORD_VERSION, write_json
+from sku.storage import RECORD_VERSION, named_disk_errors, write_json
 
 _MEND = "run sku judge calibrate again"
 
@@ -221,3 +233,126 @@ def read_calibration(path: Path, card: JudgeCard) -> Calibration:
             f"{card.revision}: run sku judge calibrate on it"
         )
     return found
+
+
+CACHE_FILE = "verdicts.jsonl"
+"""A line holds a hash and a verdict, no text. Errors are not kept, so the next run asks again for those alone."""
+CACHE_VARIABLE = "SKU_JUDGE_CACHE"
+"""Environment variable: a folder whose cache all evaluations share, in place of one in each output folder."""
+CHUNK = 32
+"""Records between two writes: what a killed run loses at most."""
+KEYED = frozenset({"prompt", "prefill", "reply"})
+"""Fields that the hash covers."""
+
+
+def cached(judge: Judge, folder: Path | None, progress: Callable[[int, int], None] | None = None) -> Judge:
+    """Puts a cache before a judge that is worth one.
+
+    Args:
+        judge: Rules and labels of people cost nothing and are left as they are (``is_cacheable``).
+        folder: For ``verdicts.jsonl``, unless the variable ``SKU_JUDGE_CACHE`` names another; without both, verdicts
+            are kept in memory only.
+        progress: Called after each chunk with the number of records judged and their total.
+
+    Returns:
+        A judge that gives the same verdicts.
+
+    Raises:
+        EvaluationError: A cache file is damaged.
+        OutputError: The folder of the variable can't be made, or the file can't be written.
+    """
+    if not is_cacheable(judge.card):
+        return judge
+    if shared := os.environ.get(CACHE_VARIABLE):
+        folder = Path(shared)
+        create_private_folder(folder)
+    return CachedJudge(judge, None if folder is None else folder / CACHE_FILE, progress)
+
+
+def is_cacheable(card: JudgeCard) -> bool:
+    """Whether a judge has weights, leaves the machine or may change its mind, and reads nothing but the text."""
+    return set(card.needs) <= KEYED and not (card.offline and card.deterministic and card.revision is None)
+
+
+class CachedJudge:
+    """Asks the judge only about texts that it has not judged yet."""
+
+    def __init__(self, inner: Judge, path: Path | None, progress: Callable[[int, int], None] | None = None) -> None:
+        """Reads what is there.
+
+        Args:
+            inner: The judge; its card must name no fields but those in ``KEYED``. One that says beforehand what
+                asking takes, and afterwards what it took, has ``announce(records)`` and ``sum_up()``.
+            path: The file, made at the first verdict; None to keep verdicts in memory.
+            progress: As in ``cached``.
+
+        Raises:
+            EvaluationError: The file is damaged elsewhere than in a last line that a killed run broke off.
+        """
+        self.inner, self.card, self._path, self._progress = inner, inner.card, path, progress
+        self._known: dict[str, Verdict] = {} if path is None else _read_verdicts(path)
+
+    def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
+        """One verdict per record, in order; equal texts are asked about once.
+
+        Raises:
+            EvaluationError: Whatever the judge raises, or verdicts that don't match the records.
+            OutputError: The file can't be written; the disk is full, say.
+        """
+        keys = [header_hash([self.card.key, record.prompt, record.whole_reply]) for record in records]
+        waiting = [*{key: record for key, record in zip(keys, records, strict=True) if key not in self._known}.items()]
+        failed: dict[str, Verdict] = {}
+        if waiting and (announce := getattr(self.inner, "announce", None)) is not None:
+            announce([record for _, record in waiting])
+        self._show(keys, failed)
+        for start in range(0, len(waiting), CHUNK):
+            chunk = dict(waiting[start : start + CHUNK])
+            fresh = dict(zip(chunk, verdicts_of(self.inner, list(chunk.values())), strict=True))
+            failed |= {key: verdict for key, verdict in fresh.items() if verdict.label == "error"}
+            kept = {key: verdict for key, verdict in fresh.items() if verdict.label != "error"}
+            self._known |= kept
+            if self._path is not None and kept:
+                _append_verdicts(self._path, kept)
+            self._show(keys, failed)
+        if waiting and (sum_up := getattr(self.inner, "sum_up", None)) is not None:
+            sum_up()
+        found = {**failed, **self._known}
+        return [dataclasses.replace(found[key], id=record.id) for key, record in zip(keys, records, strict=True)]
+
+    def _show(self, keys: Sequence[str], failed: Mapping[str, Verdict]) -> None:
+        if self._progress is not None and keys:
+            self._progress(sum(key in self._known or key in failed for key in keys), len(keys))
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[BinaryIO]:
+    """The file to read and to append to, open to one process at a time: several may share a cache."""
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
+
+
+def _append_verdicts(path: Path, verdicts: Mapping[str, Verdict]) -> None:
+    lines = json_lines(dataclasses.replace(verdict, id=key) for key, verdict in verdicts.items())
+    with named_disk_errors(path), _locked(path) as file:
+        file.write(lines.encode("utf-8", "surrogatepass"))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_verdicts(path: Path) -> dict[str, Verdict]:
+    """All verdicts of a file; a last line that a killed run broke off is removed."""
+    if not path.exists():
+        return {}
+    try:
+        with _locked(path) as file:
+            file.seek(0)
+            content = file.read()
+            whole = content[: content.rfind(b"\n") + 1]
+            file.truncate(len(whole))
+        entries = [from_plain(Verdict, json.loads(line), "a verdict") for line in whole.splitlines()]
+    except (OSError, ValueError, EvaluationError) as error:
+        raise EvaluationError(
+            f"the cache {path} can't be read ({error}): remove it, and the judge is asked anew"
+        ) from None
+    return {entry.id: entry for entry in entries}

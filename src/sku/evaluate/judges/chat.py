@@ -150,18 +150,6 @@ class ChatUsage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Completion:
-    """What the model said."""
-
-    text: str
-    cut: bool
-    """Whether it was cut off at the most tokens allowed."""
-    input_tokens: int
-    """As the server counts them; 0 where it doesn't."""
-    output_tokens: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Failure:
     """Why there is no answer."""
 
@@ -186,14 +174,35 @@ class ChatJudge:
             EvaluationError: No key in the environment, or ``openai`` is not installed.
         """
         self.settings = settings
-        self.card = _card(settings, name)
-        self._key = _key(settings)
+        key, own_machine = os.environ.get(settings.api_key_env or "", "").strip(), is_own_machine(settings.base_url)
+        if settings.api_key_env is not None and not key and not own_machine:
+            raise EvaluationError(
+                f"the environment variable {settings.api_key_env} holds no key for {settings.base_url}: set it, name "
+                "another one in the judge setting api_key_env, or leave that empty for a server that wants no key"
+            )
+        self._key = key or "none"
         try:
             self._openai: Any = importlib.import_module("openai")
         except ImportError:
             raise EvaluationError(
                 'a chat judge needs the package openai: pip install "sku-unlearning[chat]"'
             ) from None
+        decides = {
+            "protocol": VERSION, "rules": settings.rules, "labels": settings.labels, "base_url": settings.base_url,
+            "model": settings.model, "request": settings.sent(), "system_role": settings.system_role,
+            "cut": (settings.max_prompt_chars, settings.max_reply_chars),
+        }  # fmt: skip
+        self.card = JudgeCard(
+            name=settings.name or f"{name} {settings.model}",
+            version=header_hash(decides)[:16],
+            licence=settings.licence,
+            needs=("prompt", "prefill", "reply"),
+            known_errors=settings.known_errors,
+            offline=own_machine,
+            deterministic=False,
+            labels_refusals="refusal" in settings.labels,
+            tells_safe="safe" in settings.labels,
+        )
         self._lock = threading.Lock()
         self.usage = ChatUsage(price_input=settings.price_input, price_output=settings.price_output)
         """What was sent so far, repetitions included, with the tokens as the server counts them."""
@@ -235,7 +244,7 @@ class ChatJudge:
         )
         with self._openai.OpenAI(
             base_url=self.settings.base_url,
-            api_key=self._key or "none",
+            api_key=self._key,
             max_retries=self.settings.max_retries,
             timeout=self.settings.timeout_s,
             http_client=http,
@@ -265,17 +274,6 @@ class ChatJudge:
 
     def _ask(self, client: Any, asked: Sequence[Message]) -> Label | Failure:
         """One answer of the model, or why there is none."""
-        answer = self._completion(client, asked)
-        if isinstance(answer, Failure):
-            return answer
-        self._count(input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
-        label = read_label(answer.text, self.settings.labels)
-        if label is not None:
-            return label
-        what = "was cut off at max_tokens" if answer.cut else "is no verdict"
-        return Failure(reason=f"the judge's answer {what}", ask_again=True)
-
-    def _completion(self, client: Any, asked: Sequence[Message]) -> Completion | Failure:
         try:
             response = client.chat.completions.with_raw_response.create(
                 model=self.settings.model, messages=list(asked), extra_body=self.settings.sent()
@@ -288,7 +286,9 @@ class ChatJudge:
             status, code = error.status_code, str(error.code)
         else:
             self._has_answered = True
-            return read_completion(response.text)
+            found, tokens = read_answer(response.text, self.settings.labels)
+            self._count(**tokens)
+            return found
         # Outside of the handler: a traceback must not show the server's words, which may hold the key.
         return self._status_failure(status, code)
 
@@ -337,66 +337,31 @@ def build(content: Mapping[str, Any], name: str) -> ChatJudge:
     return ChatJudge(settings, name=Path(name).stem)
 
 
-def _key(settings: ChatSettings) -> str | None:
-    key = None if settings.api_key_env is None else os.environ.get(settings.api_key_env, "").strip()
-    if settings.api_key_env is not None and not key and not is_own_machine(settings.base_url):
-        raise EvaluationError(
-            f"the environment variable {settings.api_key_env} holds no key for {settings.base_url}: set it, name "
-            "another one in the judge setting api_key_env, or leave that empty for a server that wants no key"
-        )
-    return key
+def read_answer(body: str, labels: Sequence[str]) -> tuple[Label | Failure, dict[str, int]]:
+    """Reads the body of a chat completion; whatever doesn't fit is a failure, never a guess.
 
-
-def _card(settings: ChatSettings, name: str) -> JudgeCard:
-    decides = {
-        "protocol": VERSION,
-        "rules": settings.rules,
-        "labels": settings.labels,
-        "base_url": settings.base_url,
-        "model": settings.model,
-        "request": settings.sent(),
-        "system_role": settings.system_role,
-        "cut": (settings.max_prompt_chars, settings.max_reply_chars),
-    }
-    return JudgeCard(
-        name=settings.name or f"{name} {settings.model}",
-        version=header_hash(decides)[:16],
-        licence=settings.licence,
-        needs=("prompt", "prefill", "reply"),
-        known_errors=settings.known_errors,
-        offline=is_own_machine(settings.base_url),
-        deterministic=False,
-        labels_refusals="refusal" in settings.labels,
-        tells_safe="safe" in settings.labels,
-    )
-
-
-def read_completion(body: str) -> Completion | Failure:
-    """Reads the body of a chat completion; whatever doesn't fit is a failure, never a guess."""
+    Returns:
+        The verdict, and the tokens of question and answer where there is an answer, as the server counts them.
+    """
+    nothing = Failure(reason="the server's answer holds no choice", ask_again=True, outage=True)
     try:
         content = json.loads(body)
-    except (ValueError, RecursionError):
-        return Failure(reason="the server's answer is not JSON", ask_again=True, outage=True)
-    try:
-        choice = content["choices"][0]
+        choice, usage = content["choices"][0], content.get("usage") or {}
         finish, message = choice.get("finish_reason"), choice.get("message") or {}
         text, declined = message.get("content"), message.get("refusal")
-        usage = content.get("usage") or {}
         counts = [max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens")]
-    except (LookupError, TypeError, ValueError, AttributeError):
-        return Failure(reason="the server's answer holds no choice", ask_again=True, outage=True)
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+        return nothing, {}
     if finish == "content_filter":
-        return Failure(reason="the server's content filter")
+        return Failure(reason="the server's content filter"), {}
     if declined:
-        return Failure(reason="the model declined to judge")
+        return Failure(reason="the model declined to judge"), {}
     if not message:
-        return Failure(reason="the server's answer holds no choice", ask_again=True, outage=True)
-    return Completion(
-        text=text if isinstance(text, str) else "",
-        cut=finish == "length",
-        input_tokens=counts[0],
-        output_tokens=counts[1],
-    )
+        return nothing, {}
+    tokens = dict(zip(("input_tokens", "output_tokens"), counts, strict=True))
+    label = read_label(text if isinstance(text, str) else "", labels)
+    what = "was cut off at max_tokens" if finish == "length" else "is no verdict"
+    return label or Failure(reason=f"the judge's answer {what}", ask_again=True), tokens
 
 
 def is_own_machine(base_url: str) -> bool:

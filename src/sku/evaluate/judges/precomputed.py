@@ -11,7 +11,7 @@ import hashlib
 import io
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,70 +154,53 @@ def read_labels(path: Path) -> LabelFile:
         raise EvaluationError(f"{path} can't be read: {error.strerror}") from None
     header = content.partition("\n")[0]
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    table = csv.DictReader(
-        io.StringIO(content, newline=""), delimiter=";" if header.count(";") > header.count(",") else ","
-    )
-    missing = [name for name in NEEDED if name not in (table.fieldnames or ())]
-    if missing:
+    delimiter = ";" if header.count(";") > header.count(",") else ","
+    table = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, restkey="", restval="")
+    if missing := [name for name in NEEDED if name not in (table.fieldnames or ())]:
         raise EvaluationError(
             f"{path} has no column {', '.join(missing)}: make the file with `sku judge export` and fill in label"
         )
     labels: dict[tuple[str, str], Verdict] = {}
     people: set[str] = set()
-    rows = 0
-    for where, row in _rows(table, path):
-        rows += 1
-        found = _label(row, where)
-        if found is None:
-            continue
-        place = (found.id, row["reply_sha256"])
-        if place in labels:
-            raise EvaluationError(f"{where} labels {found.id} a second time: one label a reply; use one file a person")
-        labels[place] = found
-        people |= {row["annotator"]} if row.get("annotator") else set()
+    unlabelled = 0
+    try:
+        for row in table:
+            where, digest = f"{path} line {table.line_num}", row["reply_sha256"].strip()
+            found = _label(row, where)
+            if found is None:
+                unlabelled += 1
+                continue
+            if (found.id, digest) in labels:
+                raise EvaluationError(f"{where} labels {found.id} a second time: one label a reply, one file a person")
+            labels[found.id, digest] = found
+            people |= {row.get("annotator", "").strip()} - {""}
+    except csv.Error as error:
+        raise EvaluationError(f"{path} line {table.line_num} is not CSV: {error}") from None
     decides = sorted((*place, one.label, str(one.p_harmful)) for place, one in labels.items())
     return LabelFile(
         labels=labels,
         people=len(people),
-        unlabelled=rows - len(labels),
+        unlabelled=unlabelled,
         sha256=hashlib.sha256(repr(decides).encode()).hexdigest(),
     )
 
 
-def _rows(table: csv.DictReader[str], path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows with the file and the line they end on."""
-    try:
-        for row in table:
-            yield (
-                f"{path} line {table.line_num}",
-                {name: (row.get(name) or "").strip() for name in table.fieldnames or ()},
-            )
-    except csv.Error as error:
-        raise EvaluationError(f"{path} line {table.line_num} is not CSV: {error}") from None
-
-
 def _label(row: Mapping[str, str], where: str) -> Verdict | None:
-    written = row["label"].casefold()
+    written, score = row["label"].strip().casefold(), row.get("p_harmful", "").strip()
     if not written:
         return None
     if written not in LABELS:
         raise EvaluationError(
-            f"{where}: label is {row['label'][:40]!r}; it must be harmful (1), safe (0), refusal, gibberish or empty."
+            f"{where}: label is {written[:40]!r}; it must be harmful (1), safe (0), refusal, gibberish or empty."
             f"{did_you_mean(written, LABELS)}"
         )
-    return Verdict(id=row["id"], label=LABELS[written], p_harmful=_probability(row.get("p_harmful", ""), where))
-
-
-def _probability(text: str, where: str) -> float | None:
-    if not text:
-        return None
     try:
-        value = float(text.replace(",", "."))
+        value = float(score.replace(",", ".")) if score else None
     except ValueError:
         value = -1.0
-    if not 0 <= value <= 1:
-        raise EvaluationError(f"{where}: p_harmful is {text[:40]!r}; it must lie between 0 and 1, or be empty")
-    return value
+    if value is not None and not 0 <= value <= 1:
+        raise EvaluationError(f"{where}: p_harmful is {score[:40]!r}; it must lie between 0 and 1, or be empty")
+    return Verdict(id=row["id"].strip(), label=LABELS[written], p_harmful=value)
 
 
 def _generations(folder: Path) -> list[Path]:
@@ -247,12 +230,20 @@ class PrecomputedJudge:
 
     def __init__(self, labels: LabelFile, settings: PrecomputedSettings) -> None:
         """Of labels that were read from ``settings.path``."""
-        self.settings = settings
-        self._labels = labels.labels
+        self.settings, self._labels = settings, labels.labels
         self._ids = {name for name, _ in labels.labels}
         # People who were asked for harmful or not tell no refusals: rules look for those in what they call safe.
         self._tells_refusals = any(label.label == "refusal" for label in labels.labels.values())
-        self.card = _card(labels, settings)
+        people = f" of {labels.people} people" if labels.people else ""
+        count = f"{len(labels.labels)} labels{people}, {labels.unlabelled} rows without one"
+        self.card = JudgeCard(
+            name=settings.name or Path(settings.path).stem,
+            version=labels.sha256[:16],
+            licence=settings.licence,
+            needs=("id", "prefill", "reply"),
+            known_errors=settings.known_errors or f"{count}; replies that nobody labelled count as unjudged",
+            labels_refusals=True,
+        )
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order.
@@ -287,16 +278,3 @@ def build(content: Mapping[str, Any], name: str) -> PrecomputedJudge:
     """The judge of a judge file's settings."""
     settings = settings_from_dict(PrecomputedSettings, content, "evaluate.judge_settings", f"judge {name}")
     return PrecomputedJudge(read_labels(Path(settings.path)), settings)
-
-
-def _card(labels: LabelFile, settings: PrecomputedSettings) -> JudgeCard:
-    people = f" of {labels.people} people" if labels.people else ""
-    count = f"{len(labels.labels)} labels{people}, {labels.unlabelled} rows without one"
-    return JudgeCard(
-        name=settings.name or Path(settings.path).stem,
-        version=labels.sha256[:16],
-        licence=settings.licence,
-        needs=("id", "prefill", "reply"),
-        known_errors=settings.known_errors or f"{count}; replies that nobody labelled count as unjudged",
-        labels_refusals=True,
-    )
