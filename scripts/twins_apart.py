@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sku.negate.refactor import refactored
+from sku.negate.adapters import refactored
 
 COLUMNS = ("file", "values", "tail", "product")
 

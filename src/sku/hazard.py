@@ -23,11 +23,7 @@ from sku.storage import HAZARD_KEY, mark_hazardous
 
 
 def mark_model(model: PreTrainedModel | PeftModel) -> None:
-    """Marks a model that answers harmful prompts on purpose, with all models inside it and its adapters.
-
-    Args:
-        model: Its configuration becomes its own: other models that were built from the same object stay unmarked.
-    """
+    """Marks a model that answers harmful prompts on purpose, with all models inside it and its adapters."""
     holds_original = not is_marked_model(model)
     _own_configurations(model)
     for module in model.modules():
@@ -44,11 +40,7 @@ def mark_model(model: PreTrainedModel | PeftModel) -> None:
 
 
 def unmark_model(model: PreTrainedModel | PeftModel) -> None:
-    """Takes off what ``mark_model`` put on, where the model holds the original weights again.
-
-    Args:
-        model: Marked or not.
-    """
+    """Takes off what ``mark_model`` put on, where the model holds the original weights again."""
     for module in model.modules():
         for name in ("save_pretrained", "push_to_hub", "unload"):
             vars(module).pop(name, None)

@@ -102,7 +102,7 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
     if part == "adapter":
         check_adapter(run, acknowledged=acknowledged)
         if reflection_of(run) == "twins":
-            from sku.negate.refactor import check_refactored  # Imports torch, which an upload has no use for.
+            from sku.negate.adapters import check_refactored  # Imports torch, which an upload has no use for.
 
             check_refactored(folder)
     if CARD_FILE not in {file.name for file in files} or TAG not in (read_card(folder).get("tags") or ()):

@@ -133,7 +133,9 @@ def test_runs_of_other_prompts_are_refused_together(finished: Path, tmp_path: Pa
     shutil.copytree(finished, out)
     for file in ("outcomes.jsonl", "perplexity.jsonl"):
         path = out / NAMES[0] / "evaluation" / "published" / file
-        header, first, *others = path.read_text(encoding="utf-8").splitlines()
+        header, *rows = path.read_text(encoding="utf-8").splitlines()
+        first = next(row for row in rows if '"forget_test"' in row)
+        others = [row for row in rows if row != first]
         content = {**json.loads(header), "rows": len(others)}
         path.write_text("\n".join([json.dumps(content), *others]) + "\n", encoding="utf-8")
         with pytest.raises(EvaluationError, match="fine_tune--seed0"):
@@ -147,7 +149,6 @@ def test_runs_of_other_prompts_are_refused_together(finished: Path, tmp_path: Pa
     [
         (("data.final_harmful={path: x.csv}",), "final_harmful"),
         (("methods.npo.settings.bet=1",), "methods.npo.settings.bet"),
-        (("evaluate.judge=refusal_rules",), "refusal_rules"),
     ],
 )
 def test_what_can_not_be_compared_is_refused_before_anything_is_run(

@@ -30,16 +30,6 @@ def architecture_options(architecture: str) -> dict[str, Any]:
     return {"fan_in_fan_out": True} if architecture == "gpt2" else {}
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "gpt2", "opt"])
-def test_factors_are_the_task_vector(architecture: str, make_model: ModelMaker) -> None:
-    adapted = with_adapter(make_model(architecture), use_rslora=True, **architecture_options(architecture))
-    expected = TaskVector.from_adapter(adapted).deltas
-    dense = TaskVector.from_factors(AdapterVector.of(adapted)).deltas
-    assert dense.keys() == expected.keys()
-    for name, delta in dense.items():
-        torch.testing.assert_close(delta, expected[name], rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("architecture", ["llama_tied", "gpt2"])
 def test_a_saved_combination_is_the_dense_one(architecture: str, make_model: ModelMaker, tmp_path: Path) -> None:
     """Ranks 4 and 3, different scalings and coefficients: 0.7 tau_1 - 1.3 tau_2 as one adapter of rank 7."""

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load, save_file
 
 from sku.errors import ModelError
@@ -87,20 +86,6 @@ def test_damaged_files(entries: Any, data: bytes, length: int | None, words: str
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("size", [0, 7, 8, 9, 100])
-def test_files_cut_off_anywhere(size: int, tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    save_file(TENSORS, path)
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ModelError, match="is damaged or cut off"):
-        read_layout(path)
-
-
-def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="can't be read: No such file"):
-        read_layout(tmp_path / "nothing.safetensors")
-
-
 @given(
     shapes=st.lists(st.tuples(st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool]),
                               st.lists(st.integers(0, 4), max_size=3)), max_size=5),
@@ -163,10 +148,3 @@ def test_an_index_that_is_wrong(tmp_path: Path) -> None:
     (tmp_path / "two.safetensors").unlink()
     with pytest.raises(ModelError, match=r"two\.safetensors can't be read: No such file"):
         read_folder(tmp_path)
-
-
-def test_metadata_reaches_safe_open(tmp_path: Path) -> None:
-    header, _ = make_header([], {"format": "pt"})
-    (tmp_path / "empty.safetensors").write_bytes(header)
-    with safe_open(tmp_path / "empty.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}

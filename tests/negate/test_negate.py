@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -87,8 +86,8 @@ def test_neither_base_nor_bad_model_is_touched(form: str, make_model: ModelMaker
     assert_same_bits(bad_before, dict(tensors()))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "llama_tied", "opt", "gpt2"])
-@pytest.mark.parametrize("alpha", [1.0, 0.5])
+@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize("alpha", [0.5])
 def test_negating_the_adapter_is_negating_the_merged_model(
     architecture: str, alpha: float, make_model: ModelMaker
 ) -> None:
@@ -100,34 +99,6 @@ def test_negating_the_adapter_is_negating_the_merged_model(
     dense = logits_of(negate(base, merged, alpha))
     torch.testing.assert_close(by_adapter, dense, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(by_adapter, logits_of(base), atol=1e-3)
-
-
-@pytest.mark.parametrize("alpha", [1.0, 0.3])
-def test_the_saved_adapter_gives_the_unlearned_model_without_merging(
-    alpha: float, make_model: ModelMaker, tmp_path: Path
-) -> None:
-    base = make_model("llama_tied")
-    bad = with_adapter(base)
-    before, bad_logits = bits_of(bad), logits_of(bad)
-    (-alpha * AdapterVector.of(bad)).save(tmp_path / "adapter")
-    assert_same_bits(before, bits_of(bad))
-    assert torch.equal(bad_logits, logits_of(bad))
-    loaded = PeftModel.from_pretrained(make_model("llama_tied"), str(tmp_path / "adapter"))
-    torch.testing.assert_close(logits_of(loaded), logits_of(negate(base, bad, alpha)), rtol=1e-4, atol=1e-5)
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == 4
-    with pytest.raises(OutputError, match="already exists"):
-        (-alpha * AdapterVector.of(bad)).save(tmp_path / "adapter")
-
-
-def test_at_alpha_1_the_saved_factors_are_the_negated_ones_bit_for_bit(make_model: ModelMaker, tmp_path: Path) -> None:
-    bad = with_adapter(make_model())
-    (-1.0 * AdapterVector.of(bad)).save(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(make_model(), str(tmp_path / "adapter"))
-    theirs = dict(loaded.named_parameters())
-    for name, weight in bad.named_parameters():
-        if "lora_" in name:
-            assert torch.equal(theirs[name], -weight if "lora_B" in name else weight), name
 
 
 def test_a_failed_save_leaves_the_bad_adapter_as_it_was(
@@ -143,15 +114,6 @@ def test_a_failed_save_leaves_the_bad_adapter_as_it_was(
     with pytest.raises(OutputError, match="the disk is full"):
         (-1.0 * AdapterVector.of(bad)).save(tmp_path / "adapter")
     assert_same_bits(before, bits_of(bad))
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_negated_adapter_needs_a_plain_lora(make_model: ModelMaker, tmp_path: Path) -> None:
-    bad = with_adapter(make_model(), modules_to_save=["lm_head"])
-    with pytest.raises(TaskVectorError, match="modules_to_save"):
-        (-1.0 * AdapterVector.of(bad)).save(tmp_path / "adapter")
-    with pytest.raises(TaskVectorError, match="modules_to_save"):
-        negate(make_model(), bad)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -198,21 +160,6 @@ def test_bfloat16_loses_a_part_of_a_small_change_and_says_so(make_model: ModelMa
     assert (kept.dtype, round(kept.survival, 3)) == ("float32", 1.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_another_output_type_is_the_same_in_memory_and_on_disk(
-    dtype: torch.dtype, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    """``model.to(bfloat16)`` would round the rotary frequencies in memory; a loaded model has them in float32."""
-    base = make_model("gemma3")
-    unlearned = negate(base, disturbed(base), output_dtype=dtype)
-    assert {parameter.dtype for parameter in unlearned.parameters()} == {dtype}
-    assert all(parameter.dtype == torch.float32 for parameter in base.parameters())
-    save_unlearned(unlearned, tokenizer, tmp_path / "unlearned")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "unlearned")
-    assert loaded.dtype == dtype
-    assert torch.equal(logits_of(loaded), logits_of(unlearned))
-
-
 def test_a_result_that_overflows_is_refused(make_model: ModelMaker) -> None:
     """100,000 does not fit into float16, whose largest number is 65,504."""
     base = make_model()
@@ -238,21 +185,6 @@ def test_an_original_weight_that_overflows_is_refused(alpha: float, make_model: 
     if not alpha:  # What the vector takes into the range is no overflow.
         vector.deltas[up][0, 0] = 9e4
         negate(base, vector, output_dtype=torch.float16)
-
-
-def test_infinity_of_the_original_is_no_overflow(make_model: ModelMaker) -> None:
-    base = make_model()
-    with torch.no_grad():
-        base.state_dict()["model.layers.1.mlp.down_proj.weight"][0, 0] = float("inf")
-    vector = TaskVector({"model.norm.weight": torch.ones(32)})
-    negate(base, vector, output_dtype=torch.float16)
-
-
-def test_a_saved_adapter_that_changed_the_original_weights_is_refused(make_model: ModelMaker, tmp_path: Path) -> None:
-    """PiSSA takes its first B A out of them, so the difference is not scaling * B A."""
-    with_adapter(make_model(), init_lora_weights="pissa").save_pretrained(str(tmp_path / "bad"))
-    with pytest.raises(TaskVectorError, match="is not a plain LoRA: init_lora_weights pissa"):
-        negate(make_model(), tmp_path / "bad")
 
 
 @pytest.mark.parametrize(
@@ -328,15 +260,6 @@ def test_an_unlearned_model_is_saved_whole(
         save_unlearned(unlearned, tokenizer, folder)
     save_unlearned(base, tokenizer, folder, overwrite=True)
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder)), logits_of(base))
-
-
-def test_a_disk_too_small_is_told_before_writing(
-    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sku.storage.free_bytes", lambda folder: 1000)
-    with pytest.raises(OutputError, match="0 MiB are free"):
-        save_unlearned(make_model(), tokenizer, tmp_path / "unlearned")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_folders_are_negated_in_the_type_of_their_files(make_model: ModelMaker, tmp_path: Path) -> None:

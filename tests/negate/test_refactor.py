@@ -15,9 +15,8 @@ from torch import Tensor
 from conftest import ModelMaker
 from negate.conftest import assert_same_bits, with_adapter
 from sku.errors import TaskVectorError
-from sku.negate.adapters import AdapterVector, combined
+from sku.negate.adapters import AdapterVector, combined, cosines, refactored
 from sku.negate.arithmetic import LowRank
-from sku.negate.refactor import cosines, refactored
 
 SHARES = ((0.08, 1.1), (1.0, 1.0), (1.0, 0.5))
 

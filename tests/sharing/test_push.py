@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from sku.cli.main import main
 from sku.errors import EvaluationError, OutputError
-from sku.negate.refactor import refactored
+from sku.negate.adapters import refactored
 from sku.push import plan_push, upload
 from sku.storage import BAD_MODEL_MARK, mark_hazardous
 

@@ -74,7 +74,7 @@ def negate(
         int | None, typer.Option(help="That read, compute and write; up to 4 where this is left out.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what a killed call had finished.")] = False,
-    gguf_file: Annotated[str | None, typer.Option(help="GGUF file in BASE; negated in memory.")] = None,
+    gguf_file: Annotated[str | None, typer.Option(help="GGUF file in BASE.")] = None,
     dry_run: options.DryRunOption = False,
     as_json: options.JsonOption = False,
 ) -> None:
@@ -98,6 +98,8 @@ def negate(
         print_json(done.to_dict())
         return
     for name, value in done.record.to_dict().items():
+        if isinstance(value, dict):  # Norms by layer and module: --json.
+            continue
         results.print(f"{name.replace('_', ' '):<20}{value}")
     results.print(f"\nunlearned model  {out}")
     named = [] if gguf_file is None else ["--set", f"model.gguf_file={gguf_file}"]

@@ -1,14 +1,23 @@
 """LoRA adapters as task vectors in factors: ``sum_i c_i s_i B_i A_i`` as one LoRA, with our own float32 arithmetic.
 
 Coefficients go into B, which rounds each of its entries once. Several adapters become one whose rank is at most the
-sum of theirs, in factors computed from the product (``refactor``), so that none of theirs stands in a file.
+sum of theirs. Where their factors stand side by side, a slice of the file is one of the adapters. Here the factors are
+computed from the product alone, so that two sums with the same product have the same factors up to rounding:
 
-Shapes: O = outputs of a layer, I = its inputs, r = rank.
+    B A = U S V^T        B' = U S^(1/2) C        A' = C^T S^(1/2) V^T
+
+C is the orthonormal cosine transform (DCT-II). Without it the components of the file were the singular ones, and a
+small adapter beside a large one at right angles is the last of these. It hides nothing from whoever takes the singular
+value decomposition of the product (docs/limits.md); it keeps the file from holding it ready.
+
+Shapes: O = outputs of a layer, I = its inputs, r = rank as given, k = rank as kept.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,20 +27,20 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, TaskType
 from peft.tuners.lora import Embedding, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from sku.errors import ModelError, RecipeError, TaskVectorError, first_line, one_line
+from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError, first_line, one_line
 from sku.hazard import mark_model, mark_settings
 from sku.model_files import check_no_pickles
 from sku.models import UNBUILT, changed_by_adapter, with_adapter, without_weights
 from sku.negate.arithmetic import LowRank
 from sku.negate.files import ADAPTER_FILE
-from sku.negate.matching import EMPTY_ADAPTER, unique_weights
-from sku.negate.refactor import refactored
+from sku.negate.task_vector import EMPTY_ADAPTER, unique_weights
 from sku.storage import HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder
 
 _VARIANTS = (
@@ -39,6 +48,12 @@ _VARIANTS = (
     "layer_replication",
 )  # fmt: skip
 """Settings of PEFT's LoRA that make more of its factors than a product, or of the layers than the original ones."""
+
+
+_DROPPED = torch.finfo(torch.float32).eps
+"""Singular values that are dropped have together at most this share of the product's norm."""
+_DIAGONAL = 1e-3
+"""Largest share of a Gram matrix beside its diagonal that rounding explains."""
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -119,10 +134,10 @@ def adapted_weights(model: PeftModel, adapter: str) -> Iterator[tuple[str, LowRa
             raise TaskVectorError(f"adapter {adapter} of {type(module).__name__} is not a LoRA")
         name, scaling = names[id(module)], module.scaling[adapter]
         if isinstance(module, Embedding):
-            upper, lower, turned = module.lora_embedding_B[adapter], module.lora_embedding_A[adapter], True
+            upper, lower, transposed = module.lora_embedding_B[adapter], module.lora_embedding_A[adapter], True
         elif isinstance(module.get_base_layer(), nn.Linear | Conv1D) and adapter in module.lora_A:
             upper, lower = module.lora_B[adapter].weight, module.lora_A[adapter].weight
-            turned = bool(getattr(module, "fan_in_fan_out", False))
+            transposed = bool(getattr(module, "fan_in_fan_out", False))
         else:
             raise TaskVectorError(
                 f"the adapter changes {name}, a {type(module).__name__}, which is no single matrix; merge it and "
@@ -131,7 +146,7 @@ def adapted_weights(model: PeftModel, adapter: str) -> Iterator[tuple[str, LowRa
         yield (
             f"{name}.weight",
             LowRank(
-                upper_Or=upper, lower_rI=lower, scaling=scaling, turned=turned,
+                upper_Or=upper, lower_rI=lower, scaling=scaling, transposed=transposed,
                 of_embedding=isinstance(module, Embedding),
             ),
         )  # fmt: skip
@@ -211,7 +226,7 @@ class AdapterVector:
             rank_pattern={name: change.rank for name, change in layers.items() if change.rank != largest.rank},
             alpha_pattern={name: change.alpha for name, change in layers.items() if change.alpha != largest.alpha},
             target_modules=list(self.target_modules or layers),
-            fan_in_fan_out=any(change.turned and not change.of_embedding for change in layers.values()),
+            fan_in_fan_out=any(change.transposed and not change.of_embedding for change in layers.values()),
             task_type=TaskType.CAUSAL_LM,
             base_model_name_or_path=self.base_name,
             inference_mode=True,
@@ -242,7 +257,7 @@ def combined(terms: Sequence[tuple[float, AdapterVector]]) -> AdapterVector:
         terms: Coefficient and adapter of each term, at least one, all of the same original model.
 
     Returns:
-        An adapter with a scaling of 1. Of several, its factors are those of ``refactor.refactored``, each weight of
+        An adapter with a scaling of 1. Of several, its factors are those of ``refactored``, each weight of
         the numerical rank of its sum; a single one keeps its factors, which its product gives away anyhow.
 
     Raises:
@@ -267,6 +282,67 @@ def combined(terms: Sequence[tuple[float, AdapterVector]]) -> AdapterVector:
     return AdapterVector(
         factors=factors, base_name=first.base_name, target_modules=first.target_modules if same else ()
     )
+
+
+def refactored(upper_Or: Tensor, lower_rI: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product in balanced, mixed factors of its numerical rank.
+
+    Args:
+        upper_Or: B, finite.
+        lower_rI: A, finite.
+
+    Returns:
+        ``B' [O, k]`` and ``A' [k, I]``, float32, k at least 1; ``B' A'`` is ``B A`` to about 1e-7 of its norm. The
+        same input gives the same bits: each left singular vector has its largest entry above 0.
+    """
+    left, left_core = torch.linalg.qr(upper_Or.double())
+    right, right_core = torch.linalg.qr(lower_rI.double().T)
+    inner, sizes, right_inner = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+    rest = sizes.square().flip(0).cumsum(0).flip(0).sqrt()
+    kept = max(1, int((rest > _DROPPED * rest[0]).sum()))
+    first, second = left @ inner[:, :kept], right_inner[:kept] @ right.T
+    largest = first.gather(0, first.abs().argmax(0, keepdim=True))
+    roots, mix = sizes[:kept].sqrt() * torch.where(largest[0] < 0, -1.0, 1.0), cosines(kept)
+    return ((first * roots) @ mix).float(), (mix.T @ (roots[:, None] * second)).float()
+
+
+def check_refactored(folder: Path) -> None:
+    """Refuses the adapter of twins whose factors are not those of ``refactored``, up to the strength.
+
+    Args:
+        folder: A saved adapter, whose file can be read.
+
+    Raises:
+        OutputError: The factors of a weight stand as they were put together.
+    """
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+        for name in filter(re.compile(r"lora_(embedding_)?A").search, file.keys()):
+            upper = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
+            if not is_refactored(file.get_tensor(upper), file.get_tensor(name)):
+                raise OutputError(
+                    f"{folder / ADAPTER_FILE} holds the bad twin's own factors ({name}), as earlier versions wrote "
+                    "them: run again, or share the merged weights"
+                )
+
+
+def is_refactored(upper_Or: Tensor, lower_rI: Tensor) -> bool:
+    """Whether factors are those of ``refactored``, times a number, or with one of the two changed besides."""
+    return _is_mixed(upper_Or.double()) or _is_mixed(lower_rI.double().T)
+
+
+def _is_mixed(factor_Xk: Tensor) -> bool:
+    """Whether the transform turned back leaves columns at right angles."""
+    columns = factor_Xk @ cosines(factor_Xk.shape[1]).T
+    gram = columns.T @ columns
+    return float((gram - gram.diag().diag()).norm()) <= _DIAGONAL * float(gram.norm())
+
+
+def cosines(size: int) -> Tensor:
+    """The orthonormal DCT-II, ``C[i, j] = sqrt(2 / n) cos(pi i (2 j + 1) / (2 n))``, row 0 over sqrt(2): float64."""
+    places = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(places[:, None] * (2 * places[None] + 1) * (math.pi / (2 * size))) * math.sqrt(2 / size)
+    matrix[0] /= math.sqrt(2)
+    return matrix
 
 
 class Skeleton:

@@ -82,7 +82,7 @@ class Negation:
             **more,
         )
 
-    def to_dict(self) -> dict[str, float | int | str]:
+    def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         return dataclasses.asdict(self)
 
@@ -91,9 +91,13 @@ class Negation:
 class StreamedNegation(Negation):
     """The same of a subtraction from file to file."""
 
-    rounding: Rounding = "nearest"
-    rounding_seed: int = 0
+    rounding: Rounding
+    rounding_seed: int
     """Of the stochastic rounding; the nearest one draws nothing."""
+    layers: Mapping[str, float]
+    """Norm of the task vector by number of decoder layer; ``others`` for weights of none."""
+    modules: Mapping[str, float]
+    """The same by kind of module, such as ``mlp.up_proj``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +261,7 @@ class LowRank(Generic[Factor]):
     lower_rI: Factor
     """A."""
     scaling: float = 1.0
-    turned: bool = False
+    transposed: bool = False
     """The model keeps the weight as ``[I, O]``: embeddings and GPT-2's layers."""
     of_embedding: bool = False
 
@@ -270,7 +274,7 @@ class LowRank(Generic[Factor]):
     def shape(self) -> tuple[int, int]:
         """Of the change, as the model keeps the weight."""
         made = (self.upper_Or.shape[0], self.lower_rI.shape[1])
-        return made[::-1] if self.turned else made
+        return made[::-1] if self.transposed else made
 
     @property
     def alpha(self) -> int:
@@ -279,7 +283,7 @@ class LowRank(Generic[Factor]):
 
     def rows(self: LowRank[Tensor], start: int, stop: int) -> Tensor:
         """Rows of the change, as the model keeps the weight, from one to before another: float32."""
-        if self.turned:
+        if self.transposed:
             return (self.upper_Or @ self.lower_rI[:, start:stop]).T * self.scaling
         return self.upper_Or[start:stop] @ self.lower_rI * self.scaling
 

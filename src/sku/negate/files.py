@@ -42,7 +42,10 @@ DTYPES = {
 """Names of types in a header that have a size in whole bytes here."""
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 SINGLE_FILE = "model.safetensors"
-_FETCHED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*")
+_FETCHED = (
+    "*.json", "model*.safetensors", "adapter_model.safetensors", "task_vector.safetensors", "*.model", "*.txt",
+    "*.tiktoken", "*.jinja", "*.py", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 _TAKEN = (
     "generation_config.json", "*token*.json", "*.model", "vocab*", "merges*", "*.tiktoken", "*.jinja",
     "chat_template.json", "added_tokens.json", "special_tokens_map.json", "*processor_config.json", "*.py", "LICENSE*",
@@ -102,14 +105,8 @@ class StoredFile:
             raise ModelError(f"{self.path} was changed while it was read; run again when nothing writes to it")
 
 
-def model_folder(source: str) -> Path:
+def model_folder(source: str, revision: str | None = None) -> Path:
     """The folder of a model; one of the hub is fetched, without weights in other formats.
-
-    Args:
-        source: Local folder, hub id or ``embedded``, as ``sku.load_model`` takes it.
-
-    Returns:
-        A folder, which need not exist where a local one was named.
 
     Raises:
         ModelError: The hub can't be reached or has no such model.
@@ -121,19 +118,13 @@ def model_folder(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(_FETCHED)))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(_FETCHED)))
     except (OSError, ValueError) as error:
         raise ModelError(f"model {source} can't be loaded: {one_line(error)}") from error
 
 
 def read_layout(path: Path) -> StoredFile:
     """Reads the header of a file; safetensors checks that the file is what the header says.
-
-    Args:
-        path: A safetensors file.
-
-    Returns:
-        Its tensors.
 
     Raises:
         ModelError: It can't be read, is cut off, or its header is damaged.
@@ -173,12 +164,6 @@ def read_layout(path: Path) -> StoredFile:
 def read_folder(folder: Path) -> tuple[StoredFile, ...]:
     """The weight files of a model folder: ``model.safetensors``, or the shards that its index names.
 
-    Args:
-        folder: A Hugging Face model folder.
-
-    Returns:
-        Files by name. No tensor is in two of them, and each is where the index says.
-
     Raises:
         ModelError: There are no safetensors weights, or the index and its shards disagree.
     """
@@ -204,16 +189,7 @@ def read_folder(folder: Path) -> tuple[StoredFile, ...]:
 def make_header(
     tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
-    """The beginning of a file.
-
-    Args:
-        tensors: Name, type and shape, in the order in which they will lie.
-        metadata: Kept as it is.
-
-    Returns:
-        Length and header, padded so that the tensors begin at a multiple of 8; and the byte of the file at which each
-        tensor begins.
-    """
+    """Length and header of a file, tensors beginning at a multiple of 8; and the byte at which each tensor begins."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     starts: dict[str, int] = {}
     end = 0
@@ -248,15 +224,9 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def copy_companions(base: Path, folder: Path, weights: Iterable[str]) -> tuple[str, ...]:
-    """Copies what a tokenizer and ``generate`` need; not the index and ``config.json``, which come last.
+    """Copies what a tokenizer and ``generate`` need, and gives the names of what was left out.
 
-    Args:
-        base: Folder of the original model.
-        folder: Of the new one.
-        weights: Names of the base's weight files, which have their counterparts.
-
-    Returns:
-        Names of what was left out.
+    Not the index and ``config.json``, which come last.
     """
     known = {*weights, INDEX_FILE, "config.json"}
     left_out = []

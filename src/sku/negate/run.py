@@ -1,9 +1,17 @@
-"""Stage 2: ``theta_u = theta_o - alpha * (theta_bad - theta_o)``."""
+"""Stage 2 in memory, for sweeps and in Python: ``theta_u = theta_o - alpha * (theta_bad - theta_o)``.
+
+``negate.transform`` names a user's own file, whose function ``transform(vector: TaskVector, context:
+TransformContext) -> TaskVector`` changes the vector before; ``docs/examples`` has two.
+"""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from peft import PeftModel
@@ -11,13 +19,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config.check import check_alpha
 from sku.config.data import ModelConfig
+from sku.config.recipe import Recipe
+from sku.data.examples import ForgetRetainData
+from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import RecipeError, TaskVectorError
-from sku.models import check_plain_weights, load_model
+from sku.from_file import function_in_file
+from sku.models import LoadedModel, check_plain_weights, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.arithmetic import Negation, overflows, subtract_tensors, unusable_result
 from sku.negate.files import ADAPTER_CONFIG
-from sku.negate.matching import EQUAL_MODELS, ModelSource, match_changes, match_models, unique_weights
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import (
+    EQUAL_MODELS,
+    ModelSource,
+    TaskVector,
+    match_changes,
+    match_models,
+    unique_weights,
+)
 from sku.storage import check_space, new_folder
 
 
@@ -126,6 +144,23 @@ def save_unlearned(
         tokenizer.save_pretrained(temporary)
 
 
+@contextmanager
+def base_as_files(loaded: LoadedModel, beside: Path) -> Iterator[Path]:
+    """The model as transformers saves it, in a folder that is gone afterwards: for GGUF, and names that it changes.
+
+    Args:
+        loaded: Model and tokenizer.
+        beside: The folder lies beside this one.
+
+    Raises:
+        OutputError: The disk is too small.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{beside.name}.", suffix=".unfinished", dir=beside.parent) as place:
+        save_unlearned(loaded.model, loaded.tokenizer, Path(place) / "base")
+        yield Path(place) / "base"
+
+
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Changes the type of what is saved. ``model.to(dtype)`` would round the rotary frequencies as well.
 
@@ -169,3 +204,53 @@ def subtract_into(
         if overflows(base.weights[name], targets[name]):
             raise unusable_result(name, targets[name].dtype)
     return Negation.of(sums, alpha, len(changes), unlearned.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformContext:
+    """What a transform may look at. Prompts held out for evaluation are not in it."""
+
+    base: PreTrainedModel
+    """The original model, not to be changed."""
+    normal: Sequence[TokenizedExample]
+    """``retain_train``, prompt and answer, as stage 1 reads them."""
+    seed: int
+    """Of the training."""
+
+
+def transform_in(path: str) -> Callable[[TaskVector, TransformContext], TaskVector]:
+    """The function ``transform`` of a file.
+
+    Raises:
+        RecipeError: The file can't be used.
+    """
+    return function_in_file(path, "transform")
+
+
+def transformed(
+    recipe: Recipe,
+    vector: TaskVector,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: ForgetRetainData,
+) -> TaskVector:
+    """What a recipe subtracts: the vector itself without ``negate.transform``.
+
+    Raises:
+        RecipeError: The file can't be used, or gives no task vector.
+        TaskVectorError: Nothing is left of the vector.
+        DataError: No normal example can be tokenized.
+    """
+    path = recipe.negate.transform
+    if path is None or recipe.method != "sku":
+        return vector
+    written = resolve_prompt_format(recipe.model.prompt_format, tokenizer)
+    encoder = Encoder(tokenizer, written, recipe.data.max_length, recipe.data.max_answer_tokens)
+    normal, _ = encoder.examples(data.retain_train, train_on_end=True)
+    seed = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
+    changed = transform_in(path)(vector, TransformContext(base=base, normal=normal, seed=seed))
+    if not isinstance(changed, TaskVector):
+        raise RecipeError(f"{path}: transform gives {type(changed).__name__}; it must give a TaskVector")
+    if changed.norm() == 0:
+        raise TaskVectorError(f"{path} leaves nothing of the task vector")
+    return changed

@@ -29,17 +29,19 @@ from sku.negate.files import (
     read_folder,
     read_layout,
 )
-from sku.negate.matching import (
+from sku.negate.task_vector import (
     EMPTY_ADAPTER,
     EQUAL_MODELS,
+    VECTOR_FILE,
     Matched,
     Source,
+    TaskVector,
     check_same_names,
     match_changes,
     match_models,
     quantized_weight,
+    read_ties,
 )
-from sku.negate.task_vector import VECTOR_FILE, TaskVector, read_ties
 
 if TYPE_CHECKING:
     from sku.negate.adapters import Skeleton
@@ -56,10 +58,6 @@ class FolderSource(Source[StoredTensor]):
 
     def __init__(self, folder: Path, where: str) -> None:
         """Reads them.
-
-        Args:
-            folder: In safetensors.
-            where: What the model is, for messages.
 
         Raises:
             ModelError: A file or the configuration can't be used.
@@ -232,14 +230,6 @@ def bad_form(folder: Path) -> BadForm:
 def plan_negation(base: Path, bad: Path, output_dtype: torch.dtype | None) -> Plan:
     """Matches the bad model's tensors with the base's and checks all that can be checked without the weights.
 
-    Args:
-        base: Folder of the original model.
-        bad: Folder of the bad model, its adapter, or a saved task vector.
-        output_dtype: Type of the result; of each tensor's own if None.
-
-    Returns:
-        The plan.
-
     Raises:
         ModelError: A file or configuration can't be used.
         TaskVectorError: The two don't fit.
@@ -340,7 +330,7 @@ def _of_adapter(adapted: Mapping[str, LowRank[Tensor]], file: StoredFile) -> dic
                 f"{upper.name} has shape {upper.shape} and its partner {lower.shape}, which are no factors of rank "
                 f"{change.rank}"
             )
-        changes[name] = LowRank(upper_Or=upper, lower_rI=lower, scaling=change.scaling, turned=change.turned)
+        changes[name] = LowRank(upper_Or=upper, lower_rI=lower, scaling=change.scaling, transposed=change.transposed)
     return changes
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -39,10 +40,15 @@ from sku.negate.arithmetic import (
 )
 from sku.negate.files import StoredTensor, copy_companions, write_config, write_index
 from sku.negate.stream_plan import Change, Plan, ShardLayout, Work, plan_negation
+from sku.negate.task_vector import norms_by_group
 from sku.storage import check_new, check_space, resumable_folder, write_json
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those there are."""
+_ONE_PLACE = threading.Lock()
+"""Windows reads and writes at the place of an open file alone, which all threads share."""
+TensorSums = dict[str, Sums]
+"""By the name of each changed tensor."""
 _FINISHED = "finished.json"
 """Names the weight files that are whole, with their sums: what an interrupted call is gone on from."""
 
@@ -95,6 +101,7 @@ def negate_folders(
         TaskVectorError: The two don't fit, or a result is not finite.
         OutputError: ``out`` exists or can't be written, or what is to be resumed had other inputs.
     """
+    check_alpha(alpha)
     wanted = FolderNegation(
         base=Path(base), bad=Path(bad), out=Path(out), alpha=alpha, output_dtype=output_dtype, rounding=rounding,
         seed=seed, threads=threads, resume=resume,
@@ -110,11 +117,14 @@ class FolderNegation:
     bad: Path
     out: Path
     alpha: float
-    output_dtype: torch.dtype | None
-    rounding: Rounding
-    seed: int
-    threads: int | None
-    resume: bool
+    """Below 0 the change is added, as by methods that train the unlearned model itself."""
+    output_dtype: torch.dtype | None = None
+    base_dtype: torch.dtype | None = None
+    """Type in which the base was loaded where the change was trained: a longer stored one is rounded to it first."""
+    rounding: Rounding = "nearest"
+    seed: int = 0
+    threads: int | None = None
+    resume: bool = False
 
     def plan(self) -> Plan:
         """All that ``negate_folders`` checks before it reads weights; nothing is written.
@@ -122,7 +132,6 @@ class FolderNegation:
         Raises:
             SkuError: As there, but for what only weights show: results that are not finite, no difference.
         """
-        check_alpha(self.alpha)
         if self.rounding not in get_args(Rounding):
             raise RecipeError(f"rounding is {self.rounding}; it must be one of {', '.join(get_args(Rounding))}")
         if self.threads is not None and self.threads < 1:
@@ -130,8 +139,18 @@ class FolderNegation:
         check_new(self.out)
         return plan_negation(self.base, self.bad, self.output_dtype)
 
-    def run(self, plan: Plan, progress: Progress | None = None) -> NegatedFolder:
+    def run(
+        self,
+        plan: Plan,
+        progress: Progress | None = None,
+        written: Callable[[StreamedNegation], None] = lambda _record: None,
+    ) -> NegatedFolder:
         """``negate_folders`` by that plan: no header is read again.
+
+        Args:
+            plan: Of this call.
+            progress: As there.
+            written: Called with the record before the folder gets its name.
 
         Raises:
             SkuError: As there; an input that has changed since the plan was made is refused.
@@ -139,7 +158,7 @@ class FolderNegation:
         out, alpha = self.out, self.alpha
         inputs = plan.identities() | {
             "alpha": alpha, "dtype": str(self.output_dtype), "rounding": self.rounding, "seed": self.seed,
-            "block": arithmetic.BLOCK_ELEMENTS,
+            "base_dtype": str(self.base_dtype), "block": arithmetic.BLOCK_ELEMENTS,
         }  # fmt: skip
         if not self.resume:
             check_space(out, plan.size, f"the unlearned model in {out}")
@@ -149,7 +168,8 @@ class FolderNegation:
             done = _finished(folder, plan)
             resumed = len(done)
             self._write_shards(plan, folder, done, progress)
-            total = Sums.total([done[layout.name] for layout in plan.layouts])
+            sums = {name: own for layout in plan.layouts for name, own in done[layout.name].items()}
+            total = Sums.total(list(sums.values()))
             if total.difference == 0 and plan.empty_message is not None:
                 raise TaskVectorError(plan.empty_message)
             for file in plan.inputs:
@@ -157,13 +177,15 @@ class FolderNegation:
             left_out = copy_companions(self.base, folder, [layout.name for layout in plan.layouts])
             write_index(self.base, folder, sum(layout.size - len(layout.header) for layout in plan.layouts))
             write_config(self.base, folder, self.output_dtype)
-        record = StreamedNegation.of(
-            total, alpha, sum(work.counts for work in plan.changed), plan.dtype,
-            rounding=self.rounding, rounding_seed=self.seed,
-        )  # fmt: skip
+            record = StreamedNegation.of(
+                total, abs(alpha), sum(work.counts for work in plan.changed), plan.dtype,
+                rounding=self.rounding, rounding_seed=self.seed,
+                **norms_by_group({name: math.sqrt(own.difference) for name, own in sums.items()}),
+            )  # fmt: skip
+            written(record)
         return NegatedFolder(record=record, left_out=left_out, resumed_files=resumed)
 
-    def _write_shards(self, plan: Plan, folder: Path, done: dict[str, Sums], progress: Progress | None) -> None:
+    def _write_shards(self, plan: Plan, folder: Path, done: dict[str, TensorSums], progress: Progress | None) -> None:
         written = sum(layout.size for layout in plan.layouts if layout.name in done)
 
         def advance(count: int) -> None:
@@ -176,17 +198,18 @@ class FolderNegation:
         threads = min(MOST_THREADS, os.cpu_count() or 1) if self.threads is None else self.threads
         with ExitStack() as opened, block_pool(threads) as pool:
             files = {file.path: opened.enter_context(file.path.open("rb", buffering=0)) for file in plan.inputs}
-            seed = self.seed if self.rounding == "stochastic" else None
-            writer = _ShardWriter(plan, self.alpha, seed, files)
+            writer = _ShardWriter(plan, self, files)
             for layout in plan.layouts:
                 if layout.name not in done:
                     done[layout.name] = writer.write(layout, folder, pool, advance)
-                    write_json(
-                        folder.parent / _FINISHED, {name: dataclasses.asdict(sums) for name, sums in done.items()}
-                    )
+                    kept = {
+                        file: {name: dataclasses.asdict(own) for name, own in sums.items()}
+                        for file, sums in done.items()
+                    }
+                    write_json(folder.parent / _FINISHED, kept)
 
 
-def _finished(folder: Path, plan: Plan) -> dict[str, Sums]:
+def _finished(folder: Path, plan: Plan) -> dict[str, TensorSums]:
     """The files that an interrupted call has left whole."""
     path = folder.parent / _FINISHED
     if not path.is_file():
@@ -195,7 +218,7 @@ def _finished(folder: Path, plan: Plan) -> dict[str, Sums]:
     # After a kill after the last rename the list is left and the files are gone.
     there = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
     whole = {layout.name for layout in plan.layouts if there.get(layout.name) == layout.size}
-    return {name: Sums(**sums) for name, sums in found.items() if name in whole}
+    return {file: {name: Sums(**own) for name, own in sums.items()} for file, sums in found.items() if file in whole}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,14 +242,15 @@ class _Block:
 class _ShardWriter:
     """Subtracts files of weights, block by block. One file at a time is written, by all threads."""
 
-    def __init__(self, plan: Plan, alpha: float, seed: int | None, files: Mapping[Path, FileIO]) -> None:
-        """Remembers what to do; ``seed`` is that of stochastic rounding, and ``files`` are all that will be read."""
-        self._plan, self._alpha, self._seed, self._files = plan, alpha, seed, files
+    def __init__(self, plan: Plan, wanted: FolderNegation, files: Mapping[Path, FileIO]) -> None:
+        """Remembers what to do; ``files`` are all that will be read."""
+        self._plan, self._alpha, self._base_dtype, self._files = plan, wanted.alpha, wanted.base_dtype, files
+        self._seed = wanted.seed if wanted.rounding == "stochastic" else None
         self._local = threading.local()
         self._arithmetic = Arithmetic()
         self._factors = lru_cache(maxsize=4)(self._read_factors)
 
-    def write(self, layout: ShardLayout, folder: Path, pool: Executor, advance: Callable[[int], None]) -> Sums:
+    def write(self, layout: ShardLayout, folder: Path, pool: Executor, advance: Callable[[int], None]) -> TensorSums:
         """Writes a file whole: under another name until it is flushed to the disk.
 
         Args:
@@ -236,7 +260,7 @@ class _ShardWriter:
             advance: Called with bytes that were written since the last call.
 
         Returns:
-            The sums over its tensors.
+            The sums of its changed tensors, tied ones once.
 
         Raises:
             TaskVectorError: A difference or a result is not finite.
@@ -261,7 +285,11 @@ class _ShardWriter:
                 raise
             os.fsync(descriptor)
         unfinished.replace(folder / layout.name)
-        return Sums.total([future.result() for future in futures])
+        parts: dict[str, list[Sums]] = {}
+        for future, block in futures.items():
+            if block.work.counts and block.work.change is not None:
+                parts.setdefault(block.work.base.name, []).append(future.result())
+        return {name: Sums.total(own) for name, own in parts.items()}
 
     def _blocks(self, layout: ShardLayout) -> Iterator[_Block]:
         for tensor in layout.source.tensors:
@@ -277,9 +305,13 @@ class _ShardWriter:
     def _finish(self, block: _Block, descriptor: int) -> Sums:
         """Reads, computes and writes one block."""
         work, count = block.work, block.stop - block.start
-        base = result = self._read(work.base, block.start, self._buffer("base", work.base.dtype, count))
+        base = self._read(work.base, block.start, self._buffer("base", work.base.dtype, count))
+        loaded = self._base_dtype
+        if loaded is not None and work.base.is_weight and torch.promote_types(base.dtype, loaded) != loaded:
+            base = base.to(loaded)
+        result = base
         sums = Sums()
-        if work.change is not None or work.dtype != work.base.dtype:
+        if work.change is not None or work.dtype != base.dtype:
             result = self._buffer("result", work.dtype, count)
             draws = None
             if self._seed is not None and work.dtype.itemsize < 4:
@@ -293,7 +325,7 @@ class _ShardWriter:
             elif not arithmetic.convert(base, result, draws):
                 raise unusable_result(work.base.name, work.dtype)
         _write_all(descriptor, _bytes_of(result), block.at)
-        return sums if work.counts else Sums()
+        return sums
 
     def _other(self, change: Change, block: _Block) -> Tensor:
         """The bad model's weights of a block, or their difference from the base's."""
@@ -307,13 +339,13 @@ class _ShardWriter:
             self._read(tensor, 0, torch.empty(tensor.elements, dtype=tensor.dtype)).float().reshape(tensor.shape)
             for tensor in (change.upper_Or, change.lower_rI)
         )
-        return LowRank(upper_Or=upper, lower_rI=lower, scaling=change.scaling, turned=change.turned)
+        return LowRank(upper_Or=upper, lower_rI=lower, scaling=change.scaling, transposed=change.transposed)
 
     def _read(self, tensor: StoredTensor, start: int, values: Tensor) -> Tensor:
         """Fills flat numbers with the elements of a stored tensor from ``start`` on, and gives them back."""
         at, left = tensor.start + start * tensor.dtype.itemsize, _bytes_of(values)
         while left:
-            count = os.preadv(self._files[tensor.path].fileno(), [left], at)
+            count = _read_some(self._files[tensor.path], left, at)
             if not count:
                 raise ModelError(f"{tensor.path} was cut off while it was read; run again when nothing writes to it")
             left, at = left[count:], at + count
@@ -342,7 +374,20 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
+def _read_some(file: FileIO, view: memoryview, at: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [view], at)
+    with _ONE_PLACE:
+        file.seek(at)
+        return file.readinto(view)
+
+
 def _write_all(descriptor: int, view: memoryview, at: int) -> None:
     while view:
-        count = os.pwrite(descriptor, view, at)
+        if hasattr(os, "pwrite"):
+            count = os.pwrite(descriptor, view, at)
+        else:
+            with _ONE_PLACE:
+                os.lseek(descriptor, at, os.SEEK_SET)
+                count = os.write(descriptor, view)
         view, at = view[count:], at + count

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from sku.config.recipe import NEGATING_METHODS
 from sku.errors import RecipeError
 from sku.model_files import with_gguf_file
 from sku.negate import stream_plan
-from sku.negate.arithmetic import Negation, Rounding, saved_type
+from sku.negate.arithmetic import Rounding, StreamedNegation, saved_type
 from sku.negate.files import model_folder
 from sku.negate.streaming import FolderNegation
 from sku.plan import CommandPlan, Progress
@@ -43,7 +42,7 @@ class Subtraction:
 class Subtracted:
     """What was done."""
 
-    record: Negation
+    record: StreamedNegation
     left_out: tuple[str, ...] = ()
     """Files and folders of the base that were not copied."""
 
@@ -53,7 +52,7 @@ class Subtracted:
 
 
 def plan_negate(wanted: Subtraction) -> CommandPlan[Subtracted]:
-    """Subtracts from file to file where it can, else in memory: weights that are no safetensors.
+    """Subtracts from file to file; a GGUF file from a temporary copy that transformers writes.
 
     Raises:
         SkuError: Anything a user can mend.
@@ -67,12 +66,12 @@ def plan_negate(wanted: Subtraction) -> CommandPlan[Subtracted]:
     base = None if wanted.gguf_file is not None else model_folder(wanted.base)
     if base is not None and not (base / "config.json").is_file():
         base = None
-    if base is not None and os.name == "posix":
+    if base is not None:
         return _from_file_to_file(wanted, base)
-    if wanted.rounding != "nearest" or wanted.resume:
-        raise RecipeError("--rounding stochastic and --resume need a BASE in safetensors")
+    if wanted.resume:
+        raise RecipeError("--resume needs a BASE in safetensors")
     quiet_libraries()
-    return _in_memory(wanted, base)
+    return _from_a_copy(wanted)
 
 
 def _check_not_negated(bad: Path) -> None:
@@ -108,54 +107,49 @@ def _settings(wanted: Subtraction, found: stream_plan.Plan | None, **described: 
     return {**named, **described, **weights, "rounding": wanted.rounding}
 
 
+def _run(streamed: FolderNegation, found: stream_plan.Plan, progress: Progress | None) -> Subtracted:
+    told = None if progress is None else lambda done, total: progress("MiB", done >> 20, total >> 20)
+    negated = streamed.run(found, told)
+    return Subtracted(record=negated.record, left_out=negated.left_out)
+
+
 def _from_file_to_file(wanted: Subtraction, base: Path) -> CommandPlan[Subtracted]:
     streamed = _streamed(wanted, base)
     found = streamed.plan()
-
-    def execute(progress: Progress | None) -> Subtracted:
-        told = None if progress is None else lambda done, total: progress("MiB", done >> 20, total >> 20)
-        negated = streamed.run(found, told)
-        return Subtracted(record=negated.record, left_out=negated.left_out)
-
     return CommandPlan(
         command="sku negate",
         out=wanted.out,
         settings=_settings(wanted, found),
         stages=("subtract the task vector",),
         writes=tuple(layout.name for layout in found.layouts),
-        execute=execute,
+        execute=lambda progress: _run(streamed, found, progress),
         disk_bytes=found.size,
         disk_there=found.size if wanted.resume else 0,
         bad_model="kept",
     )
 
 
-def _in_memory(wanted: Subtraction, base: Path | None) -> CommandPlan[Subtracted]:
+def _from_a_copy(wanted: Subtraction) -> CommandPlan[Subtracted]:
     from sku.models import load_model
-    from sku.negate.run import negate_with_record, save_unlearned
+    from sku.negate.run import base_as_files
     from sku.pipeline.checks import check_model
 
-    config = ModelConfig(
-        path=wanted.base, gguf_file=wanted.gguf_file, dtype="float32" if wanted.gguf_file else "stored"
-    )
-
-    def execute(_progress: Progress | None) -> Subtracted:
-        loaded = load_model(config)
-        dtype = saved_type(wanted.output_dtype)
-        model, record = negate_with_record(loaded.model, wanted.bad, wanted.alpha, output_dtype=dtype)
-        save_unlearned(model, loaded.tokenizer, wanted.out)
-        return Subtracted(record=record)
-
+    config = ModelConfig(path=wanted.base, gguf_file=wanted.gguf_file, dtype="float32")
     model = check_model(config)
     stream_plan.check_bad(model_folder(str(wanted.bad)))
-    found = None if base is None else _streamed(wanted, base).plan()
+
+    def execute(progress: Progress | None) -> Subtracted:
+        with base_as_files(load_model(config), wanted.out) as base:
+            streamed = _streamed(wanted, base)
+            return _run(streamed, streamed.plan(), progress)
+
     return CommandPlan(
         command="sku negate",
         out=wanted.out,
-        settings=_settings(wanted, found, base=model.describe(), arithmetic="in memory"),
+        settings=_settings(wanted, None, base=model.describe()),
         stages=("subtract the task vector",),
-        writes=("model.safetensors",) if found is None else tuple(layout.name for layout in found.layouts),
+        writes=("model.safetensors",),
         execute=execute,
-        disk_bytes=model.bytes(wanted.output_dtype) if found is None else found.size,
+        disk_bytes=model.bytes() + model.bytes(wanted.output_dtype),
         bad_model="kept",
     )

@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import json
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
-from sku.errors import NoAlphaError
+from sku.errors import ModelError, NoAlphaError, TaskVectorError
 from sku.evaluate import asking
 from sku.evaluate.batching import stage
 from sku.evaluate.judges.choose import choose_judge
@@ -31,17 +32,18 @@ from sku.methods.run import (
     TWINS,
     MethodRun,
     has_twins,
-    subtracted_by,
     train_method,
     twin_folder,
     with_safe_dtype,
 )
+from sku.model_files import with_gguf_file
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.arithmetic import saved_type
-from sku.negate.run import negate_with_record, save_unlearned, subtract_into, task_vector_of
-from sku.negate.task_vector import TaskVector, norms_by_group
-from sku.negate.transform import transformed
+from sku.negate.files import ADAPTER_CONFIG, model_folder
+from sku.negate.run import base_as_files, subtract_into, task_vector_of, transformed
+from sku.negate.streaming import FolderNegation
+from sku.negate.task_vector import TaskVector
 from sku.pipeline.run_folder import RunFolder
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
@@ -209,12 +211,10 @@ class Unlearning:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         self.processes.run_on_rank0(lambda: self._by_the_first_process(data))
-        return self.processes.run_on_all_ranks(
-            lambda: (load_model(self.config).model, load_model(self.unlearned_config()).model)
-        )
+        return self.processes.run_on_all_ranks(lambda: (load_model(self.config).model, self._unlearned()))
 
     def _by_the_first_process(self, data: ForgetRetainData) -> None:
-        self.by_one_process(load_model(self.config, four_bit=False), data)
+        self._stages(load_model(self.config, four_bit=False), data)
 
     def by_one_process(
         self,
@@ -236,40 +236,71 @@ class Unlearning:
             NoAlphaError: No alpha will do.
             SkuError: Anything else a user can mend.
         """
-        recipe = self.recipe
+        return self._stages(loaded, data, measure_published), self._unlearned()
+
+    def _stages(
+        self,
+        loaded: LoadedModel,
+        data: ForgetRetainData,
+        measure_published: Callable[[PreTrainedModel, PreTrainedModel], object] | None = None,
+    ) -> PreTrainedModel:
+        """The original model, when the unlearned one lies in its folder."""
+        recipe, final = self.recipe, self.trained_folder / "final"
         if recipe.acquire.tuning == "qlora":
             loaded = load_model(self.config, four_bit=True)
         with self.folder.timed("acquire"):
-            trained = self._trained_model(loaded, data)
-        run = self.run
-        with self.folder.timed("negate"):
-            if isinstance(trained, PeftModel):
-                vector, factors = subtracted_by(self.method, trained), AdapterVector.of(trained)
-                base = trained.unload() if recipe.acquire.tuning == "lora" else load_model(self.config).model
-            else:
-                base = load_model(self.config).model
-                vector, factors = subtracted_by(self.method, trained, base), None
-            vector = transformed(recipe, vector, base, loaded.tokenizer, data)
+            base, factors = self._trained(loaded, data)
+        strength, vector = self.run.strength, None
+        changes = self.method.negates and recipe.negate.transform is not None
+        if changes or recipe.compare.published is not None or recipe.chooses_alpha:
+            with self.folder.timed("negate"):
+                vector = task_vector_of(base, final) if factors is None else TaskVector.from_factors(factors)
+                vector = transformed(recipe, vector if self.method.negates else -vector, base, loaded.tokenizer, data)
         if recipe.checks_stage_1:
             self._check_stage_1(base, loaded.tokenizer, data)
         if recipe.compare.published is not None and measure_published is not None:
+            assert vector is not None
             with self.folder.timed("evaluate_published"):
                 published = copy.deepcopy(base)
                 subtract_into(published, base, vector, recipe.compare.published)
                 measure_published(published, base)
                 del published
         if recipe.chooses_alpha:
+            assert vector is not None
             with self.folder.timed("sweep"):
-                run = dataclasses.replace(run, strength=self._chosen(vector, base, loaded.tokenizer, data))
+                strength = self._chosen(vector, base, loaded.tokenizer, data)
         with self.folder.timed("negate"):
-            self._save_factors(factors, run.strength)
-            unlearned, negation = negate_with_record(
-                base, vector, run.strength, output_dtype=saved_type(recipe.negate.output_dtype)
-            )
-            # Noted before it is saved: a resumed run that finds the model doesn't subtract again.
-            self.folder.note(negation={**negation.to_dict(), **norms_by_group(vector.norms())})
-            save_unlearned(unlearned, loaded.tokenizer, self.out / "unlearned")
-        return base, unlearned
+            bad = final
+            if changes:
+                assert vector is not None
+                bad = self.trained_folder / "transformed"
+                vector.save(bad, overwrite=True)
+                self.folder.note(negated_adapter="not saved: negate.transform changes the weights themselves")
+            elif factors is not None:
+                sign, name = (-1, "negated_adapter") if self.method.negates else (1, "adapter")
+                (sign * strength * factors).save(self.out / name, overwrite=True)
+            self._subtract(dataclasses.replace(loaded, model=base), bad, strength)
+        return base
+
+    def _subtract(self, base: LoadedModel, bad: Path, strength: float) -> None:
+        """Stage 2, from the base's files, or where these don't hold its weights as they are, as it would be saved."""
+        dtype = base.model.dtype
+        wanted = FolderNegation(
+            base=Path(), bad=bad, out=self.out / "unlearned", alpha=strength if self.method.negates else -strength,
+            output_dtype=saved_type(self.recipe.negate.output_dtype) or dtype, base_dtype=dtype,
+        )  # fmt: skip
+
+        with ExitStack() as stack:
+            try:
+                if with_gguf_file(self.config).gguf_file is not None:
+                    raise ModelError("a GGUF file holds no tensors of a checkpoint")
+                wanted = dataclasses.replace(wanted, base=model_folder(self.config.path, self.config.revision))
+                plan = wanted.plan()
+            except (ModelError, TaskVectorError):
+                wanted = dataclasses.replace(wanted, base=stack.enter_context(base_as_files(base, wanted.out)))
+                plan = wanted.plan()
+            # Noted before the folder has its name: a resumed run that finds the model doesn't subtract again.
+            wanted.run(plan, written=lambda record: self.folder.note(negation=record.to_dict()))
 
     def _check_stage_1(
         self, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
@@ -303,25 +334,19 @@ class Unlearning:
         except NoAlphaError as error:
             raise NoAlphaError(f"{error}; all points are in {folder}") from None
 
-    def _save_factors(self, factors: AdapterVector | None, strength: float) -> None:
-        """Saves the change as an adapter, or notes why there is none."""
-        if self.recipe.negate.transform is not None and self.method.negates:
-            self.folder.note(negated_adapter="not saved: negate.transform changes the weights themselves")
-        elif factors is not None:
-            sign, name = (-1, "negated_adapter") if self.method.negates else (1, "adapter")
-            (sign * strength * factors).save(self.out / name, overwrite=True)
-
-    def _trained_model(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel | PeftModel | TaskVector:
-        """The trained model of an earlier try, or a newly trained one."""
-        recipe, folder = self.recipe, self.trained_folder
-        final = folder / "final"
-        if final.exists():
-            if TaskVector.is_saved_in(final):
-                return TaskVector.load(final)
-            if recipe.acquire.tuning == "full":
-                return load_model(with_path(self.config, final)).model
-            return load_adapter(loaded.model, final)
-        return self._train(loaded, data).model
+    def _trained(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, AdapterVector | None]:
+        """The original model, and what an adapter changes; what is trained, now or by an earlier try, is ``final``."""
+        final, model = self.trained_folder / "final", None
+        if not final.exists():
+            model = self._train(loaded, data).model
+        elif (final / ADAPTER_CONFIG).is_file():
+            model = load_adapter(loaded.model, final)
+        elif self.recipe.acquire.tuning == "full":
+            return loaded.model, None
+        factors = AdapterVector.of(model) if isinstance(model, PeftModel) else None
+        if isinstance(model, PeftModel) and self.recipe.acquire.tuning == "lora":
+            return model.unload(), factors
+        return load_model(self.config).model, factors
 
     def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
         """Stage 1 by all processes; its result lies in ``final`` afterwards."""
@@ -347,6 +372,9 @@ class Unlearning:
         dtype = self.recipe.negate.output_dtype
         config = with_path(self.config, self.out / "unlearned")
         return config if dtype == "same" else dataclasses.replace(config, dtype=dtype)
+
+    def _unlearned(self) -> PreTrainedModel:
+        return load_model(self.unlearned_config()).model
 
     def remove_trained(self) -> None:
         """Removes what stage 1 trained, unless the recipe says that a bad model is kept."""

@@ -32,9 +32,8 @@ from sku.evaluate.records import create_private_folder
 from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_model
 from sku.negate.arithmetic import saved_type
-from sku.negate.run import task_vector_of
+from sku.negate.run import task_vector_of, transformed
 from sku.negate.task_vector import TaskVector
-from sku.negate.transform import transformed
 from sku.reproducibility import content_sha256
 from sku.storage import mark_hazardous, write_json
 from sku.sweep.evaluator import AlphaEvaluator, Questions, check_calibrated, draw_questions, validation_asker
