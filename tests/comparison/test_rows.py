@@ -11,7 +11,7 @@ from sku.comparison.run import seeds_of
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.methods import METHODS
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 
 
 def test_rows_and_seeds_are_those_of_the_recipe_or_of_the_call() -> None:
@@ -32,7 +32,7 @@ def test_a_run_chooses_its_strength_and_shows_the_published_one_beside_it(method
     assert (run.seed, run.acquire.seed) == (0, 7), "data and test prompts stay the same"
     assert (run.compare.published, run.sweep.rule, run.evaluate.xstest) == (1.5, "least_harm", None)
     assert run.forget_validation > 0
-    prepare(run, tmp_path)
+    resolve_method(run, tmp_path)
     assert random.recipe_of(7).method == "sku"
     assert load_recipe("embedded", ["method=npo"]).chooses_alpha is False
 
