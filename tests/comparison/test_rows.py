@@ -15,7 +15,7 @@ from sku.methods.run import resolve_method
 
 
 def test_rows_and_seeds_are_those_of_the_recipe_or_of_the_call() -> None:
-    recipe = load_recipe("embedded", ["seed=5", "compare={seeds: 2}"])
+    recipe = load_recipe("embedded", ["seed=5", "compare.seeds=2"])
     assert [row.name for row in comparison_rows(recipe, ["npo", "sku", "npo"])] == ["npo", "sku", "random_direction"]
     every = comparison_rows(load_recipe("embedded"))
     assert [row.name for row in every] == [*(method.name for method in METHODS), "random_direction"]
