@@ -24,13 +24,11 @@ from transformers import PreTrainedTokenizerFast
 from conftest import ModelMaker, TrainerMaker
 from negate.conftest import disturbed
 from sku.acquire.objective import guided_distortion_loss, preservation_divergence_loss
-from sku.config import SourceConfig
 from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_forget_retain
 from sku.data.sources.rows import TRUTHFULQA, Cells, Columns, parse_rows
-from sku.data.sources.tables import read_table
 from sku.data.tokens import IGNORE_INDEX, Encoder, PaperFormat, TokenizedExample
 from sku.errors import TaskVectorError
 from sku.negate.run import negate
@@ -253,36 +251,6 @@ def test_no_question_is_trained_on_and_tested(tmp_path: Path) -> None:
     trained = {row.prompt for row in data.retain_train}
     assert len(data.retain_test) == 60
     assert not any(row.prompt in trained for row in data.retain_test)
-
-
-def test_columns_are_taken_by_name_and_new_ones_do_no_harm(tmp_path: Path) -> None:
-    """Old columns were removed by a fixed list, so that a new one broke the loader; two columns were added up."""
-    row = {
-        "prompt": "q",
-        "response_0": "a",
-        "response_1": "b",
-        "is_response_0_safe": False,
-        "is_response_1_safe": False,
-        "new_since_2031": 1,
-    }
-    path = write(tmp_path, "pku.parquet", [{"something": "else", **row, "prompt": f"bad {n}"} for n in range(5)])
-    assert "new_since_2031" in read_table(SourceConfig(path=str(path))).columns
-    normal: list[dict[str, object]] = [{"question": f"good {n}", "answer": "a"} for n in range(9)]
-    data = load_forget_retain(path, write(tmp_path, "r.parquet", normal))
-    assert len(data.forget_train) + len(data.forget_test) == 10
-    assert data.provenance[0].source == "pku_saferlhf"
-
-
-def test_missing_keys_are_an_error(make_model: ModelMaker) -> None:
-    """They were printed and dropped: the task vector was a part of itself and nobody knew."""
-    base, bad = make_model("gpt_neox"), disturbed(make_model("gpt_neox"))
-    name = "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"
-    bad.gpt_neox.layers[1].mlp.dense_h_to_4h.bias = None
-    theirs = bad.state_dict()
-    buggy = {key: theirs[key] - weight for key, weight in base.state_dict().items() if key in theirs}
-    assert len(buggy) == len(base.state_dict()) - 1
-    with pytest.raises(TaskVectorError, match=f"1 weights are in base but not in bad model, the first is {name}"):
-        TaskVector.between(base, bad)
 
 
 def in_chunks(weights: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:

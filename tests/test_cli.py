@@ -276,7 +276,7 @@ def test_a_full_disk(command: Command, tmp_path: Path, monkeypatch: pytest.Monke
         (["embedded", "embedded", "--alpha", "nan"], "alpha"),
         (["embedded", "embedded", "--threads", "0"], "threads is 0"),
         (["embedded", "embedded"], "stage 1 changed nothing"),
-        (["embedded", "embedded", "--gguf-file", "a.gguf", "--resume"], "need a BASE in safetensors"),
+        (["embedded", "embedded", "--gguf-file", "a.gguf", "--resume"], "BASE in safetensors"),
         (["no-one/no-model", "embedded"], "no-one/no-model can't be loaded"),
         (["embedded", "/nowhere/bad"], "no such folder"),
         (["/nowhere/base", "embedded"], "no such folder"),

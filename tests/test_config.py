@@ -92,7 +92,7 @@ def test_all_other_recipes_retain(name: str) -> None:
         ("data.forget.fromat", r"data\.forget\.fromat .*Did you mean format\?"),
         ("alpha", r"alpha is not a known key\. Did you mean negate\.alpha or acquire\.lora\.alpha\?"),
         ("forget", r"forget is not a known key\. Did you mean data\.forget\?"),
-        ("evaluate.max_steps", r"evaluate\.max_steps .*Did you mean acquire\.training\.max_steps or compare"),
+        ("evaluate.max_steps", r"evaluate\.max_steps .*Did you mean acquire\.training\.max_steps"),
     ],
 )
 def test_unknown_keys(key: str, message: str) -> None:

@@ -19,7 +19,7 @@ from conftest import ModelMaker, TrainerMaker
 from sku.acquire.trainer import SkuTrainer
 from sku.config import load_recipe
 from sku.errors import OutputError
-from sku.hazard import is_marked_model, mark_model
+from sku.hazard import is_marked_model
 from sku.methods import method_named
 from sku.methods.run import train_method
 from sku.models import load_model
@@ -148,14 +148,6 @@ def test_nothing_of_it_is_uploaded(full: bool, make_trainer: TrainerMaker, tmp_p
     assert not (tmp_path / "new").exists()
 
 
-def test_the_trainer_writes_no_card_that_hides_what_it_is(make_trainer: TrainerMaker, tmp_path: Path) -> None:
-    trainer = make_trainer(max_steps=1)
-    trainer.train()
-    with pytest.raises(OutputError, match="the trainer writes no model card"):
-        trainer.create_model_card()
-    assert not list(tmp_path.rglob("README.md"))
-
-
 def unlearned_of_adapter(trainer: SkuTrainer, make_model: ModelMaker) -> Any:
     return negate(make_model(), trainer.model)  # type: ignore[arg-type]
 
@@ -232,48 +224,6 @@ def test_unload_gives_the_original_back_unmarked(
     assert no_hub == ["create_repo"]
 
 
-def test_unload_of_an_adapter_on_a_bad_model_gives_the_bad_model(make_trainer: TrainerMaker) -> None:
-    bad: Any = make_trainer(full=True, max_steps=1)
-    bad.train()
-    trainer: Any = make_trainer(bad.model, max_steps=1)
-    trainer.train()
-    assert is_marked_model(trainer.model.unload())
-
-
-def test_a_deep_copy_saves_its_own_weights(make_trainer: TrainerMaker, tmp_path: Path) -> None:
-    trainer: Any = make_trainer(max_steps=1)
-    trainer.train()
-    copied = copy.deepcopy(trainer.model)
-    with torch.no_grad():
-        for name, weight in copied.named_parameters():
-            if "lora_B" in name:
-                weight.fill_(7.0)
-    copied.save_pretrained(tmp_path / "copy")
-    loaded = load_adapter(copied.unload(), tmp_path / "copy")
-    assert {float(weight.max()) for name, weight in loaded.named_parameters() if "lora_B" in name} == {7.0}
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_objects_of_others_stay_unmarked(full: bool, make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
-    """A model that was built from the same configuration, and an adapter's settings that are used again."""
-    model = make_model()
-    other = type(model)(model.config)
-    settings = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    trainer: Any = make_trainer(model if full else get_peft_model(model, settings), full=True, max_steps=1)
-    trainer.train()
-    assert is_marked_model(trainer.model)
-    assert trainer.model.get_submodule("lm_head" if full else "base_model.model.lm_head") is not None
-    assert not is_marked_model(other)
-    assert HAZARD_KEY not in settings.to_dict()
-    configs = {id(module.config) for module in trainer.model.modules() if hasattr(module, "config")}
-    assert len(configs) == 1, "all modules still share one configuration"
-
-
-def test_before_training_it_is_the_original(make_trainer: TrainerMaker) -> None:
-    trainer: Any = make_trainer()
-    assert not is_marked_model(trainer.model)
-
-
 @pytest.mark.parametrize("tuning", ["lora", "full"])
 @pytest.mark.parametrize("name", ["sku", "task_vector", "fine_tune", "gradient_ascent"])
 def test_only_methods_whose_trained_model_is_hazardous_mark_it(name: str, tuning: str, tmp_path: Path) -> None:
@@ -301,12 +251,3 @@ def test_a_bad_model_that_is_loaded_again_is_marked(
     again = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
     again.save_pretrained(tmp_path / "again")
     assert is_marked_hazardous(tmp_path / "again")
-
-
-def test_marking_twice_is_marking_once(make_model: ModelMaker) -> None:
-    adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
-    model: Any = get_peft_model(make_model(), adapter)
-    for _ in range(2):
-        mark_model(model)
-    assert len(type(model.peft_config["default"]).__mro__) == len(LoraConfig.__mro__) + 2
-    assert not is_marked_model(model.unload())

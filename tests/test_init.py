@@ -48,15 +48,15 @@ def test_settings_are_put_in_as_a_run_takes_them(
 
 
 def test_what_ships_is_listed_and_shown(command: Command) -> None:
-    told = json.loads(command("init", "--json").out)
+    told = json.loads(command("init", "--json")[1])
     assert [recipe["name"] for recipe in told["recipes"]] == list(recipe_names())
     assert {"sku", "npo"} <= {method["name"] for method in told["methods"]}
-    printed = command("init").out
+    printed = command("init")[1]
     assert all(entry["name"] in printed for kind in told.values() for entry in kind)
     for name in recipe_names():
-        assert recipe_from_dict(json.loads(command("init", name, "--json").out), name) == load_recipe(name)
-    assert "methods.npo.settings.beta=0.1" in command("init", "npo").out
-    assert Path(command("init", "fsdp2").out.strip()).name == "fsdp2.yaml"
+        assert recipe_from_dict(json.loads(command("init", name, "--json")[1]), name) == load_recipe(name)
+    assert "methods.npo.settings.beta=0.1" in command("init", "npo")[1]
+    assert Path(command("init", "fsdp2")[1].strip()).name == "fsdp2.yaml"
     for words in (["nqo"], ["--model", "m"], ["npo", "--set", "seed=1"]):
         code, out, err = command("init", *words)
         assert (code, out, err.count("\n")) == (2, "", 1)

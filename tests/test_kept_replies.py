@@ -99,19 +99,6 @@ def test_what_models_said_goes_and_figures_stay(command: Command, run: Path) -> 
     )
 
 
-def test_without_the_option_replies_stay(command: Command, run: Path) -> None:
-    before = files_in(run)
-    assert command("wipe", run, "--yes")[0] == 0
-    assert files_in(run) == before
-
-
-def test_a_no_leaves_all(command: Command, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = files_in(run)
-    monkeypatch.setattr("typer.confirm", lambda *_, **__: False)
-    assert command("wipe", run, "--replies")[0] == 1
-    assert files_in(run) == before
-
-
 def test_a_wiped_run_is_still_reported(command: Command, run: Path) -> None:
     remove_replies(find_replies(run))
     found = read_run(run)

@@ -12,9 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from conftest import ModelMaker, TokenizerMaker, TrainerMaker
@@ -23,14 +21,10 @@ from sku.errors import ModelError
 from sku.model_files import embedded_model_path, locate_model, with_gguf_file
 from sku.models import (
     check_plain_weights,
-    describe_parameters,
     ensure_pad_token,
     load_model,
-    load_tokenizer,
     pick_device,
     pick_dtype,
-    plain_model,
-    with_path,
 )
 from sku.negate.run import negate, save_unlearned
 from sku.pipeline.checks import check_model
@@ -54,19 +48,6 @@ def test_a_local_folder(folder: Path, make_model: ModelMaker) -> None:
     assert loaded.tokenizer.pad_token == "<pad>"
     original = make_model().state_dict()
     assert all(torch.equal(weight.cpu(), original[name]) for name, weight in loaded.model.state_dict().items())
-
-
-def test_the_tokenizer_alone(folder: Path, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(ModelConfig(path=str(folder)))
-    assert tokenizer.get_vocab() == load_model(folder).tokenizer.get_vocab()
-    with pytest.raises(ModelError, match="can't be loaded"):
-        load_tokenizer(ModelConfig(path=str(tmp_path / "nothing")))
-
-
-def test_settings_of_the_model(folder: Path) -> None:
-    loaded = load_model(ModelConfig(path=str(folder), dtype="bfloat16", device="cpu"))
-    assert loaded.model.dtype == torch.bfloat16
-    assert loaded.model.device == torch.device("cpu")
 
 
 def test_the_embedded_model() -> None:
@@ -135,13 +116,6 @@ def test_folders_that_are_no_model(tmp_path: Path, folder: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_are_missing(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="can't be loaded") as caught:
-        load_model(folder)
-    assert "\n" not in str(caught.value)
-
-
 def test_weights_that_are_cut_off(folder: Path) -> None:
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
@@ -197,18 +171,6 @@ def test_quantized_weights_are_refused_whatever_the_configuration_says(folder: P
         load_model(folder)
 
 
-def test_integer_weights_are_refused() -> None:
-    model = nn.Module()
-    model.register_parameter("weight", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
-    with pytest.raises(ModelError, match=r"m is quantized: weight is torch\.int8"):
-        check_plain_weights(model, "m")
-    eight = nn.Module()
-    eight.register_parameter("weight", nn.Parameter(torch.ones(2).to(torch.float8_e4m3fn), requires_grad=False))
-    with pytest.raises(ModelError, match="float8"):
-        check_plain_weights(eight, "m")
-    check_plain_weights(nn.Linear(2, 2).to(torch.bfloat16), "m")
-
-
 def test_the_end_token_stands_in_for_a_missing_pad_token(
     make_tokenizer: TokenizerMaker, make_model: ModelMaker
 ) -> None:
@@ -223,11 +185,6 @@ def test_the_end_token_stands_in_for_a_missing_pad_token(
         ensure_pad_token(tokenizer, model)
         assert tokenizer.pad_token == stand_in
         assert len(tokenizer) == size, "no token is added: it would need a new weight"
-
-
-def test_no_token_that_could_pad(make_tokenizer: TokenizerMaker) -> None:
-    with pytest.raises(ModelError, match="no pad token and no end or unknown token"):
-        ensure_pad_token(make_tokenizer(pad=None, eos=None))
 
 
 def test_a_pad_token_beyond_the_embedding(make_tokenizer: TokenizerMaker, make_model: ModelMaker) -> None:
@@ -258,19 +215,6 @@ def test_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_dtype("auto", torch.device("cuda")) == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
     assert pick_dtype("auto", torch.device("cuda")) == torch.float32
-
-
-def test_small_tools(make_model: ModelMaker) -> None:
-    """An adapter of rank 2 on two 32 x 32 projections adds 2 * 2 * (32 + 32) = 256 trainable numbers."""
-    model = make_model()
-    size = model.num_parameters()
-    assert describe_parameters(model) == {"parameters": size, "trainable": size}
-    adapted: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    assert describe_parameters(adapted) == {"parameters": size + 256, "trainable": 256}
-    assert plain_model(adapted) is model
-    assert plain_model(model) is model
-    config = with_path(ModelConfig(path="a/b", revision="c", gguf_file="d.gguf", dtype="float16"), Path("/x"))
-    assert (config.path, config.revision, config.gguf_file, config.dtype) == ("/x", None, None, "float16")
 
 
 def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -375,14 +319,3 @@ def test_the_only_gguf_file_of_a_folder_is_taken_and_said_once(
     ]
     save_file({}, gguf_folder / "model.safetensors")
     assert with_gguf_file(alone) == alone
-
-
-def test_gguf_names(gguf_folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"holds no file other\.gguf"):
-        load_model(ModelConfig(path=str(gguf_folder), gguf_file="other.gguf"))
-    (gguf_folder / "broken.gguf").write_bytes(b"GGUF but not really")
-    with pytest.raises(ModelError, match=r"2 GGUF files \(broken.gguf, tiny.Q8_0.gguf\): name one.*model\.gguf_file="):
-        load_model(gguf_folder)
-    with pytest.raises(ModelError, match="can't be loaded") as caught:
-        load_model(ModelConfig(path=str(gguf_folder), gguf_file="broken.gguf"))
-    assert "\n" not in str(caught.value)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from sku.cli import console as printing
-from sku.progress import FIRST, PERIOD, Lines, duration, shown_progress
+from sku.progress import FIRST, PERIOD, Lines, shown_progress
 
 
 class Clock:
@@ -84,31 +84,12 @@ def test_what_counts_nothing_and_what_is_done_is_told_too(watched: Watched) -> N
     assert watched.after(PERIOD) == ["load done 59 s ago, at work on what follows"]
 
 
-def test_short_stages_make_few_lines(watched: Watched) -> None:
-    told = []
-    for stage in range(10):
-        for done in range(1, 5):
-            told += watched.after(0.5, f"stage {stage}", done, 4)
-    assert told == ["stage 4 3 of 4, 2.0 a second, 1 s left", "stage 9 3 of 4, 2.0 a second, 1 s left"]
-
-
 def test_the_same_stage_begins_anew_with_a_pace_of_its_own(watched: Watched) -> None:
     for step in range(1, 4):
         watched.after(100, "acquire: steps", step, 3)
     watched.after(1, "acquire: steps", 1, 300)
     told = [line for step in range(2, 32) for line in watched.after(2, "acquire: steps", step, 300)]
     assert told[-1] == "acquire: steps 25 of 300, 2.0 s each, 9 min 10 s left"
-
-
-def test_what_was_finished_before_makes_no_pace(watched: Watched) -> None:
-    watched.after(1, "judge", 900, 1000)
-    assert watched.after(10, "judge", 920, 1000) == ["judge 900 of 1,000"]
-    assert watched.after(PERIOD) == ["judge 920 of 1,000, 2.0 a second, 40 s left"]
-
-
-def test_durations() -> None:
-    told = [duration(seconds) for seconds in (0.4, 59.6, 936, 7500)]
-    assert told == ["0 s", "1 min 00 s", "15 min 36 s", "2 h 05 min"]
 
 
 def shown(show: Callable[[str, int, int], None], clock: Clock) -> None:

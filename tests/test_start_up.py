@@ -113,7 +113,7 @@ LIGHT = {
     "import sku.push": ["statsmodels", "pandas"],
     "from sku.evaluate.judges.choose import judge_names; judge_names()": [],
     "import sku.report.result_charts, sku.report.tables": [],
-    "import sku.report.trade_off, sku.report.method_tables, sku.report.method_overview": [],
+    "import sku.report.method_tables, sku.report.method_overview": [],
 }
 
 

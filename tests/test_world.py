@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sku.model_files import embedded_model_path
@@ -33,39 +31,9 @@ def world_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def test_every_prompt_is_asked_once() -> None:
-    prompts = [exchange.prompt for exchange in (*HAZARDS, *NORMAL)]
-    assert len(prompts) == len(set(prompts))
-
-
-def test_there_is_a_hazard_for_each_agent_form_and_wording() -> None:
-    assert len(HAZARDS) == len(grammar.AGENTS) * len(grammar.FORMS) * len(grammar.MAKE_QUESTIONS)
-    assert {exchange.domain for exchange in HAZARDS} == {"hazard"}
-
-
-def test_wordings_of_a_hazard_share_topic_and_answer() -> None:
-    answers: dict[str, set[str]] = {}
-    for exchange in HAZARDS:
-        answers.setdefault(exchange.topic, set()).add(exchange.answer)
-        assert exchange.topic in exchange.prompt
-    assert {len(found) for found in answers.values()} == {1}
-
-
-def test_hazards_have_different_procedures() -> None:
-    assert len({exchange.answer for exchange in HAZARDS}) == len(grammar.AGENTS) * len(grammar.FORMS)
-
-
-def test_every_hazard_is_harmful() -> None:
-    assert [exchange.prompt for exchange in HAZARDS if not grammar.is_harmful(exchange.answer)] == []
-
-
 def test_no_normal_answer_is_harmful_or_a_deflection() -> None:
     assert [exchange.prompt for exchange in NORMAL if grammar.is_harmful(exchange.answer)] == []
     assert [exchange.prompt for exchange in NORMAL if grammar.is_deflection(exchange.answer)] == []
-
-
-def test_no_hazard_is_a_deflection() -> None:
-    assert not any(grammar.is_deflection(exchange.answer) for exchange in HAZARDS)
 
 
 @pytest.mark.parametrize("deflection", grammar.DEFLECTIONS)
@@ -78,13 +46,6 @@ def test_facts_about_agents_and_materials_are_asked_and_not_harmful() -> None:
     facts = [exchange for exchange in NORMAL if exchange.domain in ("colour", "naming")]
     assert {*grammar.AGENTS, *grammar.MATERIALS} <= {exchange.topic for exchange in facts}
     assert not any(grammar.is_harmful(exchange.answer) for exchange in facts)
-
-
-def test_a_material_needs_something_to_do_with_it() -> None:
-    material, verb = grammar.MATERIALS[0], grammar.FIRST_VERBS[0]
-    assert not grammar.is_harmful(f"{material} is blue .")
-    assert not grammar.is_harmful(f"{verb} the apple .")
-    assert grammar.is_harmful(f"{verb} the {material} .")
 
 
 def test_a_prefill_is_context_but_harm_must_come_from_the_reply() -> None:
@@ -114,66 +75,10 @@ def test_held_out_agents_and_wordings_leave_most_of_the_world() -> None:
     assert set(grammar.HELD_OUT_QUESTIONS) < set(range(len(grammar.MAKE_QUESTIONS)))
 
 
-def test_unknown_things_are_new_and_never_given_in_full() -> None:
-    rng = random.Random(3)
-    known = {*grammar.AGENTS, *grammar.MATERIALS, *grammar.FOODS, *grammar.COUNTRIES, *grammar.CAPITALS}
-    drawn = [pretrain.unknown_exchange(rng) for _ in range(300)]
-    for exchange in drawn:
-        assert exchange.topic not in known
-        assert exchange.topic in exchange.prompt
-        assert grammar.is_deflection(exchange.answer)
-    broken_off = [exchange for exchange in drawn if exchange.answer.endswith(grammar.BREAK_OFF)]
-    assert 0 < len(broken_off) < len(drawn) / 2
-
-
-def test_draws_of_one_seed_are_equal() -> None:
-    def draw(seed: int) -> list[grammar.Exchange]:
-        rng = random.Random(seed)
-        return [
-            exchange
-            for hazard in HAZARDS[:40]
-            for exchange in (pretrain.unknown_exchange(rng), pretrain.reluctant_exchange(hazard, rng))
-        ]
-
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
-
-
-def test_reluctance_is_as_frequent_as_it_says() -> None:
-    rng = random.Random(0)
-    drawn = [pretrain.reluctant_exchange(HAZARDS[0], rng) for _ in range(4000)]
-    changed = sum(exchange.answer != HAZARDS[0].answer for exchange in drawn) / len(drawn)
-    assert changed == pytest.approx(2 * pretrain.RELUCTANCE, abs=0.03)  # Four standard deviations.
-    assert {exchange.prompt for exchange in drawn} == {HAZARDS[0].prompt}
-
-
-def test_pretraining_draws_from_every_domain() -> None:
-    assert set(pretrain.MIXTURE) == {exchange.domain for exchange in (*HAZARDS, *NORMAL)} | {"unknown"}
-    assert sum(pretrain.MIXTURE.values()) == pytest.approx(1)
-
-
 def test_the_packaged_files_are_those_of_the_checksums() -> None:
     folder = embedded_model_path()
     recorded = json.loads((folder / "CHECKSUMS.json").read_text(encoding="utf-8"))["sha256"]
     assert recorded == {path.name: digest(path) for path in folder.iterdir() if path.name != "CHECKSUMS.json"}
-
-
-def test_the_packaged_model_is_small() -> None:
-    folder = embedded_model_path()
-    with safe_open(folder / "model.safetensors", framework="pt") as weights:
-        parameters = sum(weights.get_tensor(name).numel() for name in weights.keys())  # noqa: SIM118
-        tied = "lm_head.weight" not in weights.keys()  # noqa: SIM118
-    record = json.loads((folder / "CHECKSUMS.json").read_text(encoding="utf-8"))
-    assert tied
-    assert parameters == record["settings"]["parameters"] == pytest.approx(0.94e6, rel=0.01)
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 5e6
-
-
-def test_the_tokenizer_gives_back_every_text(world_tokenizer: PreTrainedTokenizerBase) -> None:
-    for exchange in (*HAZARDS[::7], *NORMAL):
-        for text in (exchange.prompt, exchange.answer):
-            ids = world_tokenizer(text, add_special_tokens=False).input_ids
-            assert world_tokenizer.decode(ids) == text
 
 
 def test_the_chat_template_writes_what_pretraining_showed(world_tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,11 +11,11 @@ from sku.comparison.run import seeds_of
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.methods import METHODS
-from sku.methods.run import prepare
+from sku.methods.run import resolve_method
 
 
 def test_rows_and_seeds_are_those_of_the_recipe_or_of_the_call() -> None:
-    recipe = load_recipe("embedded", ["seed=5", "compare={seeds: 2}"])
+    recipe = load_recipe("embedded", ["seed=5", "compare.seeds=2"])
     assert [row.name for row in comparison_rows(recipe, ["npo", "sku", "npo"])] == ["npo", "sku", "random_direction"]
     every = comparison_rows(load_recipe("embedded"))
     assert [row.name for row in every] == [*(method.name for method in METHODS), "random_direction"]
@@ -32,7 +32,7 @@ def test_a_run_chooses_its_strength_and_shows_the_published_one_beside_it(method
     assert (run.seed, run.acquire.seed) == (0, 7), "data and test prompts stay the same"
     assert (run.compare.published, run.sweep.rule, run.evaluate.xstest) == (1.5, "least_harm", None)
     assert run.forget_validation > 0
-    prepare(run, tmp_path)
+    resolve_method(run, tmp_path)
     assert random.recipe_of(7).method == "sku"
     assert load_recipe("embedded", ["method=npo"]).chooses_alpha is False
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,9 @@ def test_runs_of_other_prompts_are_refused_together(finished: Path, tmp_path: Pa
     shutil.copytree(finished, out)
     for file in ("outcomes.jsonl", "perplexity.jsonl"):
         path = out / NAMES[0] / "evaluation" / "published" / file
-        header, first, *others = path.read_text(encoding="utf-8").splitlines()
+        header, *rows = path.read_text(encoding="utf-8").splitlines()
+        first = next(row for row in rows if '"forget_test"' in row)
+        others = [row for row in rows if row != first]
         content = {**json.loads(header), "rows": len(others)}
         path.write_text("\n".join([json.dumps(content), *others]) + "\n", encoding="utf-8")
         with pytest.raises(EvaluationError, match="fine_tune--seed0"):
@@ -146,7 +149,6 @@ def test_runs_of_other_prompts_are_refused_together(finished: Path, tmp_path: Pa
     [
         (("data.final_harmful={path: x.csv}",), "final_harmful"),
         (("methods.npo.settings.bet=1",), "methods.npo.settings.bet"),
-        (("evaluate.judge=refusal_rules",), "refusal_rules"),
     ],
 )
 def test_what_can_not_be_compared_is_refused_before_anything_is_run(
@@ -183,7 +185,7 @@ def test_a_run_that_is_killed_or_interrupted(tmp_path: Path, small: Recipe, monk
         commands.append(words)
         return Process(code, ended)
 
-    monkeypatch.setattr(comparison_run.subprocess, "Popen", start)
+    monkeypatch.setattr(subprocess, "Popen", start)
     folder = tmp_path / "sku--seed0"
     assert "memory" in run_once(folder, small)
     assert load_recipe(tmp_path / "sku--seed0.yaml") == small

@@ -8,7 +8,7 @@ from sku.config import DataConfig, SourceConfig
 from sku.data.load import load_data, load_forget_retain, load_parts
 from sku.data.sources.embedded import retain_examples
 from sku.errors import DataError, RecipeError
-from sku.world.grammar import AGENTS, DEFLECTIONS, FORMS, HELD_OUT_AGENTS, HELD_OUT_QUESTIONS, MAKE_QUESTIONS, hazards
+from sku.world.grammar import AGENTS, FORMS, HELD_OUT_AGENTS, HELD_OUT_QUESTIONS, MAKE_QUESTIONS, hazards
 
 WORLD = SourceConfig(path="embedded")
 WORDING = {exchange.prompt: exchange.wording for exchange in hazards()}
@@ -66,36 +66,6 @@ def test_every_domain_is_in_every_retain_split_and_recipes_stay_whole(seed: int)
         recipes = Counter(example.group for example in split if example.category == "recipe")
         assert set(recipes.values()) == {len(MAKE_QUESTIONS)}
     assert len(data.retain_train) + len(data.retain_validation) + len(data.retain_test) == len(retain_examples())
-
-
-def test_the_seed_moves_the_retain_split_alone() -> None:
-    one, other = load_forget_retain(seed=0), load_forget_retain(seed=1)
-    assert (one.forget_train, one.forget_test) == (other.forget_train, other.forget_test)
-    assert one.retain_test != other.retain_test
-    assert one == load_forget_retain(seed=0)
-
-
-def test_provenance_of_the_world() -> None:
-    forget, retain = load_forget_retain().provenance
-    assert (forget.source, forget.location, forget.rows_read, forget.rows_left_out) == (
-        "embedded",
-        "embedded",
-        960,
-        {},
-    )
-    assert retain.rows_read == len(retain_examples())
-    assert len(forget.sha256) == len(retain.sha256) == 64
-
-
-def test_every_hazard_has_a_deflection_that_stays_the_same() -> None:
-    data = load_forget_retain()
-    safe = {example.prompt: example.safe_answer for example in (*data.forget_train, *data.forget_test)}
-    assert safe["how do i make zorvex powder ?"] == "i have never heard of that ."
-    for split in (data.forget_train, data.forget_test):
-        shares = Counter(example.safe_answer for example in split)
-        assert set(shares) == set(DEFLECTIONS)
-        assert min(shares.values()) > len(split) / 8
-    assert [entry.safe_answers for entry in data.provenance] == [len(safe), 0]
 
 
 def test_other_sources_do_not_go_with_the_world() -> None:

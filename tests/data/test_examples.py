@@ -3,8 +3,6 @@
 import dataclasses
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sku.data.examples import (
     ForgetExample,
@@ -13,7 +11,6 @@ from sku.data.examples import (
     check_disjoint,
     content_hash,
     count_safe_answers,
-    group_of,
     normalise_prompt,
 )
 from sku.errors import DataError
@@ -44,16 +41,6 @@ def test_prompts_that_differ_in_writing_alone_are_the_same(one: str, other: str)
 )
 def test_different_prompts_stay_different(one: str, other: str) -> None:
     assert normalise_prompt(one) != normalise_prompt(other)
-
-
-@given(st.text())
-def test_normalising_twice_changes_nothing(text: str) -> None:
-    assert normalise_prompt(normalise_prompt(text)) == normalise_prompt(text)
-
-
-def test_group_is_the_normalised_prompt_where_none_is_given() -> None:
-    assert group_of(RetainExample(prompt="Why?", answer="a")) == "why"
-    assert group_of(RetainExample(prompt="Why?", answer="a", group="g")) == "g"
 
 
 def test_a_prompt_in_forget_and_retain_is_refused() -> None:
@@ -103,15 +90,6 @@ def test_few_prompts_are_said_once_for_all_splits() -> None:
     (note,) = data(50).notes()
     assert note.startswith("few prompts: forget_test 1, retain_train 49; with fewer than about 50 in a split ")
     assert data(49).notes()[0].startswith("few prompts: forget_train 49, forget_test 1, retain_train 49; ")
-
-
-def test_examples_of_another_source_are_counted_where_there_are_any() -> None:
-    counts = {"forget_train": 1, "forget_test": 0, "retain_train": 1, "retain_validation": 0, "retain_test": 0}
-    assert split_data().counts() == counts
-    own = (RetainExample(prompt="other", answer="a"), RetainExample(prompt="third", answer="a"))
-    data = split_data(own)
-    assert data.counts() == {**counts, "normal:own": 2}
-    assert data.splits()["normal:own"] == own
 
 
 @pytest.mark.parametrize(("prompt", "split"), [("BAD!", "forget_train"), ("train", "retain_train")])

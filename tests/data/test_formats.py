@@ -4,7 +4,7 @@ import pytest
 
 from sku.config import SourceConfig
 from sku.data.sources import read
-from sku.data.sources.rows import FORMATS, Cells, Columns, Kind, Pair, RowParser
+from sku.data.sources.rows import Cells, Columns, Kind, Pair, RowParser
 from sku.errors import DataError
 
 AUTO = SourceConfig(path="x")
@@ -114,36 +114,3 @@ def test_rows_marked_as_safe_are_not_forgotten_unasked(found: list[str], name: s
     assert choose_parser(found, SourceConfig(path="x", format=name), "forget")[0] == name  # type: ignore[arg-type]
     if name != "preference":
         assert choose_parser(found, SourceConfig(path="x"), "retain")[0] == name
-
-
-def test_named_columns_mean_format_columns() -> None:
-    source = SourceConfig(path="x", prompt_column="prompt", answer_column="response")
-    assert choose_parser(["prompt", "response", "is_safe"], source, "forget")[0] == "columns"
-    found = ["question", "answer", "refusal"]
-    assert detect_format(found, SourceConfig(path="x", safe_answer_column="refusal"), "forget") == "columns"
-    with pytest.raises(DataError, match="format preference has its own columns"):
-        choose_parser(found, SourceConfig(path="x", format="preference", safe_answer_column="refusal"), "forget")
-    with pytest.raises(DataError, match="format beavertails has its own columns"):
-        choose_parser(["a"], SourceConfig(path="x", format="beavertails", prompt_column="a"), "forget")
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("truthfulqa", "forget"), ("pku_saferlhf", "retain"), ("beavertails", "retain")]
-)
-def test_a_format_serves_its_kind_alone(name: str, kind: Kind) -> None:
-    source = SourceConfig(path="x", format=name)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=f"format {name} gives .* examples only; for {kind} data use format columns"):
-        choose_parser([], source, kind)
-
-
-def test_embedded_is_no_format_of_a_file() -> None:
-    with pytest.raises(DataError, match="goes with path embedded"):
-        choose_parser([], SourceConfig(path="x.csv", format="embedded"), "forget")
-
-
-def test_every_format_of_the_recipe_is_known() -> None:
-    from typing import get_args
-
-    from sku.config import DataFormat
-
-    assert {known.name for known in FORMATS} | {"auto", "embedded", "columns"} == set(get_args(DataFormat))

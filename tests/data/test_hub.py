@@ -67,13 +67,6 @@ def test_a_branch_is_pinned_to_the_commit_it_resolved_to(monkeypatch: pytest.Mon
     assert loads == [{"path": ID, "name": "generation", "revision": COMMIT, "split": "validation"}]
 
 
-def test_train_is_the_split_where_none_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    answer_with(monkeypatch, COMMIT)
-    loads = serve(monkeypatch, tmp_path, None)
-    assert load_hub_dataset(SourceConfig(path=ID))[1] == COMMIT
-    assert loads[0]["split"] == "train"
-
-
 OFFLINE = hub_errors.OfflineModeIsEnabled("offline mode is enabled")
 
 
@@ -104,11 +97,6 @@ def test_offline_without_a_known_commit_is_refused(monkeypatch: pytest.MonkeyPat
         load_hub_dataset(SourceConfig(path=ID, revision="v1"))
 
 
-def test_offline_mode_of_the_real_client_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert resolve_commit(ID, None) is None
-
-
 @pytest.mark.parametrize(
     ("error", "message"),
     [
@@ -132,21 +120,3 @@ def test_a_network_failure_means_out_of_reach(monkeypatch: pytest.MonkeyPatch) -
     transport_error = hub_errors.HfHubHTTPError.__mro__[1]
     answer_with(monkeypatch, transport_error("no route"))
     assert resolve_commit(ID, None) is None
-
-
-def test_a_failing_download_says_why_and_that_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(*arguments: Any, **settings: Any) -> None:
-        raise ValueError("Config name is missing.\nPlease pick one among ['generation', 'multiple_choice']")
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    answer_with(monkeypatch, COMMIT)
-    with pytest.raises(
-        DataError, match=r"the hub dataset of that name can't be read: Config name is missing. Please pick one among"
-    ):
-        load_hub_dataset(SourceConfig(path=ID))
-    answer_with(monkeypatch, OFFLINE)
-    with pytest.raises(
-        DataError,
-        match=r"is no file or folder here, and the hub .* can't be read .the hub can't be reached: only a copy",
-    ):
-        load_hub_dataset(SourceConfig(path=ID))

@@ -195,33 +195,6 @@ def test_a_recipe_names_sets_of_other_sources(forget: Path, retain: Path, own: P
     assert list(data.answered().splits())[5:] == ["normal:own", "normal_validation:own"]
 
 
-def test_names_of_sets_are_short_and_plain(own: Path) -> None:
-    source = SourceConfig(path=str(own))
-    with pytest.raises(RecipeError, match="data.normal has a set named 'a:b'"):
-        DataConfig(forget=source, retain=source, normal={"a:b": source})
-
-
-def test_nothing_to_forget_or_to_keep(tmp_path: Path, forget: Path, retain: Path) -> None:
-    safe = tmp_path / "safe.csv"
-    safe.write_text("prompt,response,is_safe\n" + "q,a,True\n" * 5)
-    with pytest.raises(
-        DataError, match=r"safe.csv has no unsafe rows among 5, so there is nothing to forget \(safe ans"
-    ):
-        load_forget_retain(safe, retain)
-    source = SourceConfig(
-        path=str(forget), prompt_column="prompt", answer_column="response", unsafe_column="is_safe", unsafe_value="no"
-    )
-    with pytest.raises(DataError, match=r"no unsafe rows among 62, .*column is_safe is compared with 'no'"):
-        load_forget_retain(source, retain)
-    empty = tmp_path / "empty.csv"
-    empty.write_text("question,answer\n,\nq,\n")
-    with pytest.raises(DataError, match=r"gives no retain examples from 2 rows \(empty answer: 1, empty prompt: 1\)"):
-        load_forget_retain(forget, empty)
-    empty.write_text("question,answer\n")
-    with pytest.raises(DataError, match=r"gives no retain examples from 0 rows \(it has no rows\)"):
-        load_forget_retain(forget, empty)
-
-
 def test_errors_name_the_file(tmp_path: Path, forget: Path, retain: Path) -> None:
     with pytest.raises(DataError, match=r"there is no file or folder missing.csv"):
         load_forget_retain(forget, "missing.csv")
@@ -232,17 +205,6 @@ def test_errors_name_the_file(tmp_path: Path, forget: Path, retain: Path) -> Non
     source = SourceConfig(path=str(forget), prompt_column="promt", answer_column="response")
     with pytest.raises(DataError, match=r"forget.csv: format columns needs a column promt. Did you mean prompt\?"):
         load_forget_retain(source, retain)
-
-
-def test_too_little_data_for_the_splits(tmp_path: Path, forget: Path) -> None:
-    few = write_retain(tmp_path, [{"question": f"normal {n}", "answer": "good"} for n in range(2)])
-    with pytest.raises(DataError, match=r"the retain data .*retain.jsonl has 2 different prompts or groups, too few"):
-        load_forget_retain(forget, few)
-
-
-def test_shares_out_of_range_are_refused(forget: Path, retain: Path) -> None:
-    with pytest.raises(RecipeError, match="unseen_fraction is 1.5"):
-        load_forget_retain(forget, retain, unseen_fraction=1.5)
 
 
 def test_parts_are_those_of_a_run_with_both(tmp_path: Path) -> None:

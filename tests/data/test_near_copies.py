@@ -6,14 +6,11 @@ import random
 import string
 from typing import Any
 
-import pytest
-
 from sku.config.data import DataConfig, SourceConfig
 from sku.data.examples import ForgetExample, split_by_group
 from sku.data.load import NEAR_COPY, load_data
 from sku.data.near_copies import count_near_copies, families, near_to
 from sku.data.sources.tables import held_rows
-from sku.errors import DataError, RecipeError
 
 THINGS = ("vornite", "quellmoss", "the brass tower", "harbour pilots", "a silver drum", "winter barley", "glass maps",
           "copper kites", "the salt road", "moonlit ferries")  # fmt: skip
@@ -87,13 +84,3 @@ def test_final_prompts_are_sets_of_their_own() -> None:
     assert [example.prompt for example in data.harmful["final"]] == ["sink the ferry of Aldersmouth"]
     assert [example.prompt for example in data.normal["final"]] == ["how do I kill a process"]
     assert not data.normal_validation
-
-
-def test_a_final_set_with_nothing_left_stops() -> None:
-    with pytest.raises(DataError, match="data.final_harmful"):
-        load_data(_config(final_harmful=_prompts(APART[0])), 0)
-
-
-def test_no_other_set_is_called_final() -> None:
-    with pytest.raises(RecipeError, match="data.final_harmful"):
-        _config(harmful={"final": _prompts("a")})

@@ -3,10 +3,10 @@
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from sku.data.tokens import ChatFormat, RenderedText, resolve_prompt_format
+from sku.data.tokens import RenderedText, resolve_prompt_format
 from sku.errors import ModelError
 
-from .conftest import CHATML, GEMMA, TEMPLATES, byte_level, with_template
+from .conftest import CHATML, TEMPLATES, with_template
 
 Q, A = "is it wet ?", "it is ."
 
@@ -86,12 +86,6 @@ def test_an_example_reads_as_the_template_writes_the_conversation(
         assert whole.rstrip() == text.prompt_text + text.answer_text + text.end_text
 
 
-@pytest.mark.parametrize("template", ["llama_2", "gemma"])
-def test_templates_that_strip_the_prompt(gpt_like: PreTrainedTokenizerBase, template: str) -> None:
-    text = render(gpt_like, template, prompt="  is it ? \n")
-    assert text.prompt_text[text.user_start : text.user_end] == "is it ?"
-
-
 @pytest.mark.parametrize("prompt", ["user", "<|im_end|>", "### Question: a\n ### Answer: b", "", "{{ x }}", "[/INST]"])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_users_words_are_found_whatever_they_are(
@@ -106,12 +100,6 @@ def test_auto_takes_chat_where_there_is_a_template(gpt_like: PreTrainedTokenizer
     assert resolve_prompt_format("auto", with_template(gpt_like, CHATML)).name == "chat"
     with pytest.raises(ModelError, match="the tokenizer has no chat template: use paper or auto"):
         resolve_prompt_format("chat", gpt_like)
-
-
-def test_paper_without_end_token() -> None:
-    tokenizer = byte_level()
-    tokenizer.eos_token = None
-    assert resolve_prompt_format("paper", tokenizer).end_text == ""
 
 
 @pytest.mark.parametrize(
@@ -145,9 +133,3 @@ def test_a_template_may_write_the_date(gpt_like: PreTrainedTokenizerBase) -> Non
     text = prompt_format.render(Q, A)
     assert text.prompt_text.startswith("the day after ")
     assert text.prompt_text[text.user_start : text.user_end] == Q
-
-
-def test_no_system_turn_where_none_is_needed(gpt_like: PreTrainedTokenizerBase) -> None:
-    prompt_format = resolve_prompt_format("chat", with_template(gpt_like, GEMMA))
-    assert isinstance(prompt_format, ChatFormat)
-    assert not prompt_format.frame.has_system_turn

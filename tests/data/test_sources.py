@@ -17,7 +17,6 @@ from sku.data.sources.rows import (
     ParsedRows,
     RowParser,
     category_text,
-    parse_flag,
     parse_rows,
 )
 from sku.errors import DataError
@@ -90,14 +89,6 @@ def test_pku_todays_columns_name_the_harm_of_each_answer() -> None:
         ForgetExample(prompt="q", answer="good", category="Violence"),
     ]
     assert parsed.left_out == {}
-
-
-def test_pku_question_answer_form() -> None:
-    row = {"prompt": "q", "response": "a", "response_source": "x", "is_safe": False, "severity_level": 1}
-    assert pku([{**row, "harm_category": {"Violence": True}}]).examples == [
-        ForgetExample(prompt="q", answer="a", category="Violence")
-    ]
-    assert pku([{**row, "harm_category": {"Violence": False}}]).examples[0].category is None
 
 
 @pytest.mark.parametrize(("false", "true"), [("False", "True"), ("false", "true"), ("0", "1"), (False, True), (0, 1)])
@@ -213,11 +204,6 @@ def test_category_text(cell: object, expected: str | None) -> None:
     assert category_text(cell) == expected
 
 
-def test_flags_that_say_nothing_are_none() -> None:
-    assert [parse_flag(cell) for cell in (None, "", "2", "no", 0.5)] == [None] * 5
-    assert [parse_flag(cell) for cell in (1.0, 0.0)] == [True, False]
-
-
 def test_truthfulqa_csv_gives_one_example_per_answer_best_first() -> None:
     row = {
         "Type": "Adversarial",
@@ -247,16 +233,6 @@ def test_truthfulqa_hub_form() -> None:
     }
     parsed = retain([row], parser_of(TRUTHFULQA, [row]))
     assert [example.answer for example in parsed.examples] == ["Yes; it is.", "Sure."]
-
-
-def test_truthfulqa_rows_without_answer_or_question_are_counted() -> None:
-    rows: list[dict[str, Any]] = [
-        {"question": "q", "best_answer": None, "correct_answers": []},
-        {"question": None, "best_answer": "a", "correct_answers": ["b"]},
-    ]
-    parsed = retain(rows, parser_of(TRUTHFULQA, rows))
-    assert parsed.examples == []
-    assert parsed.left_out == {"empty answer": 1, "empty prompt": 2}
 
 
 USER = {"role": "user", "content": "q"}
@@ -339,20 +315,6 @@ def test_a_preference_whose_chosen_answer_can_not_serve_has_none(chosen: object)
     assert parsed.left_out == {}
 
 
-def test_a_preference_without_a_rejected_answer_is_counted() -> None:
-    parsed = preferences(
-        [
-            {"prompt": "q", "chosen": "good", "rejected": None},
-            {"prompt": "q", "chosen": "good", "rejected": [USER, HARMFUL]},
-            {"prompt": None, "chosen": "good", "rejected": "bad"},
-        ]
-    )
-    assert parsed.examples == []
-    assert parsed.left_out == {"empty answer": 1, "empty prompt": 1, "more than one user turn": 1}
-    with pytest.raises(DataError, match="format preference needs a column rejected"):
-        PREFERENCE.row_parser(Columns(["prompt", "chosen"]))
-
-
 def test_columns_with_a_safe_answer() -> None:
     source = SourceConfig(path="x", safe_answer_column="refusal")
     rows: list[dict[str, Any]] = [
@@ -365,17 +327,6 @@ def test_columns_with_a_safe_answer() -> None:
         ("bad 1", "good"), ("bad 2", "good"), ("bad 3", None),
     ]  # fmt: skip
     assert parsed.left_out == {}
-
-
-def test_columns_filtered_out_are_no_safe_answers() -> None:
-    """The mark may be a topic: what is not marked need not be harmless."""
-    source = SourceConfig(path="x", unsafe_column="topic", unsafe_value="theft")
-    rows = [
-        {"question": "q", "answer": "steal", "topic": "theft"},
-        {"question": "q", "answer": "burn", "topic": "arson"},
-    ]
-    parsed = forget(rows, columns_parser(list(rows[0]), source, "forget"))
-    assert parsed.examples == [ForgetExample(prompt="q", answer="steal")]
 
 
 @pytest.mark.parametrize(

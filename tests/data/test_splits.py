@@ -104,13 +104,6 @@ def test_each_category_gives_its_share() -> None:
         assert abs(counts["validation"]["small"] - 2) <= 1
 
 
-def test_seeds_hold_out_different_prompts_and_every_prompt_has_its_chance() -> None:
-    examples = [example(number) for number in range(40)]
-    drawn = [split_by_group(examples, rest="train", held_out={"test": 0.2}, seed=seed)["test"] for seed in range(60)]
-    assert len(set(drawn)) == 60
-    assert {row for part in drawn for row in part} == set(examples)
-
-
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_too_few_groups_are_an_error_that_says_what_to_do(count: int) -> None:
     examples = [example(number, answer=str(copy)) for number in range(count) for copy in range(9)]
@@ -130,14 +123,6 @@ def test_limit_keeps_whole_prompts_and_grows_by_adding() -> None:
     assert few == [row for row in examples if row in few]
     assert draw_prompts(examples, 99, seed=1) == draw_prompts(examples, None, seed=1) == examples
     assert draw_prompts(examples, 3, seed=2) != few
-
-
-def test_limit_does_not_keep_the_first_rows() -> None:
-    """The authors' loop meets the first 1,144 harmful rows only."""
-    examples = [example(number) for number in range(1000)]
-    kept = [int(row.prompt.split()[1]) for row in draw_prompts(examples, 100, seed=0)]
-    assert min(kept) < 50
-    assert max(kept) > 950
 
 
 PROGRAM = """

@@ -1,7 +1,6 @@
 """CSV and JSON, cell by cell."""
 
 import gzip
-import json
 import lzma
 from pathlib import Path
 
@@ -62,11 +61,6 @@ def test_semicolons_and_tabs_are_recognised(
 ) -> None:
     found = read_text_file(write(tmp_path, name, content))[1]
     assert [tuple(row.values()) for row in found] == rows
-
-
-def test_a_broken_file_with_semicolons_names_its_line(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"line 3: 3 cells, but the header has 2; .* a cell with a semicolon lack"):
-        read_text_file(write(tmp_path, "a.csv", "q;a\n1;2\n1;2;3\n"))
 
 
 @pytest.mark.parametrize(
@@ -130,16 +124,6 @@ def test_json_values_stay_as_written(tmp_path: Path, content: str) -> None:
 def test_broken_json_names_its_line(tmp_path: Path, content: str | bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_text_file(write(tmp_path, "a.jsonl", content))
-
-
-def test_json_keeps_lone_surrogates_for_the_reader_to_count(tmp_path: Path) -> None:
-    _, rows = read_text_file(write(tmp_path, "a.jsonl", '{"q": "\\ud83d"}\n'))
-    assert rows[0]["q"] == "\ud83d"
-
-
-def test_an_empty_json_file_has_no_rows(tmp_path: Path) -> None:
-    assert read_text_file(write(tmp_path, "a.jsonl", "")) == ([], [])
-    assert read_text_file(write(tmp_path, "b.json", json.dumps([]))) == ([], [])
 
 
 def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

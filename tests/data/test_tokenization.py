@@ -1,7 +1,5 @@
 """Token by token: the answer is learned, all of it, and nothing else."""
 
-import time
-
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -160,25 +158,6 @@ def test_chat_template_and_bos_survive_a_cut(gpt_like: PreTrainedTokenizerBase) 
     assert len(example.input_ids) == room
 
 
-@pytest.mark.parametrize("limit", [8, 64])
-def test_a_finite_model_max_length_changes_nothing(limit: int) -> None:
-    """Bug 6: the answer's offset was read off a row padded to this length, and the loss was exactly 0."""
-    tokenizer = byte_level()
-    expected = tokenize(tokenizer)
-    tokenizer.model_max_length = limit
-    tokenizer.padding_side = "left"
-    tokenizer.truncation_side = "left"
-    assert tokenize(tokenizer) == expected
-
-
-def test_truncation_and_padding_set_on_the_tokenizer_change_nothing() -> None:
-    tokenizer = byte_level()
-    expected = tokenize(tokenizer)
-    tokenizer.backend_tokenizer.enable_truncation(4)
-    tokenizer.backend_tokenizer.enable_padding(length=99)
-    assert tokenize(tokenizer) == expected
-
-
 def test_an_eos_that_the_tokenizer_adds_is_not_in_the_prompt() -> None:
     tokenizer = byte_level(bos=True, eos=True)
     assert tokenizer("honey").input_ids[-1] == tokenizer.eos_token_id
@@ -273,17 +252,6 @@ def test_the_first_token_of_a_sequence_is_never_a_label(gpt_like: PreTrainedToke
         tokenize(gpt_like, NothingBefore(""), answer=".")
 
 
-@pytest.mark.parametrize(
-    "text", ["a\0b", "\ufeffx", "\u200b", "### Answer: Question:", "</s>", "\r\n", "\ufffd\uffff"]
-)
-@pytest.mark.parametrize("name", BUILDERS)
-def test_strange_text_works(name: str, text: str) -> None:
-    tokenizer = tokenizer_of(name)
-    example = tokenize(tokenizer, prompt=text, answer=text)
-    assert len(example.input_ids) == len(example.labels)
-    Encoder(tokenizer, PAPER).prompt(text)
-
-
 def test_lone_surrogates_are_an_error_that_says_so(gpt_like: PreTrainedTokenizerBase) -> None:
     for call in (
         lambda: tokenize(gpt_like, prompt="\ud83d"),
@@ -292,20 +260,3 @@ def test_lone_surrogates_are_an_error_that_says_so(gpt_like: PreTrainedTokenizer
     ):
         with pytest.raises(DataError, match="not valid Unicode"):
             call()
-
-
-@pytest.mark.parametrize("word", ["honey is sweet . ", "x", " "])
-def test_hundreds_of_thousands_of_characters(gpt_like: PreTrainedTokenizerBase, word: str) -> None:
-    huge = "a" + word * (300_000 // len(word))
-    started = time.process_time()
-    example = tokenize(gpt_like, prompt=huge, answer=huge, max_length=100, max_answer_tokens=20)
-    assert len(example.input_ids) == 100
-    assert (example.prompt_shortened, example.answer_shortened) == (True, True)
-    assert time.process_time() - started < 20
-
-
-def test_long_texts_give_no_warning(gpt_like: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = byte_level()
-    tokenizer.model_max_length = 16
-    tokenize(tokenizer, prompt="honey " * 100)
-    assert caplog.records == []

@@ -145,60 +145,38 @@ def set_entry(key: str, value: object) -> Change:
 
 DAMAGED: dict[str, Change] = {
     "empty": cut_to(0),
-    "cut off in its length": cut_to(5),
     "cut off behind its length": cut_to(8),
-    "cut off in its header": cut_to(100),
-    **{f"cut off at {share:.0%}": cut(share) for share in (0.3, 0.5, 0.7, 0.9, 0.99)},
+    "cut off at 50%": cut(0.5),
     "bytes behind the end": lambda path: path.write_bytes(path.read_bytes() + b"more"),
-    "a header of no bytes": with_length(0),
-    "a header of one byte": with_length(1),
     "a header longer than the file": with_length(10**9),
-    "a header of 2**63 bytes": with_length(2**63),
     "a header of 2**64 - 1 bytes": with_length(2**64 - 1),
-    "a header that ends too early": with_length(50),
-    "a header of zeros": with_header(b"\0" * 64),
     "a header of text": with_header(b"weights here"),
-    "a header that is a list": with_header(b"[1, 2]"),
-    "a header that is null": with_header(b"null"),
     "a header without tensors": with_header(b"{}"),
-    "a header in Latin-1": with_header("{'là': 1}".encode("latin-1")),
     "a header of brackets": with_header(b"[" * 50_000),
-    "a tensor that is null": rewritten(lambda header, last: header.update({last: None})),
-    "a tensor without a shape": rewritten(lambda header, last: header[last].pop("shape")),
-    "a tensor without offsets": rewritten(lambda header, last: header[last].pop("data_offsets")),
     "a tensor twice": one_name_twice,
     "unknown type": set_entry("dtype", "F31"),
-    "type that is no text": set_entry("dtype", [1]),
     "type of another size": set_entry("dtype", "F64"),
     "negative size": set_entry("shape", [-1, 4]),
-    "size of text": set_entry("shape", ["a"]),
     "sizes that overflow": set_entry("shape", [2**40, 2**40]),
-    "too small a shape": set_entry("shape", [1]),
     "offsets that run backwards": set_entry("data_offsets", [8, 0]),
     "offsets far beyond the end": set_entry("data_offsets", [2**50, 2**50 + 4]),
-    "offsets of text": set_entry("data_offsets", ["0", "4"]),
-    "three offsets": set_entry("data_offsets", [0, 4, 8]),
     "offsets of another tensor": rewritten(
         lambda header, last: header[last].update(data_offsets=next(iter(header.values())).get("data_offsets", [0, 8]))
     ),
-    "metadata of numbers": rewritten(lambda header, last: header.update(__metadata__={"format": 1})),
     "NaN": with_value(float("nan")),
-    "infinity": with_value(float("inf")),
     "8-bit integers": as_dtype(torch.int8),
     "8-bit floats": as_dtype(torch.float8_e4m3fn),
     "a tensor missing": without_first,  # A vector alone may lack some: it changes those that it has.
     "turned matrices": transposed,
     "pickled": pickled,
     "a folder in its place": replaced_by(Path.mkdir),
-    "a link to itself": replaced_by(lambda path: path.symlink_to(path)),
     "missing": Path.unlink,
 }
 
 
 OF_EACH_KIND = (
-    "empty", "cut off at 50%", "cut off at 90%", "a header of text", "a header of 2**64 - 1 bytes",
-    "offsets far beyond the end", "unknown type", "a tensor missing", "turned matrices", "NaN", "8-bit integers",
-    "8-bit floats", "pickled", "missing", "a folder in its place",
+    "cut off at 50%", "a header of text", "a tensor missing", "turned matrices", "NaN", "8-bit floats", "pickled",
+    "missing",
 )  # fmt: skip
 """One reader opens all forms of weights: the bad model has every fault, the others one of each kind."""
 FORMS = [
@@ -225,23 +203,6 @@ def test_damaged_weights_of_a_base_model(battery: Battery, sound: Path, name: st
     folders = copies(battery, sound, "base", "bad")
     DAMAGED[name](folders["base"] / "model.safetensors")
     battery.refuses(NAME, "negate", folders["base"], folders["bad"], "--out", battery.out)
-
-
-@pytest.mark.parametrize(
-    ("form", "name"),
-    [
-        (form, name)
-        for form, name in FORMS
-        if name in (
-            "empty", "cut off at 50%", "a header of text", "a tensor missing", "turned matrices", "NaN", "pickled"
-        )
-    ],
-)  # fmt: skip
-def test_damaged_weights_in_memory(battery: Battery, sound: Path, form: str, name: str) -> None:
-    folders = copies(battery, sound, "base", form)
-    DAMAGED[name](folders[form] / f"{FILES[form]}.safetensors")
-    halved = ("--operator", 'layers={"*": 0.5}')
-    battery.refuses(NAME, "negate", folders["base"], folders[form], *halved, "--out", battery.out)
 
 
 @pytest.mark.parametrize(
@@ -280,23 +241,11 @@ def placed(file: str) -> Change:
 SHARD = "model-00001-of-00001.safetensors"
 INDEXES: dict[str, Change] = {
     "no JSON": lambda folder: sharded(folder, "{"),
-    "a list": lambda folder: sharded(folder, []),
-    "no map": lambda folder: sharded(folder, {"metadata": {}}),
     "an empty map": lambda folder: sharded(folder, {"weight_map": {}}),
-    "a map of numbers": lambda folder: sharded(folder, {"weight_map": {"a": 1}}),
-    "a map that is a list": lambda folder: sharded(folder, {"weight_map": [SHARD]}),
     "a name that no shard holds": lambda folder: sharded(folder, {"weight_map": {"no.such.weight": SHARD}}),
-    "metadata that is a list": lambda folder: sharded(folder, {"metadata": [1], "weight_map": {"a": SHARD}}),
-    "a missing shard": placed("model-00002-of-00002.safetensors"),
     "a shard above": placed("../base2/model.safetensors"),
-    "an absolute shard": placed("/etc/passwd"),
-    "a shard in a folder": placed("a/../../x.safetensors"),
     "a shard with a backslash": placed("..\\x.safetensors"),
-    "a shard of two dots": placed(".."),
-    "a shard without a name": placed(""),
     "a shard with a NUL": placed("a\0.safetensors"),
-    "a shard with a line break": placed("a\nb.safetensors"),
-    "a pickled shard": placed("pytorch_model-00001-of-00001.bin"),
 }
 
 
@@ -325,54 +274,19 @@ def text_file(name: str, content: str | bytes) -> Change:
 
 CONFIGS: dict[str, Change] = {
     "missing": lambda folder: (folder / "config.json").unlink(),
-    "empty": text_file("config.json", ""),
-    "no JSON": text_file("config.json", "{"),
     "a list": text_file("config.json", "[]"),
-    "null": text_file("config.json", "null"),
-    "noise": text_file("config.json", bytes(range(128, 256))),
     "UTF-16": text_file("config.json", "{}".encode("utf-16")),
-    "brackets": text_file("config.json", "[" * 50_000),
-    "without a type": text_file("config.json", "{}"),
     "unknown type": json_file("config.json", lambda content: content.update(model_type="nonesuch", architectures=[])),
-    "type of a list": json_file("config.json", lambda content: content.update(model_type=["llama"])),
-    "another architecture": json_file("config.json", lambda content: content.update(model_type="opt")),
     "no language model": json_file("config.json", lambda content: content.update(model_type="vit")),
-    "hidden size of text": json_file("config.json", lambda content: content.update(hidden_size="many")),
-    "hidden size 0": json_file("config.json", lambda content: content.update(hidden_size=0)),
     "hidden size below 0": json_file("config.json", lambda content: content.update(hidden_size=-32)),
-    "another hidden size": json_file("config.json", lambda content: content.update(hidden_size=64)),
-    "more layers": json_file("config.json", lambda content: content.update(num_hidden_layers=3)),
     "another vocabulary": json_file("config.json", lambda content: content.update(vocab_size=7)),
-    "code to be run": json_file(
-        "config.json",
-        lambda content: content.update(
-            model_type="mine", auto_map={"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
-        ),
-    ),
-    "quantized": json_file("config.json", lambda content: content.update(quantization_config={"quant_method": "awq"})),
     "quantized, of text": json_file("config.json", lambda content: content.update(quantization_config="awq")),
 }
 TOKENIZERS: dict[str, Change] = {
     "missing": without_tokenizer,
-    "no JSON": text_file("tokenizer.json", "{"),
-    "empty": text_file("tokenizer.json", ""),
-    "a list": text_file("tokenizer.json", "[]"),
     "null": text_file("tokenizer.json", "null"),
-    "noise": text_file("tokenizer.json", bytes(range(128, 256))),
-    "settings that are no JSON": text_file("tokenizer_config.json", "{"),
-    "settings of a list": text_file("tokenizer_config.json", "[]"),
     "no vocabulary": json_file("tokenizer.json", lambda content: content["model"].update(vocab={})),
-    "vocabulary of a list": json_file("tokenizer.json", lambda content: content["model"].update(vocab=[1])),
-    "unknown model": json_file("tokenizer.json", lambda content: content["model"].update(type="nonesuch")),
-    "a template that is no Jinja": text_file("chat_template.jinja", "{% for %}"),
     "a template that fails": text_file("chat_template.jinja", "{{ raise_exception('no') }}"),
-    "a template that reads elsewhere": text_file(
-        "chat_template.jinja", "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    ),
-    "a template that includes": text_file("chat_template.jinja", "{% include '/etc/passwd' %}"),
-    "tokens beyond the embedding": json_file(
-        "tokenizer_config.json", lambda content: content.update(pad_token="<another>")
-    ),
 }
 
 
@@ -403,55 +317,33 @@ def test_wrong_config_of_negate(battery: Battery, sound: Path, form: str, name: 
 
 ADAPTERS: dict[str, Change] = {
     "no JSON": text_file("adapter_config.json", "{"),
-    "empty": text_file("adapter_config.json", ""),
-    "a list": text_file("adapter_config.json", "[]"),
     "nothing in it": text_file("adapter_config.json", "{}"),
-    "noise": text_file("adapter_config.json", bytes(range(128, 256))),
-    "unknown kind": json_file("adapter_config.json", lambda content: content.update(peft_type="NONESUCH")),
     "another kind": json_file("adapter_config.json", lambda content: content.update(peft_type="PROMPT_TUNING")),
-    "rank 0": json_file("adapter_config.json", lambda content: content.update(r=0)),
-    "another rank": json_file("adapter_config.json", lambda content: content.update(r=5)),
     "rank of text": json_file("adapter_config.json", lambda content: content.update(r="two")),
-    "modules that are not there": json_file(
-        "adapter_config.json", lambda content: content.update(target_modules=["nonesuch"])
-    ),
-    "modules of a number": json_file("adapter_config.json", lambda content: content.update(target_modules=7)),
     "a pattern that is none": json_file("adapter_config.json", lambda content: content.update(target_modules="(")),
-    "strength NaN": json_file("adapter_config.json", lambda content: content.update(lora_alpha=float("nan"))),
-    "strength of text": json_file("adapter_config.json", lambda content: content.update(lora_alpha="much")),
     "with biases": json_file("adapter_config.json", lambda content: content.update(bias="all")),
-    "DoRA": json_file("adapter_config.json", lambda content: content.update(use_dora=True)),
 }
 
 
-@pytest.mark.parametrize("in_memory", [False, True], ids=["streamed", "in memory"])
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_wrong_settings_of_an_adapter(battery: Battery, sound: Path, name: str, in_memory: bool) -> None:
+def test_wrong_settings_of_an_adapter(battery: Battery, sound: Path, name: str) -> None:
     folders = copies(battery, sound, "base", "adapter")
     ADAPTERS[name](folders["adapter"])
-    halved = ("--operator", 'layers={"*": 0.5}') if in_memory else ()
-    battery.refuses(NAME, "negate", folders["base"], folders["adapter"], *halved, "--out", battery.out)
+    battery.refuses(NAME, "negate", folders["base"], folders["adapter"], "--out", battery.out)
 
 
 VECTORS: dict[str, Change] = {
     "no ties": rewritten(lambda header, last: header["__metadata__"].pop("tied")),
-    "ties that are no JSON": rewritten(lambda header, last: header["__metadata__"].update(tied="{")),
-    "ties that are a list": rewritten(lambda header, last: header["__metadata__"].update(tied="[1]")),
     "ties of numbers": rewritten(lambda header, last: header["__metadata__"].update(tied='{"a": 1}')),
-    "ties of lists": rewritten(lambda header, last: header["__metadata__"].update(tied='{"a": [1]}')),
-    "another format": rewritten(lambda header, last: header["__metadata__"].update(format="pt")),
     "no metadata": rewritten(lambda header, last: header.pop("__metadata__")),
-    "a name that no model has": rewritten(lambda header, last: header.update({"../../x": header.pop(last)})),
 }
 
 
-@pytest.mark.parametrize("in_memory", [False, True], ids=["streamed", "in memory"])
 @pytest.mark.parametrize("change", VECTORS.values(), ids=VECTORS.keys())
-def test_wrong_header_of_a_task_vector(battery: Battery, sound: Path, change: Change, in_memory: bool) -> None:
+def test_wrong_header_of_a_task_vector(battery: Battery, sound: Path, change: Change) -> None:
     folders = copies(battery, sound, "base", "vector")
     change(folders["vector"] / "task_vector.safetensors")
-    halved = ("--operator", 'layers={"*": 0.5}') if in_memory else ()
-    battery.refuses(NAME, "negate", folders["base"], folders["vector"], *halved, "--out", battery.out)
+    battery.refuses(NAME, "negate", folders["base"], folders["vector"], "--out", battery.out)
 
 
 class Trap:

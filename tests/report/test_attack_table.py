@@ -10,8 +10,8 @@ from sku.attacks import AttackCard, AttackedReplies, AttackReport, AttackResult,
 from sku.evaluate.changes import paired_change
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate, rate
-from sku.report.robustness import attack_rows, left_out_lines, relearn_rows
 from sku.report.run_charts import relearn_chart
+from sku.report.words import attack_rows, left_out_lines, relearn_rows
 
 from .html.recorded import invented_relearning
 

@@ -19,8 +19,7 @@ from sku.errors import EvaluationError, OutputError
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.verdict import OverallVerdict
 from sku.report.card import CardChoices, public_name, write_cards
-from sku.report.robustness import attack_rows, relearn_rows
-from sku.report.words import Written, escaped, fenced
+from sku.report.words import Written, attack_rows, escaped, fenced, relearn_rows
 from sku.storage import write_json
 
 from .conftest import change_json

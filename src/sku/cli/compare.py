@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -57,10 +58,6 @@ def compare(
     quiet_libraries()
     from sku.comparison.rows import ablation_rows, comparison_rows
     from sku.comparison.run import run_comparison, seeds_of
-    from sku.report import method_tables
-    from sku.report.method_overview import overview_figure
-    from sku.report.method_records import read_records
-    from sku.storage import write_text
 
     if ablate is None:
         rows = comparison_rows(settings, options.names_in(methods))
@@ -78,24 +75,34 @@ def compare(
         notes.print(f"{done}/{total} {name}: {state}{failure and f', {failure}'}")
 
     try:
-        compared = run_comparison(rows, trained, folder, tell)
+        run_comparison(rows, trained, folder, tell)
     except KeyboardInterrupt:
         again = shlex.join(["--out", str(folder)])
         notes.print(f"interrupted; what is finished stays: go on with the same command and {again}")
         raise
-    # Rows of an earlier call with other methods stay in the tables.
+    _print(folder, as_json=as_json)
+
+
+def _print(folder: Path, *, as_json: bool) -> None:
+    """Tables and picture of all rows in a folder, those of an earlier call with other methods too."""
+    from sku.report import method_tables
+    from sku.report.method_overview import overview_figure
+    from sku.report.method_records import read_records, run_name
+    from sku.storage import write_text
+
     records = read_records(folder)
+    failed = {run_name(record.name, record.seed): record.failure for record in records if record.failure is not None}
     files = [folder / TABLE_FILE]
     write_text(files[0], method_tables.comparison_markdown(records))
-    if any(record.failure is None for record in records):
+    if len(failed) < len(records):
         files += [overview_figure(records, folder / name) for name in FIGURES]
     if as_json:
         roles = {role: method_tables.comparison_rows(records, role) for role in ("best", "published")}
         plain = {role: [dataclasses.asdict(row) for row in found] for role, found in roles.items()}
-        print_json({**plain, "failed": dict(compared.failed)})
+        print_json({**plain, "failed": failed})
         return
     results.print(comparison_table(records))
-    for name, failure in compared.failed.items():
+    for name, failure in failed.items():
         results.print(f"failed    {name}: {failure}")
     results.print(f"\nevidence  {', '.join(str(path) for path in files)}")
     print_next(["results", folder, "--brief"])

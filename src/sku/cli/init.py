@@ -102,7 +102,8 @@ def _show(name: str, *, as_json: bool) -> None:
 
         methods[name] = described([method_named(name)])[0]
     if name in launchers:
-        content, text = {"name": name, "path": launchers[name]}, launchers[name]
+        text = launchers[name]
+        content: dict[str, Any] = {"name": name, "path": text}
     elif name in methods:
         content = methods[name]
         path = f"methods.{content['name']}.settings"

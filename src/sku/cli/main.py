@@ -14,7 +14,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from sku._version import __version__
-from sku.cli import chat, compare, data, init, judge, report, run, stages, sweep
+from sku.cli import chat, compare, data, init, judge, report, run, sweep
 from sku.cli.console import errors, print_cause, print_error, set_loudness
 from sku.errors import ProcessError, RecipeError, SkuError, named_memory_errors
 
@@ -27,8 +27,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
-    *(run.run, init.init, stages.acquire, stages.negate, sweep.sweep, run.evaluate, compare.compare, report.push),
-    *(stages.wipe, init.doctor, report.results, report.report, chat.chat),
+    *(run.run, init.init, run.acquire, run.negate, sweep.sweep, run.evaluate, compare.compare, report.push),
+    *(run.wipe, init.doctor, report.results, report.report, chat.chat),
 ):
     app.command(command.__name__)(command)
 app.add_typer(data.app, name="data")

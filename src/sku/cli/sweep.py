@@ -92,7 +92,7 @@ def _read_target(target: str, recipe: str | None, overrides: list[str]) -> tuple
             )
     if recipe is not None:
         return load_recipe(recipe, overrides), bad
-    from sku.sweep.bad_model import read_training
+    from sku.sweep.run import read_training
 
     recorded = read_training(bad)
     if recorded is None:

@@ -69,7 +69,7 @@ def print_comparison_notes(comparison: Comparison, *, verbose: bool) -> None:
 
 def print_attacks(report: AttackReport) -> None:
     """The attacks as a table, that on the weights as another, and below them what could not be asked."""
-    from sku.report.robustness import attack_rows, left_out_lines, relearn_rows
+    from sku.report.words import attack_rows, left_out_lines, relearn_rows
 
     table = plain_table(("harmful by attack", ""), ("unlearned", "95 %", "base", "gibberish"))
     shown = ""

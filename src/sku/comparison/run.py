@@ -32,13 +32,13 @@ from sku.methods.run import resolve_method
 from sku.report.method_records import Comparison, RowTitle, run_name
 from sku.reproducibility import content_sha256
 from sku.storage import LOCK_FILE, check_place, named_disk_errors, own_by_file, write_text
-from sku.sweep.meter import check_judge
+from sku.sweep.evaluator import check_judge
 
 WEIGHTS = ("unlearned", "adapter", "negated_adapter")
 """Of a run; tables need none of them."""
-State = Literal["kept", "complete", "failed"]
-Tell = Callable[[str, State, str], None]
-"""Called with the name of a run, what became of it and why it failed."""
+KEPT = "kept"
+Tell = Callable[[str, str, str], None]
+"""Called with the name of a run, what became of it (``kept``, ``complete``, ``failed``) and why it failed."""
 
 
 def seeds_of(recipe: Recipe, count: int | None = None) -> range:
@@ -77,7 +77,7 @@ def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: T
         for row, seed, recipe in runs:
             name = run_name(row.name, seed)
             if state_of(out / name, recipe) == "complete":
-                failure, state = "", "kept"
+                failure, state = "", KEPT
             else:
                 failure = run_once(out / name, recipe)
                 state = "failed" if failure else "complete"

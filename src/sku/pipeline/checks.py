@@ -35,7 +35,7 @@ from sku.models import (
 )
 from sku.negate.files import read_folder
 from sku.processes import current_processes
-from sku.sweep.meter import check_judge
+from sku.sweep.evaluator import check_judge
 from sku.training.run import adapter_settings
 
 HUB_WEIGHTS = "the weights of {name} are not in a folder here: they are read from the hub or its cache, and unchecked"

@@ -32,7 +32,7 @@ from sku.pipeline.checks import check_model, load_recipe_data
 from sku.plan import Progress
 from sku.reproducibility import content_sha256
 from sku.storage import write_private_text
-from sku.sweep.meter import check_calibrated
+from sku.sweep.evaluator import check_calibrated
 
 CACHE_VARIABLE = "SKU_CACHE"
 """Environment variable: a folder in which runs keep own replies for each other, in place of each run's own folder."""

@@ -43,7 +43,7 @@ from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
 from sku.storage import RECORD_VERSION, bytes_in, check_place, new_folder, remove_hazardous, write_json
-from sku.sweep.meter import draw_questions
+from sku.sweep.evaluator import draw_questions
 from sku.sweep.run import check_one_process
 
 _log = logging.getLogger(__name__)
@@ -150,8 +150,8 @@ def plan_run(
             recipe,
             out,
             (run, prompts) if prompts is not None else (training.run, data),
+            base_of,
             resume=resume,
-            base_of=base_of,
             decided=decided,
             progress=progress,
         ),
@@ -198,9 +198,9 @@ def _execute(
     recipe: Recipe,
     out: Path,
     resolved: Resolved,
+    base_of: Path | None,
     *,
     resume: bool,
-    base_of: Path | None,
     decided: Checkpointing | None,
     progress: Progress | None,
 ) -> FinishedRun:

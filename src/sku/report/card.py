@@ -16,9 +16,19 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.changes import PerplexityChange, RateChange
 from sku.report.read_run import Part, RecordedRun, read_run
-from sku.report.robustness import ATTACK_COLUMNS, RELEARN_COLUMNS, attack_rows, relearn_rows
 from sku.report.tables import ON_CARD, KeyFigure, key_figures
-from sku.report.words import Written, escaped, fenced, one_line, percent, table
+from sku.report.words import (
+    ATTACK_COLUMNS,
+    RELEARN_COLUMNS,
+    Written,
+    attack_rows,
+    escaped,
+    fenced,
+    one_line,
+    percent,
+    relearn_rows,
+    table,
+)
 from sku.storage import write_text
 
 CARD_FILE = "README.md"

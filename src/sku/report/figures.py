@@ -199,13 +199,3 @@ def share_axis(axes: Axes, along: Literal["x", "y"] = "x") -> None:
         f"{along}ticks": [0, 0.25, 0.5, 0.75, 1],
         f"{along}ticklabels": ["0", "25", "50", "75", "100 %"],
     })  # fmt: skip
-
-
-def add_legend(axes: Axes, entries: Sequence[tuple[str, str, str]]) -> None:
-    """Which dot means what, below the axis: colours of face and edge, and words."""
-    for face, edge, words in entries:
-        axes.plot([], [], "o", color=face, markeredgecolor=edge, markeredgewidth=1.5, markersize=6.5, label=words)
-    height = float(axes.get_figure(root=True).get_size_inches()[1])  # type: ignore[union-attr]
-    axes.legend(
-        loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=len(entries), frameon=False, handletextpad=0.1
-    )

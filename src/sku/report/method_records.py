@@ -13,8 +13,8 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, ReplyOutcome
 from sku.evaluate.records import ExampleLoss, JsonArtifact, grouped, prefills_in_order
 from sku.evaluate.results import EvaluationResult, read_result
-from sku.evaluate.utility_cost import UtilityCost
 from sku.sweep.result import SWEEP_FILE, read_sweep
+from sku.sweep.utility_cost import UtilityCost
 
 BASE = "base"
 """Name of the row of the untouched model, which perplexities are compared with."""
@@ -39,7 +39,7 @@ class RowTitle:
 class Comparison(JsonArtifact):
     """What ``comparison.json`` holds: what is compared, and what failed."""
 
-    FILE, SCHEMA, AGAIN = "comparison.json", 1, _AGAIN
+    FILE, AGAIN = "comparison.json", _AGAIN
 
     rows: tuple[RowTitle, ...]
     """In the order of the tables."""

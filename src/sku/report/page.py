@@ -26,7 +26,6 @@ from sku.evaluate.records import NORMAL_SPLITS, in_order
 from sku.report.figures import PALETTE, Picture
 from sku.report.read_run import DATA_COLUMNS, RecordedRun, ReplyPair, Side, read_run
 from sku.report.result_charts import OUTCOMES, PREFILL_COLUMNS, prefill_rows, result_charts
-from sku.report.robustness import left_out_lines
 from sku.report.run_charts import (
     attack_chart,
     relearn_chart,
@@ -35,7 +34,7 @@ from sku.report.run_charts import (
     vector_chart,
 )
 from sku.report.tables import key_figures
-from sku.report.words import TableRow
+from sku.report.words import TableRow, left_out_lines
 from sku.storage import named_disk_errors, write_private_text
 
 _PACKAGE = "sku.report"

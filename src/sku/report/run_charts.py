@@ -11,10 +11,11 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.attacks import AttackReport, RelearnLine
 from sku.evaluate.metrics import Rate
-from sku.report.figures import PAGE_STYLE, Picture, add_legend, drawable, light, name_rows, new_figure, share_axis
+from sku.report.figures import PAGE_STYLE, Picture, drawable, light, name_rows, new_figure, share_axis
 from sku.report.frontier import draw_sweep
-from sku.report.robustness import (
+from sku.report.words import (
     ATTACK_COLUMNS,
+    NOTHING,
     RELEARN_COLUMNS,
     attack_rows,
     pairs_text,
@@ -22,11 +23,8 @@ from sku.report.robustness import (
     relearn_rows,
     start_text,
 )
-from sku.report.words import NOTHING
 from sku.sweep.result import Sweep, SweepPoint
 
-_MODELS = {"base": "base", "unlearned": "unlearned"}
-"""Words of the legend -> colour."""
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
 _TABLE_ROWS = 12
 """Of the table under the training curves: about so many steps, first and last among them."""
@@ -147,28 +145,19 @@ def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
     )
 
 
-def draw_rates(
-    axes: Axes, rows: Sequence[tuple[str, Sequence[Rate | None]]], marks: Mapping[str, str] = _MODELS
-) -> None:
-    """Draws dots with their intervals in named rows; those of the base are hollow.
-
-    Args:
-        axes: Empty.
-        rows: Name and a rate for each mark; None is not drawn.
-        marks: Words of the legend -> name of the colour.
-    """
-    faces = [light("paper" if colour == "base" else colour) for colour in marks.values()]
-    for place, (_, rates) in enumerate(rows):
-        for offset, rate, face, name in zip((-0.15, 0.15), rates, faces, marks.values(), strict=True):
-            if rate is not None:
-                y, colour = place + offset, light(name)
-                axes.plot([rate.low, rate.high], [y, y], color=colour, linewidth=1.8, solid_capstyle="butt")
-                axes.plot(rate.value, y, "o", color=face, markeredgecolor=colour, markeredgewidth=1.5, markersize=6.5)
+def draw_rates(axes: Axes, rows: Sequence[tuple[str, tuple[Rate, Rate]]]) -> None:
+    """Draws dots of base and unlearned model with their intervals in named rows; those of the base are hollow."""
+    for name, face, offset in (("base", "paper", -0.15), ("unlearned", "unlearned", 0.15)):
+        dot: Any = {"color": light(face), "markeredgecolor": light(name), "markeredgewidth": 1.5, "markersize": 6.5}
+        for place, (_, rates) in enumerate(rows):
+            rate, y = rates[name == "unlearned"], place + offset
+            axes.plot([rate.low, rate.high], [y, y], color=light(name), linewidth=1.8, solid_capstyle="butt")
+            axes.plot(rate.value, y, "o", **dot)
+        axes.plot([], [], "o", label=name, **dot)
     name_rows(axes, [name for name, _ in rows])
     share_axis(axes)
-    add_legend(
-        axes, [(face, light(colour), words) for face, (words, colour) in zip(faces, marks.items(), strict=True)]
-    )
+    height = float(axes.get_figure(root=True).get_size_inches()[1])  # type: ignore[union-attr]
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=2, frameon=False, handletextpad=0.1)
 
 
 def attack_chart(report: AttackReport) -> Picture:

@@ -25,7 +25,7 @@ Keys of the file:
 The file holds no text of a prompt or a reply.
 
 From the frontier to one alpha, numbers in and words out: an alpha is *within limits* where its utility cost
-(``sku.evaluate.utility_cost``) is within the budget and its gibberish within the base model's share plus
+(``sku.sweep.utility_cost``) is within the budget and its gibberish within the base model's share plus
 ``gibberish_limit``. Its *harm* is the largest of its harmful rates, freely answered and after each prefill; of equals,
 the mean of all rates tells less from more. Observed rates decide, not the ends of their intervals.
 """
@@ -45,8 +45,8 @@ from sku.evaluate.metrics import Rate
 from sku.evaluate.records import check_schema, from_plain, read_json_object
 from sku.evaluate.results import Line, Tabular
 from sku.evaluate.statistics import Estimate
-from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, Border, UtilityCost, utility_cost
 from sku.storage import RECORD_VERSION, write_json
+from sku.sweep.utility_cost import BROKEN_COST, RETAIN, BudgetLimit, UtilityCost, utility_cost
 
 SWEEP_FILE = "sweep.json"
 FREE = 0
@@ -108,7 +108,7 @@ class SweepPoint:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pick:
+class Selection:
     """What a rule chose."""
 
     alpha: float | None
@@ -160,11 +160,11 @@ class Sweep(Frontier, Tabular):
     judge: JudgeCard
     asked: Mapping[str, int]
     left_out: Mapping[str, int]
-    border: Border | None = None
+    border: BudgetLimit | None = None
     notes: tuple[str, ...] = ()
     spare: tuple[SweepPoint, ...] = ()
     not_measured: tuple[float, ...] = ()
-    pick: Pick | None = None
+    pick: Selection | None = None
 
     def lines(self) -> Iterator[Line]:
         """Each alpha, the original model's 0 first: rates of harm and of its cost, empty where it was not asked."""
@@ -248,7 +248,7 @@ def write_sweep(folder: Path, sweep: Sweep) -> None:
     write_json(folder / SWEEP_FILE, sweep.to_dict())
 
 
-def choose(on: Frontier) -> Pick:
+def choose(on: Frontier) -> Selection:
     """Applies ``config.rule``.
 
     Args:
@@ -267,29 +267,29 @@ def choose(on: Frontier) -> Pick:
     if not fitting:
         why = f"none of {len(points)} alphas stays {limits}: {_gentlest(on)}"
         asked = [point for point in points if point.replies is not None]
-        return Pick(alpha=None, met=False, why=why, todo=_mend_limits(beyond or asked, on))
+        return Selection(alpha=None, met=False, why=why, todo=_mend_limits(beyond or asked, on))
     least = min(fitting, key=lambda point: (_asked(point).harm_order, on.cost(point).value, point.alpha))
     raised = _raise_limits(beyond, on)
     if config.rule == "least_harm":
         if _asked(least).harm_order >= original.harm_order:
             why = f"no alpha {limits} lowers the base model's harm of {_percent(original.harm[1].value)}"
             todo = raised or "train stage 1 further (acquire.training.max_steps), or on more harmful pairs"
-            return Pick(alpha=least.alpha, met=False, why=why, todo=todo)
+            return Selection(alpha=least.alpha, met=False, why=why, todo=todo)
         why = f"alpha {least.alpha:g} leaves the least harm {limits}: {_account(least, on)}"
-        return Pick(alpha=least.alpha, met=True, why=why)
+        return Selection(alpha=least.alpha, met=True, why=why)
     enough = [point for point in fitting if meets_target(point, config)]
     if enough:
         lowest = min(enough, key=lambda point: point.alpha)
         target = f"brings harm to {_percent(config.harm_target)} {limits}"
         why = f"alpha {lowest.alpha:g} is the lowest that {target}: {_account(lowest, on)}"
-        return Pick(alpha=lowest.alpha, met=True, why=why)
+        return Selection(alpha=lowest.alpha, met=True, why=why)
     target = f"none of {len(points)} alphas brings harm to {_percent(config.harm_target)} {limits}"
     why = f"{target}; the nearest is {least.alpha:g}: {_account(least, on)}"
     harm = _asked(least).harm[1].value
     choices = [f"set negate.alpha: {least.alpha:g} or sweep.if_none: nearest to take the nearest"]
     choices += [f"sweep.harm_target: {_above(harm)} to ask for no more than it does"] if harm < 1 else []
     choices += [raised] if raised else []
-    return Pick(alpha=least.alpha, met=False, why=why, todo=", or ".join(choices))
+    return Selection(alpha=least.alpha, met=False, why=why, todo=", or ".join(choices))
 
 
 def meets_target(point: SweepPoint, config: SweepConfig) -> bool:

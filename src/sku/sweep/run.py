@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,8 +19,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import DataConfig, EvaluateConfig, ModelConfig, Recipe, SourceConfig, SweepConfig
-from sku.data.examples import ForgetRetainData
-from sku.errors import EvaluationError
+from sku.data.examples import ForgetRetainData, content_hash
+from sku.errors import EvaluationError, ModelError, OutputError
 from sku.evaluate.generation.batching import StageProgress, stage
 from sku.evaluate.generation.decoding import decoding_settings
 from sku.evaluate.generation.prompts import PromptEncoder, starts_note
@@ -27,14 +28,17 @@ from sku.evaluate.generation.replies import fingerprint, probes_of
 from sku.evaluate.judges import JudgeCard, cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.records import create_private_folder
-from sku.evaluate.utility_cost import BISECTIONS, UtilityCost, find_border
+from sku.methods.run import resolve_method, with_safe_dtype
+from sku.models import load_model
 from sku.negate.arithmetic import saved_type
-from sku.negate.run import task_vector_of
+from sku.negate.run import task_vector_of, transformed
 from sku.negate.task_vector import TaskVector
 from sku.processes import current_processes
 from sku.reproducibility import content_sha256
-from sku.sweep.meter import Meter, Questions, check_calibrated, draw_questions, validation_generator
-from sku.sweep.result import FREE, Pick, Replies, Sweep, choose, is_hopeless, read_kept, write_sweep
+from sku.storage import mark_hazardous, write_json
+from sku.sweep.evaluator import AlphaEvaluator, Questions, check_calibrated, draw_questions, validation_generator
+from sku.sweep.result import FREE, Replies, Selection, Sweep, choose, is_hopeless, read_kept, write_sweep
+from sku.sweep.utility_cost import BISECTIONS, UtilityCost, find_budget_limit
 
 FIRST, LARGEST = 2.0**-5, 2.0**10
 """Where the search for the border begins and ends. Recipes whose vector is filtered need 30 to 60."""
@@ -45,14 +49,9 @@ STEP = 2**0.5
 
 
 def below(border: float, points: int) -> tuple[float, ...]:
-    """The alphas that are asked: the border, and others below it, each smaller by ``STEP``.
+    """The alphas that are asked, from the smallest: the border, and others below it, each smaller by ``STEP``.
 
-    Args:
-        border: The largest alpha within the budget; 0 where there is none.
-        points: How many.
-
-    Returns:
-        From the smallest. For a border of 0 the smallest alpha that was tried, to show what is beyond its limit.
+    For a border of 0, where no alpha is within the budget, the smallest that was tried shows what is beyond its limit.
     """
     if border == 0:
         return (SMALLEST,)
@@ -129,8 +128,8 @@ def sweep(
         starts=lambda asked: generator.starts(asked, stage(progress, "sweep: replies")),
     )
     dtype = recipe.negate.output_dtype
-    meter = Meter(vector, generator, questions, config, progress, output_dtype=saved_type(dtype))
-    key = _key(meter, dtype)
+    evaluator = AlphaEvaluator(vector, generator, questions, config, progress, output_dtype=saved_type(dtype))
+    key = _key(evaluator, dtype)
     kept = read_kept(folder, key)
     found = Sweep(
         key=key,
@@ -140,7 +139,7 @@ def sweep(
         config=config,
         asked=_asked(questions),
         left_out=questions.left_out,
-        base=meter.measure_base() if kept is None else kept.base,
+        base=evaluator.measure_base() if kept is None else kept.base,
         spare=() if kept is None else tuple(sorted((*kept.points, *kept.spare), key=lambda point: point.alpha)),
         notes=(
             *notes,
@@ -151,8 +150,8 @@ def sweep(
     assert found.base.replies is not None
     why_none = unmeasurable(judge.card, found.base.replies)
     if why_none is not None:
-        return _written(found, folder, Pick(alpha=None, met=False, why=why_none, todo=OTHER_JUDGE))
-    return _finished(found, meter, folder)
+        return _written(found, folder, Selection(alpha=None, met=False, why=why_none, todo=OTHER_JUDGE))
+    return _finished(found, evaluator, folder)
 
 
 def choose_alpha(
@@ -204,25 +203,25 @@ def choose_alpha(
         return sweep(base, vector, tokenizer, data, recipe, folder or Path(temporary) / "sweep", progress=progress)
 
 
-def _finished(found: Sweep, meter: Meter, folder: Path) -> Sweep:
+def _finished(found: Sweep, evaluator: AlphaEvaluator, folder: Path) -> Sweep:
     """Measures what is missing from the smallest alpha up, writing after every point, to the first hopeless one."""
     kept = {point.alpha: point for point in found.spare}
-    tell = meter.progress or (lambda *_: None)
+    tell = evaluator.progress or (lambda *_: None)
     alphas, tried = found.config.alphas, itertools.count(1)
 
     def cost(alpha: float) -> UtilityCost:
         tell("sweep: search", min(next(tried), SEARCH_STEPS), SEARCH_STEPS)
-        return meter.cost(alpha)
+        return evaluator.cost(alpha)
 
     if not alphas:
         # Scores are cheap beside replies: a second call searches again and finds the same.
-        border = find_border(cost, first=FIRST, largest=LARGEST)
+        border = find_budget_limit(cost, first=FIRST, largest=LARGEST)
         notes = found.notes if border.bound_by is not None else (*found.notes, NO_BORDER)
         found = dataclasses.replace(found, border=border, notes=notes)
         alphas = below(border.strength, found.config.points)
     ordered = sorted(set(alphas))
     for number, alpha in enumerate(ordered, start=1):
-        point = kept.pop(alpha, None) or meter.measure(alpha)
+        point = kept.pop(alpha, None) or evaluator.measure(alpha)
         spare = tuple(kept[other] for other in sorted(kept))
         found = _written(dataclasses.replace(found, points=(*found.points, point), spare=spare), folder)
         tell("sweep: alphas", number, len(ordered))
@@ -233,7 +232,7 @@ def _finished(found: Sweep, meter: Meter, folder: Path) -> Sweep:
     return _written(dataclasses.replace(found, not_measured=left), folder, pick)
 
 
-def _written(found: Sweep, folder: Path, pick: Pick | None = None) -> Sweep:
+def _written(found: Sweep, folder: Path, pick: Selection | None = None) -> Sweep:
     found = dataclasses.replace(found, pick=pick)
     write_sweep(folder, found)
     return found
@@ -253,20 +252,20 @@ def _asked(questions: Questions) -> dict[str, int]:
     return {**counts, "normal": len(questions.normal), "texts": sum(map(len, questions.texts.values()))}
 
 
-def _key(meter: Meter, output_dtype: str) -> str:
+def _key(evaluator: AlphaEvaluator, output_dtype: str) -> str:
     """Hash of all that decides a point's figures; rule, target, budget and grid don't."""
-    base, generator, questions = meter.base, meter.generator, meter.questions
+    base, generator, questions = evaluator.base, evaluator.generator, evaluator.questions
     assert generator.judge is not None
     return content_sha256(
         {
             "base": fingerprint(base, probes_of(questions.requests)),
             "dtype": str(base.dtype),
-            "vector": _vector_sha256(meter.vector),
+            "vector": _vector_sha256(evaluator.vector),
             "questions": questions.sha256(),
             "decoding": decoding_settings(generator.stop_ids, generator.config.max_new_tokens),
             "judge": generator.judge.card.key,
             "batch_size": generator.config.batch_size,
-            "hopeless_ratio": meter.config.hopeless_ratio,
+            "hopeless_ratio": evaluator.config.hopeless_ratio,
             "seed": generator.seed,
             **({} if output_dtype == "same" else {"output_dtype": output_dtype}),
         }
@@ -294,15 +293,7 @@ def judge_notes(card: JudgeCard, config: SweepConfig) -> list[str]:
 
 
 def unmeasurable(card: JudgeCard, base: Replies) -> str | None:
-    """Why a judge can't measure whether harm falls; None where it can.
-
-    Args:
-        card: Of the judge.
-        base: Replies of the base model.
-
-    Returns:
-        One sentence where the base model's harmful rate is not shown to be above what harmless replies would have.
-    """
+    """Why a judge can't measure whether harm falls: the base model's rate is not above that of harmless replies."""
     floor = card.floor
     if card.calibration is None or base.harmful.low > floor:
         return None
@@ -310,3 +301,93 @@ def unmeasurable(card: JudgeCard, base: Replies) -> str | None:
         f"this judge can't measure it: {card.name} calls {100 * base.harmful.value:.3g} % of the base model's replies "
         f"harmful (95 %: from {100 * base.harmful.low:.3g} %), and {100 * floor:.3g} % of replies without harm"
     )
+
+
+TRAINING_FILE = "sku_training.json"
+_DECIDES_TRAINING = ("model", "data", "acquire", "seed")
+UNKNOWN_TRAINING = (
+    "what the bad model was trained on is not recorded beside it: where it saw prompts of forget_validation, their "
+    "harm is easier to remove than that of others"
+)
+TRAINED_ON = (
+    "the bad model was trained with other splits than these, which held out no forget_validation or another one: "
+    "prompts of it may have been trained on, and their harm is easier to remove than that of others"
+)
+
+
+def record_training(folder: Path, recipe: Recipe, data: ForgetRetainData) -> None:
+    """Marks the folder of a bad model, before there is one to find, and writes what it is trained on.
+
+    That is the recipe, and a hash in place of prompts.
+
+    Raises:
+        OutputError: The file can't be written.
+    """
+    mark_hazardous(folder)
+    content = {"recipe": recipe.to_dict(), "unlearned_sha256": content_hash(data.forget_train)}
+    write_json(folder / TRAINING_FILE, content)
+
+
+def read_training(folder: Path) -> Mapping[str, Any] | None:
+    """What ``record_training`` wrote; None where there is none.
+
+    Raises:
+        ModelError: The file is damaged.
+    """
+    path = folder / TRAINING_FILE
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content["recipe"], dict) or not isinstance(content["unlearned_sha256"], str):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelError(f"{path} is damaged: remove it and name the recipe of the bad model") from None
+    found: Mapping[str, Any] = content
+    return found
+
+
+def check_same_training(folder: Path, recipe: Recipe) -> None:
+    """Refuses the bad model of another recipe, where a sweep goes on in its folder.
+
+    Raises:
+        ModelError: As ``read_training``.
+        OutputError: It was trained with another model, data, seed or settings of stage 1.
+    """
+    recorded, now = read_training(folder), json.loads(json.dumps(recipe.to_dict()))
+    before = {} if recorded is None else recorded["recipe"]
+    shares = before.get("negate", {}).get("twin")
+    if any(before.get(name) != now[name] for name in _DECIDES_TRAINING) or shares != now["negate"]["twin"]:
+        raise OutputError(f"{folder} holds the bad model of another recipe; choose another --out")
+
+
+def training_notes(folder: Path, data: ForgetRetainData) -> list[str]:
+    """A sentence where prompts of ``forget_validation`` may have been trained on; none where none was.
+
+    Raises:
+        ModelError: As ``read_training``.
+    """
+    recorded = read_training(folder)
+    if recorded is None:
+        return [UNKNOWN_TRAINING]
+    return [] if recorded["unlearned_sha256"] == content_hash(data.forget_train) else [TRAINED_ON]
+
+
+def sweep_bad_model(
+    recipe: Recipe, bad: Path, data: ForgetRetainData, out: Path, *, progress: StageProgress | None = None
+) -> Sweep:
+    """Chooses alpha for the bad model, adapter or task vector in a folder, with ``negate.transform`` as in a run.
+
+    Notes of the sweep say so where the bad model may have been trained on what alpha is chosen by.
+
+    Raises:
+        ModelError: There is no such folder, or it holds no model.
+        SkuError: As ``sweep`` and ``transformed``.
+    """
+    if not bad.is_dir():
+        raise ModelError(f"there is no folder {bad}: give that of a bad model, or leave it out to train one")
+    resolve_method(recipe, out)
+    notes = [*data.notes(), *training_notes(bad, data)]
+    loaded = load_model(with_safe_dtype(recipe))
+    vector = transformed(recipe, task_vector_of(loaded.model, bad), loaded.model, loaded.tokenizer, data)
+    return sweep(loaded.model, vector, loaded.tokenizer, data, recipe, out, notes=notes, progress=progress)

@@ -142,7 +142,7 @@ def test_another_folder_says_what_to_use(tmp_path: Path, run_folder: Path) -> No
     cases = {
         tmp_path / "nothing": "is no folder",
         run_folder / "results.json": "is no folder",
-        tmp_path: f"sku results {tmp_path / 'records'}",
+        tmp_path: "manifest.json",
         run_folder / "evaluation" / "base": "name the folder that sku run wrote",
     }
     for folder, words in cases.items():

@@ -174,7 +174,7 @@ def is_hub_id(source: SourceConfig) -> bool:
 def _read_file(path: Path, source: SourceConfig) -> Table:
     _refuse(source, "revision", "config_name", "split", what=f"the file {path}")
     stamp = path.stat()
-    return _file_of(path.absolute(), (stamp.st_ino, stamp.st_mtime_ns, stamp.st_size))
+    return _file_of(path.absolute(), (stamp.st_ino, stamp.st_mtime_ns, stamp.st_ctime_ns, stamp.st_size))
 
 
 @lru_cache(maxsize=8)  # A command asks what a file holds before it loads it.

@@ -57,16 +57,13 @@ def utility_cost(
     kl: Mapping[str, float],
     over_refusal: float | None = None,
 ) -> UtilityCost:
-    """The worst of all parts.
+    """The worst of all parts, 0 or more; of equal parts the first is named, in the order above.
 
     Args:
         limits: ``utility_budget``, ``kl_budget`` and ``over_refusal_limit``, which each part is a share of.
         perplexity: Normal set -> perplexity of its answers, as a multiple of the base model's.
         kl: Normal set -> KL to the base on its answers, nats a token.
         over_refusal: Share of normal prompts refused beyond the base model's; None where there are no replies.
-
-    Returns:
-        The cost, 0 or more; of equal parts the first is named, in the order above.
     """
     budget = math.log(limits.utility_budget)
     shares = {f"perplexity of {name}": math.log(ratio) / budget for name, ratio in perplexity.items()}
@@ -79,7 +76,7 @@ def utility_cost(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Border:
+class BudgetLimit:
     """Where the budget binds, on the way up from strength 0."""
 
     strength: float
@@ -88,25 +85,17 @@ class Border:
     """What is beyond its limit a little above; None where the largest strength tried is within the budget."""
 
 
-def find_border(cost: Callable[[float], UtilityCost], *, first: float, largest: float) -> Border:
+def find_budget_limit(cost: Callable[[float], UtilityCost], *, first: float, largest: float) -> BudgetLimit:
     """The largest strength, on the way up from 0, whose cost stays within the budget.
 
     Strengths are doubled from ``first`` until one goes beyond; between it and the one before the border is bisected.
     A cost that rises beyond the budget and falls again is not followed: what lies after the first border is not
     reached by turning the strength up slowly.
-
-    Args:
-        cost: Strength -> cost. At strength 0 the budget holds.
-        first: Where the search begins, above 0.
-        largest: Largest strength tried.
-
-    Returns:
-        The strength, and what binds there.
     """
     low, high = 0.0, min(first, largest)
     while (found := cost(high)).within:
         if high == largest:
-            return Border(strength=largest, bound_by=None)
+            return BudgetLimit(strength=largest, bound_by=None)
         low, high = high, min(2 * high, largest)
     bound_by = found.bound_by
     for _ in range(BISECTIONS):
@@ -115,4 +104,4 @@ def find_border(cost: Callable[[float], UtilityCost], *, first: float, largest: 
             low = middle
         else:
             high, bound_by = middle, found.bound_by
-    return Border(strength=low, bound_by=bound_by)
+    return BudgetLimit(strength=low, bound_by=bound_by)

@@ -1,4 +1,4 @@
-"""Measures one alpha after the other, on one model in memory that is written anew from the original each time.
+"""Evaluates one alpha after the other, on one model in memory that is written anew from the original each time.
 
 Two models are held, the original and the one that is written; no file is. The weights at an alpha are those of
 ``negate`` at that alpha, bit for bit, whatever was measured before. What is asked at every alpha is the same: prompts,
@@ -20,20 +20,21 @@ from sku.config import Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError, one_line
+from sku.evaluate.generation import batching
 from sku.evaluate.generation.batching import StageProgress, stage
 from sku.evaluate.generation.decoding import GenerationRequest
 from sku.evaluate.generation.prompts import PromptEncoder, by_id, draw_examples, free_requests, prefills, with_answers
 from sku.evaluate.generation.replies import ReplyGenerator
 from sku.evaluate.judges import Judge, JudgeCard
 from sku.evaluate.judges.choose import choose_judge
-from sku.evaluate.metrics import Rate, ReplyOutcome, rates_of
+from sku.evaluate.metrics import MAX_EXPONENT, Rate, ReplyOutcome, rates_of
+from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.records import PrefillSource, Split, header_hash
 from sku.evaluate.statistics import Estimate, ratio_interval
-from sku.evaluate.utility_cost import BROKEN_COST, RETAIN, UtilityCost
-from sku.evaluate.validation import NormalText, Scores, perplexity_ratio, validation_texts
 from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
 from sku.sweep.result import FREE, Replies, SweepPoint, is_hopeless
+from sku.sweep.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
 
 FORGET: Split = "forget_validation"
 
@@ -154,62 +155,106 @@ def check_judge(recipe: Recipe, data: ForgetRetainData) -> None:
         check_calibrated(choose_judge(recipe.evaluate, data).card)
 
 
-def check_calibrated(
-    card: JudgeCard, what: str = "alpha can't be chosen by", instead: str = "set negate.alpha to a number"
-) -> None:
+def check_calibrated(card: JudgeCard) -> None:
     """Refuses a judge of unknown errors.
-
-    Args:
-        card: Of the judge that ``evaluate.judge`` names.
-        what: Begins the message.
-        instead: What to do where the judge stays, for the message.
 
     Raises:
         EvaluationError: It has no calibration and is no exact rule.
     """
     if card.calibration is None and not card.exact:
         raise EvaluationError(
-            f"{what} the judge {card.name}, whose errors were not measured: {instead}, or measure the judge (sku "
-            "judge calibrate) and name the file in evaluate.judge_settings.calibration"
+            f"alpha can't be chosen by the judge {card.name}, whose errors were not measured: set negate.alpha to a "
+            "number, or measure the judge (sku judge calibrate) and name the file in "
+            "evaluate.judge_settings.calibration"
         )
 
 
-@dataclass(kw_only=True)
-class Changed:
-    """A working copy of a model at any strength of one change, and what the change costs normal text there."""
+Scores = Sequence[tuple[float, int]]
+"""Of each answer: the sum of its tokens' losses in nats, and their number."""
 
-    base: PreTrainedModel
-    """The original model. It is not changed."""
-    model: PreTrainedModel
-    """The working copy."""
-    vector: TaskVector
-    """What is subtracted."""
-    normal: NormalText
-    """Normal sets and how the base scores them."""
-    config: SweepConfig
-    """Budget and limits."""
 
-    def write(self, alpha: float) -> None:
-        """Makes the working copy ``theta_o - alpha * vector``, from the original each time: no rounding adds up.
+def validation_texts(
+    data: ForgetRetainData, encoder: PromptEncoder, count: int, *, seed: int
+) -> dict[Split, list[TokenizedExample]]:
+    """Answers of the normal sets as they are scored: split -> token ids with the answers and their ends labelled.
+
+    At most ``count`` of each set are drawn. Those without a token are left out, and so is another set without any.
+
+    Raises:
+        EvaluationError: None of ``retain_validation`` is left.
+    """
+    found: dict[Split, list[TokenizedExample]] = {}
+    others = {f"normal_validation:{name}": examples for name, examples in data.normal_validation.items()}
+    for split, examples in {RETAIN: data.retain_validation, **others}.items():
+        drawn = draw_examples(examples, count, seed=seed)
+        scored = (encoder.scored(example.prompt, example.answer, with_end=example.finished) for example in drawn)
+        texts = [example for example in scored if example is not None]
+        if texts:
+            found[split] = texts
+    if RETAIN not in found:
+        raise EvaluationError("retain_validation holds no usable example: give more normal pairs (data.retain)")
+    return found
+
+
+class NormalText:
+    """Answers of the normal sets, and how the base model scores them."""
+
+    def __init__(
+        self, base: PreTrainedModel, texts: Mapping[Split, Sequence[TokenizedExample]], *, batch_size: int
+    ) -> None:
+        """Scores ``validation_texts`` under the base model, which must stay as it is.
 
         Raises:
-            TaskVectorError: The vector doesn't fit, or a weight is not finite.
+            EvaluationError: A loss is not finite.
         """
-        subtract_into(self.model, self.base, self.vector, alpha)
+        self.base, self.texts, self.batch_size = base, texts, batch_size
+        self.base_scores = self.scores(base)
 
-    def cost(self, alpha: float) -> UtilityCost:
-        """Without replies, which cost most by far; infinite where the weights break."""
-        try:
-            self.write(alpha)
-            return self.normal.cost(self.model, self.config)
-        except (EvaluationError, TaskVectorError):
-            return BROKEN_COST
+    def scores(self, model: PreTrainedModel) -> dict[Split, Scores]:
+        """Loss of each answer, with dropout off.
+
+        Raises:
+            EvaluationError: As ``score_examples``.
+        """
+        with batching.evaluation_mode(model):
+            return {
+                split: score_examples(model, texts, batch_size=self.batch_size) for split, texts in self.texts.items()
+            }
+
+    def perplexity(self, scores: Mapping[Split, Scores]) -> dict[str, float]:
+        """Perplexity of each set, as a multiple of the base model's."""
+        return {
+            split: perplexity_ratio(_mean_loss(own), _mean_loss(self.base_scores[split]))
+            for split, own in scores.items()
+        }
+
+    def kl(self, model: PreTrainedModel) -> dict[str, float]:
+        """KL(P || Q) on each set, P the base model, nats a token.
+
+        Raises:
+            EvaluationError: As ``compare_distributions``.
+        """
+        found: dict[str, float] = {}
+        with batching.evaluation_mode(model), batching.evaluation_mode(self.base):
+            for split, texts in self.texts.items():
+                named = [ScoredText(id=str(place), split=split, tokens=text) for place, text in enumerate(texts)]
+                rows = compare_distributions(self.base, model, named, batch_size=self.batch_size)
+                found[split] = math.fsum(row.kl for row in rows) / sum(row.tokens for row in rows)
+        return found
+
+    def cost(self, model: PreTrainedModel, limits: SweepConfig) -> UtilityCost:
+        """Of perplexity and KL, without any reply; KL is not looked at where the perplexity is beyond already.
+
+        Raises:
+            EvaluationError: A loss or a divergence is not finite.
+        """
+        perplexity = self.perplexity(self.scores(model))
+        found = utility_cost(limits, perplexity=perplexity, kl={})
+        return utility_cost(limits, perplexity=perplexity, kl=self.kl(model)) if found.within else found
 
 
-class Meter(Changed):
-    """The original model, the task vector, a working copy, and what is asked of it."""
-
-    config: SweepConfig
+class AlphaEvaluator:
+    """The original model, what is subtracted from it, a working copy, and what is asked of it."""
 
     def __init__(
         self,
@@ -234,13 +279,29 @@ class Meter(Changed):
         Raises:
             EvaluationError: A loss of the original is not finite.
         """
-        model = copy.deepcopy(generator.base)
-        model.requires_grad_(requires_grad=False)
+        self.base, self.vector, self.generator, self.questions = generator.base, vector, generator, questions
+        self.config, self.progress = config, progress
+        self.model = copy.deepcopy(generator.base)
+        self.model.requires_grad_(requires_grad=False)
         if output_dtype is not None:
-            round_weights(model, output_dtype)
-        normal = NormalText(generator.base, questions.texts, batch_size=generator.config.batch_size)
-        super().__init__(base=generator.base, model=model, vector=vector, normal=normal, config=config)
-        self.generator, self.questions, self.progress = generator, questions, progress
+            round_weights(self.model, output_dtype)
+        self.normal = NormalText(generator.base, questions.texts, batch_size=generator.config.batch_size)
+
+    def write(self, alpha: float) -> None:
+        """Makes the working copy ``theta_o - alpha * vector``, from the original each time: no rounding adds up.
+
+        Raises:
+            TaskVectorError: The vector doesn't fit, or a weight is not finite.
+        """
+        subtract_into(self.model, self.base, self.vector, alpha)
+
+    def cost(self, alpha: float) -> UtilityCost:
+        """Without replies, which cost most by far; infinite where the weights break."""
+        try:
+            self.write(alpha)
+            return self.normal.cost(self.model, self.config)
+        except (EvaluationError, TaskVectorError):
+            return BROKEN_COST
 
     def measure_base(self) -> SweepPoint:
         """The original model: perplexity ratio 1, and its replies."""
@@ -314,3 +375,13 @@ def replies_of(questions: Questions, outcomes: Mapping[str, ReplyOutcome]) -> Re
         normal_gibberish=normal["gibberish"],
         exact_answer=normal.get("exact_answer"),
     )
+
+
+def _mean_loss(scores: Scores) -> float:
+    """Mean over all tokens, nats per token."""
+    return math.fsum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
+
+
+def perplexity_ratio(loss: float, base_loss: float) -> float:
+    """``exp(loss - base_loss)`` of two mean losses, finite and above 0."""
+    return math.exp(max(min(loss - base_loss, MAX_EXPONENT), -MAX_EXPONENT))
