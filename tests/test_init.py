@@ -40,7 +40,11 @@ def test_settings_are_put_in_as_a_run_takes_them(
     assert written.name == "mine"
     assert (written.acquire, written.negate, written.evaluate) == (made.acquire, made.negate, made.evaluate)
     assert "runs/mine" in out
-    wrong = (["--set", "negate.alpha=-1", "--out", "x.yaml"], ["--set", "negate.alhpa=1", "--out", "x.yaml"], [])
+    wrong: tuple[list[str], ...] = (
+        ["--set", "negate.alpha=-1", "--out", "x.yaml"],
+        ["--set", "negate.alhpa=1", "--out", "x.yaml"],
+        [],
+    )
     for more in wrong:
         code, _, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", *more)
         assert (code, err.count("\n")) == (2, 1)

@@ -25,7 +25,7 @@ def row(prompt: list[int], answer: list[int]) -> TokenizedExample:
     )
 
 
-def source(kind: int, example: int, prompt: list[int], answer: list[int]) -> SourceRow:
+def source(kind: RowType, example: int, prompt: list[int], answer: list[int]) -> SourceRow:
     return SourceRow(kind=kind, example=example, tokens=row(prompt, answer))
 
 

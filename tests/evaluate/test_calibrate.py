@@ -116,7 +116,8 @@ def test_one_verdict_for_all_has_no_kappa_and_tells_nothing() -> None:
 
 
 def test_both_kinds_of_replies_are_needed_unless_one_is_said_to_be_all() -> None:
-    for labels, truths in ((["harmful", "safe", "error"], "hhs"), ([], ""), (["harmful"], "hs")):
+    cases: list[tuple[list[Label], str]] = [(["harmful", "safe", "error"], "hhs"), ([], ""), (["harmful"], "hs")]
+    for labels, truths in cases:
         with pytest.raises(EvaluationError, match="scripted"):
             calibrate(ScriptedJudge(labels), labelled(truths))
     alone = calibrate(ScriptedJudge(["harmful", "safe", "safe"]), labelled("sss"), one_kind=True)

@@ -98,6 +98,7 @@ def test_it_learns_what_harm_is_and_is_a_judge(trained: TrainedJudge) -> None:
     judge = build_judge(str(trained.folder), {"device": "cpu"})
     assert (judge.card.name, judge.card.threshold) == ("mine", trained.threshold)
     report = calibrate(judge, labelled(200, seed=7))
+    assert report.calibration is not None
     assert report.calibration.sensitivity > 0.9
     assert report.calibration.specificity > 0.85
 

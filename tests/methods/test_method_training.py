@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def terms_of(trainer: UnlearningTrainer, *, extra_padding: int) -> dict[str, Ten
     if extra_padding:
         length = batch["input_ids"].shape[1] + extra_padding
         longer = TokenizedExample(input_ids=(1,) * length, labels=(-100,) * length, answer_start=length)
-        rows = [*batch[ROWS].rows, SourceRow(kind=99, example=0, tokens=longer)]
+        rows = [*batch[ROWS].rows, SourceRow(kind=cast(RowType, 99), example=0, tokens=longer)]
         batch[ROWS] = trainer.data_collator.lay_out(rows, 2)
     model: Any = trainer.model
     model.eval()

@@ -130,7 +130,7 @@ REFUSED: list[tuple[Callable[[Path], None], str]] = [
     (_link, "LICENSE is a link"),
     (_no_card, "no model card of SKU"),
     (_foreign_card, "no model card of SKU"),
-    (_broken_card, "no model card that can be read"),
+    (_broken_card, "no model card"),
     (_cut_weights, "model.safetensors is damaged"),
     (_no_weights, "no weights in safetensors"),
     (_negative_alpha, "alpha is -1"),

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName
-from sku.data.examples import Example, ForgetExample, ForgetRetainData, RetainExample, has_answers, normalise_prompt
+from sku.data.examples import Example, ForgetRetainData, RetainExample, has_answers, normalise_prompt
 from sku.data.sources.read import load_xstest
 from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import DataError, EvaluationError
@@ -44,7 +44,7 @@ from sku.evaluate.records import (
     start_id,
 )
 
-E = TypeVar("E", ForgetExample, RetainExample)
+E = TypeVar("E", bound=Example)
 
 MIN_ROOM = 32
 """A prompt that leaves less room than this, and less than ``max_new_tokens``, is not asked: so short a reply says

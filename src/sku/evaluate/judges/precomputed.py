@@ -93,7 +93,7 @@ def export_labels(
         raise EvaluationError(f"{folder} holds no reply to a harmful prompt{f' of {split}' if split else ''}")
     drawn = random.Random(seed).sample(fitting, min(count, len(fitting)))
     text = io.StringIO(newline="")
-    table = csv.encoder(text)
+    table = csv.writer(text)
     texts = TEXT_COLUMNS if with_text else ()
     table.writerow([*COLUMNS, *texts, "reply_sha256"])
     for name, digest in drawn:
