@@ -197,7 +197,7 @@ def test_a_failure_leaves_none_either(error: BaseException, tmp_path: Path, monk
         raise error
 
     out = tmp_path / "run"
-    monkeypatch.setattr("sku.pipeline.unlearning.subtracted_by", fail)
+    monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", fail)
     with pytest.raises(type(error)):
         run_recipe(recipe("keep_for_resume=false"), out)
     assert out.is_dir()
@@ -350,7 +350,7 @@ def test_a_terminated_process_cleans_up_as_an_interrupted_one(
     settings = [word for change in (*SMALL, "keep_for_resume=false") for word in ("--set", change)]
     monkeypatch.setattr(sys, "argv", ["sku", "run", "--out", str(out), *settings])
     terminate = lambda *_a, **_k: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731 - a name for a line too long
-    monkeypatch.setattr("sku.pipeline.unlearning.subtracted_by", terminate)
+    monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", terminate)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended:
         main()

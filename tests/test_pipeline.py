@@ -29,6 +29,7 @@ from sku.evaluate.run import evaluate
 from sku.methods.run import resolve_method
 from sku.model_files import embedded_model_path
 from sku.models import load_model
+from sku.negate import streaming
 from sku.negate.adapters import load_adapter
 from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.evaluate import run_evaluation
@@ -524,7 +525,7 @@ def test_a_failing_resume_keeps_what_was_done(tmp_path: Path, monkeypatch: pytes
             run_recipe(recipe(), out, resume=True)
     assert names(out / "bad") == checkpoints
     with monkeypatch.context() as patch:
-        patch.setattr("sku.negate.streaming.check_space", no_space)
+        patch.setattr(streaming, "check_space", no_space)
         with pytest.raises(OutputError, match="free"):
             run_recipe(recipe(), out, resume=True)
     assert (out / "bad" / "final").exists()

@@ -25,6 +25,8 @@ SETTINGS = [
 FAILING = """
 import os
 
+import torch
+
 from sku.errors import EvaluationError, SkuError
 from sku.processes import current_processes
 
@@ -42,6 +44,7 @@ for stage, rank in ((processes.gather, 1), (processes.gather, 0), (processes.run
         stage(lambda: fail(rank))
     except SkuError as error:
         os.write(1, f"{processes.rank}: {error}\\n".encode())  # In one piece: both write to the same pipe.
+torch.distributed.destroy_process_group()
 """
 
 
