@@ -74,7 +74,7 @@ def check_leavings(place: Path, run: Path, finished: Path) -> None:
     """Checks what a run that has died left, wherever it died.
 
     A model's name stands for a whole model; weights of stage 1 are behind 0700, marked, and found by ``sku wipe``;
-    stage 2 that was broken off has a hidden name and is private; nothing else that can be loaded is there.
+    nothing else that can be loaded is there.
 
     Args:
         place: The folder around the run.
@@ -94,7 +94,7 @@ def check_leavings(place: Path, run: Path, finished: Path) -> None:
             assert is_marked_hazardous(folder), f"{folder} is not marked"
             removable = hazardous_folders(place)
             assert any(folder.is_relative_to(marked) for marked in removable), f"sku wipe doesn't find {folder}"
-        elif not own.startswith(".unlearned.partial-"):  # Stage 2 of a run that was stopped: it goes on from there.
+        else:
             assert folder.name.endswith(".unfinished"), f"{folder} is no place for weights"
         _check_no_half_model(folder, finished)
     if (run / "manifest.json").exists():

@@ -346,32 +346,6 @@ def _joint_log(bad: list[dict[str, Any]], good: list[dict[str, Any]]) -> list[di
     ]  # fmt: skip
 
 
-def subtracted_by(
-    method: AnyMethod, trained: PreTrainedModel | PeftModel | TaskVector, base: PreTrainedModel | None = None
-) -> TaskVector:
-    """What a method subtracts from the original weights at strength 1.
-
-    Args:
-        method: What was run.
-        trained: What training left; of fully trained twins their difference.
-        base: The original model, for full fine-tuning.
-
-    Returns:
-        ``-delta`` of ``theta_u = theta_o + strength * delta``, float32: the task vector itself where it is negated.
-
-    Raises:
-        TaskVectorError: Training changed nothing, or the two models don't fit.
-    """
-    if isinstance(trained, TaskVector):
-        vector = trained
-    elif isinstance(trained, PeftModel):
-        vector = TaskVector.from_adapter(trained)
-    else:
-        assert base is not None
-        vector = TaskVector.between(base, trained)
-    return vector if method.negates else -vector
-
-
 def with_safe_dtype(recipe: Recipe) -> ModelConfig:
     """The model's settings; full fine-tuning keeps float32 weights unless told otherwise.
 

@@ -41,7 +41,7 @@ from sku.negate.arithmetic import (
 from sku.negate.files import StoredTensor, copy_companions, write_config, write_index
 from sku.negate.stream_plan import Change, Plan, ShardLayout, Work, plan_negation
 from sku.negate.task_vector import norms_by_group
-from sku.storage import check_new, check_space, resumable_folder, write_json
+from sku.storage import check_new, check_space, new_folder, resumable_folder, write_json
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those there are."""
@@ -125,6 +125,8 @@ class FolderNegation:
     seed: int = 0
     threads: int | None = None
     resume: bool = False
+    resumable: bool = True
+    """Whether what a killed or interrupted call had finished stays, for ``resume``."""
 
     def plan(self) -> Plan:
         """All that ``negate_folders`` checks before it reads weights; nothing is written.
@@ -162,10 +164,11 @@ class FolderNegation:
         }  # fmt: skip
         if not self.resume:
             check_space(out, plan.size, f"the unlearned model in {out}")
-        with resumable_folder(out, inputs, resume=self.resume) as folder:
+        place = resumable_folder(out, inputs, resume=self.resume) if self.resumable else new_folder(out)
+        with place as folder:
             # A call that was killed at its very end left it; no folder may load while files are copied into it anew.
             (folder / "config.json").unlink(missing_ok=True)
-            done = _finished(folder, plan)
+            done = _finished(folder, plan) if self.resumable else {}
             resumed = len(done)
             self._write_shards(plan, folder, done, progress)
             sums = {name: own for layout in plan.layouts for name, own in done[layout.name].items()}
@@ -202,11 +205,13 @@ class FolderNegation:
             for layout in plan.layouts:
                 if layout.name not in done:
                     done[layout.name] = writer.write(layout, folder, pool, advance)
-                    kept = {
-                        file: {name: dataclasses.asdict(own) for name, own in sums.items()}
-                        for file, sums in done.items()
-                    }
-                    write_json(folder.parent / _FINISHED, kept)
+                    if self.resumable:
+                        _keep_finished(folder, done)
+
+
+def _keep_finished(folder: Path, done: Mapping[str, TensorSums]) -> None:
+    kept = {file: {name: dataclasses.asdict(own) for name, own in sums.items()} for file, sums in done.items()}
+    write_json(folder.parent / _FINISHED, kept)
 
 
 def _finished(folder: Path, plan: Plan) -> dict[str, TensorSums]:

@@ -287,7 +287,7 @@ class Unlearning:
         dtype = base.model.dtype
         wanted = FolderNegation(
             base=Path(), bad=bad, out=self.out / "unlearned", alpha=strength if self.method.negates else -strength,
-            output_dtype=saved_type(self.recipe.negate.output_dtype) or dtype, base_dtype=dtype,
+            output_dtype=saved_type(self.recipe.negate.output_dtype) or dtype, base_dtype=dtype, resumable=False,
         )  # fmt: skip
 
         with ExitStack() as stack:

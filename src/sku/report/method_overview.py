@@ -82,7 +82,6 @@ _MEASURES = (
     Measure(field="perplexity_normal", title="Perplexity / base", of="normal answers", better="lower", ratio=True),
     Measure(field="perplexity_others", title="Perplexity / base", of="other answers", better="lower", ratio=True),
 )
-_SHOWN: tuple[Role, Role] = ("published", "best")
 _LEGEND: Mapping[Role, str] = {"best": "at equal utility", "published": "as published"}
 _ROW_HEIGHT, _COLUMN_WIDTH, _CHARACTER_WIDTH = 0.34, 1.85, 0.075
 """Inches; the last of a row's label."""
