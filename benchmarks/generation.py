@@ -24,7 +24,7 @@ from machine import processor_name
 
 from sku.config import ModelConfig
 from sku.data.tokens import Encoder, resolve_prompt_format
-from sku.evaluate.generation.batching import Progress, evaluation_mode
+from sku.evaluate.generation import Progress, evaluation_mode
 from sku.evaluate.generation.decoding import GenerationRequest
 from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.records import GenerationRecord

@@ -29,7 +29,7 @@ from sku.config import load_recipe, refuse_final
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.joint import PLACE
 from sku.evaluate.gate import is_refusal, surface_faults
-from sku.evaluate.generation.batching import evaluation_mode
+from sku.evaluate.generation import evaluation_mode
 from sku.evaluate.generation.decoding import GenerationRequest, Sampling
 from sku.evaluate.generation.prompts import PromptEncoder, free_request, prefills, with_answers
 from sku.evaluate.generation.replies import generate_replies

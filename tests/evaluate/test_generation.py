@@ -22,9 +22,8 @@ from transformers import (
 )
 
 from sku.errors import EvaluationError
-from sku.evaluate.generation import backends
+from sku.evaluate.generation import backends, evaluation_mode, in_batches, pad
 from sku.evaluate.generation.backends import GenerateBackend
-from sku.evaluate.generation.batching import evaluation_mode, in_batches, pad
 from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling, decoding_settings, stop_token_ids
 from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.records import GenerationRecord

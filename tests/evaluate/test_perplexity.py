@@ -19,7 +19,7 @@ from sku.data.tokens import IGNORE_INDEX, TokenizedExample, resolve_prompt_forma
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity
 from sku.evaluate.gate import is_word_salad
-from sku.evaluate.generation.batching import Progress
+from sku.evaluate.generation import Progress
 from sku.evaluate.generation.prompts import PromptEncoder
 from sku.evaluate.perplexity import SHUFFLES, in_orders, score_examples, score_fluency
 from sku.evaluate.records import GenerationRecord

@@ -14,7 +14,7 @@ import torch
 
 from sku.config import load_recipe
 from sku.errors import EvaluationError
-from sku.evaluate.generation.batching import in_batches, plan_batches
+from sku.evaluate.generation import in_batches, plan_batches
 from sku.pipeline.evaluate import run_evaluation
 from sku.processes import ALONE, Processes, current_processes
 

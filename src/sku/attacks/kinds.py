@@ -42,7 +42,7 @@ from sku.config import Precision, Recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
 from sku.data.joint import PLACE, parse_templates
 from sku.errors import EvaluationError
-from sku.evaluate.generation.batching import StageProgress
+from sku.evaluate.generation import StageProgress
 from sku.evaluate.judges.choose import is_embedded
 from sku.models import embedding_weight
 from sku.quantization import FORMATS

@@ -48,7 +48,7 @@ from sku.config import AcquireConfig, Recipe, plain_data
 from sku.config.stages import LoraSettings, Tuning
 from sku.data.examples import ForgetExample, RetainExample, content_hash
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
-from sku.evaluate.generation.batching import evaluation_mode, stage
+from sku.evaluate.generation import evaluation_mode, stage
 from sku.evaluate.generation.decoding import GenerationRequest
 from sku.evaluate.generation.prompts import draw_examples, free_requests
 from sku.evaluate.generation.replies import ReplyGenerator, requests_hash

@@ -75,9 +75,8 @@ class Pair:
         loaded = load_model(recipe.model)
         self._encoder = encoder = PromptEncoder.of(loaded.model, loaded.tokenizer, recipe.model.prompt_format)
         self._device = embedding_weight(loaded.model).device
-        self._decoding = Decoding.of(
-            encoder.tokenizer, encoder.stop_ids(loaded.model), self.max_new_tokens, encoder.window
-        )
+        stops, length = encoder.stop_ids(loaded.model), self.max_new_tokens
+        self._decoding = Decoding.of(encoder.tokenizer, stops, max_new_tokens=length, window=encoder.window)
         self._base: PreTrainedModel | PeftModel = loaded.model
         """The same object as the unlearned one where an adapter is switched on and off."""
         self._unlearned: PreTrainedModel | PeftModel

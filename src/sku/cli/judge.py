@@ -92,7 +92,7 @@ def again(
     as_json: JsonOption = False,
 ) -> None:
     """Judge the replies of a finished evaluation anew: both judges' rates, and how far they agree."""
-    from sku.evaluate.generation.batching import stage
+    from sku.evaluate.generation import stage
     from sku.evaluate.judges import cached
     from sku.evaluate.judges.choose import build_judge
     from sku.evaluate.judges.precomputed import PrecomputedJudge
@@ -185,7 +185,7 @@ def calibrate(
             raise OutputError(f"{out} is a folder: name a file with --out")
 
     quiet_libraries()
-    from sku.evaluate.generation.batching import stage
+    from sku.evaluate.generation import stage
     from sku.evaluate.judges import cached, write_calibration
     from sku.evaluate.judges.calibrate import calibrate as measure
     from sku.evaluate.judges.calibrate import read_labelled

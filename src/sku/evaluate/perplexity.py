@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate.gate import MIN_SALAD_WORDS
-from sku.evaluate.generation.batching import Progress, in_batches, pad
+from sku.evaluate.generation import Progress, in_batches, pad
 from sku.evaluate.records import AgreementRow, FluencyRecord, GenerationRecord, Split, header_hash
 from sku.losses import answer_nll, token_kl
 from sku.models import embedding_weight

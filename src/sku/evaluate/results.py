@@ -264,9 +264,6 @@ class EvaluationSetup:
     starts: Mapping[str, int] = field(default_factory=dict)
     """Prompts ``asked`` with prefills, and those to which the base model gave an ``own`` harmful reply to begin with;
     empty without prefills of the base model's own words."""
-    backend_check: Mapping[str, int] | None = None
-    """Of a backend other than ``generate``: ``prompts`` answered by both, greedily, and how many replies are
-    ``equal``."""
     notes: tuple[str, ...] = ()
     """Sentences that a reader of the numbers needs."""
     trained_on: Mapping[str, int] | None = None

@@ -18,8 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import Example, ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.generation import batching, prompts
-from sku.evaluate.generation.batching import StageProgress, stage
+from sku.evaluate.generation import StageProgress, evaluation_mode, prompts, stage
 from sku.evaluate.generation.decoding import GenerationRequest
 from sku.evaluate.generation.prompts import PrefillSources, by_id, keys_of, prefills, starts_note
 from sku.evaluate.generation.replies import (
@@ -27,7 +26,6 @@ from sku.evaluate.generation.replies import (
     SavedReplies,
     about,
     answers_notes,
-    backend_notes,
     fingerprint,
     probes_of,
 )
@@ -204,11 +202,11 @@ class _Run:
             left_out.update(not_asked)
             return prefilled
 
-        with batching.evaluation_mode(self.replies.model):
+        with evaluation_mode(self.replies.model):
             model = {"name": self.name, **about(self.replies.model, probes)}
             utility = UtilityStages(replies=replies, about=model, data=self.data)
             header = {"model": model, "decoding": replies.decoding()}
-            generations, check = replies.generate(requests, header, begun)
+            generations = replies.generate(requests, header, begun)
             own = replies.answers(requests, generations)
             texts = self._scored_texts(drawn.examples, by_id(own), left_out)
             losses = self._losses(texts, model)
@@ -223,14 +221,12 @@ class _Run:
             seed=generator.seed,
             fluency_scorer="self" if replies.base is None else "base",
             left_out=left_out,
-            backend_check=check,
             starts=_count(drawn, starts) if own_words else {},
             trained_on=prompts.trained_on(self.data, drawn),
             trained_prefill_tokens=self.trained_prefill_tokens,
             notes=(
                 *self.data.notes(),
                 *prompts.short_of_room(requests, generator.encoder, config),
-                *backend_notes(config.backend, check),
                 *([SELF_SCORED] if replies.base is None else []),
                 *(self._starts_notes(_count(drawn, starts)) if own_words else []),
                 *answers_notes(requests, own),

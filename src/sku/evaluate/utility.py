@@ -27,8 +27,7 @@ from sku.config import EvaluateConfig, ModelConfig
 from sku.data.examples import ForgetRetainData, RetainExample, normalise_prompt
 from sku.errors import ModelError
 from sku.evaluate import harness
-from sku.evaluate.generation import batching
-from sku.evaluate.generation.batching import Progress, in_batches
+from sku.evaluate.generation import Progress, evaluation_mode, in_batches
 from sku.evaluate.generation.replies import SavedReplies, fingerprint
 from sku.evaluate.metrics import find_faults
 from sku.evaluate.perplexity import ScoredText, compare_distributions, texts_hash
@@ -233,7 +232,7 @@ class UtilityStages:
             compare_distributions, base, model, read,
             batch_size=self._config.batch_size, progress=self.replies.report("agreement"),
         )  # fmt: skip
-        with batching.evaluation_mode(model), batching.evaluation_mode(base):
+        with evaluation_mode(model), evaluation_mode(base):
             rows = self.replies.reuse.rows_of_main(
                 AGREEMENT_FILE,
                 {"model": self.about, "base": fingerprint(base, probes), "texts": texts_hash(read)},

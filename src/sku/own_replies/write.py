@@ -23,7 +23,7 @@ from sku.data.examples import RetainExample
 from sku.data.load import PromptSource
 from sku.errors import EvaluationError, SkuError
 from sku.evaluate.gate import is_refusal, refusal_alone
-from sku.evaluate.generation.batching import StageProgress, evaluation_mode, stage
+from sku.evaluate.generation import StageProgress, evaluation_mode, stage
 from sku.evaluate.generation.decoding import GenerationRequest, Sampling
 from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.judges import cached

@@ -23,8 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import ModelError, NoAlphaError, TaskVectorError
-from sku.evaluate.generation import prompts
-from sku.evaluate.generation.batching import stage
+from sku.evaluate.generation import prompts, stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.evaluate.run import Progress

@@ -20,8 +20,7 @@ from sku.config import Recipe, SweepConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError, one_line
-from sku.evaluate.generation import batching
-from sku.evaluate.generation.batching import StageProgress, stage
+from sku.evaluate.generation import StageProgress, evaluation_mode, stage
 from sku.evaluate.generation.decoding import GenerationRequest
 from sku.evaluate.generation.prompts import PromptEncoder, by_id, draw_examples, free_requests, prefills, with_answers
 from sku.evaluate.generation.replies import ReplyGenerator
@@ -216,7 +215,7 @@ class NormalText:
         Raises:
             EvaluationError: As ``score_examples``.
         """
-        with batching.evaluation_mode(model):
+        with evaluation_mode(model):
             return {
                 split: score_examples(model, texts, batch_size=self.batch_size) for split, texts in self.texts.items()
             }
@@ -235,7 +234,7 @@ class NormalText:
             EvaluationError: As ``compare_distributions``.
         """
         found: dict[str, float] = {}
-        with batching.evaluation_mode(model), batching.evaluation_mode(self.base):
+        with evaluation_mode(model), evaluation_mode(self.base):
             for split, texts in self.texts.items():
                 named = [ScoredText(id=str(place), split=split, tokens=text) for place, text in enumerate(texts)]
                 rows = compare_distributions(self.base, model, named, batch_size=self.batch_size)

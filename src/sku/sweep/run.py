@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import DataConfig, EvaluateConfig, ModelConfig, Recipe, SourceConfig, SweepConfig
 from sku.data.examples import ForgetRetainData, content_hash
 from sku.errors import EvaluationError, ModelError, OutputError
-from sku.evaluate.generation.batching import StageProgress, stage
+from sku.evaluate.generation import StageProgress, stage
 from sku.evaluate.generation.decoding import decoding_settings
 from sku.evaluate.generation.prompts import PromptEncoder, starts_note
 from sku.evaluate.generation.replies import fingerprint, probes_of

@@ -29,7 +29,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from sku.config import EvaluateConfig
 from sku.data.tokens import shared_length
 from sku.errors import EvaluationError, first_line
-from sku.evaluate.generation.batching import pad
+from sku.evaluate.generation import pad
 from sku.evaluate.generation.decoding import Decoding, GenerationRequest, RowSampler, only_these_settings
 from sku.evaluate.records import grouped
 from sku.models import embedding_weight, plain_model
@@ -135,12 +135,11 @@ class GenerateBackend:
                 return replies
             self._drops_rows = False
         # All rows of a call end at one limit.
-        found: dict[int, list[int]] = {}
-        limits = grouped(range(len(requests)), lambda place: decoding.max_new_tokens_for(requests[place]))
-        for limit, places in limits.items():
-            whole = self._replies([requests[place] for place in places], decoding, limit)
-            found |= dict(zip(places, whole or (), strict=True))
-        return [found[place] for place in range(len(requests))]
+        found: dict[str, list[int]] = {}
+        for limit, same in grouped(requests, decoding.max_new_tokens_for).items():
+            whole = self._replies(same, decoding, limit)
+            found |= dict(zip((request.id for request in same), whole or (), strict=True))
+        return [found[request.id] for request in requests]
 
     def _replies(self, requests: Sequence[GenerationRequest], decoding: Decoding, size: int) -> list[list[int]] | None:
         """The replies, ``size`` tokens a call; None where that needs a cache that can leave rows out, and it can't."""
@@ -195,7 +194,7 @@ class GenerateBackend:
             head_ids, head_mask = fill(list(heads.values()))
             own_ids, own_mask = fill(own)
             ids = torch.cat([head_ids[of], own_ids], dim=1)
-            cache = self._generate(head_ids, head_mask, decoding, 1, None).past_key_values
+            cache = self._generate(head_ids, head_mask, decoding, 1).past_key_values
             longest = ids.shape[1] + decoding.max_new_tokens
             if isinstance(cache, Cache) and all(_masks_padding(layer, longest) for layer in cache.layers):
                 cache.reorder_cache(cast(Any, of))
@@ -205,14 +204,9 @@ class GenerateBackend:
         return (*fill(rows), None)
 
     def _generate(
-        self,
-        ids: Tensor,
-        mask: Tensor,
-        decoding: Decoding,
-        steps: int,
-        sampler: RowSampler | None,
-        cache: Cache | None = None,
-    ) -> Any:
+        self, ids: Tensor, mask: Tensor, decoding: Decoding, steps: int,
+        sampler: RowSampler | None = None, cache: Cache | None = None,
+    ) -> Any:  # fmt: skip
         settings = decoding.generation_config(steps)
         hooks: dict[str, Any] = {} if sampler is None else {"logits_processor": LogitsProcessorList([sampler])}
         if cache is not None:
@@ -228,11 +222,6 @@ def _head(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return rows[0][: min(shared_length(*rows), *(len(row) - 1 for row in rows))]
 
 
-_CALLS_AT_ONCE = 16
-_FREE_SHARE = 0.85
-"""Of the GPU memory that is free: the evaluated model is there already."""
-
-
 class VllmBackend:
     """``vllm.LLM`` on token ids, with nothing of the model's ``generation_config``.
 
@@ -241,38 +230,30 @@ class VllmBackend:
     """
 
     def __init__(self, source: str, dtype: str, batch_size: int, seed: int) -> None:
-        try:
-            from vllm import LLM, SamplingParams
-        except ImportError as error:
-            raise EvaluationError(
-                f"evaluate.backend is vllm, which can't be imported ({error}): pip install vllm in an environment "
-                "whose torch and transformers it accepts, or use evaluate.backend=generate"
-            ) from None
-        options: dict[str, Any] = {"model": source, "dtype": dtype, "seed": seed, "generation_config": "vllm"}
+        options: dict[str, Any] = {}
         if torch.cuda.is_available():
             free, total = torch.cuda.mem_get_info()
-            options["gpu_memory_utilization"] = _FREE_SHARE * free / total
+            options["gpu_memory_utilization"] = 0.85 * free / total  # The evaluated model is there already.
         try:
-            self._engine = LLM(**options)
-        except (RuntimeError, ValueError, OSError) as error:
-            reason = first_line(error)
-            raise EvaluationError(f"vllm can't start on {source} ({reason}): use evaluate.backend=generate") from error
+            from vllm import LLM, SamplingParams
+
+            self._engine = LLM(model=source, dtype=dtype, seed=seed, generation_config="vllm", **options)
+        except (ImportError, RuntimeError, ValueError, OSError) as error:
+            raise EvaluationError(
+                f"evaluate.backend is vllm, which can't start on {source} ({first_line(error)}): pip install vllm in "
+                "an environment whose torch and transformers it accepts, or use evaluate.backend=generate"
+            ) from None
         self._params = SamplingParams
-        self.at_once = _CALLS_AT_ONCE * batch_size
+        self.at_once = 16 * batch_size
 
     def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
         """As the protocol says."""
-        found = self._engine.generate(
-            [{"prompt_token_ids": list(request.input_ids)} for request in requests],
-            [self._params(**_vllm_settings(request, decoding)) for request in requests],
-            use_tqdm=False,
-        )
-        if len(found) != len(requests):
-            raise EvaluationError(f"vllm gave {len(found)} replies to {len(requests)} prompts")
+        prompts = [{"prompt_token_ids": list(request.input_ids)} for request in requests]
+        settings = [self._params(**_vllm_settings(request, decoding)) for request in requests]
         replies = []
-        for completion in (output.outputs[0] for output in found):
-            ids = list(completion.token_ids)
-            if completion.finish_reason == "stop" and not set(ids) & set(decoding.stop_ids):
+        for output in self._engine.generate(prompts, settings, use_tqdm=False):
+            ids = list(output.outputs[0].token_ids)
+            if output.outputs[0].finish_reason == "stop" and not set(ids) & set(decoding.stop_ids):
                 ids.append(decoding.stop_ids[0])  # The reply ended itself, and the engine kept the id to itself.
             replies.append(ids)
         return replies
@@ -281,48 +262,20 @@ class VllmBackend:
 def _vllm_settings(request: GenerationRequest, decoding: Decoding) -> dict[str, Any]:
     sampling, settings = decoding.sampling, {"temperature": 0.0}
     if sampling is not None:
-        settings = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": sampling.row_seed(request.id),
-        }
+        seed = sampling.row_seed(request.id)
+        settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed}
     length, stops = decoding.max_new_tokens_for(request), list(decoding.stop_ids)
     return {"max_tokens": length, "stop_token_ids": stops, "detokenize": False, **settings}
 
 
-def choose_backend(
-    config: EvaluateConfig, model: PreTrainedModel, *, source: str | Path | None, seed: int, processes: int = 1
-) -> GenerationBackend:
-    """The backend that ``evaluate.backend`` names.
-
-    Args:
-        config: Name and batch size.
-        model: The model to evaluate.
-        source: Where vLLM can read the same weights; None for a model that is in memory only.
-        seed: Of the engine.
-        processes: Number of processes of this job.
-
-    Raises:
-        EvaluationError: As ``check_source``, or vLLM is missing or doesn't start.
-    """
-    if config.backend == "generate":
-        return GenerateBackend(model, config.batch_size)
-    check_source(config, source, processes)
-    return VllmBackend(str(source), str(model.dtype).removeprefix("torch."), config.batch_size, seed)
-
-
 def check_source(config: EvaluateConfig, source: str | Path | None, processes: int) -> None:
-    """Refuses ``vllm`` where it can't be used; arguments as of ``choose_backend``.
+    """Refuses ``vllm`` where it can't be used: of a model that is in memory only, or in a job of several processes.
 
     Raises:
-        EvaluationError: The model lies in no folder, or there are several processes.
+        EvaluationError: It can't.
     """
-    if config.backend != "vllm":
-        return
-    if source is None:
+    if config.backend == "vllm" and (source is None or processes > 1):
         raise EvaluationError(
-            "evaluate.backend is vllm, which reads the model from a folder, and this one is in memory only: save it, "
-            "then sku evaluate FOLDER --set evaluate.backend=vllm"
+            "evaluate.backend is vllm, which reads the model from a folder and starts its own processes: save the "
+            "model, then sku evaluate FOLDER --set evaluate.backend=vllm, without accelerate"
         )
-    if processes > 1:
-        raise EvaluationError("evaluate.backend is vllm, which starts its own processes: run it without accelerate")

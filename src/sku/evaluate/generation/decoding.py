@@ -129,20 +129,10 @@ class Decoding:
     """Most tokens that the model can read: a reply ends at the latest where its prompt leaves no more room."""
 
     @classmethod
-    def of(
-        cls,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: Sequence[int],
-        max_new_tokens: int,
-        window: int,
-        sampling: Sampling | None = None,
-    ) -> Decoding:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], **settings: Any) -> Decoding:
         """Of a model. Without a padding token the first stop id pads."""
         own = tokenizer.pad_token_id
-        pad_id = int(stop_ids[0] if own is None else own)
-        return cls(
-            stop_ids=tuple(stop_ids), max_new_tokens=max_new_tokens, pad_id=pad_id, sampling=sampling, window=window
-        )
+        return cls(stop_ids=tuple(stop_ids), pad_id=int(stop_ids[0] if own is None else own), **settings)
 
     def max_new_tokens_for(self, request: GenerationRequest) -> int:
         """Longest reply to a request: ``max_new_tokens``, or what the window leaves where that is less."""

@@ -171,9 +171,7 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
         "retain_test": (data.retain_test, config.retain_prompts),
     }
     if not any(examples for examples, _ in sets.values()):
-        raise EvaluationError(
-            "the splits forget_train, forget_test and retain_test are all empty: there is nothing to evaluate"
-        )
+        raise EvaluationError(f"there is nothing to evaluate: the splits {', '.join(sets)} are all empty")
     left_out: dict[str, int] = {}
     sets |= {f"{NORMAL}{name}": (normal, config.retain_prompts) for name, normal in data.normal.items()}
     sets |= {f"{HARMFUL}{name}": (harmful, config.prompts) for name, harmful in data.harmful.items()}
@@ -190,8 +188,7 @@ def draw(data: ForgetRetainData, config: EvaluateConfig, seed: int) -> Drawn:
 
 def trained_on(data: ForgetRetainData, drawn: Drawn) -> dict[str, int] | None:
     """How many of the drawn prompts of ``forget_train`` training visits; None where that isn't known."""
-    examples = drawn.examples["forget_train"]
-    visited = data.count_trained(examples)
+    visited = data.count_trained(examples := drawn.examples["forget_train"])
     return None if visited is None else {"asked": len(examples), "visited": visited}
 
 
@@ -221,18 +218,12 @@ def requests(
     return [*asked, *samples], dict(left_out)
 
 
-def short_of_room(
-    asked: Sequence[GenerationRequest], encoder: PromptEncoder, config: EvaluateConfig
-) -> tuple[str, ...]:
+def short_of_room(asked: Iterable[GenerationRequest], encoder: PromptEncoder, config: EvaluateConfig) -> list[str]:
     """A sentence where the window, not ``evaluate.max_new_tokens``, ends replies."""
-    prompts = {request.prompt for request in asked if len(request.input_ids) + config.max_new_tokens > encoder.window}
-    if not prompts:
-        return ()
-    note = (
-        f"{len(prompts)} prompts leave less than {config.max_new_tokens} tokens of the model's window of "
-        f"{encoder.window}: replies to them are cut where it ends"
-    )
-    return (note,)
+    most = encoder.window - config.max_new_tokens
+    count = len({request.prompt for request in asked if len(request.input_ids) > most})
+    room = f"less than {config.max_new_tokens} tokens of the model's window of {encoder.window}"
+    return [f"{count} prompts leave {room}: replies to them are cut where it ends"] if count else []
 
 
 def request_of(name: str, split: Split, example: Example, input_ids: Iterable[int], **kind: Any) -> GenerationRequest:
@@ -257,8 +248,8 @@ def free_requests(
     split: Split, examples: Iterable[Example], encoder: PromptEncoder, max_new_tokens: int
 ) -> list[GenerationRequest]:
     """``free_request`` for each prompt that leaves room for a reply."""
-    requests = (free_request(split, example, encoder) for example in examples)
-    return [request for request in requests if encoder.has_room(request, max_new_tokens)]
+    asked = (free_request(split, example, encoder) for example in examples)
+    return [request for request in asked if encoder.has_room(request, max_new_tokens)]
 
 
 PrefillSources = Mapping[str, PrefillSource]
@@ -281,16 +272,15 @@ def with_answers(asked: Iterable[tuple[Split, Example]], starts: PrefillSources)
 
 def starts_note(own: int, asked: int, others: str) -> str:
     """To how many of the asked prompts the base gave a harmful reply, and what is done with the others."""
-    rest = "" if own == asked else f"; {others}"
-    return f"the prefill of {own} of {asked} prompts begins with the base model's own harmful reply{rest}"
+    said = f"the prefill of {own} of {asked} prompts begins with the base model's own harmful reply"
+    return said if own == asked else f"{said}; {others}"
 
 
 def keys_of(config: EvaluateConfig, *, english: bool = True) -> list[str]:
     """Keys of the prefills that a recipe asks for; ``english``: whether the model knows an affirmative beginning."""
     lengths = {"own": config.prefill_tokens, "affirmative": (0,) if english else (), "answer": (ANSWER_TOKENS,)}
-    if not config.prefill_tokens:
-        return []
-    return [prefill_key(source, tokens) for source in config.prefill_sources for tokens in sorted({*lengths[source]})]
+    sources = config.prefill_sources if config.prefill_tokens else ()
+    return [prefill_key(source, tokens) for source in sources for tokens in sorted({*lengths[source]})]
 
 
 def affirmative_start(prompt: str) -> str:
@@ -318,23 +308,22 @@ def prefills(
     Returns:
         Requests, key by key, and what had to be left out with the number of prompts.
     """
-    examples, wanted = list(asked), list(dict.fromkeys(keys))
+    examples, wanted = list(asked), {key: read_prefill_key(key) for key in keys}
     requests: list[GenerationRequest] = []
-    left_out: Counter[str] = Counter()
-    if any(read_prefill_key(key)[0] == "own" for key in wanted):
-        without = (split for split, example in examples if start_id(split, example.prompt) not in starts)
-        left_out.update(f"{split}: {NO_OWN}" for split in without)
-    for key in wanted:
-        source, tokens = read_prefill_key(key)
+    without = [split for split, example in examples if start_id(split, example.prompt) not in starts]
+    # Counted once for all lengths.
+    left_out = Counter(f"{split}: {NO_OWN}" for split in without if "own" in dict(wanted.values()))
+    for key, (source, tokens) in wanted.items():
         for split, example in examples:
-            if source == "own" and start_id(split, example.prompt) not in starts:
-                continue  # Counted once for all lengths.
+            own = starts.get(start_id(split, example.prompt))
+            if source == "own" and own is None:
+                continue
             name, where = record_id(split, "prefill", example.prompt, key), f"{split}: {prefill_words([key])}"
             if source == "affirmative":
                 text = affirmative_start(example.prompt)
                 begun: tuple[list[int], str] | None = (encoder.start(example.prompt, text), text)
             else:
-                text = starts[start_id(split, example.prompt)].text if source == "own" else example.answer
+                text = own.text if source == "own" and own is not None else example.answer
                 begun = encoder.prefill(example.prompt, text, tokens) if text else None
             if begun is None:
                 left_out[f"{where}, as {'the start is too short' if text else 'there is none'}"] += 1

@@ -21,8 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig
 from sku.data.tokens import decoded
 from sku.errors import EvaluationError
-from sku.evaluate.generation.backends import GenerateBackend, GenerationBackend, choose_backend
-from sku.evaluate.generation.batching import Progress, evaluation_mode, in_batches
+from sku.evaluate.generation import Progress, evaluation_mode, in_batches
+from sku.evaluate.generation.backends import GenerateBackend, GenerationBackend, VllmBackend, check_source
 from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling, decoding_settings
 from sku.evaluate.generation.prompts import PromptEncoder
 from sku.evaluate.judges import Judge
@@ -72,20 +72,20 @@ def generate_replies(
         requests: In any order.
         stop_ids: As of ``Decoding``, with ``max_new_tokens``, ``window`` and ``sampling``.
         max_new_tokens: Longest reply.
-        batch_size: Prompts at once; halved where GPU memory runs out.
+        batch_size: Prompts at once; as of ``in_batches``, with ``processes``, ``keep`` and ``progress``.
         window: Most tokens that the model can read.
         sampling: None answers greedily.
         backend: What writes the replies; ``generate`` if None.
-        processes: Share the batches; every process must call this with the same arguments, and gets all records.
+        processes: Every process gets all records.
         finished: Replies of an interrupted run. Batches are cut as if they were not there, and a batch is left out
             where all of it is: so the replies are those of an uninterrupted run, bit for bit.
-        keep: Called in the main process with the replies of each finished batch.
+        keep: Called with the replies of each finished batch.
         progress: Called after each batch.
 
     Raises:
         EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
     """
-    decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens, window, sampling)
+    decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens=max_new_tokens, window=window, sampling=sampling)
     writing = GenerateBackend(model, batch_size) if backend is None else backend
     found = {record.id: record for record in finished}
 
@@ -182,6 +182,9 @@ def choose_starts(replies: Sequence[GenerationRecord], outcomes: Iterable[ReplyO
             own.setdefault(start_id(record.split, record.prompt), record.reply)
     asked = dict.fromkeys(start_id(record.split, record.prompt) for record in replies)
     return [PrefillSource(id=name, text=own[name]) for name in asked if name in own]
+
+
+CHECKED_PROMPTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -281,18 +284,24 @@ class SavedReplies:
 
     @cached_property
     def backend(self) -> GenerationBackend:
-        """What ``evaluate.backend`` names, once it is needed."""
-        processes = self.generator.processes.count
-        return choose_backend(
-            self.config, self.model, source=self.source, seed=self.generator.seed, processes=processes
-        )
+        """What ``evaluate.backend`` names, once it is needed.
+
+        Raises:
+            EvaluationError: As ``check_source``, or vLLM is missing or doesn't start.
+        """
+        size = self.config.batch_size
+        if self.config.backend == "generate":
+            return GenerateBackend(self.model, size)
+        check_source(self.config, self.source, self.generator.processes.count)
+        return VllmBackend(str(self.source), str(self.model.dtype).removeprefix("torch."), size, self.generator.seed)
 
     def decoding(self) -> dict[str, Any]:
         """Every setting that decides the replies, drawn ones included."""
         greedy = decoding_settings(self.generator.stop_ids, self.config.max_new_tokens)
-        drawn = {**greedy, **self._sampling().settings(), "number": self.config.samples}
+        drawn = {**greedy, **self._sampling.settings(), "number": self.config.samples}
         return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
 
+    @property
     def _sampling(self) -> Sampling:
         return Sampling(temperature=1.0, top_p=1.0, seed=self.generator.seed)
 
@@ -310,27 +319,20 @@ class SavedReplies:
         requests: Sequence[GenerationRequest],
         header: Mapping[str, Any],
         prefills: Callable[[Sequence[GenerationRecord]], Sequence[GenerationRequest]] = lambda _replies: (),
-    ) -> tuple[list[GenerationRecord], dict[str, int] | None]:
-        """Replies, or those of an earlier run that asked the same; and what ``generate`` says to some of them.
+    ) -> list[GenerationRecord]:
+        """Replies, those after a prefill last, or those of an earlier run that asked the same.
 
         Args:
             requests: Without a prefill, those for sampled replies last.
             header: What the replies are made from, besides the requests.
             prefills: Called in every process with the replies to ``requests``; what it gives is asked next. It may
                 depend on them, as the base model's prefills begin with its own words.
-
-        Returns:
-            The replies, those after a prefill last; and ``compare_replies`` of a backend other than ``generate``.
         """
-        header = self._header(requests, **header)
-        greedy, samples = ([row for row in requests if (row.kind == "sample") is part] for part in (False, True))
-        folder = self.reuse.folder
+        header, folder = self._header(requests, **header), self.reuse.folder
         known: list[GenerationRecord] | None = None
         if folder is not None:
             read = functools.partial(read_if_same, folder / GENERATIONS_FILE, header, GenerationRecord)
             known = self.reuse.processes.run_on_rank0(read)
-        free = None if known is None else [record for record in known if record.kind != "prefill"]
-        check = self._check(greedy, free)
 
         @functools.cache
         def saved() -> dict[str, Any]:
@@ -340,8 +342,12 @@ class SavedReplies:
             options = {"backend": self.backend, **saved(), **options}
             return self.generator.ask(self.model, asked, self.report(stage), **options) if asked else []
 
-        if free is None:
-            free = [*ask(greedy, "replies"), *ask(samples, "samples", sampling=self._sampling())]
+        if known is None:
+            greedy, samples = ([row for row in requests if (row.kind == "sample") is part] for part in (False, True))
+            self._check_backend(greedy[:CHECKED_PROMPTS])
+            free = [*ask(greedy, "replies"), *ask(samples, "samples", sampling=self._sampling)]
+        else:
+            free = [record for record in known if record.kind != "prefill"]
         prefilled = prefills(free)
         # No part of the header: what prefills begin with may be known only when the rest is answered.
         begun = [(row.id, row.prefill) for row in known or () if row.kind == "prefill"]
@@ -349,18 +355,20 @@ class SavedReplies:
             known = [*free, *ask(prefilled, "prefill")]
             self.reuse.write(GENERATIONS_FILE, header, known)
         self.reuse.close(GENERATIONS_FILE, header, GenerationRecord)
-        return known, check
+        return known
 
-    def _check(
-        self, greedy: Sequence[GenerationRequest], known: Sequence[GenerationRecord] | None
-    ) -> dict[str, int] | None:
-        """Compares another backend's first replies, which may be known, with those of ``generate``."""
+    def _check_backend(self, asked: Sequence[GenerationRequest]) -> None:
+        """Refuses another backend that gives fewer than half of some greedy replies of ``generate``: no rounding."""
         if self.config.backend == "generate":
-            return None
-        some = greedy[:CHECKED_PROMPTS]
-        plain = self.generator.ask(self.model, some, self.report("backend check"))
-        others = self.generator.ask(self.model, some, backend=self.backend) if known is None else known[: len(some)]
-        return compare_replies(self.config.backend, plain, others)
+            return
+        plain = self.generator.ask(self.model, asked, self.report("backend check"))
+        others = self.generator.ask(self.model, asked, backend=self.backend)
+        equal = sum(one == other for one, other in zip(plain, others, strict=True))
+        if 2 * equal < len(plain):
+            raise EvaluationError(
+                f"evaluate.backend {self.config.backend} gave the reply of generate to {equal} of {len(plain)} "
+                "prompts only: it doesn't decode this model rightly; use evaluate.backend=generate"
+            )
 
     def starts(
         self,
@@ -440,52 +448,15 @@ class SavedReplies:
             reuse=ResultCache(folder=None, processes=self.reuse.processes),
             report=lambda stage: self.report(f"base, {stage}"),
         )
-        return stages.generate(asked, {})[0]
-
-
-CHECKED_PROMPTS = 16
-
-
-def compare_replies(
-    backend: str, plain: Sequence[GenerationRecord], others: Sequence[GenerationRecord]
-) -> dict[str, int]:
-    """How many prompts both answered, and how many greedy replies of ``generate`` and a backend are ``equal``.
-
-    Raises:
-        EvaluationError: Fewer than half are equal: that is no rounding.
-    """
-    equal = sum(
-        (one.reply, one.num_tokens, one.finished) == (other.reply, other.num_tokens, other.finished)
-        for one, other in zip(plain, others, strict=True)
-    )
-    if 2 * equal < len(plain):
-        raise EvaluationError(
-            f"evaluate.backend {backend} gave the reply of generate to {equal} of {len(plain)} prompts only: it "
-            "doesn't decode this model rightly; use evaluate.backend=generate"
-        )
-    return {"prompts": len(plain), "equal": equal}
-
-
-def backend_notes(backend: str, check: Mapping[str, int] | None) -> tuple[str, ...]:
-    """A sentence for the reader where a backend's replies differ from those of ``generate``."""
-    if check is None or check["equal"] == check["prompts"]:
-        return ()
-    note = (
-        f"{check['equal']} of {check['prompts']} greedy replies of the backend {backend} equal those of generate: "
-        "other kernels round otherwise, and a near tie between two words then ends otherwise"
-    )
-    return (note,)
+        return stages.generate(asked, {})
 
 
 def answers_notes(requests: Sequence[GenerationRequest], own: Sequence[PrefillSource]) -> tuple[str, ...]:
     """Whose words the perplexity and KL of prompts without answers are about."""
     splits = dict.fromkeys(request.split for request in _unanswered(requests))
-    if not splits:
-        return ()
+    said = "so the base model's own greedy replies" if own else "and no base model was given to write them, so none"
     listed = ", ".join(map(answers_words, splits))
-    if own:
-        return (f"{listed}: there are none in the data, so the base model's own greedy replies are scored",)
-    return (f"{listed}: there are none in the data, and no base model was given to write them, so none are scored",)
+    return (f"{listed}: there are none in the data, {said} are scored",) if splits else ()
 
 
 def _unanswered(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:

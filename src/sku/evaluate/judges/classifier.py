@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from sku.config import settings_from_dict
 from sku.config.check import Count, validated
 from sku.errors import EvaluationError, RecipeError, did_you_mean
-from sku.evaluate.generation.batching import pad
+from sku.evaluate.generation import pad
 from sku.evaluate.judges import Verdict
 from sku.evaluate.judges.local_models import (
     PROMPT,

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from sku.config import ModelConfig, settings_from_dict
 from sku.config.check import Count, validated
 from sku.errors import EvaluationError, RecipeError, one_line
-from sku.evaluate.generation.batching import pad
+from sku.evaluate.generation import pad
 from sku.evaluate.generation.decoding import decoding_settings, stop_token_ids
 from sku.evaluate.judges import Label, Verdict
 from sku.evaluate.judges.local_models import (

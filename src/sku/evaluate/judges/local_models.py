@@ -34,7 +34,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from sku.config import ModelConfig, plain_data
 from sku.config.check import Count, validated
 from sku.errors import ModelError, RecipeError
-from sku.evaluate.generation.batching import in_batches
+from sku.evaluate.generation import in_batches
 from sku.evaluate.judges import JudgeCard, Verdict
 from sku.evaluate.records import GenerationRecord, header_hash
 from sku.models import LoadedModel, load_config, load_tokenizer, pick_device, pick_dtype, weights_revision

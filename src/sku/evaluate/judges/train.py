@@ -39,7 +39,7 @@ from transformers import (
 from sku.config import ModelConfig
 from sku.config.check import Count, Fraction, NotNegative, Positive, Seed, validated
 from sku.errors import DataError, EvaluationError
-from sku.evaluate.generation.batching import evaluation_mode, in_batches, stage
+from sku.evaluate.generation import evaluation_mode, in_batches, stage
 from sku.evaluate.judges.calibrate import Figures, LabelledReply, LabelledSet, figures_of
 from sku.evaluate.judges.choose import JUDGE_FILE
 from sku.evaluate.judges.classifier import classifier_encoder, model_inputs
