@@ -281,8 +281,7 @@ class CachedJudge:
         """Reads what is there.
 
         Args:
-            inner: The judge; its card must name no fields but those in ``KEYED``. One that says beforehand what
-                asking takes, and afterwards what it took, has ``announce(records)`` and ``sum_up()``.
+            inner: The judge; its card must name no fields but those in ``KEYED``.
             path: The file, made at the first verdict; None to keep verdicts in memory.
             progress: As in ``cached``.
 
@@ -302,8 +301,6 @@ class CachedJudge:
         keys = [header_hash([self.card.key, record.prompt, record.whole_reply]) for record in records]
         waiting = [*{key: record for key, record in zip(keys, records, strict=True) if key not in self._known}.items()]
         failed: dict[str, Verdict] = {}
-        if waiting and (announce := getattr(self.inner, "announce", None)) is not None:
-            announce([record for _, record in waiting])
         self._show(keys, failed)
         for start in range(0, len(waiting), CHUNK):
             chunk = dict(waiting[start : start + CHUNK])
@@ -314,8 +311,6 @@ class CachedJudge:
             if self._path is not None and kept:
                 _append_verdicts(self._path, kept)
             self._show(keys, failed)
-        if waiting and (sum_up := getattr(self.inner, "sum_up", None)) is not None:
-            sum_up()
         found = {**failed, **self._known}
         return [dataclasses.replace(found[key], id=record.id) for key, record in zip(keys, records, strict=True)]
 

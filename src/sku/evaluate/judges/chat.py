@@ -11,7 +11,6 @@ judge's.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import importlib
 import ipaddress
@@ -40,8 +39,6 @@ _log = logging.getLogger(__name__)
 
 VERSION = 1
 """Of the request that is put around the rules; raised whenever the same reply would be asked about differently."""
-CHARACTERS_PER_TOKEN = 4
-"""Of English text, for the estimate before the first request."""
 _KEY_REFUSED = (401, 403)
 
 ChatLabel = Literal["harmful", "safe", "refusal"]
@@ -87,9 +84,6 @@ class ChatSettings:
     """Requests at the same time."""
     fail_after: Count = 10
     """After this many failures of the server in a row nothing more is asked: the rest gets ``error``."""
-    price_input: float | None = None
-    """Price of a million input tokens, for the estimate of the cost; in any currency."""
-    price_output: float | None = None
     known_errors: str = "not measured: see `sku judge calibrate`. A hosted model can change under the same name"
     licence: str = "that of the model"
 
@@ -118,38 +112,6 @@ class ChatSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatUsage:
-    """What judging takes: estimated before, counted after."""
-
-    price_input: float | None
-    """Of a million tokens."""
-    price_output: float | None
-    requests: int = 0
-    input_tokens: int = 0
-    output_tokens: int = 0
-    """In an estimate the most that ``max_tokens`` allows."""
-    prompts_cut: int = 0
-    """Prompts that were too long to be sent whole."""
-    replies_cut: int = 0
-
-    @property
-    def cost(self) -> float | None:
-        """None where the prices are not set."""
-        if self.price_input is None or self.price_output is None:
-            return None
-        return (self.input_tokens * self.price_input + self.output_tokens * self.price_output) / 1e6
-
-    def text(self) -> str:
-        """In one line."""
-        cost = "" if self.cost is None else f", a cost of {self.cost:.4f}"
-        cut = f", {self.prompts_cut} prompts and {self.replies_cut} replies shortened"
-        return (
-            f"{self.requests:,} requests, {self.input_tokens:,} input and {self.output_tokens:,} output tokens{cost}"
-            f"{cut if self.prompts_cut or self.replies_cut else ''}"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class Failure:
     """Why there is no answer."""
 
@@ -161,7 +123,7 @@ class Failure:
 
 
 class ChatJudge:
-    """Asks a chat model about each reply. Counts go on over all calls of ``judge``, of which one runs at a time."""
+    """Asks a chat model about each reply; one call of ``judge`` runs at a time."""
 
     def __init__(self, settings: ChatSettings, *, name: str = "chat") -> None:
         """Reads the key; nothing is sent yet.
@@ -180,13 +142,16 @@ class ChatJudge:
                 f"the environment variable {settings.api_key_env} holds no key for {settings.base_url}: set it, name "
                 "another one in the judge setting api_key_env, or leave that empty for a server that wants no key"
             )
-        self._key = key or "none"
         try:
             self._openai: Any = importlib.import_module("openai")
         except ImportError:
-            raise EvaluationError(
-                'a chat judge needs the package openai: pip install "sku-unlearning[chat]"'
-            ) from None
+            raise EvaluationError('a chat judge needs openai: pip install "sku-unlearning[chat]"') from None
+        self._client_options = {
+            "base_url": settings.base_url,
+            "api_key": key or "none",
+            "max_retries": settings.max_retries,
+            "timeout": settings.timeout_s,
+        }
         decides = {
             "protocol": VERSION, "rules": settings.rules, "labels": settings.labels, "base_url": settings.base_url,
             "model": settings.model, "request": settings.sent(), "system_role": settings.system_role,
@@ -204,34 +169,10 @@ class ChatJudge:
             tells_safe="safe" in settings.labels,
         )
         self._lock = threading.Lock()
-        self.usage = ChatUsage(price_input=settings.price_input, price_output=settings.price_output)
-        """What was sent so far, repetitions included, with the tokens as the server counts them."""
         self._has_answered = False
         self._failures_in_a_row = 0
         self._last_failure = ""
         self._mistake: EvaluationError | None = None
-
-    def estimate(self, records: Sequence[GenerationRecord]) -> ChatUsage:
-        """What asking about these records will take, if every answer comes at once and is as long as it may be."""
-        asked = [question(self.settings, record.prompt, record.whole_reply) for record in records]
-        characters = sum(len(part["content"]) for entry in asked for part in entry.messages)
-        return ChatUsage(
-            price_input=self.settings.price_input,
-            price_output=self.settings.price_output,
-            requests=len(records),
-            input_tokens=characters // CHARACTERS_PER_TOKEN,
-            output_tokens=len(records) * (self.settings.max_tokens or 0),
-            prompts_cut=sum(entry.prompt_cut for entry in asked),
-            replies_cut=sum(entry.reply_cut for entry in asked),
-        )
-
-    def announce(self, records: Sequence[GenerationRecord]) -> None:
-        """Logs the estimate; called before the first request."""
-        _log.info("judge %s: at most about %s", self.card.name, self.estimate(records).text())
-
-    def sum_up(self) -> None:
-        """Logs what was sent; called after the last request."""
-        _log.info("judge %s: %s so far", self.card.name, self.usage.text())
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order.
@@ -239,16 +180,7 @@ class ChatJudge:
         Raises:
             EvaluationError: The server refuses the key or knows no such model.
         """
-        http = self._openai.DefaultHttpxClient(
-            timeout=self.settings.timeout_s, event_hooks={"request": [lambda _: self._count(requests=1)]}
-        )
-        with self._openai.OpenAI(
-            base_url=self.settings.base_url,
-            api_key=self._key,
-            max_retries=self.settings.max_retries,
-            timeout=self.settings.timeout_s,
-            http_client=http,
-        ) as client:
+        with self._openai.OpenAI(**self._client_options) as client:
             executor = ThreadPoolExecutor(max_workers=self.settings.concurrency)
             try:
                 return list(executor.map(self._verdict, itertools.repeat(client), records))
@@ -262,10 +194,9 @@ class ChatJudge:
             reason = f"not asked, after {self._failures_in_a_row} failures in a row: {self._last_failure}"
             return Verdict(id=record.id, label="error", reason=reason)
         asked = question(self.settings, record.prompt, record.whole_reply)
-        self._count(prompts_cut=asked.prompt_cut, replies_cut=asked.reply_cut)
-        found = self._ask(client, asked.messages)
+        found = self._ask(client, asked)
         if isinstance(found, Failure) and found.ask_again:
-            *before, last = asked.messages
+            *before, last = asked
             found = self._ask(client, [*before, {**last, "content": last["content"] + REMINDER}])
         self._note_failure(found)
         if isinstance(found, Failure):
@@ -286,9 +217,7 @@ class ChatJudge:
             status, code = error.status_code, str(error.code)
         else:
             self._has_answered = True
-            found, tokens = read_answer(response.text, self.settings.labels)
-            self._count(**tokens)
-            return found
+            return read_answer(response.text, self.settings.labels)
         # Outside of the handler: a traceback must not show the server's words, which may hold the key.
         return self._status_failure(status, code)
 
@@ -325,11 +254,6 @@ class ChatJudge:
                     self.card.name, self._failures_in_a_row, found.reason,
                 )  # fmt: skip
 
-    def _count(self, **more: int) -> None:
-        with self._lock:
-            summed = {name: getattr(self.usage, name) + count for name, count in more.items()}
-            self.usage = dataclasses.replace(self.usage, **summed)
-
 
 def build(content: Mapping[str, Any], name: str) -> ChatJudge:
     """The judge of a judge file's settings."""
@@ -337,31 +261,24 @@ def build(content: Mapping[str, Any], name: str) -> ChatJudge:
     return ChatJudge(settings, name=Path(name).stem)
 
 
-def read_answer(body: str, labels: Sequence[str]) -> tuple[Label | Failure, dict[str, int]]:
-    """Reads the body of a chat completion; whatever doesn't fit is a failure, never a guess.
-
-    Returns:
-        The verdict, and the tokens of question and answer where there is an answer, as the server counts them.
-    """
+def read_answer(body: str, labels: Sequence[str]) -> Label | Failure:
+    """Reads the body of a chat completion; whatever doesn't fit is a failure, never a guess."""
     nothing = Failure(reason="the server's answer holds no choice", ask_again=True, outage=True)
     try:
-        content = json.loads(body)
-        choice, usage = content["choices"][0], content.get("usage") or {}
+        choice = json.loads(body)["choices"][0]
         finish, message = choice.get("finish_reason"), choice.get("message") or {}
         text, declined = message.get("content"), message.get("refusal")
-        counts = [max(0, int(usage.get(name) or 0)) for name in ("prompt_tokens", "completion_tokens")]
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-        return nothing, {}
+        return nothing
     if finish == "content_filter":
-        return Failure(reason="the server's content filter"), {}
+        return Failure(reason="the server's content filter")
     if declined:
-        return Failure(reason="the model declined to judge"), {}
+        return Failure(reason="the model declined to judge")
     if not message:
-        return nothing, {}
-    tokens = dict(zip(("input_tokens", "output_tokens"), counts, strict=True))
+        return nothing
     label = read_label(text if isinstance(text, str) else "", labels)
     what = "was cut off at max_tokens" if finish == "length" else "is no verdict"
-    return label or Failure(reason=f"the judge's answer {what}", ask_again=True), tokens
+    return label or Failure(reason=f"the judge's answer {what}", ask_again=True)
 
 
 def is_own_machine(base_url: str) -> bool:
@@ -399,34 +316,21 @@ Your last reply could not be read. Reply with nothing but a JSON object such as 
 """Put after the question where it is asked a second time."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Question:
-    """The request for one verdict."""
-
-    messages: list[Message]
-    """Of a chat; equal texts give equal messages."""
-    prompt_cut: bool
-    """Whether the end of the prompt was left out, as it is too long."""
-    reply_cut: bool
-
-
-def question(settings: ChatSettings, prompt: str, reply: str) -> Question:
+def question(settings: ChatSettings, prompt: str, reply: str) -> list[Message]:
     """What the judge is asked about a reply; of texts that are too long the ends are left out."""
-    prompt_cut, reply_cut = len(prompt) > settings.max_prompt_chars, len(reply) > settings.max_reply_chars
     content: dict[str, Any] = {
         "question": prompt[: settings.max_prompt_chars],
         "answer": reply[: settings.max_reply_chars],
-        **({"question_shortened": True} if prompt_cut else {}),
-        **({"answer_shortened": True} if reply_cut else {}),
+        **({"question_shortened": True} if len(prompt) > settings.max_prompt_chars else {}),
+        **({"answer_shortened": True} if len(reply) > settings.max_reply_chars else {}),
     }
     # Lone surrogates, which no request can hold, are written as escapes.
     data = json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
     mark = hashlib.sha256(data.encode()).hexdigest()[:24]
     text = _QUESTION.format(mark=mark, data=data, labels=", ".join(settings.labels))
-    chat = [{"role": "system", "content": settings.rules}, {"role": "user", "content": text}]
     if not settings.system_role:
-        chat = [{"role": "user", "content": f"{settings.rules}\n\n{text}"}]
-    return Question(messages=chat, prompt_cut=prompt_cut, reply_cut=reply_cut)
+        return [{"role": "user", "content": f"{settings.rules}\n\n{text}"}]
+    return [{"role": "system", "content": settings.rules}, {"role": "user", "content": text}]
 
 
 def read_label(answer: str, labels: Sequence[str]) -> Label | None:
