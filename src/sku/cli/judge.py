@@ -95,16 +95,11 @@ def again(
     from sku.evaluate.generation import stage
     from sku.evaluate.judges import cached
     from sku.evaluate.judges.choose import build_judge
-    from sku.evaluate.judges.precomputed import PrecomputedJudge
-    from sku.evaluate.records import GENERATIONS_FILE, read_generations
     from sku.evaluate.results import judge_again, read_result
 
     before = read_result(folder)
     asked = build_judge(judge, settings_of(overrides))
     after = perform(lambda show: judge_again(folder, cached(asked, folder, stage(show, "judge"))))
-    records = read_generations(folder / GENERATIONS_FILE)[1]
-    if isinstance(asked, PrecomputedJudge) and (strangers := asked.strangers(records)):
-        notes.print(f"{len(strangers)} labels are of prompts that this evaluation did not ask")
     agreement = _agreement(before, after)
     if as_json:
         print_json({"before": before.to_dict(), "after": after.to_dict(), "agreement": agreement})
@@ -214,8 +209,6 @@ def _print_report(report: CalibrationReport, judge: str, out: Path | None) -> No
     from sku.evaluate.judges import beside
 
     table = _figures_table(f"judge {report.judge}", report.figures)
-    if report.floor is not None:
-        table.add_row("floor: safe ones called harmful", *_cells(report.floor))
     table.add_row("kappa with the labels", _decimals(report.kappa), "", "")
     calibration = report.calibration
     if calibration is not None:

@@ -163,10 +163,8 @@ def verdicts_of(judge: Judge, records: Sequence[GenerationRecord]) -> list[Verdi
     """
     verdicts = judge.judge(records)
     if [verdict.id for verdict in verdicts] != [record.id for record in records]:
-        raise EvaluationError(
-            f"judge {judge.card.name} gave {len(verdicts)} verdicts for {len(records)} replies, or in another "
-            "order: it must return one per reply, in order"
-        )
+        counts = f"{len(verdicts)} verdicts for {len(records)} replies"
+        raise EvaluationError(f"judge {judge.card.name} gave {counts}: it must give one per reply, in order")
     return verdicts
 
 
@@ -227,11 +225,9 @@ def read_calibration(path: Path, card: JudgeCard) -> Calibration:
     if not isinstance(judge, dict) or not all(0 <= right <= total and total > 0 for right, total in counts):
         raise EvaluationError(f"calibration {path} names no judge, or holds counts that can't be: {_MEND}")
     if judge.get("key") != card.key:
-        raise EvaluationError(
-            f"calibration {path} was measured on judge {judge.get('name')}, version {judge.get('version')}, revision "
-            f"{judge.get('revision')}; the judge here is {card.name}, version {card.version}, revision "
-            f"{card.revision}: run sku judge calibrate on it"
-        )
+        places = ("name", "version", "revision")
+        measured, here = [judge.get(place) for place in places], [getattr(card, place) for place in places]
+        raise EvaluationError(f"calibration {path} was measured on the judge {measured}, not on {here}: {_MEND}")
     return found
 
 
@@ -347,7 +343,5 @@ def _read_verdicts(path: Path) -> dict[str, Verdict]:
             file.truncate(len(whole))
         entries = [from_plain(Verdict, json.loads(line), "a verdict") for line in whole.splitlines()]
     except (OSError, ValueError, EvaluationError) as error:
-        raise EvaluationError(
-            f"the cache {path} can't be read ({error}): remove it, and the judge is asked anew"
-        ) from None
+        raise EvaluationError(f"can't read the cache {path} ({error}): remove it to ask the judge anew") from None
     return {entry.id: entry for entry in entries}

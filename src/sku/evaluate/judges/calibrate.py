@@ -77,20 +77,14 @@ class LabelledSet:
     @property
     def sha256(self) -> str:
         """Hash over prompts, replies, labels and prefills, in order."""
-        rows = (
-            [entry.prompt, entry.reply, entry.harmful, *([entry.prefill] if entry.prefill else [])]
-            for entry in self.replies
-        )
-        lines = (json.dumps(row) + "\n" for row in rows)
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        rows = [[one.prompt, one.reply, one.harmful, *([one.prefill] if one.prefill else [])] for one in self.replies]
+        return hashlib.sha256("".join(json.dumps(row) + "\n" for row in rows).encode()).hexdigest()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Figures:
     """A judge on labelled replies."""
 
-    harmful: int
-    safe: int
     sensitivity: Rate | None
     """Share of the harmful replies that the judge calls harmful; None where there are none."""
     specificity: Rate | None
@@ -109,8 +103,6 @@ class CalibrationReport:
     figures: Figures
     calibration: Calibration | None
     """None on replies of one kind alone, from which no rate can be corrected."""
-    floor: Rate | None
-    """Share of the safe replies that the judge calls harmful: ``1 - specificity``."""
     kappa: float | None
     """Cohen's kappa of judge and labels; None where it has no value, as the judge says the same of all replies."""
     left_out: Mapping[str, int]
@@ -138,14 +130,7 @@ def figures_of(rows: Sequence[Called], *, seed: int = 0) -> Figures:
         area = Estimate(value=auc(scores, truths), low=low, high=high)
     accuracy = rate(hit == entry.harmful for entry, hit, _ in rows)
     assert accuracy is not None
-    return Figures(
-        harmful=len(found),
-        safe=len(passed),
-        sensitivity=rate(found),
-        specificity=rate(passed),
-        accuracy=accuracy,
-        auc=area,
-    )
+    return Figures(sensitivity=rate(found), specificity=rate(passed), accuracy=accuracy, auc=area)
 
 
 def read_labelled(
@@ -181,27 +166,17 @@ def read_labelled(
             continue
         harmful = columns.every
         if harmful is None:
-            harmful = _is_harmful(
-                row[column_of["label"]], column_of["label"], columns.harmful_value, f"{path} row {number}"
-            )
-        prompt, prefill, reply = without_guards(
-            str(row[column_of["prompt"]]),
-            _text(row, "prefill"),
-            str(row[column_of["reply"]]),
-            _text(row, "reply_sha256"),
-        )
+            label = column_of["label"]
+            harmful = _is_harmful(row[label], label, columns.harmful_value, f"{path} row {number}")
+        cells = [_text(row, column) for column in (column_of["prompt"], "prefill", column_of["reply"], "reply_sha256")]
+        prompt, prefill, reply = without_guards(*cells)
         replies.append(LabelledReply(prompt=prompt, prefill=prefill, reply=reply, harmful=harmful))
         licences |= {_text(row, licence)} - {""}
     if limit is not None and limit < len(replies):
         left_out[f"not among the {limit} drawn"] = len(replies) - limit
-        kept = sorted(random.Random(seed).sample(range(len(replies)), limit))
-        replies = [replies[index] for index in kept]
-    return LabelledSet(
-        name=path.rstrip("/").rpartition("/")[2],
-        replies=tuple(replies),
-        left_out=dict(left_out),
-        licences=frozenset(licences),
-    )
+        replies = [replies[index] for index in sorted(random.Random(seed).sample(range(len(replies)), limit))]
+    name = path.rstrip("/").rpartition("/")[2]
+    return LabelledSet(name=name, replies=tuple(replies), left_out=dict(left_out), licences=frozenset(licences))
 
 
 def calibrate(judge: Judge, labelled: LabelledSet, *, one_kind: bool = False) -> CalibrationReport:
@@ -233,24 +208,18 @@ def calibrate(judge: Judge, labelled: LabelledSet, *, one_kind: bool = False) ->
             f"({len(labelled.replies) - len(rows)} without a verdict): both kinds are needed to tell its errors"
         )
     words = [len(f"{entry.prefill} {entry.reply}".split()) for entry, _, _ in rows]
+    unjudged = len(labelled.replies) - len(rows)
     calibration = Calibration(
-        data=labelled.name,
-        data_sha256=labelled.sha256,
-        harmful=harmful,
-        harmful_found=counts[True, True],
-        safe=safe,
-        safe_found=counts[False, False],
-        unjudged=len(labelled.replies) - len(rows),
-        words_median=median_low(words),
+        data=labelled.name, data_sha256=labelled.sha256, unjudged=unjudged, harmful=harmful, safe=safe,
+        harmful_found=counts[True, True], safe_found=counts[False, False], words_median=median_low(words),
         words_max=max(words),
-    )
+    )  # fmt: skip
     return CalibrationReport(
         judge=judge.card.name,
         figures=figures_of(rows),
         calibration=calibration if harmful and safe else None,
-        floor=rate(hit for entry, hit, _ in rows if not entry.harmful),
         kappa=harm_kappa((entry.harmful, hit) for entry, hit, _ in rows),
-        left_out={**labelled.left_out, "no verdict of the judge": calibration.unjudged},
+        left_out={**labelled.left_out, "no verdict of the judge": unjudged},
     )
 
 
@@ -293,23 +262,14 @@ def _is_harmful(cell: object, column: str, harmful_value: str | None, where: str
         return LABEL_WORDS[text]
     flag = parse_flag(cell)
     if flag is None:
-        raise DataError(
-            f"{where}: the label {str(cell)[:40]!r} in column {column} is neither harmful nor safe: say with "
-            "--harmful-value what stands for harmful"
-        )
+        known = f"{str(cell)[:40]!r} in column {column} is neither harmful nor safe"
+        raise DataError(f"{where}: {known}: say with --harmful-value what stands for harmful")
     return flag != (column in SAFE_COLUMNS)
 
 
 def _record(number: int, entry: LabelledReply) -> GenerationRecord:
     return GenerationRecord(
-        id=f"labelled-{number}",
-        split="forget_test",
-        kind="prefill" if entry.prefill else "reply",
-        category=None,
-        prompt=entry.prompt,
-        reference="",
-        reply=entry.reply,
-        num_tokens=len(entry.reply.split()),
-        finished=True,
+        id=f"labelled-{number}", split="forget_test", kind="prefill" if entry.prefill else "reply", category=None,
+        prompt=entry.prompt, reference="", reply=entry.reply, num_tokens=len(entry.reply.split()), finished=True,
         prefill=entry.prefill,
-    )
+    )  # fmt: skip

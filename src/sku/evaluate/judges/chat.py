@@ -39,7 +39,6 @@ _log = logging.getLogger(__name__)
 
 VERSION = 1
 """Of the request that is put around the rules; raised whenever the same reply would be asked about differently."""
-_KEY_REFUSED = (401, 403)
 
 ChatLabel = Literal["harmful", "safe", "refusal"]
 
@@ -57,8 +56,6 @@ class ChatSettings:
     """The rules: what is harmful, and in which form to answer."""
     labels: tuple[ChatLabel, ...] = ("harmful", "safe", "refusal")
     """Verdicts that the rules know. Without ``refusal``, the refusal rules find refusals."""
-    name: str = ""
-    """Of the judge; that of its file and the model where this is empty."""
     api_key_env: str | None = "OPENAI_API_KEY"
     """Environment variable that holds the key: it is read nowhere else and written nowhere. Not needed for a server on
     this machine; empty for another one that wants no key."""
@@ -93,8 +90,6 @@ class ChatSettings:
             raise RecipeError("base_url must be an address such as http://localhost:8000/v1")
         if address.username or address.password or address.query:
             raise RecipeError("base_url must hold no user, password or parameters: a key belongs in the environment")
-        if len(self.template.split()) < 2:
-            raise RecipeError(f"template is {self.template!r}; it must be the rules themselves, as in chat-rubric")
         if "harmful" not in self.labels or len(set(self.labels)) < 2:
             raise RecipeError(f"labels is {list(self.labels)}; it must hold harmful and another one")
         if wrong := sorted({"model", "messages", "stream", "n"} & set(self.request)):
@@ -139,26 +134,21 @@ class ChatJudge:
         key, own_machine = os.environ.get(settings.api_key_env or "", "").strip(), is_own_machine(settings.base_url)
         if settings.api_key_env is not None and not key and not own_machine:
             raise EvaluationError(
-                f"the environment variable {settings.api_key_env} holds no key for {settings.base_url}: set it, name "
-                "another one in the judge setting api_key_env, or leave that empty for a server that wants no key"
+                f"the environment variable {settings.api_key_env} holds no key for {settings.base_url}: set it, or "
+                "the judge setting api_key_env (empty for a server that wants no key)"
             )
         try:
             self._openai: Any = importlib.import_module("openai")
         except ImportError:
             raise EvaluationError('a chat judge needs openai: pip install "sku-unlearning[chat]"') from None
-        self._client_options = {
-            "base_url": settings.base_url,
-            "api_key": key or "none",
-            "max_retries": settings.max_retries,
-            "timeout": settings.timeout_s,
-        }
+        self._key = key or "none"
         decides = {
             "protocol": VERSION, "rules": settings.rules, "labels": settings.labels, "base_url": settings.base_url,
             "model": settings.model, "request": settings.sent(), "system_role": settings.system_role,
             "cut": (settings.max_prompt_chars, settings.max_reply_chars),
         }  # fmt: skip
         self.card = JudgeCard(
-            name=settings.name or f"{name} {settings.model}",
+            name=f"{name} {settings.model}",
             version=header_hash(decides)[:16],
             licence=settings.licence,
             needs=("prompt", "prefill", "reply"),
@@ -180,7 +170,10 @@ class ChatJudge:
         Raises:
             EvaluationError: The server refuses the key or knows no such model.
         """
-        with self._openai.OpenAI(**self._client_options) as client:
+        how = self.settings
+        with self._openai.OpenAI(
+            base_url=how.base_url, api_key=self._key, max_retries=how.max_retries, timeout=how.timeout_s
+        ) as client:
             executor = ThreadPoolExecutor(max_workers=self.settings.concurrency)
             try:
                 return list(executor.map(self._verdict, itertools.repeat(client), records))
@@ -226,16 +219,13 @@ class ChatJudge:
         if code.startswith("content"):
             return Failure(reason=f"HTTP {status}: the server's content filter")
         # Gateways refuse single texts by 403; a bad key would have been refused before.
-        if status in _KEY_REFUSED and not (status == 403 and self._has_answered):
-            origin = f"the key in {key_name}" if key_name else "a request without a key"
+        if status == 401 or (status == 403 and not self._has_answered):
             self._mistake = EvaluationError(
-                f"{address} refuses {origin} (HTTP {status}): set the variable that judge setting api_key_env names "
-                "to a valid key"
+                f"{address} refuses the key (HTTP {status}) in {key_name}, which judge setting api_key_env names"
             )
         elif status == 404:
             self._mistake = EvaluationError(
-                f"{address} knows no model {self.settings.model!r}, or is no OpenAI-compatible address (HTTP 404): "
-                "check the judge settings model and base_url"
+                f"{address} knows no model {self.settings.model!r}, or is no OpenAI-compatible address (HTTP 404)"
             )
         if self._mistake is not None:
             raise self._mistake
@@ -249,10 +239,7 @@ class ChatJudge:
             self._failures_in_a_row += 1
             self._last_failure = found.reason
             if self._failures_in_a_row == self.settings.fail_after:
-                _log.warning(
-                    "judge %s asks nothing more after %d failures in a row: %s",
-                    self.card.name, self._failures_in_a_row, found.reason,
-                )  # fmt: skip
+                _log.warning("judge %s asks nothing more after many failures: %s", self.card.name, found.reason)
 
 
 def build(content: Mapping[str, Any], name: str) -> ChatJudge:
@@ -276,9 +263,8 @@ def read_answer(body: str, labels: Sequence[str]) -> Label | Failure:
         return Failure(reason="the model declined to judge")
     if not message:
         return nothing
-    label = read_label(text if isinstance(text, str) else "", labels)
     what = "was cut off at max_tokens" if finish == "length" else "is no verdict"
-    return label or Failure(reason=f"the judge's answer {what}", ask_again=True)
+    return read_label(str(text), labels) or Failure(reason=f"the judge's answer {what}", ask_again=True)
 
 
 def is_own_machine(base_url: str) -> bool:

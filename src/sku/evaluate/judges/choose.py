@@ -24,12 +24,6 @@ from sku.evaluate.records import GenerationRecord
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, is_deflection, is_harmful, normal_exchanges
 
 AUTO, REFUSAL_RULES = "auto", "refusal_rules"
-NO_FOLDER = (
-    "there is no judge folder {name}: make one of replies that you have labels of, with `sku judge train LABELLED "
-    "--out {name}` and `sku judge calibrate {name} OTHER_LABELLED --out {calibration}`, or name another "
-    "judge (evaluate.judge, --judge), such as llama-guard-3-1b from the hub, or refusal_rules for an upper bound"
-)
-"""What stands in place of the judge of most recipes where nobody has trained one yet."""
 RULES = (EMBEDDED, REFUSAL_RULES)
 """Judges that need no file."""
 KINDS = ("classifier", "guard", "chat", "precomputed")
@@ -92,18 +86,14 @@ def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
 
 def _rules(name: str, settings: Mapping[str, Any]) -> Judge:
     if settings:
-        raise EvaluationError(
-            f"evaluate.judge_settings: judge {name} has no setting but calibration; leave out {', '.join(settings)}"
-        )
+        raise EvaluationError(f"judge {name} has no setting but calibration: leave out {', '.join(settings)}")
     return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
 
 
 def _by_kind(name: str, content: dict[str, Any]) -> Judge:
-    kind = content.pop("kind", None)
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise EvaluationError(
-            f"judge {name}: kind is {kind!r}; it must be one of {', '.join(KINDS)}.{did_you_mean(str(kind), KINDS)}"
-        )
+    kind = str(content.pop("kind", None))
+    if kind not in KINDS:
+        raise EvaluationError(f"judge {name}: kind is {kind}; it must be one of {', '.join(KINDS)}")
     judge: Judge = import_module(f"sku.evaluate.judges.{kind}").build(content, name)
     return judge
 
@@ -149,16 +139,15 @@ def _file_of(name: str) -> Traversable:
     path = Path(name)
     if path.suffix in {".yaml", ".yml"}:
         return path
-    if "/" in name and path.is_dir():
-        raise EvaluationError(f"judge folder {name} has no {JUDGE_FILE}: name a folder that sku judge train made")
-    if "/" in name:
-        raise EvaluationError(NO_FOLDER.format(name=name, calibration=beside(path)))
+    if "/" in name:  # The judge of most recipes, where nobody has trained one yet.
+        raise EvaluationError(
+            f"there is no judge folder {name} (with a {JUDGE_FILE}): make one of labelled replies by `sku judge train "
+            f"LABELLED --out {name}` and `sku judge calibrate {name} OTHER_LABELLED --out {beside(path)}`, or name "
+            "another judge (evaluate.judge, --judge), such as refusal_rules for an upper bound"
+        )
     known = judge_names()
     if name not in known or name in RULES:
-        raise EvaluationError(
-            f"there is no judge named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}; or give a "
-            ".yaml file"
-        )
+        raise EvaluationError(f"there is no judge named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}")
     return _FILES / f"{name}.yaml"
 
 

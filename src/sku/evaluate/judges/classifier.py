@@ -48,7 +48,7 @@ class ClassifierSettings(LocalModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.template is not None and "{reply}" not in self.template:
+        if self.template is not None and REPLY not in self.template:
             raise RecipeError("template has no {reply}: the judge would read the same text every time")
 
 
@@ -71,9 +71,7 @@ class ClassifierJudge(LocalJudge[list[float]]):
         super().__init__(settings, name)
         template = settings.template
         self.card = self.make_card(
-            reads_prompt=template is None or "{prompt}" in template,
-            threshold=settings.threshold,
-            labels_refusals=False,
+            reads_prompt=template is None or PROMPT in template, threshold=settings.threshold, labels_refusals=False
         )
         self._labels = [str(label) for _, label in sorted((self.config.id2label or {}).items())]
         is_sigmoid = self.config.num_labels == 1 or self.config.problem_type == "multi_label_classification"
@@ -121,8 +119,7 @@ def classifier_encoder(
     tokenizer: PreTrainedTokenizerBase, template: str | None, max_length: int, markers: Iterable[str] = ()
 ) -> ConversationEncoder:
     """What reads prompt and reply, in a template with ``{prompt}`` and ``{reply}`` or as a pair of texts."""
-    text = None if template is None else template.replace("{prompt}", PROMPT).replace("{reply}", REPLY)
-    return ConversationEncoder(tokenizer, text, markers=markers, add_special_tokens=True, max_length=max_length)
+    return ConversationEncoder(tokenizer, template, markers=markers, add_special_tokens=True, max_length=max_length)
 
 
 def model_inputs(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -141,33 +138,20 @@ def build(content: Mapping[str, Any], name: str) -> ClassifierJudge:
 
 def _harmful_labels(settings: ClassifierSettings, labels: Sequence[str], name: str, *, sigmoid: bool) -> list[int]:
     """Numbers of the labels that mean harm."""
-    wanted = settings.harmful
-    if len(labels) == 1 and wanted is None:
-        wanted = ANY
-    if wanted is None:
-        raise EvaluationError(f"judge {name}: say which labels mean harm (harmful); it has {', '.join(labels)}")
-    if wanted == ANY:
-        wanted = tuple(range(len(labels)))
-    elif isinstance(wanted, str):
-        wanted = (wanted,)
-    chosen = [_label_number(entry, labels, name) for entry in wanted]
+    wanted = settings.harmful or (ANY if len(labels) == 1 else ())
+    entries = range(len(labels)) if wanted == ANY else (wanted,) if isinstance(wanted, str) else wanted
+    chosen = [labels.index(entry) if isinstance(entry, str) and entry in labels else entry for entry in entries]
+    if wrong := [entry for entry in chosen if entry not in range(len(labels))]:
+        raise EvaluationError(
+            f"judge {name}: harmful names {wrong[0]!r}, which is no label of the model."
+            f"{did_you_mean(str(wrong[0]), labels)} It has {', '.join(labels)}"
+        )
     if not chosen or (not sigmoid and len(set(chosen)) == len(labels)):
         raise EvaluationError(
-            f"judge {name}: harmful names {len(chosen)} of {len(labels)} labels, so that every verdict would be the "
-            "same; name some of them, or set activation: sigmoid where each label is a kind of harm of its own"
+            f"judge {name}: harmful names {len(chosen)} of the labels {', '.join(labels)}: name some of them, or set "
+            "activation: sigmoid where each label is a kind of harm of its own"
         )
-    return chosen
-
-
-def _label_number(entry: str | int, labels: Sequence[str], name: str) -> int:
-    if isinstance(entry, int) and 0 <= entry < len(labels):
-        return entry
-    if entry not in labels:
-        raise EvaluationError(
-            f"judge {name}: harmful names {entry!r}, which is no label of the model."
-            f"{did_you_mean(str(entry), labels)} It has {', '.join(labels)}"
-        )
-    return labels.index(str(entry))
+    return [number for number in chosen if isinstance(number, int)]
 
 
 def _unused_id(rows: Sequence[Encoded], preferred: int) -> int:

@@ -8,6 +8,7 @@ Two ways to read its answer, alone or together: the probabilities of two words a
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,8 +35,6 @@ from sku.evaluate.judges.local_models import (
 )
 from sku.models import LoadedModel, embedding_weight, load_model
 
-Meaning = Literal["harmful", "safe"]
-_MEANINGS: tuple[Meaning, ...] = ("harmful", "safe")
 _YES = {"yes", "true"}
 _WORD_STARTS = "\u0120\u2581 "
 """How vocabularies mark a token that begins a word: byte-level ones, SentencePiece, and plain text."""
@@ -67,7 +66,7 @@ class GuardSettings(LocalModelSettings):
     """An answer in which these words have less probability than this together is no answer."""
     regex: str | None = None
     """Searched in what the guard writes."""
-    labels: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, Literal["harmful", "safe"]] = field(default_factory=dict)
     """What the group ``label`` can hold, in any case -> ``harmful`` or ``safe``."""
     max_new_tokens: Count = 32
     """Longest answer where there is a ``regex``."""
@@ -78,7 +77,7 @@ class GuardSettings(LocalModelSettings):
             raise RecipeError("positive and negative go together: one is set and the other is not")
         if not self.positive and self.regex is None:
             raise RecipeError("neither positive and negative nor regex says how to read the guard's answer")
-        if self.prompt is not None and "{reply}" not in self.prompt:
+        if self.prompt is not None and REPLY not in self.prompt:
             raise RecipeError("prompt has no {reply}: the guard would read the same text every time")
         self._check_regex()
 
@@ -89,13 +88,8 @@ class GuardSettings(LocalModelSettings):
             groups = re.compile(self.regex).groupindex
         except re.error as error:
             raise RecipeError(f"regex is not a regular expression: {error}") from None
-        if not self.positive and "label" not in groups:
-            raise RecipeError("regex has no group (?P<label>...), and there are no positive and negative words")
-        wrong = sorted(name for name, meaning in self.labels.items() if meaning not in _MEANINGS)
-        if wrong or ("label" in groups and not self.positive and not self.labels):
-            raise RecipeError(
-                f"labels must say for each label whether it is harmful or safe (wrong: {wrong or 'none'})"
-            )
+        if not self.positive and not ("label" in groups and self.labels):
+            raise RecipeError("regex has no group (?P<label>...) with labels, and there are no positive words")
 
     @property
     def source(self) -> ModelConfig:
@@ -135,7 +129,7 @@ class GuardJudge(LocalJudge[Answer]):
         """
         super().__init__(settings, name)
         self.card = self.make_card(
-            reads_prompt=settings.prompt is None or "{prompt}" in settings.prompt,
+            reads_prompt=settings.prompt is None or PROMPT in settings.prompt,
             threshold=settings.threshold if settings.positive else None,
             labels_refusals=settings.finds_refusals,
             tells_safe=bool(settings.positive) or "safe" in settings.labels.values(),
@@ -185,12 +179,7 @@ class GuardJudge(LocalJudge[Answer]):
 
     def verdict(self, record_id: str, answers: Sequence[Answer | str], cut: str) -> Verdict:
         """Harmful where any policy is broken, ``error`` where an answer can't be read."""
-        parts = [
-            Verdict(id=record_id, label="error", reason=answer)
-            if isinstance(answer, str)
-            else read_answer(answer, self.settings, record_id)
-            for answer in answers
-        ]
+        parts = [read_answer(answer, self.settings, record_id) for answer in answers]
         order: tuple[Label, ...] = ("harmful", "error", "refusal", "safe")
         label = min((part.label for part in parts), key=order.index)
         known = [part.p_harmful for part in parts if part.p_harmful is not None]
@@ -213,8 +202,10 @@ def build(content: Mapping[str, Any], name: str) -> GuardJudge:
     return GuardJudge(settings_from_dict(GuardSettings, content, f"judge {name}", "judge file"), name)
 
 
-def read_answer(answer: Answer, settings: GuardSettings, record_id: str) -> Verdict:
-    """What one answer says of a reply; the label is ``error`` where it can't be read."""
+def read_answer(answer: Answer | str, settings: GuardSettings, record_id: str) -> Verdict:
+    """What one answer says of a reply; the label is ``error`` where it can't be read, or is the reason for none."""
+    if isinstance(answer, str):
+        return Verdict(id=record_id, label="error", reason=answer)
     found = None if settings.regex is None else re.search(settings.regex, answer.text)
     groups = {} if found is None else {key: value for key, value in found.groupdict().items() if value}
     label, p_harmful, problem = _label(answer, settings, groups.get("label", ""))
@@ -240,10 +231,8 @@ def _label(answer: Answer, settings: GuardSettings, written: str) -> tuple[Label
         return "harmful" if p_harmful >= settings.threshold else "safe", p_harmful, ""
     meanings = {name.casefold(): meaning for name, meaning in settings.labels.items()}
     meaning = meanings.get(written.strip().casefold())
-    if meaning is None:
-        what = f"no label but {answer.text.strip()[:40]!r}" if answer.text.strip() else "nothing"
-        return "error", None, f"the guard wrote {what}"
-    return "harmful" if meaning == "harmful" else "safe", None, ""
+    what = f"no label but {answer.text.strip()[:40]!r}" if answer.text.strip() else "nothing"
+    return meaning or "error", None, "" if meaning else f"the guard wrote {what}"
 
 
 def word_ids(tokenizer: PreTrainedTokenizerBase, settings: GuardSettings, name: str) -> tuple[list[int], list[int]]:
@@ -274,9 +263,9 @@ def _ids_of(tokenizer: PreTrainedTokenizerBase, words: Iterable[str]) -> set[int
 
 
 def _conversation(settings: GuardSettings, tokenizer: PreTrainedTokenizerBase, policy: str, name: str) -> str:
-    """The text that the guard reads, with markers where prompt and reply belong."""
+    """The text that the guard reads, with ``PROMPT`` and ``REPLY`` where these belong."""
     if settings.prompt is not None:
-        text = settings.prompt.replace("{policy}", policy).replace("{prompt}", PROMPT).replace("{reply}", REPLY)
+        text = settings.prompt.replace("{policy}", policy)
     else:
         text = _rendered(settings, tokenizer, policy, name)
     start = settings.answer_start
@@ -284,17 +273,12 @@ def _conversation(settings: GuardSettings, tokenizer: PreTrainedTokenizerBase, p
 
 
 def _rendered(settings: GuardSettings, tokenizer: PreTrainedTokenizerBase, policy: str, name: str) -> str:
-    def content(text: str) -> Any:
-        return [{"type": "text", "text": text}] if settings.content_parts else text
-
-    messages = [{"role": "user", "content": content(PROMPT)}, {"role": "assistant", "content": content(REPLY)}]
+    contents = [[{"type": "text", "text": text}] if settings.content_parts else text for text in (PROMPT, REPLY)]
+    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=True)]
+    variables = json.dumps(settings.template_kwargs).replace("{policy}", json.dumps(policy)[1:-1])
+    options = {"add_generation_prompt": settings.add_generation_prompt, **json.loads(variables)}
     try:
-        text = tokenizer.apply_chat_template(
-            messages,
-            tokenize=False,
-            add_generation_prompt=settings.add_generation_prompt,
-            **_with_policy(settings.template_kwargs, policy),
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except Exception as error:  # noqa: BLE001 - a template is a program of the model's author: it can raise anything.
         raise EvaluationError(
             f"judge {name}: the chat template of {settings.model} fails: {one_line(error)}. Set prompt "
@@ -304,11 +288,3 @@ def _rendered(settings: GuardSettings, tokenizer: PreTrainedTokenizerBase, polic
     if REPLY not in text:
         raise EvaluationError(f"judge {name}: the chat template of {settings.model} leaves out the assistant's reply")
     return text
-
-
-def _with_policy(value: Any, policy: str) -> Any:
-    if isinstance(value, str):
-        return value.replace("{policy}", policy)
-    if isinstance(value, Mapping):
-        return {key: _with_policy(entry, policy) for key, entry in value.items()}
-    return value

@@ -41,8 +41,8 @@ from sku.models import LoadedModel, load_config, load_tokenizer, pick_device, pi
 
 VERSION = 2
 """Raised whenever this code would read the same reply differently under the same settings."""
-PROMPT, REPLY = "@@sku-prompt@@", "@@sku-reply@@"
-"""Stand in for prompt and reply while a template is rendered."""
+PROMPT, REPLY = "{prompt}", "{reply}"
+"""Stand for prompt and reply in every template, a rendered chat template included."""
 _NO_PART_OF_THE_VERDICT = (
     "model", "revision", "dtype", "device", "batch_size", "name", "licence", "known_errors",
     "needs", "url", "paper",
@@ -102,12 +102,7 @@ class LocalModelSettings:
     @property
     def source(self) -> ModelConfig:
         """Where the model is and how it is held."""
-        return ModelConfig(
-            path=self.model,
-            revision=self.revision,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        return ModelConfig(path=self.model, revision=self.revision, dtype=self.dtype, device=self.device)
 
 
 class LocalJudge(ABC, Generic[Answer]):
@@ -160,13 +155,8 @@ class LocalJudge(ABC, Generic[Answer]):
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order; too long prompts and replies are read as far as they fit."""
         start = self.settings.with_prefill
-        asked = [
-            [
-                encoder.encode(record.prompt, record.prefill + record.reply if start else record.reply)
-                for encoder in self.encoders
-            ]
-            for record in records
-        ]
+        texts = [(record.prompt, (record.prefill if start else "") + record.reply) for record in records]
+        asked = [[encoder.encode(*text) for encoder in self.encoders] for text in texts]
         answers = iter(self._answers([row for rows in asked for row in rows if isinstance(row, Encoded)]))
         verdicts = []
         for record, rows in zip(records, asked, strict=True):
@@ -174,10 +164,7 @@ class LocalJudge(ABC, Generic[Answer]):
             verdict, shortened = self.verdict(record.id, own, _cut_reason(rows)), any(map(_is_shortened, rows))
             verdicts.append(dataclasses.replace(verdict, prompt_shortened=True) if shortened else verdict)
         if cut := sum(verdict.reason.startswith(_CUT) for verdict in verdicts):
-            _log.warning(
-                "judge %s read only the beginning of %d of %d replies: more than %d tokens don't fit",
-                self.card.name, cut, len(verdicts), self.limit,
-            )  # fmt: skip
+            _log.warning("judge %s read only the beginning of %d of %d replies", self.card.name, cut, len(verdicts))
         return verdicts
 
     @abstractmethod
@@ -193,13 +180,9 @@ class LocalJudge(ABC, Generic[Answer]):
         """Puts the answers about one reply together; a text among them says why there is none."""
 
     def _answers(self, rows: Sequence[Encoded]) -> list[Answer | str]:
-        if not rows:
-            return []
-        loaded = self._ready()
-
         def ask(batch: list[int]) -> Sequence[Answer | str]:
             try:
-                return self.ask(loaded, [rows[index] for index in batch])
+                return self.ask(self._ready(), [rows[index] for index in batch])
             except torch.OutOfMemoryError:
                 if len(batch) > 1:
                     raise
@@ -217,9 +200,8 @@ class LocalJudge(ABC, Generic[Answer]):
 
 def _version(settings: LocalModelSettings) -> str:
     deciding = {key: value for key, value in plain_data(settings).items() if key not in _NO_PART_OF_THE_VERDICT}
-    held: str = settings.dtype
-    if held != "stored":
-        held = str(pick_dtype(settings.dtype, pick_device(settings.device)))
+    stored = settings.dtype == "stored"
+    held = "stored" if stored else str(pick_dtype(settings.dtype, pick_device(settings.device)))
     return header_hash({"code": VERSION, "dtype": held, **deciding})[:16]
 
 
@@ -294,12 +276,11 @@ class ConversationEncoder:
             max_length: Most tokens.
         """
         self._tokenizer, self._max_length, self._add_special_tokens = tokenizer, max_length, add_special_tokens
-        self._pieces = None if text is None else re.split(f"({PROMPT}|{REPLY})", text)
+        self._pieces = None if text is None else re.split(r"(\{prompt\}|\{reply\})", text)
         special = {str(token) for token in tokenizer.all_special_tokens}
         special |= {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         vocabulary = tokenizer.get_vocab()
-        self._control_ids = {vocabulary[token] for token in special}
-        self._control_ids -= {tokenizer.unk_token_id}
+        self._control_ids = {vocabulary[token] for token in special} - {tokenizer.unk_token_id}
         self._markers = _pattern({*special, *markers})
         self._expected = self._controls(self._encode("x", "x")[0])
 

@@ -23,7 +23,6 @@ from sku.evaluate.judges import JudgeCard, Label, Verdict
 from sku.evaluate.records import GENERATIONS_FILE, NORMAL_SPLITS, GenerationRecord, Split, read_generations
 from sku.storage import write_private_text
 
-NEEDED = ("id", "label", "reply_sha256")
 COLUMNS = ("id", "label", "p_harmful", "annotator", "split", "kind")
 """Columns of a file without texts, before ``reply_sha256``."""
 TEXT_COLUMNS = ("prompt", "prefill", "reply")
@@ -35,20 +34,6 @@ LABELS: Mapping[str, Label] = {
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 """A spreadsheet runs cells that begin with one of these; the last three may hide one of the others."""
 _MAX_CELL_CHARACTERS = 2**24
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelFile:
-    """A file that was read."""
-
-    labels: Mapping[tuple[str, str], Verdict]
-    """Id of a record and hash of its reply -> what the person says, in order."""
-    people: int
-    """How many are named as annotators."""
-    unlabelled: int
-    """Rows whose label is empty."""
-    sha256: str
-    """Of what decides: ids, hashes, labels and probabilities."""
 
 
 def reply_hash(record: GenerationRecord) -> str:
@@ -98,9 +83,8 @@ def export_labels(
     table.writerow([*COLUMNS, *texts, "reply_sha256"])
     for name, digest in drawn:
         record = records[name, digest]
-        table.writerow(
-            [name, "", "", "", record.split, record.kind, *(safe_cell(getattr(record, key)) for key in texts), digest]
-        )
+        cells = (safe_cell(getattr(record, key)) for key in texts)
+        table.writerow([name, "", "", "", record.split, record.kind, *cells, digest])
     # A byte order mark tells spreadsheets that it is UTF-8, which has no room for lone surrogates.
     write_private_text(out, "\ufeff" + text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8"))
     return len(drawn)
@@ -134,15 +118,15 @@ def _readings(cell: str) -> tuple[str, ...]:
     return (cell, cell[1:]) if cell.startswith("'") and cell[1:].startswith(_FORMULA) else (cell,)
 
 
-def read_labels(path: Path) -> LabelFile:
+def read_labels(path: Path) -> tuple[dict[tuple[str, str], Verdict], int]:
     """Reads and checks a file of labels.
 
     Args:
-        path: CSV with the columns ``id``, ``label`` and ``reply_sha256``; ``p_harmful`` and ``annotator`` are optional
-            and others not read. Commas or semicolons.
+        path: CSV with the columns ``id``, ``label`` and ``reply_sha256``; ``p_harmful`` is optional and others not
+            read. Commas or semicolons.
 
     Returns:
-        The labels, in order. Rows with an empty label are counted.
+        Id of a record and hash of its reply -> what the person says, in order; and the rows whose label is empty.
 
     Raises:
         EvaluationError: Not readable, a column missing, an unknown label, or a reply labelled twice; with the line.
@@ -156,12 +140,9 @@ def read_labels(path: Path) -> LabelFile:
     csv.field_size_limit(_MAX_CELL_CHARACTERS)
     delimiter = ";" if header.count(";") > header.count(",") else ","
     table = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, restkey="", restval="")
-    if missing := [name for name in NEEDED if name not in (table.fieldnames or ())]:
-        raise EvaluationError(
-            f"{path} has no column {', '.join(missing)}: make the file with `sku judge export` and fill in label"
-        )
+    if missing := {"id", "label", "reply_sha256"} - {*(table.fieldnames or ())}:
+        raise EvaluationError(f"{path} has no column {', '.join(sorted(missing))}: make it with `sku judge export`")
     labels: dict[tuple[str, str], Verdict] = {}
-    people: set[str] = set()
     unlabelled = 0
     try:
         for row in table:
@@ -173,16 +154,9 @@ def read_labels(path: Path) -> LabelFile:
             if (found.id, digest) in labels:
                 raise EvaluationError(f"{where} labels {found.id} a second time: one label a reply, one file a person")
             labels[found.id, digest] = found
-            people |= {row.get("annotator", "").strip()} - {""}
     except csv.Error as error:
         raise EvaluationError(f"{path} line {table.line_num} is not CSV: {error}") from None
-    decides = sorted((*place, one.label, str(one.p_harmful)) for place, one in labels.items())
-    return LabelFile(
-        labels=labels,
-        people=len(people),
-        unlabelled=unlabelled,
-        sha256=hashlib.sha256(repr(decides).encode()).hexdigest(),
-    )
+    return labels, unlabelled
 
 
 def _label(row: Mapping[str, str], where: str) -> Verdict | None:
@@ -204,9 +178,8 @@ def _label(row: Mapping[str, str], where: str) -> Verdict | None:
 
 
 def _generations(folder: Path) -> list[Path]:
-    found = [folder / GENERATIONS_FILE, *sorted(folder.glob(f"*/{GENERATIONS_FILE}"))]
-    found += sorted((folder / "evaluation").glob(f"*/{GENERATIONS_FILE}"))
-    found = [path for path in found if path.is_file()]
+    patterns = (GENERATIONS_FILE, f"*/{GENERATIONS_FILE}", f"evaluation/*/{GENERATIONS_FILE}")
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     if not found:
         raise EvaluationError(f"{folder} holds no {GENERATIONS_FILE}: give the folder of an evaluation or a run")
     return found
@@ -220,28 +193,27 @@ class PrecomputedSettings:
     """CSV file, as ``sku judge export`` makes it."""
     name: str = ""
     """Of the judge; that of the file where this is empty."""
-    licence: str = "of whoever labelled"
-    known_errors: str = ""
-    """What is known of the labels; how many there are, and of how many people, where this is empty."""
 
 
 class PrecomputedJudge:
     """Gives each reply the label that stands in a file for it; a reply without one gets ``error``."""
 
-    def __init__(self, labels: LabelFile, settings: PrecomputedSettings) -> None:
-        """Of labels that were read from ``settings.path``."""
-        self.settings, self._labels = settings, labels.labels
-        self._ids = {name for name, _ in labels.labels}
+    def __init__(self, settings: PrecomputedSettings) -> None:
+        """Reads the file; errors as of ``read_labels``."""
+        self.settings, (self._labels, unlabelled) = settings, read_labels(Path(settings.path))
+        self._ids = {name for name, _ in self._labels}
         # People who were asked for harmful or not tell no refusals: rules look for those in what they call safe.
-        self._tells_refusals = any(label.label == "refusal" for label in labels.labels.values())
-        people = f" of {labels.people} people" if labels.people else ""
-        count = f"{len(labels.labels)} labels{people}, {labels.unlabelled} rows without one"
+        self._tells_refusals = any(label.label == "refusal" for label in self._labels.values())
+        decides = sorted((*place, one.label, str(one.p_harmful)) for place, one in self._labels.items())
         self.card = JudgeCard(
             name=settings.name or Path(settings.path).stem,
-            version=labels.sha256[:16],
-            licence=settings.licence,
+            version=hashlib.sha256(repr(decides).encode()).hexdigest()[:16],
+            licence="of whoever labelled",
             needs=("id", "prefill", "reply"),
-            known_errors=settings.known_errors or f"{count}; replies that nobody labelled count as unjudged",
+            known_errors=(
+                f"{len(self._labels)} labels, {unlabelled} rows without one; replies that nobody labelled count as "
+                "unjudged"
+            ),
             labels_refusals=True,
         )
 
@@ -260,10 +232,6 @@ class PrecomputedJudge:
             )
         return verdicts
 
-    def strangers(self, records: Sequence[GenerationRecord]) -> list[str]:
-        """Ids that are labelled in the file and are none of these records: labels that went unused."""
-        return sorted(self._ids - {record.id for record in records})
-
     def _verdict(self, record: GenerationRecord) -> Verdict:
         label = self._labels.get((record.id, reply_hash(record)))
         if label is None:
@@ -277,4 +245,4 @@ class PrecomputedJudge:
 def build(content: Mapping[str, Any], name: str) -> PrecomputedJudge:
     """The judge of a judge file's settings."""
     settings = settings_from_dict(PrecomputedSettings, content, "evaluate.judge_settings", f"judge {name}")
-    return PrecomputedJudge(read_labels(Path(settings.path)), settings)
+    return PrecomputedJudge(settings)

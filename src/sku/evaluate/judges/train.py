@@ -1,15 +1,14 @@
 """A harm classifier of one's own, trained on labelled replies with transformers' Trainer.
 
 What comes out is a folder as Hugging Face knows it: a sequence classifier with labels ``safe`` and ``harmful``, its
-tokenizer, a card, and ``judge.yaml``, by which the folder itself is a judge's name. In training the judge reads prompt
-and reply as it will later (``ConversationEncoder``). What it is worth on text that it was not trained on says
-``sku judge calibrate``.
+tokenizer, ``training.json``, and ``judge.yaml``, by which the folder itself is a judge's name. In training the judge
+reads prompt and reply as it will later (``ConversationEncoder``). What it is worth on text that it was not trained on
+says ``sku judge calibrate``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import random
 import tempfile
@@ -27,19 +26,13 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_softmax
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import (
-    EarlyStoppingCallback,
-    PreTrainedModel,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
 
 from sku.config import ModelConfig
-from sku.config.check import Count, Fraction, NotNegative, Positive, Seed, validated
+from sku.config.check import Count, Fraction, Positive, Seed, validated
 from sku.errors import DataError, EvaluationError
-from sku.evaluate.generation import evaluation_mode, in_batches, stage
+from sku.evaluate.generation import Progress, StageProgress, evaluation_mode, in_batches, stage
 from sku.evaluate.judges.calibrate import Figures, LabelledReply, LabelledSet, figures_of
 from sku.evaluate.judges.choose import JUDGE_FILE
 from sku.evaluate.judges.classifier import classifier_encoder, model_inputs
@@ -47,32 +40,12 @@ from sku.evaluate.judges.local_models import ConversationEncoder, Encoded, longe
 from sku.models import LoadedModel, embedding_weight, new_classifier, weights_revision
 from sku.storage import new_folder, write_json
 
-RECORD_FILE, CARD_FILE = "training.json", "README.md"
+RECORD_FILE = "training.json"
 LABELS = ("safe", "harmful")
 """Names of the two classes, by number."""
 DECODER_TEMPLATE = "Question: {prompt}\n\nAnswer: {reply}"
 """How a model without a way of its own to read two texts is given prompt and reply."""
 _TEMPERATURES = (0.05, 20.0)
-_CARD = """\
----
-{metadata}---
-
-# Harm classifier for replies of language models
-
-Says how likely a reply to a prompt is harmful. Trained with `sku judge train`; the folder is the name of a judge
-(`--judge FOLDER`). It is harmful from the threshold on: of the thresholds that let {specificity:.0%} of the safe
-held-out replies pass, the one that finds most harm. The temperature that its logits are divided by is part of the
-weights.
-
-Epoch, temperature and threshold were chosen on the held-out prompts, so the figures below flatter; `sku judge
-calibrate` measures on other data, where a judge is worse. Whoever shares this model answers for the licences of its
-data.
-
-```json
-{record}
-```
-"""
-"""Text that comes from data stands in it inside of quotes: JSON holds it in one line, so no markup can begin there."""
 
 
 @validated
@@ -81,20 +54,15 @@ class JudgeTraining:
 
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Folder or hub id of the model that training starts from: a small encoder, or a decoder."""
-    revision: str | None = None
-    """Commit, tag or branch of a hub model."""
     gguf_file: str | None = None
     """Name of a GGUF file in the folder."""
     device: str = "auto"
     max_length: Count = 256
     """Most tokens of prompt and reply; a reply that is too long loses its end, in training as later."""
     epochs: Count = 4
-    """At most; training stops earlier where the validation loss no longer falls."""
-    patience: Count = 1
-    """Epochs without a lower validation loss after which training stops."""
+    """At most; training stops after an epoch that doesn't lower the validation loss."""
     learning_rate: Positive = 5e-5
     batch_size: Count = 32
-    weight_decay: NotNegative = 0.01
     bf16: bool = False
     """Multiply in bfloat16 while training (mixed precision; the weights stay float32): several times as fast on a GPU,
     and on a processor with bfloat16 instructions (``amx_bf16``, ``avx512_bf16``)."""
@@ -107,13 +75,7 @@ class JudgeTraining:
     @property
     def source(self) -> ModelConfig:
         """Where training starts from; weights in training are float32."""
-        return ModelConfig(
-            path=self.model,
-            revision=self.revision,
-            gguf_file=self.gguf_file,
-            device=self.device,
-            dtype="float32",
-        )
+        return ModelConfig(path=self.model, gguf_file=self.gguf_file, device=self.device, dtype="float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +99,7 @@ class TrainedJudge:
 
 
 def train_judge(
-    labelled: LabelledSet,
-    settings: JudgeTraining,
-    out: Path,
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
+    labelled: LabelledSet, settings: JudgeTraining, out: Path, *, progress: StageProgress | None = None
 ) -> TrainedJudge:
     """Trains a judge and writes its folder.
 
@@ -164,8 +122,7 @@ def train_judge(
         loaded = new_classifier(settings.source, LABELS)
         tokenizer = loaded.tokenizer
         # Tokenizers of encoders keep two texts apart themselves.
-        reads_pairs = tokenizer.cls_token is not None and tokenizer.sep_token is not None
-        template = None if reads_pairs else DECODER_TEMPLATE
+        template = DECODER_TEMPLATE if None in (tokenizer.cls_token, tokenizer.sep_token) else None
         limit = min(settings.max_length, longest_input(loaded.model.config, tokenizer.model_max_length))
         encoder = classifier_encoder(tokenizer, template, limit)
         rows, unread = _encode(encoder, train)
@@ -180,6 +137,7 @@ def train_judge(
         divide_logits(loaded.model, temperature)
         p_harmful = np.exp(log_softmax(logits_N2 / temperature, axis=-1))[:, 1].tolist()
         threshold = best_threshold(p_harmful, truths, settings.specificity)
+        called = [(entry, p >= threshold, p) for (entry, _), p in zip(held_out, p_harmful, strict=True)]
         trained = TrainedJudge(
             folder=out,
             threshold=threshold,
@@ -189,10 +147,7 @@ def train_judge(
             train=len(rows),
             validation=len(held_out),
             unreadable=unread + unread_too,
-            figures=figures_of(
-                [(entry, p >= threshold, p) for (entry, _), p in zip(held_out, p_harmful, strict=True)],
-                seed=settings.seed,
-            ),
+            figures=figures_of(called, seed=settings.seed),
         )
         _save(folder, loaded, labelled, settings, trained, template)
     return trained
@@ -211,14 +166,11 @@ def split_by_prompt(
     Returns:
         Both parts, in the order of ``replies``.
     """
-
-    def key(entry: LabelledReply) -> str:
-        return " ".join(entry.prompt.casefold().split())
-
-    prompts = sorted({key(entry) for entry in replies})
+    keyed = [(" ".join(entry.prompt.casefold().split()), entry) for entry in replies]
+    prompts = sorted({key for key, _ in keyed})
     held_out = set(random.Random(seed).sample(prompts, round(fraction * len(prompts))))
-    train = [entry for entry in replies if key(entry) not in held_out]
-    return train, [entry for entry in replies if key(entry) in held_out]
+    train = [entry for key, entry in keyed if key not in held_out]
+    return train, [entry for key, entry in keyed if key in held_out]
 
 
 def best_temperature(logits_N2: Any, truths: Sequence[bool], weights: Sequence[float]) -> float:
@@ -280,20 +232,13 @@ def divide_logits(model: PreTrainedModel, temperature: float) -> None:
     Raises:
         EvaluationError: The classifier does not end in a linear layer.
     """
-    heads = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module.out_features == len(LABELS) == model.config.num_labels
-    ]
+    linear = (module for module in model.modules() if isinstance(module, nn.Linear))
+    heads = [module for module in linear if module.out_features == len(LABELS) == model.config.num_labels]
     if not heads:
-        raise EvaluationError(
-            f"{type(model).__name__} does not end in a linear layer of {len(LABELS)} outputs: its temperature can't "
-            "be set; start from another model"
-        )
+        raise EvaluationError(f"{type(model).__name__} does not end in a linear layer: start from another model")
     with torch.no_grad():
-        heads[-1].weight.div_(temperature)
-        if heads[-1].bias is not None:
-            heads[-1].bias.div_(temperature)
+        for parameter in heads[-1].parameters():
+            parameter.div_(temperature)
 
 
 _Row = tuple[LabelledReply, Encoded]
@@ -312,12 +257,13 @@ def _balanced_loss(class_weights: Sequence[float]) -> Callable[..., Tensor]:
 
 
 class _TellSteps(TrainerCallback):
-    def __init__(self, progress: Callable[[str, int, int], None]) -> None:
+    def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
-        self._progress("judge: steps", state.global_step, state.max_steps)
+        if self._progress is not None:
+            self._progress(state.global_step, state.max_steps)
 
 
 def _train(
@@ -325,7 +271,7 @@ def _train(
     rows: Sequence[_Row],
     held_out: Sequence[_Row],
     settings: JudgeTraining,
-    progress: Callable[[str, int, int], None] | None,
+    progress: StageProgress | None,
 ) -> int:
     """Trains the loaded model in place, to its best epoch; returns the epochs that it took."""
     pad_id = int(loaded.tokenizer.pad_token_id)
@@ -339,7 +285,7 @@ def _train(
                 per_device_train_batch_size=settings.batch_size,
                 per_device_eval_batch_size=settings.batch_size,
                 learning_rate=settings.learning_rate,
-                weight_decay=settings.weight_decay,
+                weight_decay=0.01,
                 bf16=settings.bf16,
                 warmup_steps=steps // 10,
                 lr_scheduler_type="linear",
@@ -362,19 +308,14 @@ def _train(
             eval_dataset=_dataset(held_out),
             data_collator=lambda batch: _collate(batch, pad_id),
             compute_loss_func=_balanced_loss(_class_weights(rows)),
-            callbacks=[
-                EarlyStoppingCallback(settings.patience),
-                *([] if progress is None else [_TellSteps(progress)]),
-            ],
+            callbacks=[EarlyStoppingCallback(), _TellSteps(stage(progress, "judge: steps"))],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return round(trainer.state.epoch or 0)
 
 
-def _logits(
-    loaded: LoadedModel, rows: Sequence[Encoded], batch_size: int, progress: Callable[[int, int], None] | None
-) -> Any:
+def _logits(loaded: LoadedModel, rows: Sequence[Encoded], batch_size: int, progress: Progress | None) -> Any:
     """``[N, 2]`` in the order of the rows; the trainer's own predictions come in that of their lengths."""
     pad_id, device = int(loaded.tokenizer.pad_token_id), embedding_weight(loaded.model).device
 
@@ -426,7 +367,6 @@ def _save(
 ) -> None:  # fmt: skip
     loaded.model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
-    licences = sorted(labelled.licences)
     judge: dict[str, Any] = {
         "kind": "classifier",
         "model": ".",
@@ -434,33 +374,14 @@ def _save(
         "threshold": trained.threshold,
         "max_length": settings.max_length,
         **({} if template is None else {"template": template}),
-        "licence": " and ".join(licences) or "unknown: that of its data and of its base",
+        "licence": " and ".join(sorted(labelled.licences)) or "unknown: that of its data and of its base",
         "known_errors": "unknown on text it was not trained on: run sku judge calibrate",
     }
     (folder / JUDGE_FILE).write_text(yaml.safe_dump(judge, sort_keys=False, width=1000), encoding="utf-8")
-    data = {
-        "name": labelled.name,
-        "sha256": labelled.sha256,
-        "licences": licences,
-        "left_out": dict(labelled.left_out),
-    }
     record = {
         "settings": dataclasses.asdict(settings),
         "base_revision": loaded.revision or weights_revision(settings.source),
-        "data": data,
+        "data": {"name": labelled.name, "sha256": labelled.sha256, "left_out": dict(labelled.left_out)},
         **{key: value for key, value in dataclasses.asdict(trained).items() if key != "folder"},
     }
     write_json(folder / RECORD_FILE, record)
-    metadata = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-classification",
-        "base_model": settings.model,
-        "license": "other",
-        "license_name": " ".join(" and ".join(licences).split()) or "unknown",
-        "tags": ["sku", "safety", "judge"],
-    }
-    card = _CARD.format(
-        metadata=yaml.safe_dump(metadata, sort_keys=False), specificity=settings.specificity,
-        record=json.dumps(record, indent=2),
-    )  # fmt: skip
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
