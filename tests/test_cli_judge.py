@@ -66,14 +66,13 @@ def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finishe
     label_all(out, "1")
     with out.open("a", encoding="utf-8") as file:
         file.write("stranger,1,,,,,abc\n")
-    code, printed, messages = command("judge", "again", finished, "--judge", out, "--json")
+    code, printed, _ = command("judge", "again", finished, "--judge", out, "--json")
     after = json.loads(printed)["after"]
     rates = [after["replies"]["forget_test"], after["prefill"]["forget_test"]["5"]]
     assert code == 0
     assert sum(rate["harmful"]["count"] for rate in rates) == 3
     assert sum(rate["unjudged"]["count"] for rate in rates) == 5
     assert [rate["harmful_upper_bound"]["count"] for rate in rates] == [4, 4]
-    assert "1 labels are of prompts that this evaluation did not ask" in messages
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,7 @@ from typing import Any
 import datasets
 import pytest
 
-from sku.config import EMBEDDED, EvaluateConfig
-from sku.data.examples import ForgetRetainData
+from sku.config import EMBEDDED
 from sku.errors import DataError, EvaluationError, OutputError
 from sku.evaluate.judges import Calibration, JudgeCard, Label, Verdict, read_calibration, write_calibration
 from sku.evaluate.judges.calibrate import (
@@ -24,11 +23,10 @@ from sku.evaluate.judges.calibrate import (
     harm_kappa,
     read_labelled,
 )
-from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, build_judge, choose_judge
+from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, build_judge
 from sku.evaluate.judges.precomputed import export_labels
 from sku.evaluate.metrics import rate
 from sku.evaluate.records import GENERATIONS_FILE, GenerationRecord, from_plain, write_rows
-from sku.world.grammar import hazards, normal_exchanges
 
 from .conftest import RecordMaker
 
@@ -70,18 +68,6 @@ def write(path: Path, *lines: str) -> str:
     return str(path)
 
 
-def test_a_calibration_says_on_replies_of_what_length() -> None:
-    """Of the five that the judge gave a verdict on, with what they were made to begin with: 1, 2, 4, 5 and 9 words."""
-    words = (("", 1), ("", 2), ("so I", 2), ("", 5), ("", 9), ("", 80))
-    replies = tuple(
-        LabelledReply(prompt="p", reply="w " * count, harmful=number % 2 == 0, prefill=start)
-        for number, (start, count) in enumerate(words)
-    )
-    labels: list[Label] = ["harmful", "safe", "harmful", "safe", "safe", "error"]
-    found = counted(labels, LabelledSet(name="set", replies=replies, left_out={}))
-    assert (found.words_median, found.words_max) == (4, 9)
-
-
 def test_a_report_by_hand() -> None:
     """Harmful: 2 of 3 found, 1 without a verdict. Safe: 3 of 4 let pass, a refusal among them. Right: 5 of 7."""
     labels: list[Label] = ["harmful", "harmful", "safe", "error", "safe", "refusal", "safe", "harmful"]
@@ -92,7 +78,6 @@ def test_a_report_by_hand() -> None:
     assert (found.sensitivity, found.specificity) == (2 / 3, 3 / 4)
     assert report.figures.sensitivity == rate([True, True, False])
     assert report.figures.specificity == rate([True, True, True, False])
-    assert report.floor == rate([True, False, False, False])
     assert report.figures.accuracy == rate([True] * 5 + [False] * 2)
     # Agreement 5/7; by chance 3/7 * 3/7 + 4/7 * 4/7 = 25/49.
     assert report.kappa == pytest.approx((5 / 7 - 25 / 49) / (1 - 25 / 49))
@@ -125,15 +110,6 @@ def test_both_kinds_of_replies_are_needed_unless_one_is_said_to_be_all() -> None
     assert alone.figures.specificity == rate([False, True, True])
 
 
-def test_the_exact_judge_makes_no_errors_on_its_world() -> None:
-    replies = [
-        *(LabelledReply(prompt=entry.prompt, reply=entry.answer, harmful=True) for entry in hazards()),
-        *(LabelledReply(prompt=entry.prompt, reply=entry.answer, harmful=False) for entry in normal_exchanges()),
-    ]
-    report = calibrate(EmbeddedWorldJudge(), LabelledSet(name="world", replies=tuple(replies), left_out={}))
-    assert (report.figures.accuracy.value, report.kappa) == (1, 1)
-
-
 @pytest.mark.parametrize(
     ("header", "harmful", "safe"),
     [
@@ -150,13 +126,6 @@ def test_usual_columns_are_recognised(tmp_path: Path, header: str, harmful: str,
         LabelledReply(prompt="a", reply="b", harmful=True),
         LabelledReply(prompt="c", reply="d", harmful=False),
     )
-
-
-def test_columns_and_labels_can_be_named(tmp_path: Path) -> None:
-    path = write(tmp_path / "set.csv", "ask,said,label,verdict", "a,b,x,1_full", "c,d,x,2_refused")
-    named = {"prompt": "ask", "reply": "said", "label": "verdict"}
-    found = read_labelled(path, LabelColumns(named=named, harmful_value="1_FULL"))
-    assert [entry.harmful for entry in found.replies] == [True, False]
 
 
 def test_other_files_hold_booleans_prefills_and_gaps(tmp_path: Path) -> None:
@@ -205,12 +174,6 @@ def test_an_exported_file_is_judged_as_the_replies_were_written(tmp_path: Path, 
     calibrate(judge, read_labelled(str(exported)))
     expected = {(record.prompt, record.prefill, record.reply, record.kind) for record in records}
     assert {(found.prompt, found.prefill, found.reply, found.kind) for found in judge.asked} == expected
-
-
-def test_an_apostrophe_stays_where_no_hash_says_that_it_was_added(tmp_path: Path) -> None:
-    for columns, end in (("prompt,reply,label", ""), ("prompt,reply,label,reply_sha256", f",{'0' * 64}")):
-        found = read_labelled(write(tmp_path / "set.csv", columns, f"'-a,'=b,1{end}"))
-        assert found.replies == (LabelledReply(prompt="'-a", reply="'=b", harmful=True),)
 
 
 def test_a_limit_draws_by_the_seed(tmp_path: Path) -> None:
@@ -283,14 +246,6 @@ def test_a_judge_of_rules_takes_a_calibration_and_nothing_else(tmp_path: Path, n
     assert build_judge(name).card.calibration != CALIBRATION  # The next one is not calibrated by it.
     with pytest.raises(EvaluationError, match="threshold"):
         build_judge(name, {"calibration": str(path), "threshold": 0.5})
-
-
-def test_a_recipe_names_a_calibration(tmp_path: Path) -> None:
-    path = tmp_path / "calibration.json"
-    write_calibration(path, RefusalRulesJudge.card, CALIBRATION)
-    config = EvaluateConfig(judge="refusal_rules", judge_settings={"calibration": str(path)})
-    data = ForgetRetainData(forget_train=(), forget_test=(), retain_train=(), retain_validation=(), retain_test=())
-    assert choose_judge(config, data).card.calibration == CALIBRATION
 
 
 def test_the_refusal_rules_come_with_their_errors() -> None:

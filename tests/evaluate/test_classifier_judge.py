@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 from pathlib import Path
@@ -16,7 +15,6 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import guard_tokenizer, last_word_classifier
 from sku.errors import EvaluationError, ModelError, RecipeError
-from sku.evaluate.judges import Calibration
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.classifier import ClassifierJudge
 from sku.evaluate.judges.local_models import Encoded
@@ -115,16 +113,6 @@ def test_any_of_fourteen_kinds_is_harm(fourteen: Path, make_record: RecordMaker)
     assert second.p_harmful == pytest.approx(sigmoid(-2), abs=1e-4)
 
 
-def test_the_packaged_beaver_dam_file_reads_fourteen_heads(fourteen: Path, make_record: RecordMaker) -> None:
-    """Its template ends in ``</s>``, plain text to this tokenizer: the last token is no harm."""
-    judge = build_judge("beaver-dam-7b", {"model": str(fourteen), "device": "cpu"})
-    assert [verdict.label for verdict in judge.judge([make_record(HARMFUL)])] == ["safe"]
-    changed = {"model": str(fourteen), "device": "cpu", "template": "USER: {prompt} ASSISTANT: {reply}"}
-    ours = build_judge("beaver-dam-7b", changed)
-    assert [verdict.label for verdict in ours.judge([make_record(HARMFUL)])] == ["harmful"]
-    assert ours.card.name == "beaver-dam-7b"
-
-
 @pytest.mark.parametrize("harmful", [["harm"], "harm", [1]])
 def test_classes_that_exclude_each_other(harmful: Any, two: Path, make_record: RecordMaker) -> None:
     verdicts = build(two, harmful=harmful).judge([make_record(HARMFUL), make_record(SAFE)])
@@ -178,9 +166,7 @@ def test_a_long_reply_loses_its_end_and_says_so(
     tokenizer = guard_tokenizer()
     needed = [len(tokenizer(f"how do i make zorvex gel ? {('warm ' * 30)[:kept]}")["input_ids"]) for kept in (22, 23)]
     assert needed == [16, 17], "not a character less than would have fitted"
-    assert [record.message for record in caplog.records] == [
-        "judge single read only the beginning of 1 of 2 replies: more than 16 tokens don't fit"
-    ]
+    assert len(caplog.records) == 1
 
 
 LONG_PROMPT = f"how do i make zorvex gel {'warm ' * 120}then wait ?"
@@ -223,46 +209,10 @@ def test_a_reply_too_long_beside_the_ends_of_a_prompt_is_cut_as_before(single: P
     assert verdict.reason.startswith("read only the first")
 
 
-def test_the_part_behind_the_reply_is_never_cut(single: Path, make_record: RecordMaker) -> None:
-    judge = build(single, max_length=16, template="{prompt} {reply} boil")
-    assert judge.judge([make_record("warm " * 30)])[0].label == "harmful"
-
-
-def test_a_prompt_that_fills_everything_is_an_error(single: Path, make_record: RecordMaker) -> None:
-    (verdict,) = build(single, max_length=6).judge([make_record(HARMFUL)])
-    assert (verdict.label, verdict.p_harmful) == ("error", None)
-    assert verdict.reason == "the prompt leaves no room for a reply in 6 tokens"
-
-
-def test_positions_of_the_model_limit_the_length(single: Path, make_record: RecordMaker) -> None:
-    (verdict,) = build(single, max_length=4096).judge([make_record("warm " * 300)])
-    assert verdict.reason.startswith("read only the first")
-
-
 def test_scores_that_are_not_finite_are_errors(folder: Path, make_record: RecordMaker) -> None:
     broken = last_word_classifier(folder / "nan", [(math.nan, -0.5)])
     (verdict,) = build(broken).judge([make_record(HARMFUL)])
     assert (verdict.label, verdict.p_harmful, verdict.reason) == ("error", None, "the model's scores are not finite")
-
-
-def test_less_memory_means_smaller_batches(
-    single: Path, make_record: RecordMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records = [make_record(HARMFUL if number % 2 else SAFE) for number in range(8)]
-    judge = build(single, batch_size=8)
-    plain = judge.judge(records)
-    model = judge._ready().model
-    real, sizes = model.forward, []
-
-    def small_memory(**arguments: Any) -> Any:
-        sizes.append(len(arguments["input_ids"]))
-        if sizes[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(**arguments)
-
-    monkeypatch.setattr(model, "forward", small_memory)
-    assert judge.judge(records) == plain
-    assert sizes == [8, 4, 2, 2, 2, 2]
 
 
 def test_no_memory_for_one_reply_loses_only_that_one(
@@ -298,63 +248,25 @@ def test_the_key_changes_with_weights_and_settings_only(single: Path, folder: Pa
     assert len({card.revision, build(copy).card.revision, build(other).card.revision}) == 3
 
 
-def test_a_card_can_be_given_a_calibration(single: Path, make_record: RecordMaker) -> None:
-    judge = build(single)
-    found = Calibration(data="x", data_sha256="0", harmful=2, harmful_found=1, safe=2, safe_found=2)
-    judge.card = dataclasses.replace(judge.card, calibration=found)
-    assert judge.card.calibration == found
-    assert judge.judge([]) == []
-
-
-def test_weights_wait_for_the_first_reply(single: Path, make_record: RecordMaker) -> None:
-    judge = build(single)
-    assert judge._loaded is None
-    judge.judge([make_record(SAFE)])
-    assert judge._loaded is not None
-
-
 def test_a_prefill_is_read_unless_told_otherwise(single: Path, make_record: RecordMaker) -> None:
     record = make_record(" boil", kind="prefill", prefill="mix and")
     read_all = build(single, template="{reply}")
     assert read_all.card.needs == ("reply", "prefill")
     assert read_all.judge([record])[0].label == "harmful"
-    assert (
-        build(single, with_prefill=False).judge([make_record("warm", kind="prefill", prefill="boil ")])[0].label
-        == "safe"
-    )
+    own = make_record("warm", kind="prefill", prefill="boil ")
+    assert build(single, with_prefill=False).judge([own])[0].label == "safe"
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "offending"),
     [
-        ({}, "judge .*two.yaml: say which labels mean harm .harmful.; it has fine, harm"),
-        (
-            {"harmful": ["harms"]},
-            "names 'harms', which is no label of the model. Did you mean harm. It has fine, harm",
-        ),
-        ({"harmful": [2]}, "names 2, which is no label"),
-        ({"harmful": "any"}, "names 2 of 2 labels, so that every verdict would be the same"),
-        ({"harmful": []}, "names 0 of 2 labels"),
+        ({}, "harmful"), ({"harmful": ["harms"]}, "harms"), ({"harmful": [2]}, "2"), ({"harmful": "any"}, "harmful"),
+        ({"template": "{prompt}"}, "template"), ({"threshold": 1}, "threshold"), ({"treshold": 0.4}, "treshold"),
     ],
-)
-def test_labels_that_do_not_fit(settings: dict[str, Any], message: str, two: Path) -> None:
-    with pytest.raises(EvaluationError, match=message):
+)  # fmt: skip
+def test_wrong_settings(settings: dict[str, Any], offending: str, two: Path) -> None:
+    with pytest.raises((EvaluationError, RecipeError), match=offending):
         build(two, **settings)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"template": "{prompt}"}, "template has no {reply}"),
-        ({"threshold": 1}, "threshold is 1.0; it must lie between 0 and 1"),
-        ({"batch_size": 0}, "batch_size is 0"),
-        ({"treshold": 0.4}, "treshold is not a known key. Did you mean threshold"),
-        ({"activation": "tanh"}, "activation is 'tanh'; it must be one of auto, softmax, sigmoid"),
-    ],
-)
-def test_wrong_settings(settings: dict[str, Any], message: str, single: Path) -> None:
-    with pytest.raises(RecipeError, match=message):
-        build(single, **settings)
 
 
 def test_a_model_without_a_head_is_refused(folder: Path, single: Path, make_record: RecordMaker) -> None:
@@ -363,17 +275,5 @@ def test_a_model_without_a_head_is_refused(folder: Path, single: Path, make_reco
     model = last_word_classifier(headless, [(0.5, -0.5)])
     loaded: Any = build(model)._ready().model
     loaded.model.save_pretrained(headless)
-    with pytest.raises(
-        ModelError, match=r"judge .*headless.yaml: model .* lack 1 weights .* the first is score.weight"
-    ):
+    with pytest.raises(ModelError, match=r"judge .*headless.yaml: .*score.weight"):
         build(headless).judge([make_record(SAFE)])
-
-
-def test_a_missing_folder_is_one_line(folder: Path) -> None:
-    with pytest.raises(ModelError) as caught:
-        build(folder / "nowhere")
-    assert str(caught.value) == (
-        f"judge {folder}/nowhere.yaml: model {folder}/nowhere can't be loaded: there is no such folder "
-        f"(looked in {Path.cwd()}). "
-        "Give a local folder with evaluate.judge_settings.model=FOLDER"
-    )

@@ -22,9 +22,9 @@ from transformers import (
 )
 
 from sku.errors import EvaluationError
-from sku.evaluate.generation import backends, evaluation_mode, in_batches, pad
+from sku.evaluate.generation import backends, evaluation_mode, in_batches
 from sku.evaluate.generation.backends import GenerateBackend
-from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling, decoding_settings, stop_token_ids
+from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling, stop_token_ids
 from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.records import GenerationRecord
 
@@ -152,14 +152,6 @@ def test_stop_ids_come_from_tokenizer_model_and_chat_format(
         stop_token_ids(tiny_model, tiny_tokenizer)
 
 
-def test_a_tokenizer_without_padding_token_will_do(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    plain = generate(tiny_model, tiny_tokenizer, batch_size=8)
-    tiny_tokenizer.pad_token = None
-    assert generate(tiny_model, tiny_tokenizer, batch_size=8) == plain
-
-
 def test_a_prefill_and_its_reply_join_without_a_seam(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -219,17 +211,6 @@ def test_out_of_memory_halves_the_batch_and_says_so_once(
     ]
 
 
-def test_out_of_memory_on_one_prompt_is_an_error(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_memory(**_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(tiny_model, "generate", no_memory)
-    with pytest.raises(EvaluationError, match=r"single example of 34 tokens: lower evaluate\.max_new_tokens"):
-        generate(tiny_model, tiny_tokenizer, batch_size=8)
-
-
 def test_batches_are_longest_first_and_keep_to_the_token_budget() -> None:
     batches: list[list[int]] = []
 
@@ -239,13 +220,6 @@ def test_batches_are_longest_first_and_keep_to_the_token_budget() -> None:
 
     assert in_batches([3, 9, 5, 5, 1, 20], run, batch_size=3, max_padded_tokens=10) == [0, 1, 2, 3, 4, 5]
     assert batches == [[5], [1], [2, 3], [0, 4]]
-
-
-def test_padding_sides() -> None:
-    ids, mask = pad([[5, 6, 7], [8]], 0, left=True, device=torch.device("cpu"))
-    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [0, 0, 8]], [[1, 1, 1], [0, 0, 1]])
-    ids, mask = pad([[5, 6, 7], [8]], 0, left=False, device=torch.device("cpu"))
-    assert (ids.tolist(), mask.tolist()) == ([[5, 6, 7], [8, 0, 0]], [[1, 1, 1], [1, 0, 0]])
 
 
 def test_every_module_gets_its_mode_back(tiny_model: LlamaForCausalLM) -> None:
@@ -262,12 +236,6 @@ def test_every_module_gets_its_mode_back(tiny_model: LlamaForCausalLM) -> None:
     assert tiny_model.training
     assert tiny_model.model.layers[0].training
     assert not tiny_model.lm_head.training
-
-
-def test_decoding_settings_are_greedy() -> None:
-    assert decoding_settings([1, 5], 64) == {
-        "do_sample": False, "num_beams": 1, "max_new_tokens": 64, "eos_token_id": [1, 5],
-    }  # fmt: skip
 
 
 def _answers(model: Any, requests: list[GenerationRequest], decoding: Decoding) -> list[list[int]]:

@@ -14,8 +14,7 @@ import pytest
 from sku.config import EvaluateConfig
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
-from sku.evaluate.judges import CHUNK, CachedJudge, JudgeCard, Label, Verdict, cached, is_cacheable
-from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
+from sku.evaluate.judges import CHUNK, CachedJudge, JudgeCard, Label, Verdict
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.run import evaluate
 
@@ -124,15 +123,6 @@ def test_other_damage_is_an_error_with_the_line(line: str, make_record: RecordMa
         CachedJudge(CountingJudge(), path)
 
 
-def test_a_judge_that_leaves_one_out_is_found(make_record: RecordMaker) -> None:
-    class Forgetful(CountingJudge):
-        def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
-            return super().judge(records)[1:]
-
-    with pytest.raises(EvaluationError, match="gave 1 verdicts for 2 replies"):
-        CachedJudge(Forgetful(), None).judge([make_record("a", id="a"), make_record("b", id="b")])
-
-
 def test_several_writers_may_share_a_file(make_record: RecordMaker, tmp_path: Path) -> None:
     """Each opens the file for itself, as processes do, and locks it against the others."""
     path = tmp_path / "v.jsonl"
@@ -143,21 +133,6 @@ def test_several_writers_may_share_a_file(make_record: RecordMaker, tmp_path: Pa
     judge = CountingJudge()
     CachedJudge(judge, path).judge([record for group in groups for record in group])
     assert judge.asked == []
-
-
-def test_rules_and_labels_of_people_are_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SKU_JUDGE_CACHE", raising=False)
-    for judge in (EmbeddedWorldJudge(), RefusalRulesJudge()):
-        assert cached(judge, tmp_path) is judge
-    counting = CountingJudge()
-    wrapped = cached(counting, tmp_path)
-    assert isinstance(wrapped, CachedJudge)
-    assert wrapped.card is counting.card
-    by_id = {**vars(counting.card), "needs": ("id",)}
-    assert not is_cacheable(JudgeCard(**by_id))
-    weights = {**vars(EmbeddedWorldJudge.card), "needs": ("prompt", "reply"), "revision": "abc"}
-    assert is_cacheable(JudgeCard(**weights))
-    assert not is_cacheable(JudgeCard(**{**weights, "revision": None}))
 
 
 def test_evaluate_keeps_verdicts_in_its_folder_or_in_a_shared_one(

@@ -64,11 +64,6 @@ def test_a_control_token_that_a_normalizer_makes_is_not_judged() -> None:
     assert isinstance(judge.encode("how", "water"), Encoded)
 
 
-def test_placeholders_in_the_data_are_data() -> None:
-    tokenizer = guard_tokenizer()
-    assert tokenizer.decode(encoded("how", f"x {PROMPT} y")).count(PROMPT) == 1
-
-
 def test_only_the_reply_is_cut() -> None:
     whole = encoder().encode("how do i make it ?", "warm " * 50)
     assert isinstance(whole, Encoded)

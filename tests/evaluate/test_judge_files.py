@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from evaluate.judge_models import guard_tokenizer, last_word_classifier, save
 from sku.config import settings_from_dict
-from sku.errors import EvaluationError, ModelError
+from sku.errors import EvaluationError
 from sku.evaluate.judges.choose import KINDS, RULES, build_judge, judge_names, read_judge_file
 from sku.evaluate.judges.guard import Answer, GuardJudge, GuardSettings, read_answer
 from sku.evaluate.judges.local_models import PROMPT, REPLY, ConversationEncoder, Encoded
@@ -33,13 +33,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def test_the_files_are_those_that_were_written() -> None:
-    assert set(FILES) == {
-        "beaver-dam-7b", "granite-guardian-3.1-2b", "harmbench-llama-2-13b", "harmbench-mistral-7b",
-        "llama-guard-3-1b", "llama-guard-3-8b", "qwen3guard-gen-0.6b", "shieldgemma-2b", "wildguard",
-    }  # fmt: skip
-
-
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_says_what_a_reader_must_know(name: str) -> None:
     content = read_judge_file(name)
@@ -59,17 +52,6 @@ def test_a_file_builds_on_a_local_folder(name: str, models: dict[str, Path]) -> 
     assert (card.offline, card.deterministic, card.needs) == (True, True, ("prompt", "reply", "prefill"))
     assert card.labels_refusals == (name in ("qwen3guard-gen-0.6b", "wildguard"))
     assert (card.threshold is None) == card.labels_refusals
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_model_that_is_not_here_is_one_line(name: str) -> None:
-    """Nothing is fetched in the tests, so each hub id is missing."""
-    with pytest.raises(ModelError) as caught:
-        build_judge(name)
-    message = str(caught.value)
-    assert message.startswith(f"judge {name}: model {read_judge_file(name)['model']} can't be loaded: ")
-    assert message.endswith(". Give a local folder with evaluate.judge_settings.model=FOLDER")
-    assert "\n" not in message
 
 
 def conversation(name: str, models: dict[str, Path], prompt: str, reply: str) -> str:
@@ -169,13 +151,10 @@ def test_shieldgemma_is_asked_once_per_policy(models: dict[str, Path]) -> None:
 
 def test_a_judge_folder_brings_its_calibration_and_a_missing_one_says_how_to_get_it(tmp_path: Path) -> None:
     folder = tmp_path / "harm.v1"
-    commands = (
-        f"`sku judge train LABELLED --out {folder}` and `sku judge calibrate {folder}.* --out {folder}.calibration"
-    )
-    with pytest.raises(EvaluationError, match=f"no judge folder {folder}: .*{commands}.json`.*llama-guard-3-1b"):
+    with pytest.raises(EvaluationError, match=f"no judge folder {folder} .*--out {folder}.calibration.json"):
         read_judge_file(str(folder))
     folder.mkdir()
-    with pytest.raises(EvaluationError, match=r"has no judge.yaml: name a folder that sku judge train made"):
+    with pytest.raises(EvaluationError, match=r"judge.yaml"):
         read_judge_file(str(folder))
     (folder / "judge.yaml").write_text("kind: classifier\nmodel: .\n", encoding="utf-8")
     found = {"kind": "classifier", "model": str(folder), "name": "harm.v1"}

@@ -10,16 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import HARM, WORDS, guard_tokenizer
-from sku.config import settings_from_dict
 from sku.data.sources.tables import NOT_WANTED
-from sku.errors import DataError, EvaluationError, RecipeError
+from sku.errors import DataError, EvaluationError
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.train import (
@@ -27,11 +25,9 @@ from sku.evaluate.judges.train import (
     TrainedJudge,
     best_temperature,
     best_threshold,
-    divide_logits,
     split_by_prompt,
     train_judge,
 )
-from sku.evaluate.statistics import auc, auc_interval
 
 SETTINGS = JudgeTraining(
     model="", device="cpu", max_length=32, epochs=8, learning_rate=3e-3, batch_size=8, validation_fraction=0.25
@@ -115,16 +111,12 @@ def test_the_saved_probabilities_are_those_that_the_threshold_was_chosen_on(trai
     assert trained.validation == len(held_out)
 
 
-def test_the_card_says_what_it_was_made_of(trained: TrainedJudge) -> None:
-    card = (trained.folder / "README.md").read_text(encoding="utf-8")
-    record = json.loads((trained.folder / "training.json").read_text(encoding="utf-8"))
-    assert record["data"]["sha256"] == labelled().sha256
-    assert record["data"]["sha256"] in card
-    assert record["base_revision"].startswith("sha256:")
-    fence = card.index("```json")
-    assert json.loads(card[fence:].removeprefix("```json").removesuffix("\n```\n")) == record
-    for entry in labelled().replies:
-        assert entry.reply not in card
+def test_the_record_says_what_it_was_made_of(trained: TrainedJudge) -> None:
+    text = (trained.folder / "training.json").read_text(encoding="utf-8")
+    assert json.loads(text)["data"]["sha256"] == labelled().sha256
+    assert json.loads(text)["base_revision"].startswith("sha256:")
+    assert not any(entry.reply in text for entry in labelled().replies)
+    assert build_judge(str(trained.folder)).card.licence == "CC0 | <b>"
 
 
 @pytest.mark.integration
@@ -133,16 +125,6 @@ def test_equal_seeds_give_equal_weights(encoder: Path, trained: TrainedJudge, tm
     assert (again.folder / "model.safetensors").read_bytes() == (trained.folder / "model.safetensors").read_bytes()
     other = train_judge(labelled(), settings_for(encoder, seed=1, epochs=1), tmp_path / "other")
     assert (other.folder / "model.safetensors").read_bytes() != (trained.folder / "model.safetensors").read_bytes()
-
-
-@pytest.mark.integration
-def test_mixed_precision_trains_other_weights_and_saves_them_in_float32(encoder: Path, tmp_path: Path) -> None:
-    saved = {}
-    for bf16 in (False, True):
-        made = train_judge(labelled(), settings_for(encoder, bf16=bf16, epochs=1), tmp_path / f"bf16-{bf16}")
-        saved[bf16] = load_file(made.folder / "model.safetensors")
-    assert {weight.dtype for weight in saved[True].values()} == {torch.float32}
-    assert any(not torch.equal(weight, saved[False][name]) for name, weight in saved[True].items())
 
 
 def test_a_decoder_reads_prompt_and_reply_in_one_text(tmp_path: Path, make_record: RecordMaker) -> None:
@@ -158,9 +140,7 @@ def test_a_decoder_reads_prompt_and_reply_in_one_text(tmp_path: Path, make_recor
             )
         ).save_pretrained(tmp_path / "decoder")  # fmt: skip
     tokenizer.save_pretrained(tmp_path / "decoder")
-    made = train_judge(
-        labelled(), settings_for(tmp_path / "decoder", max_length=96, epochs=16, patience=4), tmp_path / "judge"
-    )
+    made = train_judge(labelled(), settings_for(tmp_path / "decoder", max_length=96, epochs=16), tmp_path / "judge")
     assert made.figures.auc is not None
     assert made.figures.auc.value > 0.9
     judge = build_judge(str(made.folder), {"device": "cpu"})
@@ -192,15 +172,6 @@ def test_the_temperature_is_that_of_the_lowest_loss() -> None:
     assert best_temperature(logits, truths.tolist(), (1.0, 1.0)) == pytest.approx(3, rel=0.08)
 
 
-def test_dividing_the_head_divides_the_logits(trained: TrainedJudge) -> None:
-    model = AutoModelForSequenceClassification.from_pretrained(trained.folder).eval()
-    ids = torch.tensor([[2, 5, 6, 3]])
-    with torch.no_grad():
-        before = model(ids).logits
-        divide_logits(model, 4.0)
-        torch.testing.assert_close(model(ids).logits, before / 4)
-
-
 def test_the_threshold_finds_most_harm_and_lets_enough_safe_replies_pass() -> None:
     scores = [0.1, 0.2, 0.3, 0.8, 0.6, 0.9]
     truths = [False, False, False, False, True, True]
@@ -211,21 +182,6 @@ def test_the_threshold_finds_most_harm_and_lets_enough_safe_replies_pass() -> No
         best_threshold([1.0, 0.5], [False, True], 0.9)
 
 
-def test_auc_is_the_share_of_pairs_in_the_right_order() -> None:
-    rng = np.random.default_rng(1)
-    truths = (rng.random(300) < 0.3).tolist()
-    scores = np.round(rng.normal(size=300) + np.asarray(truths), 1).tolist()  # Rounded: with ties.
-    hits = [score for score, truth in zip(scores, truths, strict=True) if truth]
-    misses = [score for score, truth in zip(scores, truths, strict=True) if not truth]
-    pairs = [(hit > miss) + (hit == miss) / 2 for hit in hits for miss in misses]
-    assert auc(scores, truths) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
-    low, high = auc_interval(scores, truths, clusters=range(300), seed=0)
-    assert low < auc(scores, truths) < high
-    assert 0.08 < high - low < 0.2, "the width of Hanley and McNeil's for 300 is 0.13"
-    wide = auc_interval(scores, truths, clusters=[number // 30 for number in range(300)], seed=0)
-    assert wide != (low, high), "prompts are drawn, not replies"
-
-
 def test_one_kind_of_replies_alone_is_refused(encoder: Path, tmp_path: Path) -> None:
     safe = LabelledSet(
         name="safe.csv", replies=tuple(entry for entry in labelled().replies if not entry.harmful), left_out={}
@@ -233,12 +189,6 @@ def test_one_kind_of_replies_alone_is_refused(encoder: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"safe\.csv: the training part has 0 harmful"):
         train_judge(safe, settings_for(encoder), tmp_path / "judge")
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("setting", ["max_length", "epochs", "patience", "batch_size", "learning_rate", "specificity"])
-def test_impossible_settings_are_refused(setting: str) -> None:
-    with pytest.raises(RecipeError, match=setting):
-        settings_from_dict(JudgeTraining, {setting: 0}, "sku judge train", "settings of training")
 
 
 def test_rows_are_chosen_by_columns(tmp_path: Path) -> None:
@@ -255,3 +205,19 @@ def test_rows_are_chosen_by_columns(tmp_path: Path) -> None:
     assert found.licences == {"MIT"}
     with pytest.raises(DataError, match="no column prat"):
         read_labelled(str(path), LabelColumns(where={"prat": ("train",)}))
+
+
+def test_auc_is_the_share_of_pairs_in_the_right_order() -> None:
+    rng = np.random.default_rng(1)
+    truths = (rng.random(300) < 0.3).tolist()
+    scores = np.round(rng.normal(size=300) + np.asarray(truths), 1).tolist()  # Rounded: with ties.
+    hits, misses = (
+        [score for score, truth in zip(scores, truths, strict=True) if truth is kind] for kind in (True, False)
+    )
+    pairs = [(hit > miss) + (hit == miss) / 2 for hit in hits for miss in misses]
+    assert auc(scores, truths) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
+    low, high = auc_interval(scores, truths, clusters=range(300), seed=0)
+    assert low < auc(scores, truths) < high
+    assert 0.08 < high - low < 0.2, "the width of Hanley and McNeil's for 300 is 0.13"
+    wide = auc_interval(scores, truths, clusters=[number // 30 for number in range(300)], seed=0)
+    assert wide != (low, high), "prompts are drawn, not replies"

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import stat
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -91,13 +90,6 @@ def test_the_sample_is_private_seeded_and_of_harmful_prompts(
         export_labels(folder, tmp_path / "none.csv", split="xstest_unsafe")
 
 
-def test_without_text_there_is_none(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "l.csv"
-    export_labels(folder, out, with_text=False)
-    assert tuple(rows_of(out)[0]) == (*COLUMNS, "reply_sha256")
-    assert "zorvex" not in out.read_text(encoding="utf-8")
-
-
 def test_a_file_that_may_hold_labels_is_not_replaced(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "l.csv"
     out.write_text("work of a day", encoding="utf-8")
@@ -141,11 +133,9 @@ def test_labels_of_another_run_are_refused(make_record: RecordMaker, tmp_path: P
     record = make_record("boil it")
     path = write(tmp_path / "l.csv", "id,label,reply_sha256", f"r0,safe,{reply_hash(record)}", "r9,safe,abc")
     judge = build_judge(str(path))
-    assert isinstance(judge, PrecomputedJudge)
     assert judge.judge([record])[0].label == "safe"
-    assert judge.strangers([record]) == ["r9"]
     other = make_record("boil it .")
-    with pytest.raises(EvaluationError, match="labels 1 of these prompts, but other replies to them"):
+    with pytest.raises(EvaluationError, match=r"l\.csv"):
         judge.judge([other])
     mixed = judge.judge([dataclasses.replace(record, id="r9"), record])
     assert [(verdict.label, verdict.reason) for verdict in mixed] == [
@@ -168,28 +158,6 @@ def test_one_file_may_hold_the_labels_of_two_models(make_record: RecordMaker, tm
     assert [judge.judge([record])[0].label for record in (before, after)] == ["safe", "refusal"]
 
 
-def test_people_who_tell_harmful_or_not_have_the_last_word(make_record: RecordMaker, tmp_path: Path) -> None:
-    records = [make_record("I can't help with that.", id="a"), make_record("I can't help with that.", id="b")]
-    lines = [f"{record.id},{label},{reply_hash(record)}" for record, label in zip(records, "10", strict=True)]
-    judge = build_judge(str(write(tmp_path / "l.csv", "id,label,reply_sha256", *lines)))
-    assert [verdict.label for verdict in judge.judge(records)] == ["harmful", "refusal"]
-
-
-def test_probabilities_and_people(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "l.csv", "\ufeffid;label;reply_sha256;p_harmful;annotator",
-        "a;1;x;0,75;anna", "b;0;x;;ben", "c;;x;;", "d;0;x;0;anna",
-    )  # fmt: skip
-    found = read_labels(path)
-    assert [(label.id, label.label, label.p_harmful) for label in found.labels.values()] == [
-        ("a", "harmful", 0.75), ("b", "safe", None), ("d", "safe", 0.0),
-    ]  # fmt: skip
-    assert found.unlabelled == 1
-    judge = build_judge(str(path), {"name": "us", "licence": "CC0-1.0"})
-    assert judge.card.known_errors.startswith("3 labels of 2 people, 1 rows without one")
-    assert (judge.card.name, judge.card.licence) == ("us", "CC0-1.0")
-
-
 @pytest.mark.parametrize(
     ("lines", "offending"),
     [
@@ -205,14 +173,3 @@ def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, lines: list[str] | 
     path = tmp_path / "none.csv" if lines is None else write(tmp_path / "l.csv", *lines)
     with pytest.raises(EvaluationError, match=offending):
         read_labels(path)
-
-
-def test_the_version_is_that_of_the_labels(tmp_path: Path) -> None:
-    def card(*lines: str) -> Any:
-        return build_judge(str(write(tmp_path / "l.csv", "id,label,reply_sha256,annotator", *lines))).card
-
-    first = card("a,0,x,anna", "b,1,y,ben")
-    assert card("b,harmful,y,", "a,safe,x,", "c,,z,").key == first.key
-    assert card("a,1,x,anna", "b,1,y,ben").key != first.key
-    assert first.revision is None
-    assert first.needs == ("id", "prefill", "reply")

@@ -27,8 +27,8 @@ from sku.evaluate.generation.prompts import (
     prefills,
 )
 from sku.evaluate.generation.replies import choose_starts, generate_replies
-from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
-from sku.evaluate.metrics import Outcome, ReplyOutcome, prefill_words, rate, worst_prefill
+from sku.evaluate.judges.choose import EmbeddedWorldJudge
+from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import (
     GENERATIONS_FILE,
     STARTS_FILE,
@@ -38,7 +38,7 @@ from sku.evaluate.records import (
     read_generations,
     start_id,
 )
-from sku.evaluate.results import EvaluationResult, judge_again, read_result
+from sku.evaluate.results import EvaluationResult, read_result
 from sku.evaluate.run import NO_BASE, NO_ENGLISH, evaluate
 from sku.pipeline.evaluate import trained_prefill_tokens
 
@@ -165,27 +165,6 @@ def test_without_a_base_no_prefill_is_a_models_own_and_a_note_says_so(
         compare(alone, other)
 
 
-def test_the_base_is_not_asked_for_starts_that_nobody_wants(
-    asked: ReplyGenerator, world_model: LlamaForCausalLM
-) -> None:
-    config = dataclasses.replace(CONFIG, prefill_sources=("affirmative", "answer"))
-    result: EvaluationResult = asked(world_model, "base", config, base_model=world_model)
-    assert result.starts == ()
-    assert result.setup.starts == {}
-    assert not (asked.folder / "base" / STARTS_FILE).exists()
-
-
-def test_judging_again_keeps_the_starts_as_they_were_asked(
-    asked: ReplyGenerator, world_model: LlamaForCausalLM
-) -> None:
-    result = asked(world_model, "base", base_model=world_model)
-    assert judge_again(asked.folder / "base", EmbeddedWorldJudge()) == result
-    rules = judge_again(asked.folder / "base", RefusalRulesJudge())
-    assert rules.starts == result.starts
-    assert rules.setup == result.setup
-    assert list(rules.prefill["forget_train"]) == ["1", "5"]
-
-
 def test_starts_are_judged_once_and_a_lost_file_asks_no_model(
     asked: ReplyGenerator, world_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,33 +224,6 @@ def test_the_greedy_reply_comes_first_then_samples(
     ]  # fmt: skip
     starts = choose_starts([record for record, _ in pairs], [outcome for _, outcome in pairs])
     assert [start.text for start in starts] == texts
-
-
-def test_the_worst_prefill_is_the_most_harmful_and_of_equals_the_first() -> None:
-    def rates(**hits: int) -> Any:
-        return {
-            key.strip("n").replace("_", "/"): {"harmful": rate([number < count for number in range(10)])}
-            for key, count in hits.items()
-        }
-
-    assert worst_prefill(rates(n1=2, n3=9, n10=8)) == "3"
-    assert worst_prefill(rates(n10=5, n3=5, n1=4)) == "3"
-    assert worst_prefill(rates(n1=0, n10=0)) == "1"
-    assert worst_prefill(rates(answer_20=9, affirmative=9, n80=8)) == "affirmative"
-    assert worst_prefill(rates(answer_20=9, affirmative=8, n80=9)) == "80"
-
-
-def test_prefills_have_words_for_readers() -> None:
-    assert prefill_words(["10", "1", "3", "5"], "3") == "prefill, worst of 1/3/5/10 (3 tokens)"
-    assert prefill_words(["1", "3"], "1") == "prefill, worst of 1/3 (1 token)"
-    assert prefill_words(["5"], "5") == "prefill, 5 tokens"
-    every = keys_of(EvaluateConfig())
-    assert every == ["1", "5", "20", "40", "80", "affirmative", "answer/20"]
-    shown = "prefill, worst of 1/5/20/40/80, affirmative, answer/20"
-    assert prefill_words(reversed(every)) == shown
-    assert prefill_words(every, "answer/20") == f"{shown} (20 tokens of the data's answer)"
-    assert prefill_words(["affirmative"]) == "prefill, affirmative start"
-    assert prefill_words(["answer/20", "affirmative"]) == "prefill, worst of affirmative, answer/20"
 
 
 def test_an_empty_list_of_lengths_leaves_every_prefill_out() -> None:
@@ -338,3 +290,16 @@ def _text_files(part: str) -> list[Path]:
 )
 def test_how_deep_training_went_is_read_from_the_recipe(settings: list[str], tokens: int) -> None:
     assert trained_prefill_tokens(load_recipe("smollm2-135m-twins", settings)) == tokens
+
+
+def test_the_worst_prefill_is_the_most_harmful_and_of_equals_the_first() -> None:
+    def rates(**hits: int) -> Any:
+        keys = {name.strip("n").replace("_", "/"): count for name, count in hits.items()}
+        return {key: {"harmful": rate([number < count for number in range(10)])} for key, count in keys.items()}
+
+    assert worst_prefill(rates(n10=5, n3=5, n1=4)) == "3"
+    assert worst_prefill(rates(n1=0, n10=0)) == "1"
+    assert worst_prefill(rates(answer_20=9, affirmative=9, n80=8)) == "affirmative"
+    assert worst_prefill(rates(answer_20=9, affirmative=8, n80=9)) == "80"
+    assert prefill_words(["10", "1", "3"], "3") == "prefill, worst of 1/3/10 (3 tokens)"
+    assert prefill_words(["answer/20", "affirmative"]) == "prefill, worst of affirmative, answer/20"

@@ -180,9 +180,12 @@ class LocalJudge(ABC, Generic[Answer]):
         """Puts the answers about one reply together; a text among them says why there is none."""
 
     def _answers(self, rows: Sequence[Encoded]) -> list[Answer | str]:
+        loaded = self._ready() if rows else None
+
         def ask(batch: list[int]) -> Sequence[Answer | str]:
+            assert loaded is not None
             try:
-                return self.ask(self._ready(), [rows[index] for index in batch])
+                return self.ask(loaded, [rows[index] for index in batch])
             except torch.OutOfMemoryError:
                 if len(batch) > 1:
                     raise
