@@ -28,6 +28,7 @@ from sku.evaluate.judges.train import (
     split_by_prompt,
     train_judge,
 )
+from sku.evaluate.statistics import auc, auc_interval
 
 SETTINGS = JudgeTraining(
     model="", device="cpu", max_length=32, epochs=8, learning_rate=3e-3, batch_size=8, validation_fraction=0.25

@@ -28,7 +28,7 @@ from sku.evaluate.generation.prompts import (
 )
 from sku.evaluate.generation.replies import choose_starts, generate_replies
 from sku.evaluate.judges.choose import EmbeddedWorldJudge
-from sku.evaluate.metrics import Outcome, ReplyOutcome
+from sku.evaluate.metrics import Outcome, ReplyOutcome, prefill_words, rate, worst_prefill
 from sku.evaluate.records import (
     GENERATIONS_FILE,
     STARTS_FILE,
