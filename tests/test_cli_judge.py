@@ -82,7 +82,7 @@ def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finishe
         (["again", "{folder}", "--judge", "chat-rubric"], "base_url"),
         (["again", "{folder}", "--judge", "refusal_rules", "--set", "x"], "--set x"),
         (["again", "{folder}/none", "--judge", "refusal_rules"], "none"),
-        (["export", "{folder}", "--out", "x.csv", "--split", "retain_test"], "--split"),
+        (["export", "{folder}", "--out", "x.csv", "--split", "retain_test"], "retain_test"),
         (["export", "{folder}/none", "--out", "x.csv"], "none"),
         (["calibrate", "refusal_rules", "x.csv", "--column", "answer=x"], "--column answer"),
         (["calibrate", "refusal_rules", "x.csv", "--every", "odd"], "--every"),

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from sku.cli.console import errors, notes, perform, plain_table, print_json, print_next, results
 from sku.cli.options import JsonOption, judge_option, judges, set_option, settings_of
-from sku.errors import EvaluationError, OutputError, RecipeError
+from sku.errors import OutputError, RecipeError
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new, named_disk_errors
 
@@ -69,11 +69,7 @@ def export(
 ) -> None:
     """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
     from sku.evaluate.judges.precomputed import export_labels
-    from sku.evaluate.records import HARMFUL
 
-    splits = ("forget_train", "forget_test", "xstest_unsafe")
-    if split is not None and split not in splits and not split.startswith(HARMFUL):
-        raise EvaluationError(f"--split is {split}; it must be one of {', '.join(splits)}, or {HARMFUL}NAME")
     written = export_labels(folder, out, count=count, split=split, with_text=with_text, seed=seed)
     if as_json:
         print_json({"file": str(out), "replies": written, "with_text": with_text})
@@ -210,16 +206,10 @@ def _print_report(report: CalibrationReport, judge: str, out: Path | None) -> No
 
     table = _figures_table(f"judge {report.judge}", report.figures)
     table.add_row("kappa with the labels", _decimals(report.kappa), "", "")
-    calibration = report.calibration
-    if calibration is not None:
-        table.add_row("words of a reply", f"median {calibration.words_median}", "", f"longest {calibration.words_max}")
     results.print(table)
     _print_left_out(report.left_out)
-    if calibration is not None and calibration.tells_nothing:
-        results.print(
-            "note         it calls no more of the harmful replies harmful than of the safe ones: its verdicts tell "
-            "nothing of harm here, and no rate can be corrected with them"
-        )
+    if report.calibration is not None and report.calibration.tells_nothing:
+        results.print("note         its verdicts tell nothing of harm here, and no rate can be corrected with them")
     if out is None:
         return
     results.print(f"calibration  {out}")
@@ -239,8 +229,7 @@ def _figures_table(title: str, figures: Figures) -> Table:
     ):
         if found is not None:
             table.add_row(words, *_cells(found))
-    area = figures.auc
-    if area is not None:
+    if (area := figures.auc) is not None:
         table.add_row("AUC", f"{area.value:.3f}", f"{area.low:.3f} to {area.high:.3f}", "")
     return table
 
