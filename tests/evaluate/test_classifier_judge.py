@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from evaluate.conftest import RecordMaker
-from evaluate.judge_models import guard_tokenizer, last_word_classifier
+from evaluate.judge_models import guard_tokenizer, last_word_classifier, pair_tokenizer
 from sku.errors import EvaluationError, ModelError, RecipeError
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.classifier import ClassifierJudge
@@ -56,28 +55,11 @@ def two(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def pairs(folder: Path) -> Path:
     """A random BERT that reads prompt and reply as a pair of texts with token types."""
-    vocabulary = {
-        word: index for index, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *f"{HARMFUL} {SAFE}".split()])
-    }
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )
+    tokenizer = pair_tokenizer(f"{HARMFUL} {SAFE}".split())
     torch.manual_seed(0)
     model = BertForSequenceClassification(
         BertConfig(
-            vocab_size=max(vocabulary.values()) + 1, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+            vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
             intermediate_size=16, max_position_embeddings=32, initializer_range=0.5,
         )
     )  # fmt: skip

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import BertConfig, BertModel
 
 from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
-from evaluate.judge_models import HARM, WORDS, guard_tokenizer
+from evaluate.judge_models import HARM, WORDS, guard_tokenizer, pair_tokenizer
 from sku.data.sources.tables import NOT_WANTED
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
@@ -55,22 +54,13 @@ def labelled(count: int = 160, seed: int = 0) -> LabelledSet:
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small BERT body without a head, which reads two texts."""
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *dict.fromkeys([*WORDS, HARM])]
-    backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-    )  # fmt: skip
+    tokenizer = pair_tokenizer([*WORDS, HARM])
     folder = tmp_path_factory.mktemp("encoder")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         BertModel(
             BertConfig(
-                vocab_size=len(words), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
                 intermediate_size=32, max_position_embeddings=64, initializer_range=0.2, hidden_dropout_prob=0.0,
                 attention_probs_dropout_prob=0.0,
             )
