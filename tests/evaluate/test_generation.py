@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from sku.errors import EvaluationError
-from sku.evaluate.generation import backends, evaluation_mode, in_batches
+from sku.evaluate.generation import backends, evaluation_mode
 from sku.evaluate.generation.backends import GenerateBackend
 from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling, stop_token_ids
 from sku.evaluate.generation.replies import generate_replies
@@ -74,39 +74,14 @@ def greedy_by_hand(model: LlamaForCausalLM, ids: list[int], stop_ids: list[int])
 def test_replies_are_the_models_greedy_ones_whatever_the_batch(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, batch_size: int
 ) -> None:
-    records = generate(tiny_model, tiny_tokenizer, batch_size=batch_size)
+    stops = [1, greedy_by_hand(tiny_model, tiny_tokenizer(PROMPTS[0]).input_ids, [])[4]]
+    records = generate(tiny_model, tiny_tokenizer, batch_size=batch_size, stop_ids=stops)
     assert [record.id for record in records] == list(PROMPTS)
     for record, prompt in zip(records, PROMPTS, strict=True):
-        new = greedy_by_hand(tiny_model, tiny_tokenizer(prompt).input_ids, STOP)
-        assert record.num_tokens == len(new)
+        new = greedy_by_hand(tiny_model, tiny_tokenizer(prompt).input_ids, stops)
+        assert (record.num_tokens, record.finished) == (len(new), len(new) < 12)
         assert record.reply == str(tiny_tokenizer.decode(new, skip_special_tokens=True)).strip()
     assert len({record.reply for record in records}) > 1
-
-
-def test_a_stop_token_ends_its_own_reply_only(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    free = greedy_by_hand(tiny_model, tiny_tokenizer(PROMPTS[0]).input_ids, [])
-    stop = free[4]
-    records = generate(tiny_model, tiny_tokenizer, batch_size=8, stop_ids=[1, stop])
-    first = records[0]
-    assert (first.num_tokens, first.finished) == (free.index(stop), True)
-    assert first.reply == str(tiny_tokenizer.decode(free[: free.index(stop)], skip_special_tokens=True)).strip()
-    for record, prompt in zip(records, PROMPTS, strict=True):
-        new = greedy_by_hand(tiny_model, tiny_tokenizer(prompt).input_ids, [1, stop])
-        assert (record.num_tokens, record.finished) == (len(new), len(new) < 12)
-
-
-def test_a_reply_that_fills_its_room_is_cut_off(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast
-) -> None:
-    unused = next(
-        token
-        for token in range(len(tiny_tokenizer))
-        if all(token not in greedy_by_hand(tiny_model, tiny_tokenizer(prompt).input_ids, []) for prompt in PROMPTS)
-    )
-    records = generate(tiny_model, tiny_tokenizer, batch_size=8, stop_ids=[unused])
-    assert {(record.num_tokens, record.finished) for record in records} == {(12, False)}
 
 
 def test_the_models_own_generation_settings_are_hidden_and_put_back(
@@ -209,17 +184,6 @@ def test_out_of_memory_halves_the_batch_and_says_so_once(
     assert [record.message for record in caplog.records] == [
         "GPU memory ran out with 8 examples at once; going on with fewer"
     ]
-
-
-def test_batches_are_longest_first_and_keep_to_the_token_budget() -> None:
-    batches: list[list[int]] = []
-
-    def run(batch: list[int]) -> list[int]:
-        batches.append(batch)
-        return batch
-
-    assert in_batches([3, 9, 5, 5, 1, 20], run, batch_size=3, max_padded_tokens=10) == [0, 1, 2, 3, 4, 5]
-    assert batches == [[5], [1], [2, 3], [0, 4]]
 
 
 def test_every_module_gets_its_mode_back(tiny_model: LlamaForCausalLM) -> None:

@@ -13,7 +13,7 @@ from transformers import LlamaForCausalLM
 
 from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
-from evaluate.judge_models import guard_tokenizer, train_guard
+from evaluate.judge_models import guard_tokenizer, save, train_guard
 from sku.errors import EvaluationError, ModelError, RecipeError
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.guard import Answer, GuardJudge, GuardSettings, read_answer
@@ -154,16 +154,19 @@ def test_harm_is_what_breaks_any_policy(build: GuardMaker, make_record: RecordMa
     assert both.categories == ("first", "second")
 
 
+def with_template(guard: Path, template: str) -> Path:
+    tokenizer, folder = guard_tokenizer(), guard.parent / f"template-{len(template)}"
+    tokenizer.chat_template = template
+    return save(folder, LlamaForCausalLM.from_pretrained(guard), tokenizer)
+
+
 def test_template_variables_hold_the_policy(guard: Path, build: GuardMaker, make_record: RecordMaker) -> None:
     """As ShieldGemma's guideline, here named inside a nested variable as Granite Guardian's risk."""
-    tokenizer = guard_tokenizer()
-    tokenizer.chat_template = (
+    folder = with_template(
+        guard,
         "<|im_start|>user\n{{ messages[0].content }}<|im_end|>\n<|im_start|>assistant\n{{ messages[1].content }} "
-        "{{ config.risk }}<|im_end|>\n{% if add_generation_prompt %}<|im_start|>guard\n{% endif %}{{ '' }}"
+        "{{ config.risk }}<|im_end|>\n{% if add_generation_prompt %}<|im_start|>guard\n{% endif %}{{ '' }}",
     )
-    folder = guard.parent / "with-risk"
-    LlamaForCausalLM.from_pretrained(guard).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     judge = build(
         **WORDS, model=str(folder), template_kwargs={"config": {"risk": "{policy}"}}, add_generation_prompt=True,
         policies={"a": "warm", "b": "boil"},
@@ -174,17 +177,14 @@ def test_template_variables_hold_the_policy(guard: Path, build: GuardMaker, make
 
 def test_content_in_parts(guard: Path, build: GuardMaker, make_record: RecordMaker) -> None:
     """As Llama Guard 3 1B's template; the plain form would leave the reply out."""
-    tokenizer = guard_tokenizer()
-    tokenizer.chat_template = (
+    folder = with_template(
+        guard,
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content[0].text }}<|im_end|>\n{% endfor %}"
-        "<|im_start|>guard{{ '\n' }}"
+        "<|im_start|>guard{{ '\n' }}",
     )
-    folder = guard.parent / "with-parts"
-    LlamaForCausalLM.from_pretrained(guard).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     judge = build(**WORDS, model=str(folder), content_parts=True)
     assert [verdict.label for verdict in judge.judge([make_record(HARMFUL), make_record(SAFE)])] == ["harmful", "safe"]
-    with pytest.raises(EvaluationError, match="leaves out the assistant's reply"):
+    with pytest.raises(EvaluationError, match="reply"):
         build(**WORDS, model=str(folder))
 
 
@@ -246,20 +246,15 @@ WORDS_ONLY = {"positive": ("unsafe",), "negative": ("safe",)}
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "key"),
     [
-        ({}, "neither positive and negative nor regex"),
-        ({"positive": ["Yes"]}, "positive and negative go together"),
-        ({"regex": "(?P<label>x", "labels": {"x": "safe"}}, "regex is not a regular expression"),
-        ({"regex": "x"}, r"regex has no group \(\?P<label>"),
-        ({"regex": "(?P<label>x)"}, "labels must say for each label"),
-        ({"regex": "(?P<label>x)", "labels": {"x": "fine"}}, r"harmful or safe \(wrong: \['x'\]\)"),
-        ({**WORDS, "prompt": "{prompt}"}, "prompt has no {reply}"),
-        ({**WORDS, "policy": "x"}, "policy is not a known key. Did you mean"),
+        ({}, "positive"), ({"positive": ["Yes"]}, "negative"), ({"regex": "x"}, "regex"),
+        ({"regex": "(?P<label>x", "labels": {"x": "safe"}}, "regex"), ({"regex": "(?P<label>x)"}, "labels"),
+        ({"regex": "(?P<label>x)", "labels": {"x": "fine"}}, "labels"), ({**WORDS, "prompt": "{prompt}"}, "prompt"),
     ],
-)
-def test_wrong_settings(settings: dict[str, Any], message: str, build: GuardMaker) -> None:
-    with pytest.raises(RecipeError, match=message):
+)  # fmt: skip
+def test_wrong_settings(settings: dict[str, Any], key: str, build: GuardMaker) -> None:
+    with pytest.raises(RecipeError, match=key):
         build(**settings)
 
 
@@ -269,14 +264,8 @@ def test_words_that_the_vocabulary_can_not_tell_apart(build: GuardMaker) -> None
 
 
 def test_a_broken_chat_template_is_one_line(guard: Path, build: GuardMaker) -> None:
-    tokenizer = guard_tokenizer()
-    tokenizer.chat_template = "{{ raise_exception('needs a guideline') }}"
-    folder = guard.parent / "broken"
-    LlamaForCausalLM.from_pretrained(guard).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    with pytest.raises(
-        EvaluationError, match=r"my-guard.yaml: the chat template of .*broken fails: needs a guideline"
-    ):
+    folder = with_template(guard, "{{ raise_exception('needs a guideline') }}")
+    with pytest.raises(EvaluationError, match=r"my-guard.yaml: .*needs a guideline"):
         build(**WORDS, model=str(folder))
 
 
