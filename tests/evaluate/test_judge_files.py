@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from evaluate.judge_models import guard_tokenizer, last_word_classifier, save
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError
-from sku.evaluate.judges.choose import KINDS, RULES, build_judge, judge_names, read_judge_file
+from sku.evaluate.judges.choose import RULES, build_judge, judge_names, read_judge_file
 from sku.evaluate.judges.guard import Answer, GuardJudge, GuardSettings, read_answer
 from sku.evaluate.judges.local_models import PROMPT, REPLY, ConversationEncoder, Encoded
 
@@ -31,17 +31,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "guard": save(folder / "guard", LlamaForCausalLM(config), tokenizer),
         "classifier": last_word_classifier(folder / "classifier", [(0.5, -0.5)] * 14),
     }
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_file_says_what_a_reader_must_know(name: str) -> None:
-    content = read_judge_file(name)
-    assert content["kind"] in KINDS
-    assert content["url"] == f"https://huggingface.co/{content['model']}"
-    assert content["paper"].startswith("https://")
-    for key in ("licence", "needs", "known_errors"):
-        assert len(content[key]) > 2, key
-    assert "name" not in content, "the file's name is the judge's, so no two are the same"
 
 
 @pytest.mark.parametrize("name", FILES)

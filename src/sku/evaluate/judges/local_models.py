@@ -43,10 +43,7 @@ VERSION = 2
 """Raised whenever this code would read the same reply differently under the same settings."""
 PROMPT, REPLY = "{prompt}", "{reply}"
 """Stand for prompt and reply in every template, a rendered chat template included."""
-_NO_PART_OF_THE_VERDICT = (
-    "model", "revision", "dtype", "device", "batch_size", "name", "licence", "known_errors",
-    "needs", "url", "paper",
-)  # fmt: skip
+_NO_PART_OF_THE_VERDICT = ("model", "revision", "dtype", "device", "batch_size", "name", "licence", "known_errors")
 """Settings that leave a verdict as it is, or that the card's ``revision`` or the type in use stand for."""
 _CUT = "read only the first"
 _SHORTENED = "read the prompt without its middle"
@@ -88,12 +85,6 @@ class LocalModelSettings:
     """Of the weights."""
     known_errors: str = "unknown: run sku judge calibrate"
     """What has been measured, or what is known in words."""
-    needs: str = ""
-    """What a machine must have: memory, and whether a licence must be accepted first. For people."""
-    url: str | None = None
-    """Model card."""
-    paper: str | None = None
-    """Where the model is described."""
 
     def __post_init__(self) -> None:
         if not 0 < self.threshold < 1:
