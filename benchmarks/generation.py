@@ -25,8 +25,8 @@ from machine import processor_name
 from sku.config import ModelConfig
 from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.evaluate.generation import Progress, evaluation_mode
+from sku.evaluate.generation.backends import generate_replies
 from sku.evaluate.generation.decoding import GenerationRequest
-from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.records import GenerationRecord
 from sku.models import LoadedModel, embedding_weight, load_model
 

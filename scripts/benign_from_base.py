@@ -22,8 +22,8 @@ from pathlib import Path
 
 from sku.config import ModelConfig
 from sku.data.tokens import Encoder, resolve_prompt_format
+from sku.evaluate.generation.backends import generate_replies
 from sku.evaluate.generation.decoding import GenerationRequest, stop_token_ids
-from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.records import record_id
 from sku.models import load_model
 

@@ -21,7 +21,7 @@ from sku.attacks.run import TOO_LARGE, run_attacks
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError
 from sku.evaluate.generation import replies
-from sku.evaluate.generation.replies import generate_replies
+from sku.evaluate.generation.backends import generate_replies
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.records import read_generations
 from sku.evaluate.run import evaluate

@@ -12,9 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import ForgetRetainData
 from sku.evaluate.generation import prompts
+from sku.evaluate.generation.backends import record_of
 from sku.evaluate.generation.decoding import GenerationRequest
 from sku.evaluate.generation.prompts import by_id, prefills
-from sku.evaluate.generation.replies import ReplyGenerator, record_of
+from sku.evaluate.generation.replies import ReplyGenerator
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.records import PrefillSource, start_id
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure

@@ -27,9 +27,8 @@ from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import compare
-from sku.evaluate.generation.backends import ROOM, PreallocatedCacheLayer, give_room
+from sku.evaluate.generation.backends import ROOM, PreallocatedCacheLayer, generate_replies, give_room
 from sku.evaluate.generation.decoding import GenerationRequest, RowSampler, Sampling, keep_top_p
-from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate

@@ -23,9 +23,8 @@ from transformers import (
 
 from sku.errors import EvaluationError
 from sku.evaluate.generation import backends, evaluation_mode
-from sku.evaluate.generation.backends import GenerateBackend
+from sku.evaluate.generation.backends import GenerateBackend, generate_replies
 from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling, stop_token_ids
-from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.records import GenerationRecord
 
 PROMPTS = (

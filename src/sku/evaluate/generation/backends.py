@@ -1,4 +1,4 @@
-"""What writes the replies: the two backends and the choice by name.
+"""Requests become replies: the two backends, and the one call that asks them batch by batch.
 
 **generate** of transformers, against which the other is checked, computes a whole batch until its last reply ends.
 Here it is called for ``CHUNK`` tokens at a time, going on from its own cache, and replies that ended leave batch and
@@ -17,22 +17,23 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import Cache, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from sku.config import EvaluateConfig
-from sku.data.tokens import shared_length
+from sku.data.tokens import decoded, shared_length
 from sku.errors import EvaluationError, first_line
-from sku.evaluate.generation import pad
-from sku.evaluate.generation.decoding import Decoding, GenerationRequest, RowSampler, only_these_settings
-from sku.evaluate.records import grouped
+from sku.evaluate.generation import Progress, in_batches, pad
+from sku.evaluate.generation.decoding import Decoding, GenerationRequest, RowSampler, Sampling, only_these_settings
+from sku.evaluate.records import GenerationRecord, grouped
 from sku.models import embedding_weight, plain_model
+from sku.processes import ALONE, Processes
 
 
 class GenerationBackend(Protocol):
@@ -279,3 +280,88 @@ def check_source(config: EvaluateConfig, source: str | Path | None, processes: i
             "evaluate.backend is vllm, which reads the model from a folder and starts its own processes: save the "
             "model, then sku evaluate FOLDER --set evaluate.backend=vllm, without accelerate"
         )
+
+
+def generate_replies(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[GenerationRequest],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int,
+    window: int = 2**30,
+    sampling: Sampling | None = None,
+    backend: GenerationBackend | None = None,
+    processes: Processes = ALONE,
+    finished: Iterable[GenerationRecord] = (),
+    keep: Callable[[Sequence[GenerationRecord]], None] | None = None,
+    progress: Progress | None = None,
+) -> list[GenerationRecord]:
+    """Answers every request, greedily or by sampling words; one record per request, in order.
+
+    Args:
+        model: In evaluation mode, on any device or spread over several.
+        tokenizer: Of the model.
+        requests: In any order.
+        stop_ids: As of ``Decoding``, with ``max_new_tokens``, ``window`` and ``sampling``.
+        max_new_tokens: Longest reply.
+        batch_size: Prompts at once; as of ``in_batches``, with ``processes``, ``keep`` and ``progress``.
+        window: Most tokens that the model can read.
+        sampling: None answers greedily.
+        backend: What writes the replies; ``generate`` if None.
+        processes: Every process gets all records.
+        finished: Replies of an interrupted run. Batches are cut as if they were not there, and a batch is left out
+            where all of it is: so the replies are those of an uninterrupted run, bit for bit.
+        keep: Called with the replies of each finished batch.
+        progress: Called after each batch.
+
+    Raises:
+        EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
+    """
+    decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens=max_new_tokens, window=window, sampling=sampling)
+    writing = GenerateBackend(model, batch_size) if backend is None else backend
+    found = {record.id: record for record in finished}
+
+    def answer(batch: list[int]) -> list[GenerationRecord]:
+        asked = [requests[index] for index in batch]
+        replies = writing.answer(asked, decoding)
+        return [record_of_ids(request, ids, decoding, tokenizer) for request, ids in zip(asked, replies, strict=True)]
+
+    return in_batches(
+        [len(request.input_ids) for request in requests],
+        answer,
+        batch_size=writing.at_once,
+        groups=[request.prompt for request in requests],
+        processes=processes,
+        finished={
+            index: found[request.id]
+            for index, request in enumerate(requests)
+            if request.id in found and found[request.id].prefill == request.prefill
+        },
+        keep=keep,
+        progress=progress,
+    )
+
+
+def record_of_ids(
+    request: GenerationRequest, new_ids: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
+) -> GenerationRecord:
+    """What was asked, with the reply that a backend wrote."""
+    end = next((position for position, token in enumerate(new_ids) if token in decoding.stop_ids), None)
+    before = list(request.input_ids)
+    # As it stands after the prompt: some tokenizers drop the space of a first token.
+    whole, start = (decoded(ids, tokenizer) for ids in ([*before, *new_ids[:end]], before))
+    reply = whole.removeprefix(start) if whole.startswith(start) else decoded(new_ids[:end], tokenizer)
+    return record_of(
+        request,
+        reply if request.kind == "prefill" else reply.strip(),
+        num_tokens=len(new_ids) if end is None else end,
+        finished=end is not None,
+    )
+
+
+def record_of(request: GenerationRequest, reply: str, *, num_tokens: int, finished: bool) -> GenerationRecord:
+    """What was asked, with what was said."""
+    asked = {name: value for name, value in vars(request).items() if name != "input_ids"}
+    return GenerationRecord(**asked, reply=reply, num_tokens=num_tokens, finished=finished)

@@ -16,14 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig
-from sku.data.tokens import decoded
 from sku.errors import EvaluationError
-from sku.evaluate.generation import Progress, evaluation_mode, in_batches
-from sku.evaluate.generation.backends import GenerateBackend, GenerationBackend, VllmBackend, check_source
-from sku.evaluate.generation.decoding import Decoding, GenerationRequest, Sampling, decoding_settings
+from sku.evaluate.generation import Progress, evaluation_mode
+from sku.evaluate.generation.backends import (
+    GenerateBackend,
+    GenerationBackend,
+    VllmBackend,
+    check_source,
+    generate_replies,
+)
+from sku.evaluate.generation.decoding import GenerationRequest, Sampling, decoding_settings
 from sku.evaluate.generation.prompts import PromptEncoder
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, passes_surface_checks
@@ -46,91 +51,6 @@ from sku.evaluate.records import (
 )
 from sku.models import embedding_weight
 from sku.processes import ALONE, Processes
-
-
-def generate_replies(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[GenerationRequest],
-    *,
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-    batch_size: int,
-    window: int = 2**30,
-    sampling: Sampling | None = None,
-    backend: GenerationBackend | None = None,
-    processes: Processes = ALONE,
-    finished: Iterable[GenerationRecord] = (),
-    keep: Callable[[Sequence[GenerationRecord]], None] | None = None,
-    progress: Progress | None = None,
-) -> list[GenerationRecord]:
-    """Answers every request, greedily or by sampling words; one record per request, in order.
-
-    Args:
-        model: In evaluation mode, on any device or spread over several.
-        tokenizer: Of the model.
-        requests: In any order.
-        stop_ids: As of ``Decoding``, with ``max_new_tokens``, ``window`` and ``sampling``.
-        max_new_tokens: Longest reply.
-        batch_size: Prompts at once; as of ``in_batches``, with ``processes``, ``keep`` and ``progress``.
-        window: Most tokens that the model can read.
-        sampling: None answers greedily.
-        backend: What writes the replies; ``generate`` if None.
-        processes: Every process gets all records.
-        finished: Replies of an interrupted run. Batches are cut as if they were not there, and a batch is left out
-            where all of it is: so the replies are those of an uninterrupted run, bit for bit.
-        keep: Called with the replies of each finished batch.
-        progress: Called after each batch.
-
-    Raises:
-        EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
-    """
-    decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens=max_new_tokens, window=window, sampling=sampling)
-    writing = GenerateBackend(model, batch_size) if backend is None else backend
-    found = {record.id: record for record in finished}
-
-    def answer(batch: list[int]) -> list[GenerationRecord]:
-        asked = [requests[index] for index in batch]
-        replies = writing.answer(asked, decoding)
-        return [record_of_ids(request, ids, decoding, tokenizer) for request, ids in zip(asked, replies, strict=True)]
-
-    return in_batches(
-        [len(request.input_ids) for request in requests],
-        answer,
-        batch_size=writing.at_once,
-        groups=[request.prompt for request in requests],
-        processes=processes,
-        finished={
-            index: found[request.id]
-            for index, request in enumerate(requests)
-            if request.id in found and found[request.id].prefill == request.prefill
-        },
-        keep=keep,
-        progress=progress,
-    )
-
-
-def record_of_ids(
-    request: GenerationRequest, new_ids: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
-) -> GenerationRecord:
-    """What was asked, with the reply that a backend wrote."""
-    end = next((position for position, token in enumerate(new_ids) if token in decoding.stop_ids), None)
-    before = list(request.input_ids)
-    # As it stands after the prompt: some tokenizers drop the space of a first token.
-    whole, start = (decoded(ids, tokenizer) for ids in ([*before, *new_ids[:end]], before))
-    reply = whole.removeprefix(start) if whole.startswith(start) else decoded(new_ids[:end], tokenizer)
-    return record_of(
-        request,
-        reply if request.kind == "prefill" else reply.strip(),
-        num_tokens=len(new_ids) if end is None else end,
-        finished=end is not None,
-    )
-
-
-def record_of(request: GenerationRequest, reply: str, *, num_tokens: int, finished: bool) -> GenerationRecord:
-    """What was asked, with what was said."""
-    asked = {name: value for name, value in vars(request).items() if name != "input_ids"}
-    return GenerationRecord(**asked, reply=reply, num_tokens=num_tokens, finished=finished)
 
 
 def fingerprint(model: PreTrainedModel, probes: Sequence[Sequence[int]]) -> str:
