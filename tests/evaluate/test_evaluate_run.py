@@ -27,6 +27,7 @@ from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import compare
 from sku.evaluate.generation import replies
+from sku.evaluate.generation.backends import generate_replies
 from sku.evaluate.generation.prompts import with_answers
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.records import (
@@ -178,7 +179,7 @@ def test_a_finished_run_is_reused_and_a_changed_one_is_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
-    real = replies.generate_replies
+    real = generate_replies
 
     def counting(*arguments: Any, **named: Any) -> Any:
         calls.append(1)
