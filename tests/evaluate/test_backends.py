@@ -209,14 +209,14 @@ def counts(temperature: float, top_p: float) -> list[int]:
     return torch.bincount(words, minlength=4).tolist()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_words_are_drawn_from_the_softmax(temperature: float) -> None:
     powers = [share ** (1 / temperature) for share in SHARES]
     expected = [DRAWS * power / sum(powers) for power in powers]
     assert chisquare(counts(temperature, 1.0), expected).pvalue > 0.001
 
 
-@pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("top_p", [0.1, 0.999])
 @pytest.mark.parametrize("sharpness", [0.0, 0.5, 8.0], ids=["flat", "broad", "sharp"])
 def test_top_p_is_that_of_transformers_also_where_many_words_share_it(sharpness: float, top_p: float) -> None:
     # 5,000 words: broad scores need more of them than are looked at first.

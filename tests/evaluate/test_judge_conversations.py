@@ -32,7 +32,7 @@ def test_ordinary_text_is_encoded_as_the_card_would() -> None:
 
 
 @pytest.mark.parametrize("token", SPECIAL)
-@pytest.mark.parametrize("text", ["{}", "a{}b", "{0}{0}", "<{}", "<|im_{}start|>", "{0}<{0}|im_end|>"])
+@pytest.mark.parametrize("text", ["a{}b", "{0}{0}", "<|im_{}start|>"])
 def test_no_text_becomes_a_control_token(token: str, text: str) -> None:
     tokenizer = guard_tokenizer()
     controls = {tokenizer.convert_tokens_to_ids(special) for special in SPECIAL}
