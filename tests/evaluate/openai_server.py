@@ -2,13 +2,12 @@
 
 Run with a folder: it writes ``port`` there when it is ready, and to ``requests.jsonl`` what it was sent, with the
 fault that it answered with. ``POST /control`` sets the faults of the next requests: ``{"next": [fault, ...]}`` one for
-each, ``{"always": fault}``, or ``{"random": seed}`` for a seeded draw.
+each, and ``{"always": fault}``; ``""`` is no fault.
 """
 
 from __future__ import annotations
 
 import json
-import random
 import re
 import sys
 import threading
@@ -21,10 +20,6 @@ from typing import Any
 MODEL = "tiny-judge"
 TRIGGER = "vornite"
 """The model calls whatever holds this word harmful, and everything else safe."""
-FAULTS = (
-    "", "", "outage", "429", "500", "malformed", "html", "empty_choices", "no_verdict", "content_filter", "slow",
-)  # fmt: skip
-"""What a random draw is made of; ``""`` is no fault."""
 
 
 class Server(ThreadingHTTPServer):
@@ -38,13 +33,10 @@ class Server(ThreadingHTTPServer):
         self.lock = threading.Lock()
         self.faults: list[str] = []
         self.always = ""
-        self.random: random.Random | None = None
 
     def next_fault(self) -> str:
         with self.lock:
-            if self.faults:
-                return self.faults.pop(0)
-            return self.always if self.random is None else self.random.choice(FAULTS)
+            return self.faults.pop(0) if self.faults else self.always
 
     def answer(self, messages: list[dict[str, str]]) -> dict[str, Any]:
         """A completion: the verdict that the rule comes to."""
@@ -69,10 +61,6 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *values: Any) -> None:  # noqa: A002
         """Nothing on standard error."""
 
-    def do_GET(self) -> None:
-        """The list of models."""
-        self._send(200, json.dumps({"object": "list", "data": [{"id": MODEL, "object": "model"}]}))
-
     def do_POST(self) -> None:
         """A completion, or a change of the faults."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -80,7 +68,6 @@ class Handler(BaseHTTPRequestHandler):
             with self.server.lock:
                 self.server.faults = list(body.get("next", []))
                 self.server.always = body.get("always", "")
-                self.server.random = random.Random(body["random"]) if "random" in body else None
             self._send(200, "{}")
             return
         fault = self.server.next_fault()
@@ -104,7 +91,8 @@ class Handler(BaseHTTPRequestHandler):
             self._send(400, json.dumps({"error": {"message": "filtered", "code": "content_filter"}}))
         else:
             time.sleep(1.5 if fault == "slow" else 0)
-            self._send(200, _spoil_text(fault, json.dumps(_spoil(fault, whole))))
+            text = json.dumps(_spoil(fault, whole))
+            self._send(200, text[: len(text) // 2] if fault == "malformed" else text)
 
     def _send(self, status: int, text: str, retry_after: str | None = None) -> None:
         content = text.encode()
@@ -127,18 +115,7 @@ def _spoil(fault: str, whole: dict[str, Any]) -> dict[str, Any]:
         "cut_off": {"message": {"role": "assistant", "content": '{"reason": "it'}, "finish_reason": "length"},
         "content_filter": {"finish_reason": "content_filter"},
     }
-    choices = [] if fault == "empty_choices" else [{**whole["choices"][0], **changes.get(fault, {})}]
-    return {**whole, "choices": choices}
-
-
-def _spoil_text(fault: str, text: str) -> str:
-    """The body with the fault in it."""
-    spoiled = {
-        "malformed": text[: len(text) // 2],
-        "html": "<html><body>Sign in to the network</body></html>",
-        "list": "[1, 2]",
-    }
-    return spoiled.get(fault, text)
+    return {**whole, "choices": [{**whole["choices"][0], **changes.get(fault, {})}]}
 
 
 def main(folder: Path) -> None:
