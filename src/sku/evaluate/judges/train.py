@@ -60,7 +60,9 @@ class JudgeTraining:
     max_length: Count = 256
     """Most tokens of prompt and reply; a reply that is too long loses its end, in training as later."""
     epochs: Count = 4
-    """At most; training stops after an epoch that doesn't lower the validation loss."""
+    """At most; training stops earlier where the validation loss no longer falls."""
+    patience: Count = 1
+    """Epochs without a lower validation loss after which training stops."""
     learning_rate: Positive = 5e-5
     batch_size: Count = 32
     bf16: bool = False
@@ -308,7 +310,7 @@ def _train(
             eval_dataset=_dataset(held_out),
             data_collator=lambda batch: _collate(batch, pad_id),
             compute_loss_func=_balanced_loss(_class_weights(rows)),
-            callbacks=[EarlyStoppingCallback(), _TellSteps(stage(progress, "judge: steps"))],
+            callbacks=[EarlyStoppingCallback(settings.patience), _TellSteps(stage(progress, "judge: steps"))],
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
