@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks import AttackReport, AttackResult
+from sku.attacks import AttackReport, AttackResult, relearn
 from sku.attacks.kinds import ASKED_ATTACKS
 from sku.attacks.relearn import RELEARN
 from sku.attacks.run import TOO_LARGE, run_attacks
@@ -30,10 +30,13 @@ from sku.quantization import FORMATS
 
 from .conftest import world_recipe
 
-QUICK = (
-    "evaluate.relearn_pairs=[10]", "evaluate.relearn_steps=[4, 16]", "evaluate.relearn_learning_rates=[1.0e-3]",
-)  # fmt: skip
 ATTACKS = (*ASKED_ATTACKS, RELEARN.name)
+
+
+def quick(patch: pytest.MonkeyPatch, steps: tuple[int, ...]) -> None:
+    """Relearns on few pairs, at a high rate."""
+    for name, value in (("PAIRS", (10,)), ("STEPS", steps), ("LEARNING_RATES", (1e-3,))):
+        patch.setattr(relearn, name, value)
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -62,8 +65,10 @@ def ran(
 ) -> Ran:
     folder = tmp_path_factory.mktemp("attacks") / "out"
     before = [digest(model) for model in (world_base, world_unlearned)]
-    recipe = world_recipe(f"evaluate.attacks=[{', '.join(ATTACKS)}]", *QUICK)
-    report = run_attacks(recipe, world_unlearned, world_base, world_tokenizer, world_data, output_dir=folder)
+    recipe = world_recipe(f"evaluate.attacks=[{', '.join(ATTACKS)}]")
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch, (4, 16))
+        report = run_attacks(recipe, world_unlearned, world_base, world_tokenizer, world_data, output_dir=folder)
     assert [digest(model) for model in (world_base, world_unlearned)] == before, "an attack changed a model"
     assert not any(parameter.grad is not None for parameter in world_unlearned.parameters())
     return Ran(report, folder, {(result.attack, result.setting): result for result in report.results})
@@ -152,9 +157,8 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recipe = world_recipe(
-        "evaluate.attacks=[template, relearn]", "evaluate.attack_prompts=3", *QUICK[::2], "evaluate.relearn_steps=[4]"
-    )
+    quick(monkeypatch, (4,))
+    recipe = world_recipe("evaluate.attacks=[template, relearn]", "evaluate.attack_prompts=3")
     calls: list[int] = []
 
     def counting(*arguments: Any, **named: Any) -> Any:

@@ -52,7 +52,6 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "budget below 1": ("sweep.utility_budget=0.9", "utility_budget"),
     "unknown attack": ("evaluate.attacks=[templat]", "Did you mean template?"),
     "unknown judge": ("evaluate.judge=embeded", "Did you mean embedded?"),
-    "relearning from nothing": ("evaluate.relearn_pairs=[0]", "relearn_pairs"),
     "unknown method": ("method=skuu", "skuu"),
     "settings of an unknown method": ("methods.rmuu.strength=1", "Did you mean rmu?"),
     "unknown device": ("model.device=cuda:x", "model.device"),

@@ -59,15 +59,6 @@ class EvaluateConfig:
     """Attacks on the unlearned model; the base model goes through the same ones as a control."""
     attack_prompts: Count = 100
     """Harmful prompts of ``forget_test`` that each attack is tried on."""
-    relearn_pairs: Annotated[tuple[Count, ...], Field(min_length=1)] = (10, 50)
-    """Numbers of harmful pairs that the attack ``relearn`` trains on, none of whose prompts is asked."""
-    relearn_learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1e-5, 5e-5, 2e-4)
-    """Learning rates of the attack ``relearn``, constant; the one that takes the fewest steps counts."""
-    relearn_steps: Annotated[tuple[Count, ...], Field(min_length=1)] = (4, 8, 16, 32, 64, 128, 256)
-    """Optimizer steps after which ``relearn`` asks whether half of the base's harm is back, at which it ends."""
-    attack_templates: str | None = None
-    """Text file of prompt templates for the attack ``template``, one a line, with ``{prompt}`` in each; the package's
-    own where this is empty."""
 
 
 @validated
