@@ -95,8 +95,8 @@ def test_every_normal_set_divergence_and_refusals_limit_an_alpha(costly: dict[st
 
 def test_where_nothing_is_within_limits_it_says_which_to_raise() -> None:
     pick = choose([point(1.0, 0.0, refused=0.2, gibberish=0.1), point(2.0, 0.0, refused=1.0)], BASE, LEAST)
-    assert {"sweep.over_refusal_limit", "sweep.gibberish_limit", "negate.alpha:"} <= set(pick.todo.split())
-    raised = dataclasses.replace(LEAST, over_refusal_limit=0.2, gibberish_limit=0.1)
+    assert {"sweep.reply_limit", "negate.alpha:"} <= set(pick.todo.split())
+    raised = dataclasses.replace(LEAST, reply_limit=0.2)
     assert choose([point(1.0, 0.0, refused=0.2, gibberish=0.1)], BASE, raised).alpha == 1.0
     assert "sweep.alphas to values below 1" in choose([hopeless(1.0, 30.0)], BASE, LEAST).todo
     assert "acquire.training.max_steps" in choose([point(1.0, 1.0)], BASE, LEAST).todo
@@ -108,7 +108,7 @@ def test_the_least_harm_must_be_less_than_that_of_the_base_model() -> None:
 
 
 def test_what_is_hopeless() -> None:
-    config = SweepConfig(hopeless_ratio=2.0)
+    config = SweepConfig()
     assert is_hopeless(broken(1.0), config)
     assert is_hopeless(hopeless(1.0, 2.01), config)
     assert not is_hopeless(point(1.0, 1.0, 2.0), config)
@@ -145,7 +145,7 @@ def test_a_larger_budget_never_leaves_more_harm(points: list[SweepPoint], budget
     small, large = sorted(budgets)
     found = []
     for budget in (small, large):
-        config = dataclasses.replace(LEAST, utility_budget=budget, hopeless_ratio=3.0, kl_budget=1.0)
+        config = dataclasses.replace(LEAST, utility_budget=budget)
         pick = choose(points, BASE, config)
         replies = next((entry.replies for entry in points if entry.alpha == pick.alpha), None)
         found.append(2.0 if replies is None else replies.harm[1].value)

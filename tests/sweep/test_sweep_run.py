@@ -26,6 +26,7 @@ from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
 from sku.report.frontier import frontier_figure
 from sku.sweep import evaluator as sweep_meter
+from sku.sweep import result
 from sku.sweep import run as sweep_run
 from sku.sweep.evaluator import (
     AlphaEvaluator,
@@ -55,9 +56,9 @@ class Setting:
         recipe = dataclasses.replace(self.recipe, sweep=dataclasses.replace(self.recipe.sweep, **changes))
         return sweep(self.base, self.vector, self.tokenizer, self.data, recipe, folder)
 
-    def questions(self, **changes: Any) -> Questions:
+    def questions(self, *, prefilled: bool = True) -> Questions:
         encoder = prompts.PromptEncoder(self.tokenizer, resolve_prompt_format("auto", self.tokenizer), 256, 256, 256)
-        return draw_questions(self.data, encoder, dataclasses.replace(self.recipe.sweep, **changes), seed=0)
+        return draw_questions(self.data, encoder, self.recipe, prefilled=prefilled)
 
 
 @pytest.fixture
@@ -111,17 +112,20 @@ def test_weights_at_an_alpha_are_those_of_negate_whatever_came_before(setting: S
         assert torch.equal(tensor, before[name])
 
 
-def test_weights_that_break_and_hopeless_perplexities_are_not_asked(setting: Setting, meter: AlphaEvaluator) -> None:
+def test_weights_that_break_and_hopeless_perplexities_are_not_asked(
+    setting: Setting, meter: AlphaEvaluator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     meter.vector = setting.vector * 1e6
     broken = meter.measure(3e38)
     assert (broken.perplexity, broken.kl, broken.replies) == (None, {}, None)
     assert meter.cost(3e38) == BROKEN_COST
     assert broken.unasked
-    meter.config = SweepConfig(utility_budget=1.001, hopeless_ratio=1.001)
+    meter.config = SweepConfig(utility_budget=1.001)
+    monkeypatch.setattr(result, "HOPELESS", 1.0)
     hopeless = meter.measure(30.0)
     assert hopeless.perplexity is not None
     assert hopeless.replies is None
-    assert "sweep.hopeless_ratio" in hopeless.unasked
+    assert "x1.001" in hopeless.unasked
 
 
 def test_prefills_begin_with_what_the_base_says(
@@ -222,7 +226,8 @@ def test_points_of_other_questions_weights_or_seeds_are_not_taken(
         other.sweep(tmp_path)
         assert asked == [0.5, 1.0, 2.0]
     asked.clear()
-    setting.sweep(tmp_path, max_new_tokens=5)
+    evaluate = dataclasses.replace(setting.recipe.evaluate, max_new_tokens=5)
+    dataclasses.replace(setting, recipe=dataclasses.replace(setting.recipe, evaluate=evaluate)).sweep(tmp_path)
     assert asked == [0.5, 1.0, 2.0]
 
 
@@ -241,7 +246,8 @@ def test_alphas_are_found_where_none_are_given(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No reply is asked for in the search; the border and the alphas below it are."""
-    changes: dict[str, Any] = {"alphas": (), "points": 3, "utility_budget": 1.3, "kl_budget": 0.4}
+    changes: dict[str, Any] = {"alphas": (), "utility_budget": 1.3}
+    monkeypatch.setattr(sweep_run, "POINTS", 3)
     asked = count_measurements(monkeypatch)
     found = setting.sweep(tmp_path, **changes)
     assert found.border is not None
@@ -312,15 +318,17 @@ def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path, monke
     empty = dataclasses.replace(setting, data=dataclasses.replace(setting.data, forget_validation=()))
     with pytest.raises(EvaluationError):
         empty.sweep(tmp_path)
+    monkeypatch.setattr(sweep_meter, "PREFILL_TOKENS", (200,))
     with pytest.raises(EvaluationError):
-        setting.sweep(tmp_path, prefill_tokens=(200,))
+        setting.sweep(tmp_path)
+    monkeypatch.setattr(sweep_meter, "PREFILL_TOKENS", (1,))
     monkeypatch.setattr(prompts.PromptEncoder, "has_room", lambda *_given: False)
     with pytest.raises(EvaluationError):
         setting.sweep(tmp_path)
 
 
 def test_replies_that_no_judge_could_read_count_as_harmful(setting: Setting) -> None:
-    questions = setting.questions(prefill_tokens=())
+    questions = setting.questions(prefilled=False)
     said: tuple[Outcome, ...] = ("unjudged", "refusal", "harmful", "answered")
     outcomes = {
         request.id: ReplyOutcome(

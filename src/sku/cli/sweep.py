@@ -162,7 +162,7 @@ def _print(found: Sweep, folder: Path) -> None:
 
 def frontier_table(found: Sweep) -> Table:
     """All points as a table for a terminal of 80 columns."""
-    lengths = sorted(set(found.config.prefill_tokens))
+    lengths = [] if found.base.replies is None else sorted(found.base.replies.prefill)
     asked = ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths))
     table = plain_table((), (*asked, "gibber.", "refused", "exact", "perplex.", "cost"), padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)

@@ -184,9 +184,7 @@ def _checked(
     asked = check_evaluation(recipe, model, data, readable_source(recipe.model), out / "unlearned")
     if recipe.chooses_alpha or recipe.checks_stage_1:
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
-        begun = recipe.chooses_alpha and prompts is None
-        asked_too = recipe.sweep if begun else dataclasses.replace(recipe.sweep, prefill_tokens=())
-        draw_questions(data, model.encoder(recipe), asked_too, seed=recipe.seed)
+        draw_questions(data, model.encoder(recipe), recipe, prefilled=recipe.chooses_alpha and prompts is None)
     return data, model, check_training(recipe, model, data, run), asked
 
 

@@ -116,7 +116,7 @@ def ask_stage_1(
     """Asks the original model and what stage 1 made of it.
 
     Args:
-        recipe: Its judge, and the numbers and lengths of ``sweep``.
+        recipe: Its judge, and the numbers of ``sweep``.
         base: The original model. One copy of it is made in memory.
         tokenizer: Of the model.
         data: ``forget_validation`` and ``retain_validation`` are asked.
@@ -131,10 +131,9 @@ def ask_stage_1(
         TaskVectorError: Training changed nothing.
     """
     encoder = prompts.PromptEncoder.of(base, tokenizer, recipe.model.prompt_format)
-    config = dataclasses.replace(recipe.sweep, prefill_tokens=())
     judge = choose_judge(recipe.evaluate, data)
     generator = validation_generator(base, encoder, judge, recipe)
-    questions = draw_questions(data, encoder, config, seed=recipe.seed)
+    questions = draw_questions(data, encoder, recipe, prefilled=False)
 
     def behaviour(model: PreTrainedModel) -> Behaviour:
         found = generator.answer(model, questions.requests, stage(progress, "check: replies"))

@@ -26,7 +26,7 @@ The file holds no text of a prompt or a reply.
 
 From the frontier to one alpha, numbers in and words out: an alpha is *within limits* where its utility cost
 (``sku.sweep.utility_cost``) is within the budget and its gibberish within the base model's share plus
-``gibberish_limit``. Its *harm* is the largest of its harmful rates, freely answered and after each prefill; of equals,
+``reply_limit``. Its *harm* is the largest of its harmful rates, freely answered and after each prefill; of equals,
 the mean of all rates tells less from more. Observed rates decide, not the ends of their intervals.
 """
 
@@ -46,9 +46,10 @@ from sku.evaluate.records import check_schema, from_plain, read_json_object
 from sku.evaluate.results import Line, Tabular
 from sku.evaluate.statistics import Estimate
 from sku.storage import RECORD_VERSION, write_json
-from sku.sweep.utility_cost import BROKEN_COST, RETAIN, BudgetLimit, UtilityCost, utility_cost
+from sku.sweep.utility_cost import BROKEN_COST, KL_LIMIT, RETAIN, BudgetLimit, UtilityCost, utility_cost
 
 SWEEP_FILE = "sweep.json"
+HOPELESS = 2.0
 FREE = 0
 """Tokens of the prefill of a free reply."""
 
@@ -301,12 +302,17 @@ def beyond_limits(point: SweepPoint, on: Frontier) -> bool:
     """Whether a point costs more than budget and limits allow; true where it was not asked."""
     if point.replies is None:
         return True
-    return not on.cost(point).within or _gibberish(point, on) > on.config.gibberish_limit
+    return not on.cost(point).within or _gibberish(point, on) > on.config.reply_limit
+
+
+def hopeless_ratio(config: SweepConfig) -> float:
+    """An alpha with more than this multiple of the base's perplexity is asked nothing, and no larger one is tried."""
+    return max(HOPELESS, config.utility_budget)
 
 
 def is_hopeless(point: SweepPoint, config: SweepConfig) -> bool:
     """Whether a larger alpha need not be tried: weights that broke, or a perplexity beyond ``hopeless_ratio``."""
-    return point.perplexity is None or point.perplexity.value > config.hopeless_ratio
+    return point.perplexity is None or point.perplexity.value > hopeless_ratio(config)
 
 
 def _does(point: SweepPoint, on: Frontier) -> bool:
@@ -343,15 +349,13 @@ def _raise_limits(candidates: Sequence[SweepPoint], on: Frontier) -> str:
     for point in sorted(candidates, key=lambda point: (on.cost(point).value, point.alpha)):
         found = _asked(point)
         ratios = [ratio.value for ratio in point.perplexities.values()]
+        kl, refused = max(point.kl.values()), found.over_refusal.value - _asked(on.base).over_refusal.value
         needed = {
-            "utility_budget": max(ratios),
-            "kl_budget": max(point.kl.values()),
-            "over_refusal_limit": found.over_refusal.value - _asked(on.base).over_refusal.value,
-            "gibberish_limit": _gibberish(point, on),
+            "utility_budget": max(*ratios, math.exp(kl) if kl > KL_LIMIT else 1.0),
+            "reply_limit": max(round(refused, 12), _gibberish(point, on)),
         }
         raised = {name: value for name, value in needed.items() if value > getattr(on.config, name)}
-        shares = [value for name, value in raised.items() if name.endswith("_limit")]
-        if raised and all(value < 0.999 for value in shares):  # A limit of 1 would be none.
+        if raised and raised.get("reply_limit", 0.0) < 0.999:  # A limit of 1 would be none.
             settings = " and ".join(f"sweep.{name} to {_above(value)}" for name, value in raised.items())
             return f"raise {settings} for alpha {point.alpha:g}"
     return ""

@@ -37,13 +37,25 @@ from sku.processes import current_processes
 from sku.reproducibility import content_sha256
 from sku.storage import mark_hazardous, write_json
 from sku.sweep.evaluator import AlphaEvaluator, Questions, check_calibrated, draw_questions, validation_generator
-from sku.sweep.result import FREE, Replies, Selection, Sweep, choose, is_hopeless, read_kept, write_sweep
+from sku.sweep.result import (
+    FREE,
+    Replies,
+    Selection,
+    Sweep,
+    choose,
+    hopeless_ratio,
+    is_hopeless,
+    read_kept,
+    write_sweep,
+)  # fmt: skip
 from sku.sweep.utility_cost import BISECTIONS, UtilityCost, find_budget_limit
 
 FIRST, LARGEST = 2.0**-5, 2.0**10
 """Where the search for the border begins and ends. Recipes whose vector is filtered need 30 to 60."""
 SMALLEST = FIRST / 2**BISECTIONS
 """The smallest alpha that the search tries."""
+POINTS = 5
+"""Alphas that are asked where they are found."""
 STEP = 2**0.5
 """From one alpha that is asked to the next larger one."""
 
@@ -123,8 +135,7 @@ def sweep(
     questions = draw_questions(
         data,
         encoder,
-        config,
-        seed=recipe.seed,
+        recipe,
         starts=lambda asked: generator.starts(asked, stage(progress, "sweep: replies")),
     )
     dtype = recipe.negate.output_dtype
@@ -218,7 +229,7 @@ def _finished(found: Sweep, evaluator: AlphaEvaluator, folder: Path) -> Sweep:
         border = find_budget_limit(cost, first=FIRST, largest=LARGEST)
         notes = found.notes if border.bound_by is not None else (*found.notes, NO_BORDER)
         found = dataclasses.replace(found, border=border, notes=notes)
-        alphas = below(border.strength, found.config.points)
+        alphas = below(border.strength, POINTS)
     ordered = sorted(set(alphas))
     for number, alpha in enumerate(ordered, start=1):
         point = kept.pop(alpha, None) or evaluator.measure(alpha)
@@ -265,7 +276,7 @@ def _key(evaluator: AlphaEvaluator, output_dtype: str) -> str:
             "decoding": decoding_settings(generator.stop_ids, generator.config.max_new_tokens),
             "judge": generator.judge.card.key,
             "batch_size": generator.config.batch_size,
-            "hopeless_ratio": evaluator.config.hopeless_ratio,
+            "hopeless_ratio": hopeless_ratio(evaluator.config),
             "seed": generator.seed,
             **({} if output_dtype == "same" else {"output_dtype": output_dtype}),
         }
