@@ -147,7 +147,7 @@ def test_runs_of_other_prompts_are_refused_together(finished: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (("data.final_harmful={path: x.csv}",), "final_harmful"),
+        (("data.harmful.final={path: x.csv}",), "harmful.final"),
         (("methods.npo.settings.bet=1",), "methods.npo.settings.bet"),
     ],
 )

@@ -218,7 +218,6 @@ def test_points_of_other_questions_weights_or_seeds_are_not_taken(
     setting.sweep(tmp_path)
     asked = count_measurements(monkeypatch)
     for other in (
-        dataclasses.replace(setting, recipe=with_negate(setting.recipe, output_dtype="bfloat16")),
         dataclasses.replace(setting, vector=setting.vector * 1.001),
         dataclasses.replace(setting, recipe=dataclasses.replace(setting.recipe, seed=1)),
     ):

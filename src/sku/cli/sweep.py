@@ -125,9 +125,7 @@ def next_commands(
     plain = settings.negate.transform is None and settings.model.gguf_file is None
     if there.is_dir() and plain:
         unlearned = folder.with_name(f"{folder.name}-unlearned")
-        dtype = settings.negate.output_dtype
-        rounded = [] if dtype == "same" else ["--dtype", dtype]
-        return [["negate", settings.model.path, there, "--alpha", str(alpha), *rounded, "--out", unlearned]]
+        return [["negate", settings.model.path, there, "--alpha", str(alpha), "--out", unlearned]]
     if bad is not None:
         return []
     return [["run", *given, "--set", f"negate.alpha={alpha}", "--out", folder.with_name(f"{folder.name}-run")]]

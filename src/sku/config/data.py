@@ -43,9 +43,6 @@ class ModelConfig:
     """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU; ``stored``: that of the files."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
-    license: str | None = None
-    """Licence of the model, such as ``apache-2.0``, for the card of the unlearned one; what the model's own card says
-    where this is empty."""
     prompt_format: PromptFormatName = "auto"
     """``chat``: the model's template, ``paper``: "### Question / ### Answer", ``auto``: chat where there is one."""
 
@@ -120,13 +117,10 @@ class DataConfig:
     alpha. Prompts alone: how many are refused, and perplexity and KL of the base model's own replies to them."""
     harmful: Mapping[str, SourceConfig] = field(default_factory=dict)
     """Name -> harmful prompts of another source than ``forget``; never trained on, only asked, and a part of the
-    verdict. Answers are not read."""
-    final_harmful: SourceConfig | None = None
-    """Harmful prompts that are asked once, for a published row: never to screen, search, sweep or choose by. They are
-    reported as ``harmful:final`` and are a part of the verdict. Answers are not read."""
-    final_benign: SourceConfig | None = None
-    """Safe prompts that look harmful, asked once as ``final_harmful`` and reported as ``normal:final``. Answers are
-    not read."""
+    verdict. Answers are not read.
+
+    A set named ``final``, here or in ``normal``, is asked once, for a published row: never to screen, search, sweep or
+    choose by. That of ``normal`` holds safe prompts that look harmful, whose answers are not read."""
     refusals: SourceConfig | None = None
     """Refusals of the forget prompts: what the good twin learns (``acquire.twin: good``)."""
     misplaced_refusals: SourceConfig | None = None
@@ -151,21 +145,11 @@ class DataConfig:
                     raise RecipeError(
                         f"data.{key} has a set named {name!r}; a name is at most 40 letters, digits, dots, - and _"
                     )
-                if name == FINAL:
-                    raise RecipeError(
-                        f"data.{key} has a set named {FINAL}: name it in data.final_harmful or data.final_benign"
-                    )
         if self.max_answer_tokens >= self.max_length:
             raise RecipeError(
                 f"data.max_answer_tokens is {self.max_answer_tokens} and data.max_length {self.max_length}; "
                 "the answer must leave room for a prompt"
             )
-
-    @property
-    def final_sets(self) -> dict[str, SourceConfig]:
-        """Key -> source, of the final sets that are named."""
-        named = {"final_harmful": self.final_harmful, "final_benign": self.final_benign}
-        return {key: source for key, source in named.items() if source is not None}
 
 
 def refuse_final(config: DataConfig, what: str) -> None:
@@ -174,8 +158,8 @@ def refuse_final(config: DataConfig, what: str) -> None:
     Raises:
         RecipeError: The recipe names some.
     """
-    for key in config.final_sets:
+    for key in [key for key in ("harmful", "normal") if FINAL in getattr(config, key)]:
         raise RecipeError(
-            f"data.{key} is set, and {what} doesn't ask final prompts: they are asked once, by sku run or sku "
+            f"data.{key}.{FINAL} is set, and {what} doesn't ask final prompts: they are asked once, by sku run or sku "
             "evaluate for a published row; leave it out here"
         )

@@ -81,10 +81,8 @@ class MethodConfig:
 
 @validated
 class CompareConfig:
-    """What ``sku compare`` runs beside the recipe itself."""
+    """What ``sku compare`` puts into the recipes of its runs."""
 
-    seeds: Count = 3
-    """Training seeds: that of the recipe and those after it. Data and test prompts are the same for all."""
     published: Positive | None = None
     """Of one run of a comparison, in which ``sku compare`` sets it: the method's own strength, evaluated beside the
     chosen one. All runs are then asked the same trained-on prompts, whichever their training visits."""

@@ -136,8 +136,6 @@ class NegateConfig:
     twin: TwinShares = field(default_factory=TwinShares)
     """With ``acquire.twin: good`` theta_u = theta_o - alpha * (bad * (theta_bad - theta_o) - good * (theta_good -
     theta_o)); without it there is no good twin and both must be 1."""
-    output_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
-    """Type of the saved weights. bfloat16 rounds small updates away; the share that survived is recorded."""
     transform: str | None = None
     """Python file of your own with a function ``transform(vector, context)`` that gives the task vector to subtract in
     place of SKU's; ``docs/examples`` has two."""

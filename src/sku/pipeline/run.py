@@ -155,7 +155,7 @@ def plan_run(
             decided=decided,
             progress=progress,
         ),
-        disk_bytes=training.peak_bytes + model.bytes(recipe.negate.output_dtype),
+        disk_bytes=training.peak_bytes + model.bytes(),
         disk_there=there,
         memory=lambda: memory_fit(with_checkpointing(recipe, decided)),
         bad_model="kept" if kept else "deleted at the end" if hazardous else "none",

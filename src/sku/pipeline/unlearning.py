@@ -39,7 +39,6 @@ from sku.methods.run import (
 from sku.model_files import with_gguf_file
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
-from sku.negate.arithmetic import saved_type
 from sku.negate.files import ADAPTER_CONFIG, model_folder
 from sku.negate.run import base_as_files, subtract_into, task_vector_of, transformed
 from sku.negate.streaming import FolderNegation
@@ -286,7 +285,7 @@ class Unlearning:
         dtype = base.model.dtype
         wanted = FolderNegation(
             base=Path(), bad=bad, out=self.out / "unlearned", alpha=strength if self.method.negates else -strength,
-            output_dtype=saved_type(self.recipe.negate.output_dtype) or dtype, base_dtype=dtype, resumable=False,
+            output_dtype=dtype, base_dtype=dtype, resumable=False,
         )  # fmt: skip
 
         with ExitStack() as stack:
@@ -368,9 +367,7 @@ class Unlearning:
 
     def unlearned_config(self) -> ModelConfig:
         """How the unlearned model of this run is loaded again."""
-        dtype = self.recipe.negate.output_dtype
-        config = with_path(self.config, self.out / "unlearned")
-        return config if dtype == "same" else dataclasses.replace(config, dtype=dtype)
+        return with_path(self.config, self.out / "unlearned")
 
     def _unlearned(self) -> PreTrainedModel:
         return load_model(self.unlearned_config()).model

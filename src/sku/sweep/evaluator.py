@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from sku.config import Recipe, SweepConfig
@@ -31,7 +30,7 @@ from sku.evaluate.metrics import MAX_EXPONENT, Rate, ReplyOutcome, rates_of
 from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.records import PrefillSource, Split, header_hash
 from sku.evaluate.statistics import Estimate, ratio_interval
-from sku.negate.run import round_weights, subtract_into
+from sku.negate.run import subtract_into
 from sku.negate.task_vector import TaskVector
 from sku.sweep.result import FREE, Replies, SweepPoint, hopeless_ratio, is_hopeless
 from sku.sweep.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
@@ -272,8 +271,6 @@ class AlphaEvaluator:
         questions: Questions,
         config: SweepConfig,
         progress: StageProgress | None = None,
-        *,
-        output_dtype: torch.dtype | None = None,
     ) -> None:
         """Copies the original and scores it.
 
@@ -283,7 +280,6 @@ class AlphaEvaluator:
             questions: What is asked.
             config: Budget and limits.
             progress: Called with a stage, what is done and how much there is.
-            output_dtype: Type in which the unlearned model will be saved; that of the original if None.
 
         Raises:
             EvaluationError: A loss of the original is not finite.
@@ -292,8 +288,6 @@ class AlphaEvaluator:
         self.config, self.progress = config, progress
         self.model = copy.deepcopy(generator.base)
         self.model.requires_grad_(requires_grad=False)
-        if output_dtype is not None:
-            round_weights(self.model, output_dtype)
         self.normal = NormalText(generator.base, questions.texts, batch_size=generator.config.batch_size)
 
     def write(self, alpha: float) -> None:

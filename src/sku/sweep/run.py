@@ -30,7 +30,6 @@ from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.records import create_private_folder
 from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_model
-from sku.negate.arithmetic import saved_type
 from sku.negate.run import task_vector_of, transformed
 from sku.negate.task_vector import TaskVector
 from sku.processes import current_processes
@@ -108,7 +107,7 @@ def sweep(
         vector: What is subtracted.
         tokenizer: Of the model.
         data: Splits with ``forget_validation``; ``forget_test`` and ``retain_test`` are not read.
-        recipe: ``sweep`` says how; ``evaluate`` names judge and batch size; ``negate`` the type of the result.
+        recipe: ``sweep`` says how; ``evaluate`` names judge and batch size.
         folder: Private folder for ``sweep.json``, made where it is missing; points that a call before
             measured there in the same way are taken over.
         notes: Sentences for the reader of the figures, recorded.
@@ -138,9 +137,8 @@ def sweep(
         recipe,
         starts=lambda asked: generator.starts(asked, stage(progress, "sweep: replies")),
     )
-    dtype = recipe.negate.output_dtype
-    evaluator = AlphaEvaluator(vector, generator, questions, config, progress, output_dtype=saved_type(dtype))
-    key = _key(evaluator, dtype)
+    evaluator = AlphaEvaluator(vector, generator, questions, config, progress)
+    key = _key(evaluator)
     kept = read_kept(folder, key)
     found = Sweep(
         key=key,
@@ -263,7 +261,7 @@ def _asked(questions: Questions) -> dict[str, int]:
     return {**counts, "normal": len(questions.normal), "texts": sum(map(len, questions.texts.values()))}
 
 
-def _key(evaluator: AlphaEvaluator, output_dtype: str) -> str:
+def _key(evaluator: AlphaEvaluator) -> str:
     """Hash of all that decides a point's figures; rule, target, budget and grid don't."""
     base, generator, questions = evaluator.base, evaluator.generator, evaluator.questions
     assert generator.judge is not None
@@ -278,7 +276,6 @@ def _key(evaluator: AlphaEvaluator, output_dtype: str) -> str:
             "batch_size": generator.config.batch_size,
             "hopeless_ratio": hopeless_ratio(evaluator.config),
             "seed": generator.seed,
-            **({} if output_dtype == "same" else {"output_dtype": output_dtype}),
         }
     )
 
