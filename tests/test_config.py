@@ -144,7 +144,6 @@ def test_missing_keys(key: str) -> None:
         ("data.max_answer_tokens", 0),
         ("data.max_answer_tokens", 512),
         ("data.forget.limit", 0),
-        ("data.forget.unsafe_column", "is_safe"),
         ("evaluate.prompts", 0),
         ("evaluate.batch_size", -1),
         ("evaluate.prefill_tokens", [3, 0]),

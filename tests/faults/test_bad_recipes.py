@@ -42,7 +42,6 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "seed below 0": ("seed=-1", "seed"),
     "all unseen": ("data.unseen_fraction=1", "unseen_fraction"),
     "answers longer than all": ("data.max_answer_tokens=128", "max_answer_tokens"),
-    "half a filter": ("data.forget.unsafe_column=a", "go together"),
     "adapter of rank 0": ("acquire.lora.r=0", "lora.r"),
     "batch of 0": ("acquire.training.per_device_train_batch_size=0", "per_device_train_batch_size"),
     "learning rate nan as text": ('acquire.training.learning_rate="nan"', "learning_rate"),

@@ -74,13 +74,10 @@ class SourceConfig:
     """Column of a good answer to the same prompt, optional and for a forget set only (format ``columns``)."""
     category_column: str | None = None
     """Column of the category, optional (format ``columns``)."""
-    unsafe_column: str | None = None
-    """Column that marks rows for a forget set (format ``columns``): only rows where it says unsafe are kept."""
-    unsafe_value: str | None = None
-    """What ``unsafe_column`` holds on those rows, compared as lower-case text: ``false`` for an is_safe column."""
     where: Mapping[str, Any] = field(default_factory=dict)
     """Column -> the value, or list of values, that a row must hold there to be read, such as
-    ``{source: [advbench, catqa]}``; compared as lower-case text. Several columns must all fit."""
+    ``{source: [advbench, catqa]}`` or ``{is_safe: false}``; compared as lower-case text. Several columns must all
+    fit."""
     license: str | None = None
     """Licence of the data, for the model card; where this is empty, that of a hub dataset that is known here, else
     unknown: columns tell no licence."""
@@ -88,8 +85,6 @@ class SourceConfig:
     """Keep this many prompts (with all their answers), drawn by the seed."""
 
     def __post_init__(self) -> None:
-        if (self.unsafe_column is None) != (self.unsafe_value is None):
-            raise RecipeError("unsafe_column and unsafe_value go together: one is set and the other is not")
         for column, wanted in self.where.items():
             values = wanted if isinstance(wanted, list | tuple) else [wanted]
             if not values or not all(isinstance(value, str | int | float) for value in values):
