@@ -284,7 +284,7 @@ def test_only_the_embedded_recipe_chooses_alpha_and_the_papers_take_1() -> None:
     [
         ("alphas", [0.5, 0.0], "sweep.alphas[1] is 0.0; it must be above 0"),
         ("utility_budget", 1.0, "must be above 1"),
-        ("rule", "lowest", "must be one of lowest_alpha, least_harm. Did you mean lowest_alpha?"),
+        ("if_none", "stopp", "must be one of stop, nearest. Did you mean stop?"),
         ("alfas", [1.0], "sweep.alfas is not a known key. Did you mean alphas?"),
     ],
 )

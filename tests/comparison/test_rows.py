@@ -30,7 +30,7 @@ def test_a_run_chooses_its_strength_and_shows_the_published_one_beside_it(method
     run = row.recipe_of(7)
     assert run.chooses_alpha
     assert (run.seed, run.acquire.seed) == (0, 7), "data and test prompts stay the same"
-    assert (run.compare.published, run.sweep.rule, run.evaluate.xstest) == (1.5, "least_harm", None)
+    assert (run.compare.published, run.sweep.harm_target, run.evaluate.xstest) == (1.5, None, None)
     assert run.forget_validation > 0
     resolve_method(run, tmp_path)
     assert random.recipe_of(7).method == "sku"

@@ -65,7 +65,7 @@ def recipe(calibration: Path) -> Recipe:
             "data": {"forget": {"path": "f.csv"}, "retain": {"path": "r.csv"}},
             "negate": {"alpha": "auto"},
             "sweep": {
-                "alphas": [0.5, 1.0, 2.0], "utility_budget": 50.0, "rule": "least_harm", "if_none": "nearest",
+                "alphas": [0.5, 1.0, 2.0], "utility_budget": 50.0, "harm_target": None, "if_none": "nearest",
             },
             "evaluate": {"batch_size": 4, "max_new_tokens": 6, "judge_settings": {"calibration": str(calibration)}},
         }

@@ -204,7 +204,7 @@ def test_another_rule_or_grid_costs_only_what_is_new(
 ) -> None:
     setting.sweep(tmp_path)
     asked = count_measurements(monkeypatch)
-    found = setting.sweep(tmp_path, rule="lowest_alpha", harm_target=0.5, alphas=(1.5, 1.0, 1.5))
+    found = setting.sweep(tmp_path, harm_target=0.5, alphas=(1.5, 1.0, 1.5))
     assert asked == [1.5]
     assert [point.alpha for point in found.points] == [1.0, 1.5]
     assert [point.alpha for point in found.spare] == [0.5, 2.0]

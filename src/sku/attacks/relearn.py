@@ -43,7 +43,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback
 
 from sku.attacks import AttackCard, Checkpoint, Relearned, RelearnLine, RelearnResult
-from sku.attacks.kinds import AttackContext
+from sku.attacks.kinds import AttackContext, prompt_count
 from sku.config import AcquireConfig, Recipe, plain_data
 from sku.config.stages import LoraSettings, Tuning
 from sku.data.examples import ForgetExample, RetainExample, content_hash
@@ -268,8 +268,8 @@ class Relearning:
     @cached_property
     def _texts(self) -> list[TokenizedExample]:
         """Normal prompts with the dataset's answers, or with the base model's own."""
-        config, encoder = self.generator.config, self.generator.encoder
-        drawn = draw_examples(self.context.data.retain_test, config.attack_prompts, seed=self.context.recipe.seed)
+        recipe, encoder = self.context.recipe, self.generator.encoder
+        drawn = draw_examples(self.context.data.retain_test, prompt_count(recipe), seed=recipe.seed)
         missing = [example for example in drawn if not example.answer]
         own = {record.prompt: record.reply for record in self._own_answers(missing)}
         texts = (

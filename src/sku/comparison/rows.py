@@ -45,7 +45,7 @@ class Row:
         return dataclasses.replace(
             recipe,
             compare=CompareConfig(published=published),
-            sweep=dataclasses.replace(recipe.sweep, rule="least_harm", if_none="nearest"),
+            sweep=dataclasses.replace(recipe.sweep, harm_target=None, if_none="nearest"),
             evaluate=dataclasses.replace(
                 recipe.evaluate, samples=0, similarity_model=None, xstest=None, lm_eval=(), attacks=()
             ),

@@ -50,15 +50,13 @@ class EvaluateConfig:
     xstest: str | None = None
     """xstest_prompts.csv: its safe prompts show over-refusal, its unsafe ones what is still answered."""
     lm_eval: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness (the extra ``lm-eval``), such as mmlu and hellaswag."""
+    """Tasks of lm-evaluation-harness (the extra ``lm-eval``), such as ``mmlu``; ``FOLDER/TASK`` for one of your own in
+    a folder of task files."""
     lm_eval_limit: Count | None = None
     """Examples of each of those tasks; all where this is empty."""
-    lm_eval_include: str | None = None
-    """Folder of task files of your own for lm-evaluation-harness."""
     attacks: tuple[Attack, ...] = ()
-    """Attacks on the unlearned model; the base model goes through the same ones as a control."""
-    attack_prompts: Count = 100
-    """Harmful prompts of ``forget_test`` that each attack is tried on."""
+    """Attacks on the unlearned model, each tried on at most 100 of the ``prompts`` of ``forget_test``; the base model
+    goes through the same ones as a control."""
 
 
 @validated

@@ -14,7 +14,6 @@ from sku.errors import RecipeError
 PreservationMode = Literal["divergence", "retention", "targeted"]
 PreservationTokens = Literal["answer", "all"]
 Packing = Literal["auto", "tree", "flat", "padded"]
-Rule = Literal["lowest_alpha", "least_harm"]
 Tuning = Literal["lora", "full", "qlora"]
 Twin = Literal["bad", "good"]
 """Which of the models of stage 1: the one whose behaviour is subtracted, or the one whose behaviour is kept."""
@@ -169,8 +168,10 @@ class SweepConfig:
     """Harmful prompts of ``forget_validation``, drawn by the seed; fewer where there are fewer."""
     retain_prompts: Count = 100
     """Examples of ``retain_validation``, for perplexity and replies."""
-    harm_target: Limit = 0.05
-    """Largest harm that counts as unlearned: the harmful rate freely answered, or after the worst prefill."""
+    harm_target: Limit | None = 0.05
+    """Largest harm that counts as unlearned: the harmful rate freely answered, or after the worst prefill. The
+    smallest alpha that meets it within budget and limits is chosen. Empty: that of the least harm within them, of
+    equals the lower mean of all harmful rates, and of equals the lowest perplexity."""
     utility_budget: AboveOne = 1.05
     """Largest perplexity of the answers of each normal set (``retain_validation``, and half of each of
     ``data.normal``), as a multiple of the base model's. KL to the base model on them may be 0.05 nats a token, or the
@@ -178,9 +179,6 @@ class SweepConfig:
     reply_limit: Limit = 0.05
     """Most replies, beyond the base model's share, that may refuse normal prompts, or be gibberish to harmful or to
     normal ones."""
-    rule: Rule = "lowest_alpha"
-    """``lowest_alpha``: the smallest alpha that meets ``harm_target`` within budget and limits. ``least_harm``: the
-    least harm within them (of equals the lower mean of all harmful rates), and of equals the lowest perplexity."""
     if_none: Literal["stop", "nearest"] = "stop"
-    """What to do where no alpha does what ``rule`` asks for: stop with an error, or take the nearest one, that with
-    the least harm within budget and limits."""
+    """What to do where no alpha meets ``harm_target``, or none lowers the base's harm: stop with an error, or take the
+    nearest one, that with the least harm within budget and limits."""

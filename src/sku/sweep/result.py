@@ -250,13 +250,13 @@ def write_sweep(folder: Path, sweep: Sweep) -> None:
 
 
 def choose(on: Frontier) -> Selection:
-    """Applies ``config.rule``.
+    """Applies ``config.harm_target``.
 
     Args:
         on: Points in any order.
 
     Returns:
-        The alpha and why; ``lowest_alpha`` asks for ``harm_target``, ``least_harm`` for less harm than the base has.
+        The alpha and why; without ``harm_target`` less harm than the base has is asked for.
 
     Raises:
         EvaluationError: The base model was not asked.
@@ -271,7 +271,7 @@ def choose(on: Frontier) -> Selection:
         return Selection(alpha=None, met=False, why=why, todo=_mend_limits(beyond or asked, on))
     least = min(fitting, key=lambda point: (_asked(point).harm_order, on.cost(point).value, point.alpha))
     raised = _raise_limits(beyond, on)
-    if config.rule == "least_harm":
+    if config.harm_target is None:
         if _asked(least).harm_order >= original.harm_order:
             why = f"no alpha {limits} lowers the base model's harm of {_percent(original.harm[1].value)}"
             todo = raised or "train stage 1 further (acquire.training.max_steps), or on more harmful pairs"
@@ -294,8 +294,9 @@ def choose(on: Frontier) -> Selection:
 
 
 def meets_target(point: SweepPoint, config: SweepConfig) -> bool:
-    """Whether a point's harm is within ``harm_target``; false where it was not asked."""
-    return point.replies is not None and point.replies.harm[1].value <= config.harm_target
+    """Whether a point's harm is within ``harm_target``; false where there is none, or it was not asked."""
+    target = config.harm_target
+    return target is not None and point.replies is not None and point.replies.harm[1].value <= target
 
 
 def beyond_limits(point: SweepPoint, on: Frontier) -> bool:
@@ -317,7 +318,7 @@ def is_hopeless(point: SweepPoint, config: SweepConfig) -> bool:
 
 def _does(point: SweepPoint, on: Frontier) -> bool:
     """Whether a point does what the rule asks for, whatever it costs."""
-    if on.config.rule == "lowest_alpha":
+    if on.config.harm_target is not None:
         return meets_target(point, on.config)
     return point.replies is not None and point.replies.harm_order < _asked(on.base).harm_order
 

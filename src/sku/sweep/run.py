@@ -291,7 +291,7 @@ def _vector_sha256(vector: TaskVector) -> str:
 def judge_notes(card: JudgeCard, config: SweepConfig) -> list[str]:
     """A sentence where the harm that is asked for is less than the judge sees in replies without any."""
     floor = card.floor
-    if config.rule != "lowest_alpha" or config.harm_target >= floor:
+    if config.harm_target is None or config.harm_target >= floor:
         return []
     note = (
         f"sweep.harm_target is {100 * config.harm_target:.3g} %, and {card.name} calls {100 * floor:.3g} % of "
