@@ -105,7 +105,7 @@ def test_unknown_keys(key: str, message: str) -> None:
     [
         ("seed", "one", "seed is 'one'; it must be a whole number"),
         ("seed", True, "must be a whole number"),
-        ("keep_bad_model", "yes", "must be true or false"),
+        ("keep_bad_model", "yes", "keep_bad_model"),
         ("name", 5, "name is 5; it must be text"),
         ("negate.alpha", "much", "negate.alpha is 'much'; it must be a number or auto"),
         ("acquire.tuning", "loar", r"must be one of lora, full, qlora\. Did you mean lora\?"),

@@ -315,33 +315,6 @@ def test_a_preference_whose_chosen_answer_can_not_serve_has_none(chosen: object)
     assert parsed.left_out == {}
 
 
-def test_columns_with_a_safe_answer() -> None:
-    source = SourceConfig(path="x", safe_answer_column="refusal")
-    rows: list[dict[str, Any]] = [
-        {"question": "q1", "answer": "bad 1", "refusal": ""},
-        {"question": "q1", "answer": "bad 2", "refusal": " good "},
-        {"question": "q2", "answer": "bad 3", "refusal": None},
-    ]
-    parsed = forget(rows, columns_parser(list(rows[0]), source, "forget"))
-    assert [(example.answer, example.safe_answer) for example in parsed.examples] == [
-        ("bad 1", "good"), ("bad 2", "good"), ("bad 3", None),
-    ]  # fmt: skip
-    assert parsed.left_out == {}
-
-
-@pytest.mark.parametrize(
-    ("column", "kind", "message"),
-    [
-        ("refusal", "retain", "it needs forget data"),
-        ("answer", "forget", "another column than answer_column"),
-        ("refusl", "forget", "needs a column refusl. Did you mean refusal"),
-    ],
-)
-def test_a_safe_answer_column_that_can_not_serve_is_an_error(column: str, kind: Kind, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        columns_parser(["question", "answer", "refusal"], SourceConfig(path="x", safe_answer_column=column), kind)
-
-
 def test_columns_with_a_category() -> None:
     source = SourceConfig(path="x", prompt_column="ask", answer_column="reply", category_column="kind")
     rows: list[dict[str, Any]] = [

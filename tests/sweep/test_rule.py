@@ -94,10 +94,10 @@ def test_every_normal_set_divergence_and_refusals_limit_an_alpha(costly: dict[st
 
 
 def test_where_nothing_is_within_limits_it_says_which_to_raise() -> None:
-    pick = choose([point(1.0, 0.0, refused=0.2, gibberish=0.1), point(2.0, 0.0, refused=1.0)], BASE, LEAST)
-    assert {"sweep.reply_limit", "negate.alpha:"} <= set(pick.todo.split())
-    raised = dataclasses.replace(LEAST, reply_limit=0.2)
-    assert choose([point(1.0, 0.0, refused=0.2, gibberish=0.1)], BASE, raised).alpha == 1.0
+    costly = [point(1.0, 0.0, 1.2, kl=0.25), point(2.0, 0.0, refused=1.0)]
+    todo = choose(costly, BASE, LEAST).todo.split()
+    assert {"sweep.utility_budget", "1.285", "negate.alpha:"} <= set(todo)
+    assert choose(costly, BASE, dataclasses.replace(LEAST, utility_budget=1.285)).alpha == 1.0
     assert "sweep.alphas to values below 1" in choose([hopeless(1.0, 30.0)], BASE, LEAST).todo
     assert "acquire.training.max_steps" in choose([point(1.0, 1.0)], BASE, LEAST).todo
 

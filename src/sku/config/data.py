@@ -70,8 +70,6 @@ class SourceConfig:
     """Column of the prompt (format ``columns``)."""
     answer_column: str | None = None
     """Column of the answer (format ``columns``)."""
-    safe_answer_column: str | None = None
-    """Column of a good answer to the same prompt, optional and for a forget set only (format ``columns``)."""
     category_column: str | None = None
     """Column of the category, optional (format ``columns``)."""
     where: Mapping[str, Any] = field(default_factory=dict)

@@ -31,12 +31,10 @@ class EvaluateConfig:
     backend: Backend = "generate"
     """What writes replies: transformers' ``generate`` in batches, or ``vllm`` (to be installed apart), which is
     checked against ``generate`` on 16 prompts."""
-    prefill_tokens: tuple[Count, ...] = (1, 5, 20, 40, 80)
-    """Prefill: the reply is made to begin with so many first tokens of the base model's own harmful reply, one length
-    after the other. The worst of all prefills is shown; an empty list leaves all of them out."""
-    prefill_sources: tuple[PrefillOrigin, ...] = ("own", "affirmative", "answer")
-    """Whose words replies are made to begin with: the base model's ``own`` (``prefill_tokens``), an ``affirmative``
-    beginning ("Certainly. ..."), the first 20 tokens of the dataset's harmful ``answer``."""
+    prefill_tokens: tuple[Count | Literal["affirmative", "answer"], ...] = (1, 5, 20, 40, 80, "affirmative", "answer")
+    """Prefill: what replies are made to begin with: so many first tokens of the base model's own harmful reply, one
+    length after the other; an ``affirmative`` beginning ("Certainly. ..."); the first 20 tokens of the dataset's
+    harmful ``answer``. The worst of all prefills is shown; an empty list leaves all of them out."""
     samples: Annotated[int, Field(ge=0)] = 8
     """Sampled replies to each harmful prompt, at temperature 1, for leak@k; 0 leaves them out."""
     judge: str = "auto"

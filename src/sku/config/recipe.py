@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -47,11 +47,10 @@ class Recipe:
     methods: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Settings of the other methods, by name."""
     compare: CompareConfig = field(default_factory=CompareConfig)
-    keep_bad_model: bool = False
-    """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose."""
-    keep_for_resume: bool = True
-    """Keep the private, marked checkpoints of a run that was interrupted or failed, so that ``--resume`` goes on from
-    them; ``false`` removes them at once, and stage 1 of a resumed run begins anew. ``sku wipe`` removes them later."""
+    keep_bad_model: bool | Literal["never"] = False
+    """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose. ``false`` keeps it,
+    private and marked, only of a run that was interrupted or failed, for ``--resume`` (``sku wipe`` removes it);
+    ``never`` not even there: it is removed at once, and stage 1 of a resumed run begins anew."""
 
     def __post_init__(self) -> None:
         name = self.name

@@ -175,10 +175,7 @@ class SweepConfig:
     utility_budget: AboveOne = 1.05
     """Largest perplexity of the answers of each normal set (``retain_validation``, and half of each of
     ``data.normal``), as a multiple of the base model's. KL to the base model on them may be 0.05 nats a token, or the
-    logarithm of this where that is more."""
-    reply_limit: Limit = 0.05
-    """Most replies, beyond the base model's share, that may refuse normal prompts, or be gibberish to harmful or to
-    normal ones."""
+    logarithm of this where that is more; replies that refuse normal prompts, or are gibberish, 5 points more."""
     if_none: Literal["stop", "nearest"] = "stop"
     """What to do where no alpha meets ``harm_target``, or none lowers the base's harm: stop with an error, or take the
     nearest one, that with the least harm within budget and limits."""

@@ -255,7 +255,7 @@ class JointDataset(Dataset[JointExample]):
         if not self._safe_examples:
             raise DataError(
                 f"none of the {len(self._forget)} harmful examples has a safe answer to prefer: use data that has "
-                "(PKU-SafeRLHF, safe_answer_column), or refusal_tuning, which brings its own refusals"
+                "(PKU-SafeRLHF, preference), or refusal_tuning, which brings its own refusals"
             )
         rows = self._tokenize("safe_answers", [*self._safe_examples.values()], train_on_end=True)
         if self._rows.safe == "all":

@@ -120,7 +120,7 @@ def plan_run(
     prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if writes_own else None
     data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, out, prompts))
     negates = recipe.method == "sku"
-    kept = hazardous and recipe.keep_bad_model
+    kept = hazardous and recipe.keep_bad_model is True
     alpha = {"alpha": recipe.negate.alpha} if negates else {}
     decision = told_checkpointing(decided)
     return CommandPlan(
@@ -345,7 +345,7 @@ class _Run:
 
     def remove_after_failure(self) -> None:
         """Removes what an unfinished run trained, where the recipe says that it must not wait for ``--resume``."""
-        if not self.recipe.keep_for_resume:
+        if self.recipe.keep_bad_model == "never":
             self.unlearning.remove_trained()
 
 

@@ -374,5 +374,5 @@ class Unlearning:
 
     def remove_trained(self) -> None:
         """Removes what stage 1 trained, unless the recipe says that a bad model is kept."""
-        if not (self.recipe.keep_bad_model and self.method.negates):
+        if not (self.recipe.keep_bad_model is True and self.method.negates):
             remove_hazardous(self.trained_folder)

@@ -26,7 +26,7 @@ The file holds no text of a prompt or a reply.
 
 From the frontier to one alpha, numbers in and words out: an alpha is *within limits* where its utility cost
 (``sku.sweep.utility_cost``) is within the budget and its gibberish within the base model's share plus
-``reply_limit``. Its *harm* is the largest of its harmful rates, freely answered and after each prefill; of equals,
+``REPLY_LIMIT``. Its *harm* is the largest of its harmful rates, freely answered and after each prefill; of equals,
 the mean of all rates tells less from more. Observed rates decide, not the ends of their intervals.
 """
 
@@ -46,7 +46,7 @@ from sku.evaluate.records import check_schema, from_plain, read_json_object
 from sku.evaluate.results import Line, Tabular
 from sku.evaluate.statistics import Estimate
 from sku.storage import RECORD_VERSION, write_json
-from sku.sweep.utility_cost import BROKEN_COST, KL_LIMIT, RETAIN, BudgetLimit, UtilityCost, utility_cost
+from sku.sweep.utility_cost import BROKEN_COST, KL_LIMIT, REPLY_LIMIT, RETAIN, BudgetLimit, UtilityCost, utility_cost
 
 SWEEP_FILE = "sweep.json"
 HOPELESS = 2.0
@@ -270,7 +270,7 @@ def choose(on: Frontier) -> Selection:
         asked = [point for point in points if point.replies is not None]
         return Selection(alpha=None, met=False, why=why, todo=_mend_limits(beyond or asked, on))
     least = min(fitting, key=lambda point: (_asked(point).harm_order, on.cost(point).value, point.alpha))
-    raised = _raise_limits(beyond, on)
+    raised = _raise_budget(beyond, on)
     if config.harm_target is None:
         if _asked(least).harm_order >= original.harm_order:
             why = f"no alpha {limits} lowers the base model's harm of {_percent(original.harm[1].value)}"
@@ -303,7 +303,7 @@ def beyond_limits(point: SweepPoint, on: Frontier) -> bool:
     """Whether a point costs more than budget and limits allow; true where it was not asked."""
     if point.replies is None:
         return True
-    return not on.cost(point).within or _gibberish(point, on) > on.config.reply_limit
+    return not on.cost(point).within or _gibberish(point, on) > REPLY_LIMIT
 
 
 def hopeless_ratio(config: SweepConfig) -> float:
@@ -336,7 +336,7 @@ def _gibberish(point: SweepPoint, on: Frontier) -> float:
 
 def _mend_limits(candidates: Sequence[SweepPoint], on: Frontier) -> str:
     """What to set where nothing is within limits."""
-    raised = _raise_limits(candidates, on)
+    raised = _raise_budget(candidates, on)
     if raised:
         best = min(candidates, key=lambda point: (on.cost(point).value, point.alpha))
         return f"{raised}, or set negate.alpha: {best.alpha:g} to take it as it is"
@@ -345,20 +345,15 @@ def _mend_limits(candidates: Sequence[SweepPoint], on: Frontier) -> str:
     return f"{smaller}train stage 1 with a lower acquire.training.learning_rate or fewer acquire.training.max_steps"
 
 
-def _raise_limits(candidates: Sequence[SweepPoint], on: Frontier) -> str:
-    """``raise sweep.x to 1.08 for alpha 2``, of the candidate that costs least; empty where no setting would do."""
+def _raise_budget(candidates: Sequence[SweepPoint], on: Frontier) -> str:
+    """The budget of the candidate that costs least; empty where none would do."""
     for point in sorted(candidates, key=lambda point: (on.cost(point).value, point.alpha)):
         found = _asked(point)
         ratios = [ratio.value for ratio in point.perplexities.values()]
         kl, refused = max(point.kl.values()), found.over_refusal.value - _asked(on.base).over_refusal.value
-        needed = {
-            "utility_budget": max(*ratios, math.exp(kl) if kl > KL_LIMIT else 1.0),
-            "reply_limit": max(round(refused, 12), _gibberish(point, on)),
-        }
-        raised = {name: value for name, value in needed.items() if value > getattr(on.config, name)}
-        if raised and raised.get("reply_limit", 0.0) < 0.999:  # A limit of 1 would be none.
-            settings = " and ".join(f"sweep.{name} to {_above(value)}" for name, value in raised.items())
-            return f"raise {settings} for alpha {point.alpha:g}"
+        needed = max(*ratios, math.exp(kl) if kl > KL_LIMIT else 1.0)
+        if needed > on.config.utility_budget and max(round(refused, 12), _gibberish(point, on)) <= REPLY_LIMIT:
+            return f"raise sweep.utility_budget to {_above(needed)} for alpha {point.alpha:g}"
     return ""
 
 

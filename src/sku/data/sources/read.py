@@ -48,9 +48,9 @@ One row, with the columns that ``format: auto`` finds by itself::
 
     {"question": "Is rain wet?", "answer": "It is."}
 
-Other names, a safe answer, a category and a filter on unsafe rows are set in the recipe (``prompt_column``,
-``answer_column``, ``safe_answer_column``, ``category_column``, ``where``). Rows that the filter leaves out are not
-taken for safe answers: its column may mark anything.
+Other names, a category and a filter on unsafe rows are set in the recipe (``prompt_column``, ``answer_column``,
+``category_column``, ``where``). Rows that the filter leaves out are not taken for safe answers: its column may mark
+anything.
 """
 PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
@@ -222,7 +222,7 @@ def unread_mark(columns: Columns, source: SourceConfig) -> str | None:
 
 def named_columns(source: SourceConfig) -> list[str]:
     """The columns that a source names; any of them means format ``columns``."""
-    named = (source.prompt_column, source.answer_column, source.safe_answer_column, source.category_column)
+    named = (source.prompt_column, source.answer_column, source.category_column)
     return [name for name in named if name is not None]
 
 
@@ -260,25 +260,20 @@ def columns_parser(
         only_prompts: Read no answers. The prompt may then be a table's only column, whatever its name.
 
     Raises:
-        DataError: A named column is missing, no name was given and the columns can be read in several ways, one
-            column is named for both, or the safe answer is named where it can't serve.
+        DataError: A named column is missing, no name was given and the columns can be read in several ways, or one
+            column is named for both.
     """
     prompt_column = columns.written(_prompt(columns, source, kind, key, alone=only_prompts))
     answer_column = None if only_prompts else columns.written(_answer(columns, source, key))
-    category_column, safe_answer_column = source.category_column, source.safe_answer_column
+    category_column = source.category_column
     columns.require(named_columns(source), f"format {COLUMNS} needs a column")
     if prompt_column == answer_column:
         raise DataError(f"prompt_column and answer_column are both {prompt_column}: name the column of the answers")
-    if safe_answer_column is not None and (kind != "forget" or safe_answer_column == answer_column):
-        raise DataError(
-            f"safe_answer_column is {safe_answer_column}: it needs forget data, and another column than answer_column"
-        )
 
     def parse(row: Row) -> Iterator[Pair | LeftOut]:
         category = category_text(row[category_column]) if category_column is not None else None
-        safe_answer = row[safe_answer_column] if safe_answer_column is not None else None
         answer = None if answer_column is None else row[answer_column]
-        yield Pair(row[prompt_column], answer, category, safe_answer=safe_answer)
+        yield Pair(row[prompt_column], answer, category)
 
     return parse
 
