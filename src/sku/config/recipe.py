@@ -19,8 +19,17 @@ from ruamel.yaml.error import YAMLError
 
 from sku.config.check import STRICT, Seed, check_plain, explain, plain_data, validated
 from sku.config.data import EMBEDDED, DataConfig, ModelConfig
-from sku.config.evaluate import CompareConfig, EvaluateConfig, MethodConfig
-from sku.config.stages import TRAINING_KEYS, VALIDATION_SHARE, AcquireConfig, NegateConfig, SweepConfig, TwinShares
+from sku.config.stages import (
+    TRAINING_KEYS,
+    VALIDATION_SHARE,
+    AcquireConfig,
+    CompareConfig,
+    EvaluateConfig,
+    MethodConfig,
+    NegateConfig,
+    SweepConfig,
+    TwinShares,
+)
 from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")

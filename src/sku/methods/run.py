@@ -21,9 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from sku.acquire.objective import sku_objective
 from sku.config.data import ModelConfig
-from sku.config.evaluate import MethodConfig
 from sku.config.recipe import Recipe, settings_from_dict
-from sku.config.stages import AcquireConfig, Twin, TwinShares
+from sku.config.stages import AcquireConfig, MethodConfig, Twin, TwinShares
 from sku.data.examples import ForgetRetainData, RowPlan
 from sku.data.joint import JointDataset, check_fits
 from sku.data.tokens import Encoder, TokenizationReport, resolve_prompt_format
