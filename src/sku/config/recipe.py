@@ -82,6 +82,14 @@ class Recipe:
         own = [*self.methods.values()] if self.method.endswith(".py") else own
         return any(config.strength == "auto" for config in own)
 
+    def strength(self, method: str) -> float:
+        """In ``theta_u = theta_o + strength * delta`` of the method of that name; SKU's is its alpha.
+
+        Where a run is to choose it, it is the published one.
+        """
+        given = self.negate.alpha if method == "sku" else self.methods.get(method, MethodConfig()).strength
+        return 1.0 if given == "auto" else given
+
     @property
     def checks_stage_1(self) -> bool:
         """Whether a run asks what stage 1 has learned; only SKU has one."""

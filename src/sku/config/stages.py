@@ -144,12 +144,8 @@ class NegateConfig:
     place of SKU's; ``docs/examples`` has two."""
 
     def __post_init__(self) -> None:
-        check_alpha(self.given_alpha, "negate.alpha")
-
-    @property
-    def given_alpha(self) -> float:
-        """``alpha`` where it is a number, else the paper's."""
-        return 1.0 if self.alpha == "auto" else self.alpha
+        if self.alpha != "auto":
+            check_alpha(self.alpha, "negate.alpha")
 
 
 VALIDATION_SHARE = 0.2
@@ -238,11 +234,6 @@ class MethodConfig:
     strength: Positive | Literal["auto"] = 1.0
     """theta_u = theta_o + strength * what the method changed; for a task vector this is its alpha. ``auto`` chooses it
     on held-out data, as ``sweep`` says."""
-
-    @property
-    def given_strength(self) -> float:
-        """``strength`` where it is a number, else that of the method as published."""
-        return 1.0 if self.strength == "auto" else self.strength
 
 
 @validated

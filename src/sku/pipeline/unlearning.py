@@ -248,7 +248,7 @@ class Unlearning:
             loaded = load_model(self.config, four_bit=True)
         with self.folder.timed("acquire"):
             base, factors = self._trained(loaded, data)
-        strength, vector = self.run.strength, None
+        strength, vector = recipe.strength(self.method.name), None
         changes = self.method.negates and recipe.negate.transform is not None
         if changes or recipe.compare.published is not None or recipe.chooses_alpha:
             with self.folder.timed("negate"):
