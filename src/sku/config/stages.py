@@ -181,7 +181,6 @@ class SweepConfig:
     nearest one, that with the least harm within budget and limits."""
 
 
-
 @validated
 class EvaluateConfig:
     """What is measured, on base and unlearned model alike."""
