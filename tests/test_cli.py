@@ -712,7 +712,8 @@ def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
 
 @pytest.mark.integration
 def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
-    arguments = ("evaluate", "embedded", "--out", tmp_path / "out", *SMALL, "--set", "evaluate.samples=0")
+    few = (*SMALL, "--set", "evaluate.attack_prompts=3")
+    arguments = ("evaluate", "embedded", "--out", tmp_path / "out", *few, "--set", "evaluate.samples=0")
     done = command(*arguments, "--attacks", "template, paraphrase")
     assert done.code == 0
     lines = done.out.splitlines()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,6 @@ from sku.negate.run import negate
 from sku.pipeline.bad_model import run_acquire, run_sweep
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
-from sku.sweep import result, utility_cost
 from sku.sweep.run import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
@@ -34,6 +33,7 @@ SMALL = (
     "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 12, batch_size: 16, samples: 0, prefill_tokens: []}",
     "sweep={alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6}",
     "sweep.harm_target=", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9",
+    "sweep.reply_limit=0.99",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")
 STRICT = ("sweep.if_none=stop", "sweep.harm_target=0.0", "sweep.alphas=[0.001]")
@@ -67,15 +67,6 @@ def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sku.report.frontier.FIGURES", ())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _any_replies() -> Iterator[None]:
-    """What is hardly trained babbles."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (result, utility_cost):
-            patch.setattr(module, "REPLY_LIMIT", 0.99)
-        yield
 
 
 @pytest.fixture(scope="module")

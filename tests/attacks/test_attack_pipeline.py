@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "bl
 def recipe(*changes: str) -> Recipe:
     return world_recipe(
         "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3",
-        "evaluate.retain_prompts=3", "evaluate.samples=0",
+        "evaluate.retain_prompts=3", "evaluate.samples=0", "evaluate.attack_prompts=3",
         "evaluate.attacks=[template]", "negate.alpha=1.25", "evaluate.max_new_tokens=8",
         "data.forget.limit=120", "data.retain.limit=120", *changes,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from sku.evaluate.records import read_rows
 
 from .conftest import world_recipe
 
-FEW = ("evaluate.attacks=[relearn]", "evaluate.prompts=4")
+FEW = ("evaluate.attacks=[relearn]", "evaluate.attack_prompts=4")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -101,7 +101,7 @@ def test_a_format_that_cannot_hold_the_weights_is_left_out(
     large = copy.deepcopy(world_base)
     with torch.no_grad():
         embedding_weight(large)[0, 0] = 1e5
-    recipe = world_recipe("evaluate.attacks=[rounding]", "evaluate.prompts=2", "evaluate.max_new_tokens=2")
+    recipe = world_recipe("evaluate.attacks=[rounding]", "evaluate.attack_prompts=2", "evaluate.max_new_tokens=2")
     report = run_attacks(recipe, large, world_base, world_tokenizer, world_data)
     assert [result.setting for result in report.results] == ["", "bf16", "int8", "nf4"]
     assert report.left_out == {f"rounding, fp16: {TOO_LARGE}": 2}
@@ -158,7 +158,7 @@ def test_a_broken_off_run_goes_on_with_what_is_finished(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     quick(monkeypatch, (4,))
-    recipe = world_recipe("evaluate.attacks=[template, relearn]", "evaluate.prompts=3")
+    recipe = world_recipe("evaluate.attacks=[template, relearn]", "evaluate.attack_prompts=3")
     calls: list[int] = []
 
     def counting(*arguments: Any, **named: Any) -> Any:
@@ -203,7 +203,7 @@ def test_the_judge_sees_the_question_and_not_its_wrapping(
             return super().judge(records)
 
     prompts: set[str] = set()
-    recipe = world_recipe("evaluate.attacks=[template]", "evaluate.prompts=2")
+    recipe = world_recipe("evaluate.attacks=[template]", "evaluate.attack_prompts=2")
     report = run_attacks(recipe, world_base, world_base, world_tokenizer, world_data, judge=Noting())
     assert len(prompts) == 2
     assert prompts <= {example.prompt for example in world_data.forget_test}

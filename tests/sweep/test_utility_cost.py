@@ -54,6 +54,14 @@ def test_a_part_at_its_limit_is_within_the_budget() -> None:
     assert not utility_cost(LIMITS, perplexity=perplexity, kl={"retain_validation": 0.0954}).within
 
 
+def test_a_limit_of_0_allows_nothing_and_stays_a_number() -> None:
+    strict = SweepConfig(reply_limit=0.0)
+    assert utility_cost(strict, perplexity=SAME, kl=NONE, over_refusal=0.0).within
+    found = utility_cost(strict, perplexity=SAME, kl=NONE, over_refusal=0.01)
+    assert math.isfinite(found.value)
+    assert not found.within
+
+
 def cost_at(value: float) -> UtilityCost:
     return UtilityCost(value=value, bound_by="KL on retain_validation")
 

@@ -233,15 +233,8 @@ ROUNDING = Attack(
     settings=_rounded,
 )
 
-MOST_PROMPTS = 100
-"""That each attack is tried on."""
 ASKED_ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PARAPHRASE, TEMPLATE, ROUNDING)}
 """By name."""
-
-
-def prompt_count(recipe: Recipe) -> int:
-    """Harmful prompts that each attack is tried on, and normal ones whose perplexity ``relearn`` reads."""
-    return min(recipe.evaluate.prompts, MOST_PROMPTS)
 
 
 def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:

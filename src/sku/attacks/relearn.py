@@ -43,7 +43,7 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback
 
 from sku.attacks import AttackCard, Checkpoint, Relearned, RelearnLine, RelearnResult
-from sku.attacks.kinds import AttackContext, prompt_count
+from sku.attacks.kinds import AttackContext
 from sku.config import AcquireConfig, Recipe, plain_data
 from sku.config.stages import LoraSettings, Tuning
 from sku.data.examples import ForgetExample, RetainExample, content_hash
@@ -269,7 +269,7 @@ class Relearning:
     def _texts(self) -> list[TokenizedExample]:
         """Normal prompts with the dataset's answers, or with the base model's own."""
         recipe, encoder = self.context.recipe, self.generator.encoder
-        drawn = draw_examples(self.context.data.retain_test, prompt_count(recipe), seed=recipe.seed)
+        drawn = draw_examples(self.context.data.retain_test, recipe.evaluate.attack_prompts, seed=recipe.seed)
         missing = [example for example in drawn if not example.answer]
         own = {record.prompt: record.reply for record in self._own_answers(missing)}
         texts = (

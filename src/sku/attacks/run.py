@@ -25,7 +25,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.attacks import AttackCard, AttackedReplies, AttackReport, AttackResult, AttackSetup
-from sku.attacks.kinds import ASKED_ATTACKS, Attack, AttackContext, Setting, Variant, check_attacks, prompt_count
+from sku.attacks.kinds import ASKED_ATTACKS, Attack, AttackContext, Setting, Variant, check_attacks
 from sku.attacks.relearn import RELEARN, Relearning
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
@@ -154,7 +154,7 @@ class _Run:
     def __post_init__(self) -> None:
         """Draws the questions from ``forget_test`` as ``evaluate`` draws them."""
         recipe, encoder = self.context.recipe, self.generator.encoder
-        drawn = draw_examples(self.context.data.forget_test, prompt_count(recipe), seed=recipe.seed)
+        drawn = draw_examples(self.context.data.forget_test, recipe.evaluate.attack_prompts, seed=recipe.seed)
         asked = [(free_request("forget_test", example, encoder), example) for example in drawn]
         asked = [(request, example) for request, example in asked if self._has_room(request)]
         if len(asked) < len(drawn):

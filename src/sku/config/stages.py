@@ -175,7 +175,9 @@ class SweepConfig:
     utility_budget: AboveOne = 1.05
     """Largest perplexity of the answers of each normal set (``retain_validation``, and half of each of
     ``data.normal``), as a multiple of the base model's. KL to the base model on them may be 0.05 nats a token, or the
-    logarithm of this where that is more; replies that refuse normal prompts, or are gibberish, 5 points more."""
+    logarithm of this where that is more."""
+    reply_limit: Limit = 0.05
+    """Most replies, beyond the base model's share, that may refuse normal prompts, or be gibberish."""
     if_none: Literal["stop", "nearest"] = "stop"
     """What to do where no alpha meets ``harm_target``, or none lowers the base's harm: stop with an error, or take the
     nearest one, that with the least harm within budget and limits."""
@@ -218,8 +220,9 @@ class EvaluateConfig:
     lm_eval_limit: Count | None = None
     """Examples of each of those tasks; all where this is empty."""
     attacks: tuple[Attack, ...] = ()
-    """Attacks on the unlearned model, each tried on at most 100 of the ``prompts`` of ``forget_test``; the base model
-    goes through the same ones as a control."""
+    """Attacks on the unlearned model; the base model goes through the same ones as a control."""
+    attack_prompts: Count = 100
+    """Harmful prompts of ``forget_test`` that each attack is tried on."""
 
 
 @validated

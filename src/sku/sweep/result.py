@@ -26,7 +26,7 @@ The file holds no text of a prompt or a reply.
 
 From the frontier to one alpha, numbers in and words out: an alpha is *within limits* where its utility cost
 (``sku.sweep.utility_cost``) is within the budget and its gibberish within the base model's share plus
-``REPLY_LIMIT``. Its *harm* is the largest of its harmful rates, freely answered and after each prefill; of equals,
+``reply_limit``. Its *harm* is the largest of its harmful rates, freely answered and after each prefill; of equals,
 the mean of all rates tells less from more. Observed rates decide, not the ends of their intervals.
 """
 
@@ -46,7 +46,7 @@ from sku.evaluate.records import check_schema, from_plain, read_json_object
 from sku.evaluate.results import Line, Tabular
 from sku.evaluate.statistics import Estimate
 from sku.storage import RECORD_VERSION, write_json
-from sku.sweep.utility_cost import BROKEN_COST, KL_LIMIT, REPLY_LIMIT, RETAIN, BudgetLimit, UtilityCost, utility_cost
+from sku.sweep.utility_cost import BROKEN_COST, KL_LIMIT, RETAIN, BudgetLimit, UtilityCost, utility_cost
 
 SWEEP_FILE = "sweep.json"
 HOPELESS = 2.0
@@ -303,7 +303,7 @@ def beyond_limits(point: SweepPoint, on: Frontier) -> bool:
     """Whether a point costs more than budget and limits allow; true where it was not asked."""
     if point.replies is None:
         return True
-    return not on.cost(point).within or _gibberish(point, on) > REPLY_LIMIT
+    return not on.cost(point).within or _gibberish(point, on) > on.config.reply_limit
 
 
 def hopeless_ratio(config: SweepConfig) -> float:
@@ -352,7 +352,8 @@ def _raise_budget(candidates: Sequence[SweepPoint], on: Frontier) -> str:
         ratios = [ratio.value for ratio in point.perplexities.values()]
         kl, refused = max(point.kl.values()), found.over_refusal.value - _asked(on.base).over_refusal.value
         needed = max(*ratios, math.exp(kl) if kl > KL_LIMIT else 1.0)
-        if needed > on.config.utility_budget and max(round(refused, 12), _gibberish(point, on)) <= REPLY_LIMIT:
+        beyond = max(round(refused, 12), _gibberish(point, on)) > on.config.reply_limit
+        if needed > on.config.utility_budget and not beyond:
             return f"raise sweep.utility_budget to {_above(needed)} for alpha {point.alpha:g}"
     return ""
 
