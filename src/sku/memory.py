@@ -31,8 +31,8 @@ from sku.losses import CHUNK_BYTES
 from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import embedding_weight, load_config, pick_device, pick_dtype, with_adapter, without_weights
 from sku.plan import MemoryFit
+from sku.training import decoder_layers
 from sku.training.config import UnlearningConfig
-from sku.training.layers import decoder_layers
 from sku.training.run import adapter_settings
 
 GIB = 2**30

@@ -160,19 +160,6 @@ def test_a_model_that_has_half_needs_no_training_and_a_base_without_harm_has_no_
     assert (found.half, found.results) == (0, ())
 
 
-def test_normal_prompts_without_answers_are_scored_on_the_bases_own(world: World, tmp_path: Path) -> None:
-    alone = tuple(dataclasses.replace(example, answer="") for example in world.data.retain_test[:6])
-    data = dataclasses.replace(world.data, retain_test=alone)
-    (result,) = world.attack(SLOW, "evaluate.relearn_steps=[1]", data=data, folder=tmp_path).results
-    assert (tmp_path / "attacks" / "relearn.answers.jsonl").is_file()
-    own = result.model.checkpoints[0].perplexity
-    assert own is not None
-    assert own > 1.01, "the base's own words suit the base"
-    none = dataclasses.replace(world.data, retain_test=())
-    (result,) = world.attack(SLOW, "evaluate.relearn_steps=[1]", data=none).results
-    assert result.model.checkpoints[0].perplexity is None
-
-
 def test_a_finished_training_is_reused_and_an_interrupted_one_starts_anew(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -103,13 +103,6 @@ def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
     assert method_named(str(wga_file)) is runs["wga"].method
 
 
-def test_wrong_settings_of_the_file_are_refused(wga_file: Path) -> None:
-    recipe = load_recipe("embedded", ["methods.wga.settings.beta=-1"])
-    row = comparison_rows(recipe, [str(wga_file)])[0]
-    with pytest.raises(RecipeError, match="methods.wga.settings.beta is -1"):
-        resolve_method(row.recipe_of(0), Path("work"))
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -128,20 +121,3 @@ def test_files_that_are_no_method(text: str, message: str, tmp_path: Path) -> No
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=message):
         method_named(str(path))
-
-
-def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    line = "M = Method(name='{}', title='M', paper_url='', settings=Settings, objective=objective)\n"
-    path.write_text(MINIMAL + line.format("first"), encoding="utf-8")
-    assert method_named(str(path)).name == "first"
-    path.write_text(MINIMAL + line.format("second"), encoding="utf-8")
-    assert method_named(str(path)).name == "second"
-
-
-def test_a_name_that_is_taken(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    line = "M = Method(name='npo', title='M', paper_url='', settings=Settings, objective=objective)\n"
-    path.write_text(MINIMAL + line, encoding="utf-8")
-    with pytest.raises(RecipeError, match="two of the methods are named npo"):
-        comparison_rows(load_recipe("embedded"), ["npo", str(path)])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData, RowPlan
@@ -31,18 +31,6 @@ class Visits:
             return real(trainer, model, inputs, *args, **kwargs)
 
         monkeypatch.setattr(UnlearningTrainer, "compute_loss", noted)
-
-
-class Kill(TrainerCallback):
-    """Ends a run after so many steps, as a kill would."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        if state.global_step == self._step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -69,28 +57,6 @@ def test_what_is_said_before_is_what_the_batches_held(
     assert said is not None
     assert set(said) == visits.found
     assert count is None or len(said) == count
-
-
-def test_a_run_that_is_resumed_visits_the_same(
-    make_trainer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Five steps of one example each; killed in the fourth, resumed from the checkpoint of the second."""
-    folder = tmp_path / "resumed"
-    common: dict[str, Any] = {
-        "max_steps": 5, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2,
-        "output_dir": str(folder),
-    }  # fmt: skip
-    visits = Visits(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(**common, trainer_options={"callbacks": [Kill(3)]}).train()
-    first, visits.found = visits.found, set()
-    resumed = make_trainer(**common)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    said = visited_examples(resumed.train_dataset, resumed.args)
-    assert said is not None
-    assert set(said) == first | visits.found
-    assert len(said) == 5
-    assert len(visits.found) == 3
 
 
 def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(

@@ -19,7 +19,7 @@ from sku.evaluate.judges import Judge, Verdict
 from sku.evaluate.judges.choose import EmbeddedWorldJudge
 from sku.evaluate.records import GenerationRecord
 from sku.models import load_model
-from sku.own_replies.job import KINDS, OwnJob, OwnReplies, OwnRepliesConfig, judge_of, read_own_replies
+from sku.own_replies import KINDS, OwnJob, OwnReplies, OwnRepliesConfig, judge_of, read_own_replies
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.own_replies import own_prompts_of, with_own_replies
 from sku.pipeline.run import plan_run, run_recipe

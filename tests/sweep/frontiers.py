@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sku.evaluate.metrics import Rate
 from sku.evaluate.statistics import Estimate
-from sku.sweep.result import Replies, SweepPoint
+from sku.sweep import Replies, SweepPoint
 
 TOTAL = 100
 

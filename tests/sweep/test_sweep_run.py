@@ -24,7 +24,7 @@ from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import PrefillSource, start_id
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
-from sku.report.frontier import frontier_figure
+from sku.sweep import Sweep
 from sku.sweep import evaluator as sweep_meter
 from sku.sweep import run as sweep_run
 from sku.sweep.evaluator import (
@@ -35,7 +35,6 @@ from sku.sweep.evaluator import (
     replies_of,
     validation_generator,
 )
-from sku.sweep.result import Sweep
 from sku.sweep.run import below, choose_alpha, sweep, unmeasurable
 from sku.sweep.utility_cost import BROKEN_COST
 from sweep.frontiers import point
@@ -169,15 +168,6 @@ def test_a_sweep_leaves_numbers_and_no_text(setting: Setting, tmp_path: Path) ->
     for example in examples:
         assert example.prompt not in text
         assert len(example.answer) == 1 or example.answer not in text
-
-
-def test_equal_sweeps_are_equal_and_pictures_too(setting: Setting, tmp_path: Path) -> None:
-    one, other = setting.sweep(tmp_path / "one"), setting.sweep(tmp_path / "other")
-    assert one == other
-    for name, found in (("one", one), ("other", other)):
-        frontier_figure(found, tmp_path / name / "frontier.svg")
-    for name in ("sweep.json", "frontier.svg"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
 def test_points_outlive_a_kill(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

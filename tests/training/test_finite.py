@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conftest import TrainerMaker
 from sku.acquire.trainer import SkuTrainer
 from sku.errors import NonFiniteLossError, ProcessError
-from sku.training.finite import FiniteGuard, check_finite
+from sku.training.objective import FiniteGuard, check_finite
 
 
 def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:

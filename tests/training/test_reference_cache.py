@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from conftest import ModelMaker, TrainerMaker
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuTrainer
 from sku.data.examples import RowType
-from sku.data.joint import JointDataset
 from sku.errors import RecipeError
 from sku.training import trainer as trainer_module
 
@@ -118,33 +116,6 @@ def test_what_is_too_much_to_keep_is_asked_in_each_step(
         make_trainer(full=full, reference="cache", reference_cache_mb=0.0001).train()
 
 
-@pytest.mark.parametrize("mode", ["cache", "copy"])
-def test_under_autocast_the_original_is_asked_in_the_same_precision(
-    mode: str, make_trainer: TrainerMaker, make_model: ModelMaker
-) -> None:
-    """In the first step the two models are one: another precision would show as a divergence, 1e-4 with scores so far
-    apart.
-    """
-    model = make_model()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(50)
-    trainer = make_trainer(model, full=True, reference=mode, bf16=True, max_steps=1)
-    trainer.train()
-    assert losses_of(trainer)[0][2] == pytest.approx(0.0, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("full", "mode", "message"),
-    [
-        (True, "forward", "needs an adapter to switch off"),
-        (False, "copy", "with an adapter the original is there already"),
-    ],
-)
-def test_impossible_ways_are_refused(full: bool, mode: str, message: str, make_trainer: TrainerMaker) -> None:
-    with pytest.raises(RecipeError, match=message):
-        make_trainer(full=full, reference=mode)
-
-
 def test_a_row_that_was_not_looked_at_gives_nan_not_another_row(make_trainer: TrainerMaker) -> None:
     """One step of two normal rows is prepared; the other two are unknown."""
     trainer = make_trainer(max_steps=1)
@@ -158,19 +129,3 @@ def test_a_row_that_was_not_looked_at_gives_nan_not_another_row(make_trainer: Tr
         terms = trainer._outputs_and_terms(model, batch)[1]
         known = dataset[place].retain_rows[0] in seen
         assert bool(terms["preservation_divergence"].isfinite()) is known
-
-
-def test_fixed_rows_are_those_of_the_first_examples_each_once(make_trainer: TrainerMaker) -> None:
-    dataset = make_trainer().train_dataset
-    assert isinstance(dataset, JointDataset)
-    shown = copy.deepcopy(dataset)
-    for kind in (RowType.RETAIN, RowType.FORGET):
-        met: list[int] = []
-        for epoch in (0, 1):
-            shown.set_epoch(epoch)
-            met += [shown[place].of(kind)[0].example_id for place in range(len(shown))]
-        for count in (1, 3, 6, 12):
-            rows = dataset.fixed_rows(kind, count)
-            assert rows is not None
-            assert [row.example_id for row in rows] == list(dict.fromkeys(met[:count]))
-    assert dataset.fixed_rows(RowType.MISMATCHED, 3) is None

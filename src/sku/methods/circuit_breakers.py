@@ -24,8 +24,8 @@ from sku.config.check import Positive, validated
 from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
-from sku.methods.base import Method
-from sku.training.layers import decoder_layers, linear_names
+from sku.methods.base import Method, linear_names
+from sku.training import decoder_layers
 from sku.training.objective import Objective, Term, TrainingStep
 
 _OF_32 = (10, 20)

@@ -26,9 +26,8 @@ from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError
 from sku.losses import Head, HeadScores
 from sku.models import changed_by_adapter
+from sku.training import evaluation_mode, is_four_bit
 from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.forward import DeferredHead
-from sku.training.layers import evaluation_mode, is_four_bit
 from sku.training.objective import ScoredRows
 
 _MEGABYTE = 2**20
@@ -103,7 +102,7 @@ class NoCacheError(Exception):
 class ReferenceCache:
     """What the original model will be asked in training, kind by kind, filled when a kind is first asked for."""
 
-    def __init__(self, dataset: JointDataset, ask: Ask, settings: UnlearningConfig, head: DeferredHead) -> None:
+    def __init__(self, dataset: JointDataset, ask: Ask, settings: UnlearningConfig, head: Head | None) -> None:
         """Keeps nothing yet; the original model may be asked until the first optimizer step."""
         self._dataset, self._ask, self._settings, self._head = dataset, ask, settings, head
         self._rows: dict[RowType, CachedRows] = {}
@@ -112,7 +111,7 @@ class ReferenceCache:
         """Why there can't be a cache, empty where there can; weights may be spread over several processes."""
         if is_spread:
             return "the head's weight is spread over several processes"
-        if self._head.head is None:
+        if self._head is None:
             return "the model's head can't be left out, or logits_budget_mb is empty"
         return ""
 

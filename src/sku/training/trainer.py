@@ -30,12 +30,11 @@ from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.errors import ModelError, OutputError, RecipeError, one_line
 from sku.hazard import mark_model, refuse_upload
 from sku.models import ensure_pad_token, load_model, load_tokenizer, plain_model
+from sku.training import adapter_inputs_as_they_are, train_only
 from sku.training.attention import choose_packing
 from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.finite import FiniteGuard, check_finite
 from sku.training.forward import DeferredHead, run_rows, scores_of_kind
-from sku.training.layers import adapter_inputs_as_they_are, train_only
-from sku.training.objective import Objective, ScoredRows, TrainingStep
+from sku.training.objective import FiniteGuard, Objective, ScoredRows, TrainingStep, check_finite
 from sku.training.reference import (
     NoCacheError,
     ReferenceCache,
@@ -136,7 +135,7 @@ class UnlearningTrainer(Trainer):
         self._head = DeferredHead(plain_model(model), args.logits_budget_mb, watched=args.world_size > 1)
         self._cache: ReferenceCache | None = None
         if objective.needs_reference:
-            self._cache = ReferenceCache(train_dataset, self._original_rows, args, self._head)
+            self._cache = ReferenceCache(train_dataset, self._original_rows, args, self._head.head)
             spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
             self._use_reference(args.reference, self._cache.why_not(is_spread=spread))
 
