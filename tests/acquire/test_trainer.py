@@ -134,7 +134,7 @@ class CountForwards:
 def test_a_module_at_weight_0_costs_no_row_and_no_forward(
     on: tuple[str, ...], kinds: set[int], rows: list[int], make_trainer: TrainerMaker
 ) -> None:
-    trainer = make_trainer(max_steps=1, reference="forward", weights=OFF | dict.fromkeys(on, 1.0))
+    trainer = make_trainer(max_steps=1, reference_cache_mb=0.0, weights=OFF | dict.fromkeys(on, 1.0))
     assert trainer.model is not None
     counted = CountForwards(trainer.model)
     assert set(batch_of(trainer, [0, 1])[ROWS].kept) == kinds
@@ -160,7 +160,7 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
 
 
 def test_the_copy_for_full_tuning_stays_the_original_model(make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
-    trainer = make_trainer(full=True, reference="copy")
+    trainer = make_trainer(full=True, reference_cache_mb=0.0)
     trainer.train()
     assert trainer._reference is not None
     untouched = make_model().state_dict()

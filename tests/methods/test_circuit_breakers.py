@@ -48,8 +48,8 @@ def test_the_original_states_are_the_same_from_the_cache_and_from_the_model(
     make_model: ModelMaker, make_method_trainer: MethodTrainerMaker
 ) -> None:
     found = []
-    for reference in ("cache", "forward"):
-        trainer = make_method_trainer(CIRCUIT_BREAKERS, make_model(), reference=reference)
+    for megabytes in (2048.0, 0.0):
+        trainer = make_method_trainer(CIRCUIT_BREAKERS, make_model(), reference_cache_mb=megabytes)
         disturb(trainer)
         found.append(terms_of(trainer, extra_padding=0))
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)

@@ -73,7 +73,9 @@ def test_terms_rows_and_reference_are_those_that_are_on_and_no_others(
     make_model: ModelMaker,
 ) -> None:
     method = method_named(name)
-    trainer = make_method_trainer(method, full=True, settings=small_settings(method, **settings), reference="copy")
+    trainer = make_method_trainer(
+        method, full=True, settings=small_settings(method, **settings), reference_cache_mb=0.0
+    )
     dataset: Any = trainer.train_dataset
     assert isinstance(trainer.data_collator, JointCollator)
     batch = trainer.data_collator([dataset[0], dataset[1]])

@@ -241,8 +241,8 @@ def test_packed_rows_go_with_the_kept_reference_and_without_the_head(full: bool,
         trainer.train()
         return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
-    _, expected = trained(packing="padded", reference="copy" if full else "forward", logits_budget_mb=None)
-    lean, found = trained(packing="tree", reference="cache", logits_budget_mb=0.0)
+    _, expected = trained(packing="padded", reference_cache_mb=0.0, logits_budget_mb=None)
+    lean, found = trained(packing="tree", logits_budget_mb=0.0)
     assert lean._cache is not None
     assert lean._reference is None
     # Not the weights: Adam turns a gradient of rounding errors into a whole step.

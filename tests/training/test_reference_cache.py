@@ -15,7 +15,6 @@ from conftest import ModelMaker, TrainerMaker
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuTrainer
 from sku.data.examples import RowType
-from sku.errors import RecipeError
 from sku.training import trainer as trainer_module
 
 
@@ -32,11 +31,11 @@ def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
 def test_the_first_look_at_each_row_gives_the_same_bits(full: bool, make_trainer: TrainerMaker) -> None:
     """Two steps of two rows: all four normal rows once, in the same batches."""
     runs = []
-    for mode in ("cache", "copy" if full else "forward"):
-        trainer = make_trainer(full=full, reference=mode, preservation_mode="retention")
+    for megabytes in (2048.0, 0.0):
+        trainer = make_trainer(full=full, reference_cache_mb=megabytes, preservation_mode="retention")
         trainer.train()
         runs.append((losses_of(trainer), weights_of(trainer)))
-        assert (trainer._reference is None) is (mode != "copy")
+        assert (trainer._reference is None) is not (full and not megabytes)
     (cached, weights), (asked, others) = runs
     assert cached == asked
     assert cached[1][2] > 1e-6
@@ -79,7 +78,7 @@ def test_a_resumed_run_asks_the_original_not_the_checkpoint(
     full: bool, make_trainer: TrainerMaker, tmp_path: Path
 ) -> None:
     common: dict[str, Any] = {
-        "full": full, "reference": "cache", "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
+        "full": full, "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
     }  # fmt: skip
     whole = make_trainer(**common)
     whole.train()
@@ -92,8 +91,8 @@ def test_a_resumed_run_asks_the_original_not_the_checkpoint(
 
 def test_dropout_is_off_and_its_draws_are_there_for_training(make_trainer: TrainerMaker) -> None:
     runs = []
-    for mode in ("cache", "forward"):
-        trainer = make_trainer(reference=mode, lora={"lora_dropout": 0.5}, preservation_mode="retention")
+    for megabytes in (2048.0, 0.0):
+        trainer = make_trainer(reference_cache_mb=megabytes, lora={"lora_dropout": 0.5}, preservation_mode="retention")
         trainer.train()
         runs.append(losses_of(trainer))
     assert runs[0] == runs[1]
@@ -108,12 +107,10 @@ def test_what_is_too_much_to_keep_is_asked_in_each_step(
         trainer.train()
     assert trainer._cache is None
     assert (trainer._reference is not None) is full
-    assert f"reference={'copy' if full else 'forward'}): its hidden states on 4 rows would take about" in caplog.text
-    other = make_trainer(full=full, reference="copy" if full else "forward")
+    assert "its hidden states on 4 rows would take about" in caplog.text
+    other = make_trainer(full=full, reference_cache_mb=0.0)
     other.train()
     assert losses_of(trainer) == losses_of(other)
-    with pytest.raises(RecipeError, match="reference is cache, but its hidden states on 4 rows"):
-        make_trainer(full=full, reference="cache", reference_cache_mb=0.0001).train()
 
 
 def test_a_row_that_was_not_looked_at_gives_nan_not_another_row(make_trainer: TrainerMaker) -> None:

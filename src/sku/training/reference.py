@@ -27,7 +27,7 @@ from sku.errors import RecipeError
 from sku.losses import Head, HeadScores
 from sku.models import changed_by_adapter
 from sku.training import evaluation_mode, is_four_bit
-from sku.training.config import ReferenceMode, UnlearningConfig
+from sku.training.config import UnlearningConfig
 from sku.training.objective import ScoredRows
 
 _MEGABYTE = 2**20
@@ -69,32 +69,6 @@ def keep_four_bit_trainable(model: nn.Module) -> None:
             module.training = True
 
 
-def resolved_mode(mode: ReferenceMode, *, has_adapter: bool, no_cache: str) -> ReferenceMode:
-    """The way that is taken.
-
-    Args:
-        mode: What is asked for.
-        has_adapter: Whether the original weights are still there under an adapter.
-        no_cache: Why there can't be a cache; empty where there can.
-
-    Returns:
-        Not ``auto``.
-
-    Raises:
-        RecipeError: What is asked for can't be.
-    """
-    other: ReferenceMode = "forward" if has_adapter else "copy"
-    if mode == "forward" and not has_adapter:
-        raise RecipeError("reference is forward, which needs an adapter to switch off; full tuning has copy and cache")
-    if mode == "copy" and has_adapter:
-        raise RecipeError("reference is copy, but with an adapter the original is there already; use forward or cache")
-    if mode == "cache" and no_cache:
-        raise RecipeError(f"reference is cache, but {no_cache}; set reference to {other} or auto")
-    if mode == "auto":
-        return other if no_cache else "cache"
-    return mode
-
-
 class NoCacheError(Exception):
     """Why the original model has to be asked in each step."""
 
@@ -109,6 +83,8 @@ class ReferenceCache:
 
     def why_not(self, *, is_spread: bool) -> str:
         """Why there can't be a cache, empty where there can; weights may be spread over several processes."""
+        if not self._settings.reference_cache_mb:
+            return "reference_cache_mb is 0"
         if is_spread:
             return "the head's weight is spread over several processes"
         if self._head is None:
