@@ -80,20 +80,6 @@ def test_mismatched_rows_are_the_own_prompt_with_answers_of_others(
     assert len(seen) == 24
 
 
-def test_draws_differ_within_a_batch_and_from_epoch_to_epoch(
-    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """One draw of K for the whole batch would give every prompt the same answers."""
-    joint = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows_of_sku(2), seed=0)
-    by_epoch = []
-    for epoch in range(5):
-        joint.set_epoch(epoch)
-        by_epoch.append({joint[n].forget_index: [row.example_id for row in joint[n].of(MISMATCHED)] for n in range(6)})
-    assert all(len({tuple(drawn) for drawn in draws.values()}) > 2 for draws in by_epoch)
-    for index in range(6):
-        assert len({tuple(draws[index]) for draws in by_epoch}) > 2
-
-
 def with_retain(data: ForgetRetainData, number: int) -> ForgetRetainData:
     rows = tuple(RetainExample(prompt=f"normal number {n} ?", answer="it is .") for n in range(number))
     return dataclasses.replace(data, retain_train=rows)

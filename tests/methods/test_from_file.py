@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker
@@ -76,20 +74,6 @@ def test_the_file_of_the_page_trains(
     assert len(logged) == 2
     assert all(entry["loss/ascent"] < 0 < entry["loss/retain"] for entry in logged)
     assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-
-
-def test_its_loss_by_hand(wga_file: Path) -> None:
-    """One token at p = 1/4, beta 1: -p * nll = -0.25 * log 4; the slope holds the weight constant.
-
-    d/dz of p_t^beta log p with the weight fixed is weight * (1 - p) for the target's score: 0.25 * 0.75.
-    """
-    loss_function: Any = method_named(str(wga_file)).objective.__globals__["wga_loss"]
-    logits = torch.zeros(1, 4, requires_grad=True)
-    loss: Tensor = loss_function(logits, torch.tensor([2]), torch.tensor([0]), 1, beta=1.0)
-    torch.testing.assert_close(loss, torch.tensor([-0.25 * torch.log(torch.tensor(4.0))]))
-    loss.sum().backward()
-    assert logits.grad is not None
-    torch.testing.assert_close(logits.grad[0, 2], torch.tensor(0.25 * 0.75))
 
 
 def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:

@@ -94,16 +94,3 @@ def test_settings_are_for_the_device_of_the_recipe(tmp_path: Path, monkeypatch: 
     assert not resolve_method(recipe, tmp_path).training.use_cpu
     assert resolve_method(recipe, tmp_path, device="cpu").training.use_cpu
     assert resolve_method(load_recipe("embedded", ["model.device=cpu"]), tmp_path).training.use_cpu
-
-
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("methods.npo.training.lerning_rate=1", r"^methods\.npo\.training\.lerning_rate is not a field"),
-        ("methods.npo.training.learning_rate=-1", r"^methods\.npo\.training\.learning_rate is -1"),
-        ("methods.npo.training.optim=nope", r"^acquire\.training and methods\.npo\.training: "),
-    ],
-)
-def test_a_wrong_training_setting_is_named_by_its_own_key(override: str, message: str, tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match=message):
-        resolve_method(load_recipe("embedded", ["method=npo", override]), tmp_path)

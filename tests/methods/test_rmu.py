@@ -14,7 +14,7 @@ from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker
 from sku.data.batches import ROWS, JointCollator
 from sku.data.examples import RowType
-from sku.errors import ModelError, RecipeError
+from sku.errors import ModelError
 from sku.methods.rmu import RMU, RmuSettings, steered_layer, steering_vector
 from sku.negate.task_vector import TaskVector
 from sku.training import decoder_layers
@@ -109,15 +109,6 @@ def test_the_steered_state_is_the_output_of_the_named_layer(
     expected = torch.stack([(seen[0][row, at] - steering).square().mean() for at in places]).mean()
     torch.testing.assert_close(terms["forget"], expected[None])
     assert terms["retain"].item() < 1e-12, "untrained, the states are where the original model has them"
-
-
-@pytest.mark.parametrize("layer", [-1, 5])
-def test_the_last_layer_and_layers_that_are_not_there_are_refused(layer: int, make_model: ModelMaker) -> None:
-    model = deep_model(make_model, "llama")
-    assert RMU.trained_modules is not None
-    for use in (RMU.objective, RMU.trained_modules):
-        with pytest.raises(RecipeError, match=rf"methods\.rmu\.settings\.layer is {layer}; it must be 0 to 4"):
-            use(RmuSettings(layer=layer), model)
 
 
 def test_lists_inside_a_layer_are_not_taken_for_the_layers_and_two_side_by_side_are_refused(

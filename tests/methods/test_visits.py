@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sku.config import load_recipe
-from sku.data.examples import ForgetRetainData, RowPlan
-from sku.data.joint import JointDataset
-from sku.data.tokens import Encoder, PaperFormat
+from sku.data.examples import ForgetRetainData
 from sku.methods.run import visited_examples, visited_places, with_visited
-from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
 
@@ -57,16 +53,6 @@ def test_what_is_said_before_is_what_the_batches_held(
     assert said is not None
     assert set(said) == visits.found
     assert count is None or len(said) == count
-
-
-def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(
-    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    joint = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=RowPlan(forget=True))
-    for choice in ("auto_find_batch_size", "ignore_data_skip"):
-        training = UnlearningConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True)
-        setattr(training, choice, True)
-        assert visited_examples(joint, training) is None
 
 
 @pytest.mark.parametrize("processes", [2, 3])

@@ -120,13 +120,6 @@ def test_where_the_model_never_complies_it_is_asked_again_and_made_to_begin(tmp_
         read_own_replies(found.folder, other)
 
 
-def test_where_every_refusal_is_judged_harmful_those_of_the_bank_are_taken(tmp_path: Path) -> None:
-    found = write_own_replies(job(Stub("harmful")), tmp_path / "own")
-    refuse = found.account["kinds"]["refuse"]
-    assert refuse["how"] == {"template": 14}
-    assert refuse["different_texts"] == 4
-
-
 TINY = (
     "data.own_replies=true", "data.forget.limit=14", "data.retain.limit=20", "acquire.training.max_steps=2",
     'acquire.training.save_strategy="no"', "negate.alpha=0.5", "evaluate.prompts=3", "evaluate.retain_prompts=3",

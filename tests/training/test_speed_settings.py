@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from conftest import ModelMaker, TrainerMaker
 from sku.acquire.trainer import SkuTrainer
 from sku.errors import RecipeError
-from sku.training import config as config_module
 from sku.training import trainer as trainer_module
 from sku.training.config import UnlearningConfig
 
@@ -22,20 +21,6 @@ from sku.training.config import UnlearningConfig
 def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
     assert trainer.model is not None
     return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-
-
-@pytest.mark.parametrize(
-    ("optim", "package"),
-    [("paged_adamw_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao")],
-)
-def test_an_optimizer_whose_package_is_missing_is_refused(
-    optim: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    monkeypatch.setattr(config_module, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=f"optim is {optim}, which needs the package {package}: pip install"):
-        UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, optim=optim)
-    monkeypatch.setattr(config_module, "find_spec", lambda name: object())
-    config_module.check_optimizer(optim, on_gpu=True)
 
 
 @pytest.mark.parametrize(
