@@ -14,7 +14,9 @@ from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker
 from sku.data.batches import ROWS, JointCollator
 from sku.data.examples import RowType
-from sku.errors import ModelError
+from sku.errors import ModelError, RecipeError
+from sku.methods.base import AnyMethod
+from sku.methods.circuit_breakers import CIRCUIT_BREAKERS, CircuitBreakersSettings
 from sku.methods.rmu import RMU, RmuSettings, steered_layer, steering_vector
 from sku.negate.task_vector import TaskVector
 from sku.training import decoder_layers
@@ -120,3 +122,19 @@ def test_lists_inside_a_layer_are_not_taken_for_the_layers_and_two_side_by_side_
     model.towers = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
     with pytest.raises(ModelError, match="model's 2 decoder layers can't be told: .* model.layers, towers"):
         decoder_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "key"),
+    [
+        (RMU, RmuSettings(layer=5), "layer"),
+        (RMU, RmuSettings(projections=("proj",)), "projections"),  # Whole parts of a name count.
+        (CIRCUIT_BREAKERS, CircuitBreakersSettings(layers=(0, 5)), "layers"),
+    ],
+)
+def test_layers_and_modules_that_are_not_there_are_refused(
+    method: AnyMethod, settings: Any, key: str, make_model: ModelMaker
+) -> None:
+    assert method.trained_modules is not None
+    with pytest.raises(RecipeError, match=rf"methods\.{method.name}\.settings\.{key} "):
+        method.trained_modules(settings, deep_model(make_model, "llama"))

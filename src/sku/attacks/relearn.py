@@ -57,7 +57,7 @@ from sku.evaluate.perplexity import score_examples
 from sku.evaluate.records import FluencyRecord, GenerationRecord, ResultCache, header_hash
 from sku.methods.task_vector import TASK_VECTOR
 from sku.models import LoadedModel
-from sku.training.config import UnlearningConfig, training_settings
+from sku.training.config import training_settings
 from sku.training.run import adapter_settings, train
 
 PAIRS_AT_ONCE = 8
@@ -342,7 +342,6 @@ def fine_tune(
         copied = copied.float()  # In half precision a step of usual size rounds away on most weights.
     with tempfile.TemporaryDirectory(prefix="sku-relearn-") as folder:
         settings = training_settings(
-            UnlearningConfig,
             {**attack_training(recipe), "learning_rate": learning_rate, "max_steps": steps[-1]},
             {
                 "output_dir": folder,

@@ -110,13 +110,21 @@ def retain_term(kind: RetainKind, weight: float = 1.0) -> dict[str, Term]:
     return {"retain_kl": Term(weight=weight, loss=kl, rows={"retain": True}, reference=True)}
 
 
-def names_in_layers(model: PreTrainedModel, indices: Iterable[int], ends: Sequence[str], setting: str) -> list[str]:
-    """Full names of the modules of some decoder layers whose names end in one of the given ways.
+def check_alike(*tensors: Tensor) -> None:
+    """Raises ValueError where shapes differ: they would broadcast."""
+    if len({tensor.shape for tensor in tensors}) != 1:
+        raise ValueError(f"shapes differ: {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}")
+
+
+def names_in_layers(
+    model: PreTrainedModel, indices: Iterable[int], ends: Sequence[str] | None = None, setting: str = ""
+) -> list[str]:
+    """Full names of modules of some decoder layers.
 
     Args:
         model: Without adapter.
         indices: Which layers, counted from 0.
-        ends: Such as ``down_proj`` or ``mlp.c_proj``; whole parts of the name count.
+        ends: What names end in, such as ``down_proj`` or ``mlp.c_proj``, whole parts of them; of None all linear ones.
         setting: Key of ``ends`` in the recipe, for the message.
 
     Raises:
@@ -126,27 +134,15 @@ def names_in_layers(model: PreTrainedModel, indices: Iterable[int], ends: Sequen
     list_name, layers = decoder_layers(model)
     found: list[str] = []
     for index in indices:
-        inner = [name for name, _ in layers[index].named_modules() if name]
-        own = [name for name in inner if f".{name}".endswith(tuple(f".{end}" for end in ends))]
+        inner = {name: module for name, module in layers[index].named_modules() if name}
+        if ends is None:
+            own = [name for name, module in inner.items() if isinstance(module, nn.Linear | Conv1D)]
+        else:
+            own = [name for name in inner if f".{name}".endswith(tuple(f".{end}" for end in ends))]
         if not own:
             raise RecipeError(
-                f"{setting} is {', '.join(ends)}, but decoder layer {index} holds only {', '.join(inner)}; name the "
-                "modules that are meant"
+                f"{setting} is {ends}, but decoder layer {index} holds only {', '.join(inner)}; name the modules that "
+                "are meant"
             )
         found += [f"{list_name}.{index}.{name}" for name in own]
     return found
-
-
-def linear_names(model: PreTrainedModel, indices: Iterable[int]) -> list[str]:
-    """Full names of the linear modules of some decoder layers, counted from 0.
-
-    Raises:
-        ModelError: As ``decoder_layers``.
-    """
-    list_name, layers = decoder_layers(model)
-    return [
-        f"{list_name}.{index}.{name}"
-        for index in indices
-        for name, module in layers[index].named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -181,21 +181,16 @@ def bf16_pays(*, use_cpu: bool) -> bool:
     return bool(has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-Settings = TypeVar("Settings", bound=UnlearningConfig)
-
-
 def training_settings(
-    config_type: type[Settings],
     training: Mapping[str, Any],
     fixed: Mapping[str, Any],
     *,
     device: str = "cpu",
     places: Mapping[str, str] = MappingProxyType({}),
-) -> Settings:
+) -> UnlearningConfig:
     """A recipe's training settings as transformers takes them.
 
     Args:
-        config_type: ``UnlearningConfig`` or one that has more fields.
         training: What the recipe says, under ``acquire.training`` where ``places`` doesn't tell another key.
         fixed: Fields that the recipe has its own places for.
         device: Type of the model's device, such as ``cpu``; the trainer stays there.
@@ -208,7 +203,7 @@ def training_settings(
         RecipeError: ``training`` holds a key that transformers doesn't know, or one that has its own place in the
             recipe, or a value that transformers refuses.
     """
-    known = {field.name for field in fields(config_type) if field.init}
+    known = {field.name for field in fields(UnlearningConfig) if field.init}
     where = {name: places.get(name, "acquire.training") for name in training}
     for name in training:
         if name in SET_BY_RECIPE:
@@ -218,7 +213,7 @@ def training_settings(
                 f"{where[name]}.{name} is not a field of transformers.TrainingArguments.{did_you_mean(name, known)}"
             )
     try:
-        return config_type(
+        return UnlearningConfig(
             **{
                 "use_cpu": device == "cpu",
                 **{name: _number(f"{where[name]}.{name}", name, value) for name, value in training.items()},
