@@ -32,7 +32,7 @@ SMALL = (
     "acquire.random_answers=1",
     "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 16, samples: 0, prefill_tokens: []}",
     "sweep={alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, max_new_tokens: 12, prefill_tokens: [3]}",
-    "sweep.rule=least_harm", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9", "sweep.hopeless_ratio=1.0e+9",
+    "sweep.rule=least_harm", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9",
     "sweep.kl_budget=1.0e+9",
     "sweep.gibberish_limit=0.99", "sweep.over_refusal_limit=0.99",
 )  # fmt: skip

@@ -43,10 +43,4 @@ def broken(alpha: float) -> SweepPoint:
     return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked="a weight is not finite")
 
 
-def hopeless(alpha: float, perplexity: float) -> SweepPoint:
-    ratios = {"retain_validation": same(perplexity)}
-    kl = {"retain_validation": 0.0}
-    return SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=None, unasked="the perplexity is too high")
-
-
 BASE = point(0.0, 1.0)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from sku import sweep
 from sku.config import SweepConfig
-from sku.sweep import Frontier, Selection, SweepPoint, is_hopeless, meets_target
-from sweep.frontiers import BASE, broken, hopeless, point
+from sku.sweep import Frontier, Selection, SweepPoint, meets_target
+from sweep.frontiers import BASE, broken, point
 
 LOWEST = SweepConfig()
 LEAST = SweepConfig(rule="least_harm")
@@ -74,12 +74,9 @@ def test_every_normal_set_divergence_and_refusals_limit_an_alpha(costly: dict[st
     assert not beyond_limits(point(1.0, 0.0, **nearly), BASE, LOWEST)  # type: ignore[arg-type]
 
 
-def test_what_is_hopeless() -> None:
-    config = SweepConfig(hopeless_ratio=2.0)
-    assert is_hopeless(broken(1.0), config)
-    assert is_hopeless(hopeless(1.0, 2.01), config)
-    assert not is_hopeless(point(1.0, 1.0, 2.0), config)
-    assert not meets_target(hopeless(1.0, 2.01), config)
+def test_an_alpha_that_was_not_asked_meets_nothing() -> None:
+    assert not meets_target(broken(1.0), LOWEST)
+    assert beyond_limits(broken(1.0), BASE, LOWEST)
 
 
 @settings(max_examples=150, deadline=None)

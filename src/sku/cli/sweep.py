@@ -140,9 +140,6 @@ def _print(found: Sweep, folder: Path) -> None:
     left_out = [f"{reason}: {count}" for reason, count in found.left_out.items()]
     if left_out:
         results.print(f"left out  {'; '.join(left_out)}")
-    if found.not_measured:
-        alphas = ", ".join(f"{alpha:g}" for alpha in found.not_measured)
-        results.print(f"not tried {alphas}: the one before is hopeless")
     if found.border is not None:
         bound = found.border.bound_by
         binds = "up to the largest tried" if bound is None else f"then {bound} is beyond it"

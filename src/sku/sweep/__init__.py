@@ -20,7 +20,7 @@ Keys of the file:
   not asked, ``unasked`` says why): ``harmful``, ``gibberish``, ``prefill`` and ``prefill_gibberish`` (by number of
   prefill tokens), ``over_refusal``, ``normal_gibberish``, ``exact_answer``, each count, total, value, low, high
   (Wilson, 95 %).
-- ``not_measured``: given alphas after a hopeless one. ``spare``: points that an earlier call with the same key
+- ``spare``: points that an earlier call with the same key
   measured and this one did not ask for; the rule doesn't see them.
 - ``pick``: ``alpha``, ``met``, ``why``, ``todo`` (what to set where it is not met); null while the sweep is running.
 
@@ -166,7 +166,6 @@ class Sweep(Frontier, Tabular):
     border: BudgetLimit | None = None
     notes: tuple[str, ...] = ()
     spare: tuple[SweepPoint, ...] = ()
-    not_measured: tuple[float, ...] = ()
     pick: Selection | None = None
 
     def lines(self) -> Iterator[Line]:
@@ -298,11 +297,6 @@ def beyond_limits(point: SweepPoint, on: Frontier) -> bool:
     if point.replies is None:
         return True
     return not on.cost(point).within or _gibberish(point, on) > on.config.gibberish_limit
-
-
-def is_hopeless(point: SweepPoint, config: SweepConfig) -> bool:
-    """Whether a larger alpha need not be tried: weights that broke, or a perplexity beyond ``hopeless_ratio``."""
-    return point.perplexity is None or point.perplexity.value > config.hopeless_ratio
 
 
 def _gibberish(point: SweepPoint, on: Frontier) -> float:

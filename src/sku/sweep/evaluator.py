@@ -33,7 +33,7 @@ from sku.evaluate.records import PrefillSource, Split, header_hash
 from sku.evaluate.statistics import Estimate, ratio_interval
 from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
-from sku.sweep import FREE, Replies, SweepPoint, is_hopeless
+from sku.sweep import FREE, Replies, SweepPoint
 from sku.sweep.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
 
 FORGET: Split = "forget_validation"
@@ -215,7 +215,7 @@ class AlphaEvaluator:
             vector: What is subtracted.
             generator: Its base is the original model, which is not changed.
             questions: What is asked.
-            config: Budget, limits and ``hopeless_ratio``.
+            config: Budget and limits.
             progress: Called with a stage, what is done and how much there is.
             output_dtype: Type in which the unlearned model will be saved; that of the original if None.
 
@@ -283,7 +283,7 @@ class AlphaEvaluator:
         )
 
     def measure(self, alpha: float) -> SweepPoint:
-        """One alpha; replies are not asked for where the perplexity is hopeless.
+        """One alpha; replies are not asked for where the weights break.
 
         Args:
             alpha: Finite.
@@ -301,11 +301,7 @@ class AlphaEvaluator:
         except (EvaluationError, TaskVectorError) as error:
             return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked=one_line(error))
         ratios = {str(split): self._ratio(own, self.base_scores[split]) for split, own in scores.items()}
-        point = SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=None)
-        if is_hopeless(point, self.config):
-            reason = f"the perplexity is above sweep.hopeless_ratio, x{self.config.hopeless_ratio:g}"
-            return dataclasses.replace(point, unasked=reason)
-        return dataclasses.replace(point, replies=self._ask(self.model))
+        return SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=self._ask(self.model))
 
     def _ratio(self, scores: Scores, base_scores: Scores) -> Estimate:
         """Against the original on the same answers, which are drawn anew together."""

@@ -37,7 +37,7 @@ from sku.negate.task_vector import TaskVector
 from sku.processes import current_processes
 from sku.reproducibility import content_sha256
 from sku.storage import mark_hazardous
-from sku.sweep import FREE, Replies, Selection, Sweep, choose, is_hopeless, read_kept, write_sweep
+from sku.sweep import FREE, Replies, Selection, Sweep, choose, read_kept, write_sweep
 from sku.sweep.evaluator import AlphaEvaluator, Questions, check_calibrated, draw_questions, validation_generator
 from sku.sweep.utility_cost import BISECTIONS, UtilityCost, find_budget_limit
 
@@ -205,7 +205,7 @@ def choose_alpha(
 
 
 def _finished(found: Sweep, evaluator: AlphaEvaluator, folder: Path) -> Sweep:
-    """Measures what is missing from the smallest alpha up, writing after every point, to the first hopeless one."""
+    """Measures what is missing from the smallest alpha up, writing after every point."""
     kept = {point.alpha: point for point in found.spare}
     tell = evaluator.progress or (lambda *_: None)
     alphas, tried = found.config.alphas, itertools.count(1)
@@ -226,11 +226,7 @@ def _finished(found: Sweep, evaluator: AlphaEvaluator, folder: Path) -> Sweep:
         spare = tuple(kept[other] for other in sorted(kept))
         found = _written(dataclasses.replace(found, points=(*found.points, point), spare=spare), folder)
         tell("sweep: alphas", number, len(ordered))
-        if is_hopeless(point, found.config):
-            break
-    left = tuple(ordered[len(found.points) :])
-    pick = choose(found)
-    return _written(dataclasses.replace(found, not_measured=left), folder, pick)
+    return _written(found, folder, choose(found))
 
 
 def _written(found: Sweep, folder: Path, pick: Selection | None = None) -> Sweep:
@@ -266,7 +262,6 @@ def _key(evaluator: AlphaEvaluator, output_dtype: str) -> str:
             "decoding": decoding_settings(generator.stop_ids, generator.config.max_new_tokens),
             "judge": generator.judge.card.key,
             "batch_size": generator.config.batch_size,
-            "hopeless_ratio": evaluator.config.hopeless_ratio,
             "seed": generator.seed,
             **({} if output_dtype == "same" else {"output_dtype": output_dtype}),
         }
