@@ -11,7 +11,7 @@ from peft import KasaConfig, LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from conftest import ModelMaker, TrainerMaker, sku_config
+from conftest import ModelMaker, TrainerMaker, assert_same_bits, sku_config, weights_of
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.data.batches import ROWS, JointCollator, PaddedRows
@@ -21,16 +21,6 @@ from sku.errors import ModelError, RecipeError
 from sku.models import load_model
 
 OFF = dict.fromkeys(TERMS, 0.0)
-
-
-def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
-    assert trainer.model is not None
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-
-
-def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def batch_of(trainer: SkuTrainer, places: list[int]) -> dict[str, Any]:

@@ -10,15 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import TrainerMaker
+from conftest import TrainerMaker, weights_of
 from sku.acquire.trainer import SkuTrainer
 from sku.errors import NonFiniteLossError, ProcessError
 from sku.training.objective import FiniteGuard, check_finite
-
-
-def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
-    assert trainer.model is not None
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
 
 
 def spoil(trainer: SkuTrainer, monkeypatch: pytest.MonkeyPatch, call: int) -> tuple[dict[str, Tensor], list[int]]:

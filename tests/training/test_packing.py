@@ -17,7 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker
+from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker, assert_same_bits, weights_of
 from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
 from sku.data.batches import JointCollator
 from sku.errors import ModelError
@@ -102,16 +102,6 @@ def test_every_method_trains_on_packed_rows(
     assert trainer.packing == "tree"
     disturb(trainer)
     assert_packed_is_padded(trainer)
-
-
-def weights_of(trainer: UnlearningTrainer) -> dict[str, Tensor]:
-    assert trainer.model is not None
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-
-
-def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_equal_runs_are_equal_with_workers_and_with_recomputed_layers(make_trainer: TrainerMaker) -> None:

@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from conftest import ModelMaker, TrainerMaker
+from conftest import ModelMaker, TrainerMaker, weights_of
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuTrainer
 from sku.data.examples import RowType
@@ -20,11 +19,6 @@ from sku.training import trainer as trainer_module
 
 def losses_of(trainer: SkuTrainer) -> list[list[float]]:
     return [[line[f"loss/{name}"] for name in TERMS] for line in trainer.state.log_history if "loss" in line]
-
-
-def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
-    assert trainer.model is not None
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])

@@ -11,16 +11,10 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from conftest import ModelMaker, TrainerMaker
-from sku.acquire.trainer import SkuTrainer
+from conftest import ModelMaker, TrainerMaker, weights_of
 from sku.errors import RecipeError
 from sku.training import trainer as trainer_module
 from sku.training.config import UnlearningConfig
-
-
-def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
-    assert trainer.model is not None
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
 
 
 @pytest.mark.parametrize(
