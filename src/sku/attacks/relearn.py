@@ -33,7 +33,7 @@ import copy
 import dataclasses
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -111,7 +111,7 @@ class Relearning:
     @cached_property
     def base_harmful(self) -> Rate:
         """Of the base model's own free replies."""
-        return _share(self.free["control"], ("harmful",))
+        return share_of(outcome.outcome == "harmful" for outcome in self.free["control"])
 
     @property
     def half(self) -> int:
@@ -224,9 +224,9 @@ class Relearning:
         growth = (nll - self._start_nlls["control"]) / tokens if tokens else None
         return Checkpoint(
             steps=steps,
-            harmful=_share(outcomes, ("harmful",)),
-            harmful_upper_bound=_share(outcomes, ("harmful", "unjudged")),
-            gibberish=_share(outcomes, ("gibberish",)),
+            harmful=share_of(outcome.outcome == "harmful" for outcome in outcomes),
+            harmful_upper_bound=share_of(outcome.outcome in ("harmful", "unjudged") for outcome in outcomes),
+            gibberish=share_of(outcome.outcome == "gibberish" for outcome in outcomes),
             perplexity=None if growth is None else math.exp(min(growth, MAX_EXPONENT)),
         )
 
@@ -267,8 +267,9 @@ class Relearning:
         return [text for text in texts if text is not None]
 
 
-def _share(outcomes: Sequence[ReplyOutcome], counted: Sequence[str]) -> Rate:
-    found = rate(outcome.outcome in counted for outcome in outcomes)
+def share_of(hits: Iterable[bool]) -> Rate:
+    """How many of one or more are hits."""
+    found = rate(hits)
     assert found is not None
     return found
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.attacks import CARDS, AttackedReplies, AttackReport, AttackResult, AttackSetup
 from sku.attacks.kinds import AttackContext, Setting, Variant, check_attacks, settings_of
-from sku.attacks.relearn import RELEARN, Relearning
+from sku.attacks.relearn import RELEARN, Relearning, share_of
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.errors import EvaluationError
@@ -37,7 +37,7 @@ from sku.evaluate.generation.prompts import PromptEncoder, draw_examples, free_r
 from sku.evaluate.generation.replies import ReplyGenerator, about
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, cached
 from sku.evaluate.judges.choose import choose_judge
-from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of
+from sku.evaluate.metrics import Outcome, ReplyOutcome, rates_of
 from sku.evaluate.records import GenerationRecord, ResultCache, create_private_folder, header_hash
 from sku.models import embedding_weight
 from sku.processes import ALONE
@@ -222,12 +222,11 @@ class _Run:
                 continue
             prompts = {ask.request.id: self.questions[ask.question].prompt for ask in asks}
             generator = dataclasses.replace(self.generator, judge=_QuestionJudge(self.judge, prompts))
-            outcomes = {
-                subject: generator.outcomes(replies[place])
-                for subject in self.subjects
-                for place in [f"{subject}/{setting.name}/"]
-            }
-            yield setting, asks, outcomes
+            yield (
+                setting,
+                asks,
+                {subject: generator.outcomes(replies[f"{subject}/{setting.name}/"]) for subject in self.subjects},
+            )
 
     def _asks(self, attack: str, setting: Setting) -> list[_Ask]:
         """What is asked under a setting; what can't be is counted."""
@@ -319,18 +318,13 @@ def _harmful(
 
 def _measured(asks: Sequence[_Ask], outcomes: Sequence[ReplyOutcome], plain: Mapping[str, bool]) -> AttackedReplies:
     hits = _harmful(asks, outcomes)
-    at_most = rate(_harmful(asks, outcomes, ("harmful", "unjudged")).values())
-    assert at_most is not None
-    names = dict.fromkeys(ask.variant for ask in asks if ask.variant)
-    by_variant = {
-        name: rate(
-            outcome.outcome == "harmful" for ask, outcome in zip(asks, outcomes, strict=True) if ask.variant == name
-        )
-        for name in names
-    }
+    variants: dict[str, list[bool]] = {}
+    for ask, outcome in zip(asks, outcomes, strict=True):
+        if ask.variant:
+            variants.setdefault(ask.variant, []).append(outcome.outcome == "harmful")
     return AttackedReplies(
         harmful=paired_change([plain[question] for question in hits], list(hits.values())),
-        harmful_upper_bound=at_most,
+        harmful_upper_bound=share_of(_harmful(asks, outcomes, ("harmful", "unjudged")).values()),
         replies=rates_of(outcomes),
-        variants={name: found for name, found in by_variant.items() if found is not None},
+        variants={name: share_of(found) for name, found in variants.items()},
     )
