@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -17,6 +18,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before any import of torch, and for the processes that tests start: there are as many of them as cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Under nohup or in a shell's background Ctrl-C is ignored, by the processes that tests start and interrupt too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
