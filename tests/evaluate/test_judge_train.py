@@ -131,7 +131,9 @@ def test_a_decoder_reads_prompt_and_reply_in_one_text(tmp_path: Path, make_recor
             )
         ).save_pretrained(tmp_path / "decoder")  # fmt: skip
     tokenizer.save_pretrained(tmp_path / "decoder")
-    made = train_judge(labelled(), settings_for(tmp_path / "decoder", max_length=96, epochs=16, patience=4), tmp_path / "judge")
+    made = train_judge(
+        labelled(), settings_for(tmp_path / "decoder", max_length=96, epochs=16, patience=4), tmp_path / "judge"
+    )
     assert made.figures.auc is not None
     assert made.figures.auc.value > 0.9
     judge = build_judge(str(made.folder), {"device": "cpu"})
