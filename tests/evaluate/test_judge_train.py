@@ -133,8 +133,6 @@ def test_a_decoder_reads_prompt_and_reply_in_one_text(tmp_path: Path, make_recor
     tokenizer.save_pretrained(tmp_path / "decoder")
     settings = settings_for(tmp_path / "decoder", max_length=96, epochs=16, patience=4)
     made = train_judge(labelled(), settings, tmp_path / "judge")
-        labelled(), settings_for(tmp_path / "decoder", max_length=96, epochs=16, patience=4), tmp_path / "judge"
-    )
     assert made.figures.auc is not None
     assert made.figures.auc.value > 0.9
     judge = build_judge(str(made.folder), {"device": "cpu"})
