@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from sku.attacks import AttackCard, AttackedReplies, AttackReport, AttackResult, AttackSetup
-from sku.evaluate.changes import paired_change
+from sku.evaluate.comparison import paired_change
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate, rate
 from sku.report.run_charts import relearn_chart

@@ -27,10 +27,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sku.evaluate.changes import RateChange
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
 from sku.evaluate.records import JsonArtifact
+from sku.evaluate.results import RateChange
 
 AttackKind = Literal["none", "prompt", "weights"]
 
