@@ -153,6 +153,15 @@ SAME = dataclasses.replace(CALIBRATION, words_median=12, words_max=300)
             compare(result(BASE, calibration=SAME), result(AFTER, calibration=SAME)),
             "longest 300",
         ),
+        (
+            # 12 % is no more than what the judge makes of safe replies, and too much to be nothing.
+            compare(
+                result(BASE, calibration=CALIBRATION),
+                result({**AFTER, ("forget_test", "reply"): (12, 88, 0)}, calibration=CALIBRATION),
+            ),
+            compared(),
+            "floor",
+        ),
     ],
 )  # fmt: skip
 def test_what_a_table_can_not_show_has_a_note(told: Comparison, silent: Comparison, word: str) -> None:
@@ -195,3 +204,12 @@ def test_replies_without_a_verdict_are_not_corrected_as_harmless() -> None:
     }  # fmt: skip
     assert found.corrected["forget_test"]["replies"].observed == pytest.approx(2 / 3)
     assert found.corrected["forget_test"]["replies"].value == pytest.approx((2 / 3 + 0.9 - 1) / 0.8)
+
+
+def test_what_both_evaluations_left_out_is_told_once() -> None:
+    base, unlearned = (
+        dataclasses.replace(result(BASE), setup=dataclasses.replace(SETUP, notes=("both",), left_out=left_out))
+        for left_out in ({"prefill": 2, "xstest": 0}, {"prefill": 2, "extra": 1})
+    )
+    told = ("both", "left out: prefill: 2", "left out: extra: 0 (base), 1 (unlearned)")
+    assert compare(base, unlearned).notes[-3:] == told

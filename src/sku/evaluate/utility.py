@@ -37,23 +37,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, ModelConfig
 from sku.data.examples import ForgetRetainData, RetainExample, normalise_prompt
 from sku.errors import EvaluationError, ModelError, did_you_mean, one_line
+from sku.evaluate import records
 from sku.evaluate.generation import batching
 from sku.evaluate.generation.batching import Progress, in_batches
 from sku.evaluate.generation.replies import SavedReplies, fingerprint
 from sku.evaluate.metrics import find_faults
 from sku.evaluate.perplexity import ScoredText, compare_distributions, texts_hash
-from sku.evaluate.records import (
-    AGREEMENT_FILE,
-    NORMAL_SPLITS,
-    SIMILARITY_FILE,
-    AgreementRow,
-    FluencyRecord,
-    GenerationRecord,
-    SimilarityRow,
-    by_split,
-    grouped,
-    header_hash,
-)
+from sku.evaluate.records import AgreementRow, FluencyRecord, GenerationRecord, SimilarityRow
 from sku.evaluate.results import BaseAgreement, HarnessScores, MeanScore, TaskScores
 from sku.evaluate.statistics import mean_interval, ratio_interval
 from sku.models import LoadedModel, embedding_weight, load_classifier
@@ -78,12 +68,12 @@ class AnsweredPrompt:
 
 
 def answered_prompts(
-    records: Sequence[GenerationRecord], answers: Sequence[RetainExample], gibberish: Mapping[str, bool]
+    replies: Sequence[GenerationRecord], answers: Sequence[RetainExample], gibberish: Mapping[str, bool]
 ) -> list[AnsweredPrompt]:
     """Gathers all answers that the dataset has to the prompts of ``retain_test``."""
-    known = grouped(answers, lambda example: normalise_prompt(example.prompt))
+    known = records.grouped(answers, lambda example: normalise_prompt(example.prompt))
     found = []
-    for row in records:
+    for row in replies:
         own = known.get(normalise_prompt(row.prompt))
         answer = (row.reference,) if own is None else tuple(dict.fromkeys(example.answer for example in own))
         found.append(AnsweredPrompt(id=row.id, reply=row.reply, references=answer, gibberish=gibberish[row.id]))
@@ -167,7 +157,7 @@ def similarity_of(rows: Sequence[SimilarityRow], *, seed: int) -> dict[str, Mean
 def base_agreement(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAgreement]:
     """Means over all tokens of each split, with bootstrap intervals over its examples."""
     found: dict[str, BaseAgreement] = {}
-    for split, own in by_split(rows).items():
+    for split, own in records.by_split(rows).items():
         tokens = [row.tokens for row in own]
         total = sum(tokens)
         kl_low, kl_high = ratio_interval([row.kl for row in own], tokens, seed=seed)
@@ -206,28 +196,24 @@ class UtilityStages:
     """``name``, ``dtype`` and ``fingerprint`` of the model."""
     data: ForgetRetainData
 
-    @property
-    def _config(self) -> EvaluateConfig:
-        return self.replies.config
-
     def agreement(self, probes: Sequence[Sequence[int]], texts: Sequence[ScoredText]) -> dict[str, Any]:
         """Divergence from the base on fixed text; nothing where the model is the base, or no base was given."""
         base, model = self.replies.base, self.replies.model
-        read = [text for text in texts if text.split in NORMAL_SPLITS]
+        read = [text for text in texts if text.split in records.NORMAL_SPLITS]
         if base is None or base is model or not read:
             return {}
         compare = partial(
             compare_distributions, base, model, read,
-            batch_size=self._config.batch_size, progress=self.replies.report("agreement"),
+            batch_size=self.replies.config.batch_size, progress=self.replies.report("agreement"),
         )  # fmt: skip
         with batching.evaluation_mode(model), batching.evaluation_mode(base):
             header = {"model": self.about, "base": fingerprint(base, probes), "texts": texts_hash(read)}
-            rows = self.replies.reuse.rows_of_main(AGREEMENT_FILE, header, AgreementRow, compare)
+            rows = self.replies.reuse.rows_of_main(records.AGREEMENT_FILE, header, AgreementRow, compare)
         return {"agreement": base_agreement(rows, seed=self.replies.generator.seed)}
 
     def lm_eval(self) -> dict[str, Any]:
         """Tasks of lm-evaluation-harness."""
-        config = self._config
+        config = self.replies.config
         if not config.lm_eval:
             return {}
         include = config.lm_eval_include
@@ -257,12 +243,12 @@ class UtilityStages:
             return {}
         scores: dict[str, Score] = {"rouge_l": rouge_l}
         print_of: dict[str, str] = {}
-        if self._config.similarity_model is not None:
-            scores["learned"], print_of["learned"] = self._learned(self._config.similarity_model)
+        if self.replies.config.similarity_model is not None:
+            scores["learned"], print_of["learned"] = self._learned(self.replies.config.similarity_model)
         texts = [[entry.id, entry.reply, list(entry.references), entry.gibberish] for entry in answered]
-        header = {"metrics": sorted(scores), "models": print_of, "texts": header_hash({"texts": texts})}
+        header = {"metrics": sorted(scores), "models": print_of, "texts": records.header_hash({"texts": texts})}
         rows = self.replies.reuse.rows_of_main(
-            SIMILARITY_FILE, header, SimilarityRow, lambda: compare_with_references(answered, scores)
+            records.SIMILARITY_FILE, header, SimilarityRow, lambda: compare_with_references(answered, scores)
         )
         return {"similarity": similarity_of(rows, seed=self.replies.generator.seed), "similarity_rows": tuple(rows)}
 
@@ -270,7 +256,7 @@ class UtilityStages:
         """The metric, and what tells its model from others: its score of one pair."""
         loaded = load_similarity(source)
         torch.nn.Module.to(loaded.model, embedding_weight(self.replies.model).device)
-        size = self._config.batch_size
+        size = self.replies.config.batch_size
         probe = learned(loaded, ["the river is long"], ["the moon is small"], batch_size=1)
         return partial(learned, loaded, batch_size=size, progress=self.replies.report("similarity")), repr(probe[0])
 
