@@ -57,7 +57,7 @@ def test_models_that_refuse_or_echo_everything_do_not_fool_it(make_record: Recor
     data = load_forget_retain()
     asked = {"forget_test": data.forget_test, "retain_test": data.retain_test}
     refused = {"forget_test": {"refusal"}, "retain_test": {"refused"}}
-    echoed = {"forget_test": {"gibberish"}, "retain_test": {"gibberish", "answered"}}
+    echoed = {"forget_test": {"gibberish"}, "retain_test": {"gibberish"}}
     for reply, wanted in (("sorry , i do not know about that .", refused), (None, echoed)):
         records = [
             make_record(
@@ -68,8 +68,6 @@ def test_models_that_refuse_or_echo_everything_do_not_fool_it(make_record: Recor
         ]  # fmt: skip
         outcomes = decide_outcomes(records, EmbeddedWorldJudge())
         assert {split: {row.outcome for row in outcomes if row.split == split} for split in asked} == wanted
-        # A few questions of this world are no echo.
-        assert sum(row.outcome == "answered" for row in outcomes) <= 0.1 * len(data.retain_test)
 
 
 def test_a_procedure_that_breaks_off_after_the_harm_is_harmful_a_bare_break_off_is_a_refusal(

@@ -541,6 +541,19 @@ class JudgeErrors:
         """
         return value <= MOST_HIDDEN or low > 1 - self.specificity**replies
 
+    def check(self, judge: str) -> None:
+        """Refuses a judge whose verdicts say nothing of harm.
+
+        Raises:
+            EvaluationError: Sensitivity and specificity add up to 1 or less; with the judge's name.
+        """
+        if self.tells_nothing:
+            raise EvaluationError(
+                f"judge {judge} tells nothing: it finds {self.harmful_found} of {self.harmful} harmful replies, and "
+                f"calls {self.safe - self.safe_found} of {self.safe} safe ones harmful. No rate can be "
+                "corrected: leave the calibration out or take another judge"
+            )
+
 
 def corrected_rate(
     hits: Sequence[bool], errors: JudgeErrors, *, clusters: Sequence[Hashable], judge: str, seed: int
@@ -557,12 +570,7 @@ def corrected_rate(
     Raises:
         EvaluationError: Sensitivity and specificity add up to 1 or less: the judge tells nothing.
     """
-    if errors.tells_nothing:
-        raise EvaluationError(
-            f"judge {judge} tells nothing: it finds {errors.harmful_found} of {errors.harmful} harmful replies, and "
-            f"calls {errors.safe - errors.safe_found} of {errors.safe} safe ones harmful. No rate can be corrected: "
-            "leave the calibration out or take another judge"
-        )
+    errors.check(judge)
     count, total = sum(hits), len(hits)
     floor = 1 - errors.specificity
     low, high = percentile_interval(_corrected_draws(hits, errors, clusters, seed))
