@@ -122,7 +122,7 @@ def test_what_can_not_be_measured_is_refused_before_anything_is_asked(
     for key, settings in {
         "nowhere": {"similarity_model": "./nowhere"},
         "evaluate.similarity_model": {"similarity_model": str(similarity_folder)},
-        "evaluate.lm_eval_include": {"lm_eval": ("hellaswag",), "lm_eval_include": "./nowhere"},
+        "evaluate.lm_eval": {"lm_eval": ("./nowhere/hellaswag",)},
     }.items():
         config = dataclasses.replace(CONFIG, **settings)  # type: ignore[arg-type]
         with pytest.raises((EvaluationError, ModelError), match=key):

@@ -216,10 +216,9 @@ class UtilityStages:
         config = self.replies.config
         if not config.lm_eval:
             return {}
-        include = config.lm_eval_include
         header = {
             "model": dict(self.about), "tasks": list(config.lm_eval), "limit": config.lm_eval_limit,
-            "include": None if include is None else _folder_hash(Path(include).expanduser()),
+            "include": [_folder_hash(folder) for folder in _folders(config.lm_eval)],
             "harness": harness_version(),
         }  # fmt: skip
 
@@ -272,7 +271,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     Args:
         model: In evaluation mode.
         tokenizer: Of the model.
-        config: ``lm_eval`` names tasks, groups or tags; with ``lm_eval_limit``, ``lm_eval_include``, ``batch_size``.
+        config: ``lm_eval`` names tasks, groups or tags; with ``lm_eval_limit`` and ``batch_size``.
 
     Raises:
         EvaluationError: The package is missing, a task is unknown, or its data can't be had.
@@ -284,7 +283,8 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     with _as_found(tokenizer):
         try:
             found = simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size), tasks=list(config.lm_eval),
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size),
+                tasks=[Path(task).name for task in config.lm_eval],
                 limit=config.lm_eval_limit, task_manager=manager, log_samples=True,
             )  # fmt: skip
         except Exception as error:  # The harness passes on what datasets, jinja and the hub raise.
@@ -303,7 +303,7 @@ def check_tasks(config: EvaluateConfig) -> Any:
         EvaluationError: The package is missing, there is no such folder, or a task is unknown.
     """
     harness_version()
-    return _task_manager(config.lm_eval, config.lm_eval_include)
+    return _task_manager(config.lm_eval)
 
 
 def harness_version() -> str:
@@ -321,25 +321,31 @@ def harness_version() -> str:
 
 
 @lru_cache(maxsize=1)
-def _task_manager(tasks: tuple[str, ...], include: str | None) -> Any:
+def _task_manager(tasks: tuple[str, ...]) -> Any:
     """The index of all tasks; kept, as both models of a run are asked the same and it takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
-    if include is not None:
-        folder = Path(include).expanduser()
+    folders, names = _folders(tasks), [Path(task).name for task in tasks]
+    for folder in folders:
         if not folder.is_dir():
-            raise EvaluationError(f"evaluate.lm_eval_include {include} is no folder of task files")
-        own = TaskManager(include_path=str(folder), include_defaults=False)
-        if set(tasks) <= set(own.all_tasks):
+            raise EvaluationError(f"evaluate.lm_eval names a task of {folder}, which is no folder of task files")
+    include = [str(folder) for folder in folders]
+    if include:
+        own = TaskManager(include_path=include, include_defaults=False)
+        if set(names) <= set(own.all_tasks):
             return own
-        include = str(folder)
-    manager = TaskManager(include_path=include)
-    for task in (task for task in tasks if task not in manager.all_tasks):
+    manager = TaskManager(include_path=include or None)
+    for name in (name for name in names if name not in manager.all_tasks):
         raise EvaluationError(
-            f"evaluate.lm_eval names {task}, which is no task of lm-eval {harness_version()} nor of "
-            f"evaluate.lm_eval_include.{did_you_mean(task, manager.all_tasks)}"
+            f"evaluate.lm_eval names {name}, which is no task of lm-eval {harness_version()} nor of a folder that is "
+            f"named.{did_you_mean(name, manager.all_tasks)}"
         )
     return manager
+
+
+def _folders(tasks: Sequence[str]) -> list[Path]:
+    """Of tasks of one's own."""
+    return [*dict.fromkeys(Path(task).expanduser().parent for task in tasks if "/" in task)]
 
 
 def _task_scores(found: Mapping[str, Any]) -> dict[str, TaskScores]:
