@@ -26,7 +26,7 @@ from sku.cli.init import described
 from sku.cli.main import app
 from sku.cli.options import listed_methods, method_names, words_of
 from sku.cli.sweep import next_commands
-from sku.comparison.rows import ABLATIONS
+from sku.comparison.run import ABLATIONS
 from sku.config import load_recipe
 from sku.errors import DataError
 from sku.methods import METHODS
