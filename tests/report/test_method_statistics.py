@@ -12,11 +12,14 @@ import pytest
 
 from sku.errors import EvaluationError
 from sku.evaluate.statistics import Estimate
-from sku.report import method_statistics
-from sku.report.method_records import PREFILL, MethodRecord, Point, Role
-from sku.report.method_statistics import (
+from sku.report import method_records
+from sku.report.method_records import (
+    PREFILL,
     RESAMPLES,
     Difference,
+    MethodRecord,
+    Point,
+    Role,
     difference_to,
     draws,
     points_of,
@@ -46,11 +49,11 @@ def found(estimate: Estimate | None) -> Estimate:
 
 
 def rate(records: list[MethodRecord], role: Role, key: str, hit: str) -> Estimate | None:
-    return method_statistics.rate(points_of(records, role), key, hit)
+    return method_records.rate(points_of(records, role), key, hit)
 
 
 def perplexity_ratio(records: list[MethodRecord], base: MethodRecord, split: str) -> Estimate | None:
-    return method_statistics.perplexity_ratio(points_of(records, "published"), base, split)
+    return method_records.perplexity_ratio(points_of(records, "published"), base, split)
 
 
 def compared(a: list[MethodRecord], b: list[MethodRecord]) -> Difference:

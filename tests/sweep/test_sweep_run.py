@@ -24,7 +24,7 @@ from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import PrefillSource, start_id
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
-from sku.report.frontier import frontier_figure
+from sku.report.run_charts import frontier_figure
 from sku.sweep import evaluator as sweep_meter
 from sku.sweep import run as sweep_run
 from sku.sweep.evaluator import (

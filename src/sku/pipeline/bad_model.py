@@ -19,7 +19,7 @@ from sku.models import load_model
 from sku.pipeline.checks import check_trained_model, check_training, load_recipe_data
 from sku.plan import Progress
 from sku.processes import current_processes, shared_new_folder
-from sku.report.frontier import write_frontier
+from sku.report.run_charts import write_frontier
 from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous
 from sku.sweep.evaluator import check_judge, draw_questions
 from sku.sweep.result import Sweep

@@ -23,8 +23,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.metrics import HARM_WORDS, prefill_words
 from sku.evaluate.statistics import Estimate
 from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
-from sku.report.method_records import BASE, MethodRecord, Role
-from sku.report.method_statistics import points_of
+from sku.report.method_records import BASE, MethodRecord, Role, points_of
 from sku.report.method_tables import (
     ComparisonRow,
     comparison_rows,

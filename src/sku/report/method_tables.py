@@ -10,11 +10,17 @@ from sku.evaluate.metrics import HARM_WORDS, prefill_words, start_words
 from sku.evaluate.records import NORMAL, prefills_in_order
 from sku.evaluate.statistics import Estimate, holm
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.method_records import BASE, NORMAL_KEY, PREFILL, UNSEEN_KEY, MethodRecord, Point, Role
-from sku.report.method_statistics import (
+from sku.report.method_records import (
+    BASE,
+    NORMAL_KEY,
+    PREFILL,
     RESAMPLES,
+    UNSEEN_KEY,
     Counted,
     Difference,
+    MethodRecord,
+    Point,
+    Role,
     counted_of,
     difference_to,
     harm_bounds,

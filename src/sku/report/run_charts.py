@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from sku.attacks import AttackReport, RelearnLine
 from sku.evaluate.metrics import Rate
-from sku.report.figures import PAGE_STYLE, Picture, drawable, light, name_rows, new_figure, share_axis
-from sku.report.frontier import draw_sweep
+from sku.report.figures import (
+    PAGE_STYLE,
+    PALETTE,
+    STYLE,
+    Picture,
+    bare,
+    draw_rates,
+    drawable,
+    name_rows,
+    new_figure,
+    save_figure,
+    share_axis,
+)
 from sku.report.words import (
     ATTACK_COLUMNS,
     NOTHING,
@@ -23,9 +37,14 @@ from sku.report.words import (
     relearn_rows,
     start_text,
 )
-from sku.sweep.result import Sweep, SweepPoint
+from sku.sweep.result import Replies, Sweep, SweepPoint
 
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
+FIGURES = ("frontier.png", "frontier.svg")
+_INK, _HARM = PALETTE["ink"], PALETTE["harmful"]
+_PREFILL = tuple(PALETTE[f"prefill_{place}"] for place in range(1, 6))
+"""Light for short prefills, dark for long ones; the last stands for all that are longer still."""
+_MARKERS = "s^vDP"
 _TABLE_ROWS = 12
 """Of the table under the training curves: about so many steps, first and last among them."""
 
@@ -43,10 +62,10 @@ def training_chart(log: Sequence[Mapping[str, float]]) -> Picture:
         for number, (axes, term) in enumerate(zip(panels, terms, strict=True)):
             points = [(entry["step"], entry[term]) for entry in log if term in entry]
             steps, values = zip(*points, strict=True)
-            colour = light(_LINES[number % len(_LINES)])
+            colour = PALETTE[_LINES[number % len(_LINES)]]
             axes.plot(steps, values, color=colour, linewidth=1.6, marker="o" if len(points) == 1 else "")
             axes.set_title(drawable(words[term]), loc="left", fontsize=10, pad=4)
-            axes.grid(axis="y", color=light("faint"), linewidth=0.7)
+            axes.grid(axis="y", color=PALETTE["faint"], linewidth=0.7)
             axes.sharex(panels[0])
             axes.tick_params(labelbottom=axes is panels[-1])
         panels[-1].set_xlabel("optimizer step")
@@ -75,7 +94,7 @@ def vector_chart(layers: Mapping[str, float], modules: Mapping[str, float]) -> P
         figure, panels = new_figure(0.5 * len(sizes) + 0.22 * sum(sizes), len(groups))
         cast(Any, panels[0].get_gridspec()).set_height_ratios(sizes)
         for axes, (title, norms) in zip(panels, groups.items(), strict=True):
-            axes.barh(range(len(norms)), list(norms.values()), height=0.72, color=light("unlearned"))
+            axes.barh(range(len(norms)), list(norms.values()), height=0.72, color=PALETTE["unlearned"])
             name_rows(axes, list(norms))
             axes.set_title(f"by {title}", loc="left", fontsize=10, pad=4)
             axes.sharex(panels[0])
@@ -97,11 +116,152 @@ def _by_number(entry: tuple[str, float]) -> tuple[bool, int, str]:
     return not name.isdecimal(), int(name) if name.isdecimal() else int(name == "others"), name
 
 
+def write_frontier(sweep: Sweep, folder: Path) -> None:
+    """Draws ``FIGURES`` into a folder.
+
+    Raises:
+        OutputError: The folder can't be written.
+    """
+    for name in FIGURES:
+        frontier_figure(sweep, folder / name)
+
+
+def frontier_figure(sweep: Sweep, path: Path) -> Path:
+    """Draws a finished sweep: rates and utility cost over alpha, and harm against that cost.
+
+    Ranges are 95 % intervals (Wilson). Alphas whose model was not asked have no rates; a cost beyond the axis is drawn
+    at its edge as an arrow.
+
+    Raises:
+        OutputError: Another suffix than ``.png``, ``.svg`` or ``.pdf``, or a folder that can't be written.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11, 5.6), layout="constrained")
+        grid = figure.add_gridspec(2, 2, height_ratios=(1.9, 1))
+        rates = figure.add_subplot(grid[0, 0])
+        cost = figure.add_subplot(grid[1, 0], sharex=rates)
+        _draw_sweep(sweep, rates, cost, figure.add_subplot(grid[0, 1]))
+        names = figure.add_subplot(grid[1, 1])
+        names.axis("off")
+        lines, words = rates.get_legend_handles_labels()
+        names.legend(lines, words, frameon=False, fontsize=8.5, loc="center", ncols=2, handlelength=3)
+        rates.tick_params(labelbottom=False)
+        why = "" if sweep.pick is None else f" {sweep.pick.why[0].upper()}{sweep.pick.why[1:]}."
+        footer = (
+            f"{sweep.model}, {sweep.asked['harmful']} prompts of forget_validation and {sweep.asked['normal']} of "
+            f"retain_validation, seed {sweep.seed}. Judge: {sweep.judge.name}. Ranges: 95 % intervals.{why}"
+        )
+        figure.supxlabel(textwrap.fill(footer, 165), fontsize=7.5, color=PALETTE["base"], x=0.005, ha="left")
+        return save_figure(figure, path)
+
+
+def _draw_sweep(sweep: Sweep, rates: Axes, cost: Axes, frontier: Axes) -> None:
+    measured = [point for point in (sweep.base, *sweep.points) if point.perplexity is not None]
+    asked = [point for point in measured if point.replies is not None]
+    _draw_rates(rates, asked)
+    _draw_cost(cost, measured, sweep)
+    _draw_frontier(frontier, asked, sweep)
+    if sweep.pick is not None and sweep.pick.alpha is not None:
+        for axes in (rates, cost):
+            axes.axvline(sweep.pick.alpha, color=_INK, linewidth=1.1, zorder=1)
+        rates.annotate(
+            f"{'chosen' if sweep.pick.met else 'nearest'}: {sweep.pick.alpha:g}", (sweep.pick.alpha, 0.5),
+            xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points", rotation=90, ha="right",
+            va="center", fontsize=8.5, fontweight="bold",
+        )  # fmt: skip
+
+
+def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
+    replies = [(point.alpha, cast(Replies, point.replies)) for point in points]
+    lengths = sorted({tokens for _, found in replies for tokens in found.prefill})
+
+    def line(values: Sequence[tuple[float, Rate]], colour: str, label: str, **style: Any) -> None:
+        alphas = [alpha for alpha, _ in values]
+        axes.plot(alphas, [rate.value for _, rate in values], color=colour, label=label, **style)
+        axes.vlines(
+            alphas, [rate.low for _, rate in values], [rate.high for _, rate in values],
+            color=colour, linewidth=1, alpha=0.35,
+        )  # fmt: skip
+
+    line([(alpha, found.harmful) for alpha, found in replies], _HARM, "harmful", marker="o", linewidth=2.2)
+    for place, tokens in enumerate(lengths):
+        shade, marker = (kinds[min(place, len(kinds) - 1)] for kinds in (_PREFILL, _MARKERS))
+        label = f"harmful, prefill of {tokens} token{'s' if tokens > 1 else ''}"
+        values = [(alpha, found.prefill[tokens]) for alpha, found in replies]
+        line(values, shade, label, marker=marker, markersize=4.5, linewidth=1.3)
+    dashed: dict[str, Any] = {"linewidth": 1.6, "markersize": 4.5}
+    line([(alpha, found.gibberish) for alpha, found in replies], PALETTE["gibberish"], "gibberish", ls="--", **dashed)
+    refused = [(alpha, found.over_refusal) for alpha, found in replies]
+    line(refused, PALETTE["refusal"], "normal prompts refused", ls=":", marker="x", **dashed)
+    share_axis(axes, "y")
+    _finish(axes, "Replies")
+
+
+def _draw_cost(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
+    top = _highest(points, sweep)
+    costs = [(point.alpha, sweep.cost(point).value) for point in points]
+    axes.plot(*zip(*[cost for cost in costs if cost[1] <= top], strict=True), "o-", color=_INK, markersize=4)
+    for alpha, value in costs:
+        if value > top:
+            axes.plot(alpha, top, "^", color=_INK, markersize=6, clip_on=False)
+            axes.annotate(
+                f"{value:.3g}", (alpha, top), xytext=(0, -11), textcoords="offset points", ha="center", fontsize=7.5
+            )
+    axes.axhline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_ylim(-0.05, top)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel("alpha")
+    _finish(axes, "Utility cost, in shares of the budget")
+
+
+def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
+    top, pick = _highest(points, sweep), sweep.pick
+    costs = [(point, sweep.cost(point).value) for point in points]
+    shown = [(point, cost, cast(Replies, point.replies).harm[1]) for point, cost in costs if cost <= top]
+    axes.plot([x for _, x, _ in shown], [harm.value for _, _, harm in shown], "-", color=_HARM, linewidth=1.2)
+    labels: dict[tuple[float, float], list[str]] = {}
+    for point, cost, harm in shown:
+        chosen = pick is not None and point.alpha == pick.alpha
+        near = (cost, harm.value)
+        for place in labels:
+            if abs(place[0] - cost) < top / 40 and abs(place[1] - harm.value) < 0.04:
+                near = place  # Two labels would lie on each other.
+        labels.setdefault(near, []).append("base" if point.alpha == 0 else f"{point.alpha:g}")
+        axes.vlines(cost, harm.low, harm.high, color=_HARM, alpha=0.35)
+        axes.plot(
+            cost, harm.value, "*" if chosen else "o", color=_INK if chosen else _HARM,
+            markersize=15 if chosen else 6, zorder=4,
+        )  # fmt: skip
+    for (cost, share), names in labels.items():
+        axes.annotate(", ".join(names), (cost, share), xytext=(7, 5), textcoords="offset points", fontsize=8.5)
+    axes.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "budget", (1, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
+        textcoords="offset points", fontsize=7.5, color=PALETTE["base"],
+    )  # fmt: skip
+    if sweep.config.rule == "lowest_alpha":
+        axes.axhline(sweep.config.harm_target, color=_HARM, linewidth=1, linestyle=(0, (4, 3)))
+    share_axis(axes, "y")
+    axes.set_ylim(top=1.1)  # For the label of the base, below the heading.
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("utility cost, in shares of the budget")
+    _finish(axes, "Largest harmful rate against cost, by alpha")
+
+
+def _finish(axes: Axes, title: str) -> None:
+    bare(axes, title).grid(color=PALETTE["faint"], linewidth=0.7)
+
+
+def _highest(points: Sequence[SweepPoint], sweep: Sweep) -> float:
+    """End of the cost axis: a model that is ruined must not squeeze the others together."""
+    return min(max([1.5, *(1.02 * sweep.cost(point).value for point in points)]), 6)
+
+
 def sweep_chart(sweep: Sweep) -> Picture:
     """Shares and utility cost over alpha, and the largest harmful rate against that cost."""
     with matplotlib.rc_context(PAGE_STYLE):
         figure, (rates, cost, frontier) = new_figure(10.5, 3)
-        draw_sweep(sweep, rates, cost, frontier)
+        _draw_sweep(sweep, rates, cost, frontier)
         rates.set_xlabel("alpha")
         rates.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, fontsize=9)
     return Picture(
@@ -111,18 +271,15 @@ def sweep_chart(sweep: Sweep) -> Picture:
         "was picked. Below, the largest harmful rate, free or after a prefill, against that cost; the star is the "
         "pick, the lower left corner is best. A cost of 1 is the budget. Ranges are 95 % intervals.",
         figure=figure,
-        columns=(
-            "alpha",
-            "harmful",
-            "harmful, worst prefill",
-            "gibberish",
-            "normal prompts refused",
-            "cost",
-            "perplexity, to base",
-            "",
-        ),
+        columns=_SWEEP_COLUMNS,
         rows=tuple(_table_row(point, sweep) for point in (sweep.base, *sweep.points)),
     )
+
+
+_SWEEP_COLUMNS = (
+    "alpha", "harmful", "harmful, worst prefill", "gibberish", "normal prompts refused", "cost",
+    "perplexity, to base", "",
+)  # fmt: skip
 
 
 def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
@@ -143,21 +300,6 @@ def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
         NOTHING if ratio is None else f"\u00d7{ratio.value:.4g} ({ratio.low:.4g} to {ratio.high:.4g})",
         told,
     )
-
-
-def draw_rates(axes: Axes, rows: Sequence[tuple[str, tuple[Rate, Rate]]]) -> None:
-    """Draws dots of base and unlearned model with their intervals in named rows; those of the base are hollow."""
-    for name, face, offset in (("base", "paper", -0.15), ("unlearned", "unlearned", 0.15)):
-        dot: Any = {"color": light(face), "markeredgecolor": light(name), "markeredgewidth": 1.5, "markersize": 6.5}
-        for place, (_, rates) in enumerate(rows):
-            rate, y = rates[name == "unlearned"], place + offset
-            axes.plot([rate.low, rate.high], [y, y], color=light(name), linewidth=1.8, solid_capstyle="butt")
-            axes.plot(rate.value, y, "o", **dot)
-        axes.plot([], [], "o", label=name, **dot)
-    name_rows(axes, [name for name, _ in rows])
-    share_axis(axes)
-    height = float(axes.get_figure(root=True).get_size_inches()[1])  # type: ignore[union-attr]
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=2, frameon=False, handletextpad=0.1)
 
 
 def attack_chart(report: AttackReport) -> Picture:
@@ -230,13 +372,13 @@ def _draw_relearning(
             [checkpoint.steps or start for checkpoint in line.checkpoints],
             shares,
             _DASHES[pairs.index(number) % len(_DASHES)],
-            color=light(colour),
+            color=PALETTE[colour],
             linewidth=1.6,
             marker="o",
             markersize=4,
             label=f"{drawable(name, 24)}, {pairs_text(number)}",
         )
-    axes.axhline(0.5, color=light("muted"), linewidth=0.9)
+    axes.axhline(0.5, color=PALETTE["muted"], linewidth=0.9)
     axes.set_xscale("log", base=2)
     axes.set_xlim(start / 1.2, steps[-1] * 1.2)
     axes.xaxis.set_major_locator(FixedLocator([start, *steps]))

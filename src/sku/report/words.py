@@ -11,6 +11,7 @@ from typing import Any
 
 from sku.attacks import AttackedReplies, AttackReport, AttackResult, Relearned, RelearnResult
 from sku.errors import EvaluationError
+from sku.evaluate.changes import RateChange
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate, start_words
 from sku.evaluate.statistics import Estimate
@@ -35,6 +36,12 @@ def interval(rate: Rate | Estimate) -> str:
 def in_points(difference: float, low: float, high: float) -> str:
     """A difference of shares with its interval, in points: ``-7.4 (-16.1 to -1.2)``."""
     return f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def before_after(change: RateChange) -> tuple[str, str, str]:
+    """The base's share, the unlearned model's, and their difference in points."""
+    points = in_points(change.difference, change.low, change.high)
+    return percent(change.before.value), percent(change.after.value), points
 
 
 @dataclass(frozen=True, kw_only=True)
