@@ -79,13 +79,10 @@ def save_figure(figure: Figure, path: Path) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A figure with what a reader needs who can't see it."""
+    """A figure with its numbers for a reader who can't see it."""
 
     name: str
     """Stem of its files and prefix of its ids."""
-    title: str
-    caption: str
-    """What is drawn, and what its ranges are."""
     figure: Figure
     columns: tuple[str, ...]
     """Of the table of its numbers."""
@@ -315,10 +312,6 @@ def result_charts(comparison: Comparison) -> list[Picture]:
             shown = _draw_outcomes(axes, groups, (0.42, -0.07 - 0.1 / len(groups)), 3)
             found.append(Picture(
                 name="outcomes",
-                title="Replies to harmful prompts",
-                caption="Share of replies by outcome, for the base model and below it the unlearned one; after a "
-                "prefill the reply was made to begin with a harmful reply's first words; of the lengths tried the "
-                "worst is shown.",
                 figure=figure,
                 columns=("asked", "model", *(OUTCOMES[name] for name in shown)),
                 rows=tuple(
@@ -332,8 +325,6 @@ def result_charts(comparison: Comparison) -> list[Picture]:
             draw_rates(axes, [(words, (change.before, change.after)) for words, change in rows])
             found.append(Picture(
                 name="normal",
-                title=f"Replies to normal prompts (n = {max(change.after.total for _, change in rows)})",
-                caption="Dots are shares of replies, lines their 95 % intervals; what is wanted is no change.",
                 figure=figure,
                 columns=("share of replies", "base", "unlearned", "95 %", "change, points"),
                 rows=tuple(
@@ -347,9 +338,6 @@ def result_charts(comparison: Comparison) -> list[Picture]:
             names = _draw_perplexities(axes, comparison)
             found.append(Picture(
                 name="perplexity",
-                title="Perplexity of the dataset's answers, unlearned / base",
-                caption="Diamonds are ratios, lines their 95 % intervals. On normal answers no change is wanted, on "
-                "harmful ones a rise.",
                 figure=figure,
                 columns=("answers", "base", "unlearned", "ratio", "95 %"),
                 rows=tuple(

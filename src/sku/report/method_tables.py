@@ -145,20 +145,13 @@ def brief_markdown(records: Sequence[MethodRecord]) -> str:
 
 
 def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out: Collection[str] = ()) -> str:
-    """The rows as a Markdown table, with a legend under it.
+    """The rows as a Markdown table, with a legend under it; a column that no row has a number for is left out.
 
-    Args:
-        rows: From ``comparison_rows``. A column that no row has a number for is left out.
-        legend: From ``legend_line``.
-        left_out: Measures that have no column; with the utility cost goes what it is bound by.
-
-    Returns:
-        Text that ends with a newline.
+    So are measures that are ``left_out``; with the utility cost goes what it is bound by.
     """
     tried = {key for row in rows for key in row.prefill_lengths}
-    headings = {**{name: heading for name, (heading, *_) in RATES.items()}, **RATIOS}
-    for name, (_, key, _) in RATES.items():
-        headings[name] += f", {prefill_words(tried)}" if key == PREFILL else ""
+    prefilled = f", {prefill_words(tried)}"
+    headings = {name: heading + prefilled * (key == PREFILL) for name, (heading, key, _) in RATES.items()} | {**RATIOS}
     columns = [
         (heading, [_cell(row, name, tried) for row in rows])
         for name, heading in headings.items()
@@ -166,22 +159,19 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out:
     ]
     columns.append(("strength", [NOTHING if row.strength is None else f"{row.strength:.3g}" for row in rows]))
     if "utility_cost" not in left_out and any(row.utility_cost is not None for row in rows):
-        columns.append(("utility cost", [_cost_text(row.utility_cost) for row in rows]))
+        costs = [row.utility_cost for row in rows]
+        shown = [NOTHING if cost is None else f"{cost:.2f}" if cost < 100 else f"{cost:.2g}" for cost in costs]
+        columns.append(("utility cost", shown))
         columns.append(("bound by", [row.bound_by or NOTHING for row in rows]))
-    shown = [[row.title for row in rows], *(cells for _, cells in columns), [row.seeds for row in rows]]
-    names = ("method", *(heading for heading, _ in columns), "seeds")
-    return f"{table(names, zip(*shown, strict=True), cell=bars_escaped)}\n{legend}\n"
+    columns = [("method", [row.title for row in rows]), *columns, ("seeds", [row.seeds for row in rows])]
+    names, cells = zip(*columns, strict=True)
+    return f"{table(names, zip(*cells, strict=True), cell=bars_escaped)}\n{legend}\n"
 
 
 def markdown_differences(records: Sequence[MethodRecord], role: Role) -> str:
     """Harmful rates of each row minus those of ``REFERENCE``, as a Markdown table with a legend under it.
 
-    Args:
-        records: Of all rows and seeds; some seed of the reference has a point of the role.
-        role: ``published`` or ``best``.
-
-    Returns:
-        Text that ends with a newline; p-values are Holm-corrected over the whole table.
+    Some seed of the reference has a point of the role. p-values are Holm-corrected over the whole table.
 
     Raises:
         EvaluationError: Records don't fit together.
@@ -204,7 +194,7 @@ def markdown_differences(records: Sequence[MethodRecord], role: Role) -> str:
     rows = [
         (
             seeds_of(records, name)[0].title,
-            *(cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))),
+            *(cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key), 1))),
         )
         for name in names
     ]
@@ -256,8 +246,7 @@ def deciding_hit(records: Iterable[MethodRecord]) -> str:
 def judge_sentence(records: Sequence[MethodRecord]) -> str:
     """Who judged, and whether its errors hide what the base model's harm is: then no row shows that harm fell.
 
-    Args:
-        records: Of a comparison; nothing is said of a judge that was not calibrated, or without a base model.
+    Nothing is said of a judge that was not calibrated, or without a base model.
     """
     judge = next((record.judge for record in records if record.judge is not None), None)
     if judge is None:
@@ -297,10 +286,6 @@ def _cell(row: ComparisonRow, name: str, tried: Collection[str]) -> str:
         shown += " [{:.1f} to {:.1f}]".format(*(100 * bound for bound in row.bounds[name]))
     of_several = name in RATES and RATES[name][1] == PREFILL and len(tried) > 1 and row.prefill_tokens is not None
     return f"{shown}, {row.prefill_tokens}" if of_several else shown
-
-
-def _cost_text(cost: float | None) -> str:
-    return NOTHING if cost is None else f"{cost:.2f}" if cost < 100 else f"{cost:.2g}"
 
 
 def _bound_by(records: Sequence[MethodRecord]) -> str:
@@ -379,8 +364,8 @@ def ratio_text(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.4g}" if value < 10_000 else f"{value:.2e}"
 
 
-def _difference(difference: Difference | None, p_value: float | None) -> tuple[str, str]:
-    if difference is None or p_value is None:
+def _difference(difference: Difference | None, p_value: float) -> tuple[str, str]:
+    if difference is None:
         return NOTHING, NOTHING
     shown = in_points(difference.value, difference.low, difference.high)
     return shown, f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"

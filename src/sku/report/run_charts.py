@@ -73,9 +73,6 @@ def training_chart(log: Sequence[Mapping[str, float]]) -> Picture:
     kept = [*log[::stride], *([log[-1]] if (len(log) - 1) % stride else [])]
     return Picture(
         name="training",
-        title="Loss terms in training",
-        caption="Each term as it was logged, before its weight, in nats per token where it is a cross-entropy or a "
-        "divergence; the whole objective is their weighted sum.",
         figure=figure,
         columns=("step", *(words[term] for term in terms)),
         rows=tuple(
@@ -101,9 +98,6 @@ def vector_chart(layers: Mapping[str, float], modules: Mapping[str, float]) -> P
         panels[-1].set_xlabel("Euclidean norm")
     return Picture(
         name="task_vector",
-        title="Where the task vector is long",
-        caption="Euclidean norm of what stage 1 changed and stage 2 subtracts. Others are weights of no decoder "
-        "layer, such as embeddings.",
         figure=figure,
         columns=("by", "name", "norm"),
         rows=tuple((title, name, f"{norm:.4g}") for title, norms in groups.items() for name, norm in norms.items()),
@@ -266,10 +260,6 @@ def sweep_chart(sweep: Sweep) -> Picture:
         rates.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, fontsize=9)
     return Picture(
         name="frontier",
-        title="Harm and utility over the strength",
-        caption="Above, shares of replies over alpha, and what each alpha costs; the vertical line is the alpha that "
-        "was picked. Below, the largest harmful rate, free or after a prefill, against that cost; the star is the "
-        "pick, the lower left corner is best. A cost of 1 is the budget. Ranges are 95 % intervals.",
         figure=figure,
         columns=_SWEEP_COLUMNS,
         rows=tuple(_table_row(point, sweep) for point in (sweep.base, *sweep.points)),
@@ -317,9 +307,6 @@ def attack_chart(report: AttackReport) -> Picture:
         draw_rates(axes, rows)
     return Picture(
         name="attacks",
-        title="Harmful replies under attack",
-        caption="Share of questions with a harmful reply, with 95 % intervals. Of several ways to ask the worst one "
-        "counts. The base model goes through the same attacks.",
         figure=figure,
         columns=ATTACK_COLUMNS,
         rows=tuple(attack_rows(report)),
@@ -349,10 +336,6 @@ def relearn_chart(name: str, report: AttackReport) -> Picture:
         _draw_relearning(axes, lines, relearned.base_harmful.count, relearned.steps)
     return Picture(
         name="cost_to_break",
-        title="Cost to break",
-        caption="Harmful replies as a share of the base model's own, over the steps of fine-tuning on harmful pairs "
-        "none of which is asked, at the attacker's best learning rate. A line ends where half is back. In the table "
-        "all after the last step, with 95 % intervals.",
         figure=figure,
         columns=RELEARN_COLUMNS,
         rows=tuple(relearn_rows(report)),
