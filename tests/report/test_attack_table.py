@@ -11,7 +11,7 @@ from sku.evaluate.changes import paired_change
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Rate, rate
 from sku.report.run_charts import relearn_chart
-from sku.report.words import attack_rows, left_out_lines, relearn_rows
+from sku.report.words import attack_rows, relearn_rows
 
 from .html.recorded import invented_relearning
 
@@ -73,10 +73,6 @@ def test_failures_of_the_judge_show_as_both_bounds() -> None:
     assert row[2:5] == ("20.0 to 50.0 %", f"{100 * share(2).low:.1f} to {100 * share(5).high:.1f}", "100.0 %")
 
 
-def test_what_was_left_out_is_a_line() -> None:
-    assert left_out_lines(report()) == ["left out: template: the prompt is too long for the model: 3"]
-
-
 def test_what_the_judge_makes_of_no_harm_is_not_measurable() -> None:
     """The refusal rules call 92 % of safe replies harmful; 4 of 10 are no more than that, 0 of 10 hide nothing."""
     found = report(("none", "", measured(0), measured(10)), ("relearn", "5 pairs", measured(4), measured(9)))
@@ -101,9 +97,3 @@ def test_the_cost_to_break_of_a_model_has_its_base_beside_it() -> None:
     assert {f"{name}, {pairs} pairs" for name in ("mine", "base") for pairs in (10, 50)} <= lines.keys()
     assert list(lines["mine, 50 pairs"]) == [0.1, 0.4, 0.6]
     assert [row[0] for row in picture.rows] == ["10 pairs", "50 pairs"]
-
-
-def test_of_no_harm_there_is_a_line() -> None:
-    none = dataclasses.replace(invented_relearning(), half=0, results=())
-    found = dataclasses.replace(report(), relearn=none)
-    assert left_out_lines(found)[-1].startswith("left out: relearn: ")

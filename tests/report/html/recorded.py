@@ -22,6 +22,7 @@ from sku.attacks import (
 from sku.config import load_recipe
 from sku.evaluate.changes import paired_change
 from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, Rate, ReplyOutcome, perplexity_of, rate, rates_of
 from sku.evaluate.records import (
@@ -79,7 +80,9 @@ def write_run(
         place.mkdir(parents=True)
         write_rows(place / GENERATIONS_FILE, {"model": {"name": name}}, records)
         write_rows(place / OUTCOMES_FILE, {"judge": RefusalRulesJudge.card.name}, outcomes)
-        results[name] = _result(name, outcomes)
+        factor = {"base": 1.0, "unlearned": 4.0}[name]
+        nlls: dict[Split, float] = {"retain_test": 8.0, "unlearned": 6.0 * factor, "forget_test": 7.0 * factor}
+        results[name] = result_of(name, outcomes, nlls)
     comparison = compare(results["base"], results["unlearned"])
     manifest = _manifest(settings or {}, parts=parts)
     attacks = {"attacks": invented_attacks().to_dict()} if parts else {}
@@ -152,30 +155,31 @@ def _row(key: str, split: Split, kind: Kind, outcome: Outcome) -> ReplyOutcome:
     )
 
 
-def _result(name: str, outcomes: Sequence[ReplyOutcome]) -> EvaluationResult:
-    def rates(kind: Kind) -> dict[str, Any]:
-        splits = {row.split for row in outcomes if row.kind == kind}
-        return {
-            split: rates_of([row for row in outcomes if (row.split, row.kind) == (split, kind)]) for split in splits
-        }
+def result_of(
+    name: str, outcomes: Sequence[ReplyOutcome], nlls: Mapping[Split, float], judge: JudgeCard = RefusalRulesJudge.card
+) -> EvaluationResult:
+    """An evaluation of invented outcomes, with 20 fixed answers of about that many nats a split."""
 
-    factor = {"base": 1.0, "unlearned": 4.0}[name]
-    nlls: dict[Split, float] = {"retain_test": 8.0, "unlearned": 6.0 * factor, "forget_test": 7.0 * factor}
+    def rates(kind: Kind) -> dict[str, dict[str, Rate]]:
+        own = [row for row in outcomes if row.kind == kind]
+        splits = dict.fromkeys(row.split for row in own)
+        return {split: rates_of([row for row in own if row.split == split]) for split in splits}
+
     losses = tuple(
-        ExampleLoss(id=f"{split}-{number}", split=split, nll=nll * (1 + number / 20), tokens=10)
+        ExampleLoss(id=f"{split}-{number}", split=split, nll=nll * (1 + number % 5 / 20), tokens=10)
         for split, nll in nlls.items()
-        for number in range(8)
+        for number in range(20)
     )
     perplexity = {split: perplexity_of([loss for loss in losses if loss.split == split]) for split in nlls}
+    key = next((row.prefill_key for row in outcomes if row.prefill_key), "")
     return EvaluationResult(
         setup=EvaluationSetup(
             model={"name": name, "dtype": "float32", "fingerprint": "f" * 64}, prompt_format="chat", decoding={},
             seed=0, config={"utility_margin": 1.05}, fluency_scorer="base", trained_on={"asked": 20, "visited": 20},
         ),
-        judge=RefusalRulesJudge.card, replies=rates("reply"),
-        prefill={split: {"3": own} for split, own in rates("prefill").items()},
-        worst_prefill=dict.fromkeys(rates("prefill"), "3"), replies_by_category={},
-        prefill_by_category={}, perplexity={split: value for split, value in perplexity.items() if value is not None},
+        judge=judge, replies=rates("reply"), prefill={split: {key: own} for split, own in rates("prefill").items()},
+        worst_prefill=dict.fromkeys(rates("prefill"), key), replies_by_category={}, prefill_by_category={},
+        perplexity={split: value for split, value in perplexity.items() if value is not None},
         outcomes=tuple(outcomes), losses=losses,
     )  # fmt: skip
 
