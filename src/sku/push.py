@@ -208,9 +208,7 @@ def _message(repo_id: str, error: BaseException) -> str:
     if status in (401, 403, 404):
         return f"the hub refuses {repo_id} (HTTP {status}), or has none that you may write to: {_LOGIN}"
     if status == 409:
-        return (
-            f"the hub reports a conflict on {repo_id} (HTTP 409: {told}): wait for the other change, then push again"
-        )
+        return f"the hub reports a conflict on {repo_id} (HTTP 409: {told}): wait, then push again"
     if status == 429 or status >= 500:
         return f"the hub fails (HTTP {status}) after several tries: {again}"
     return f"the hub refuses {repo_id} (HTTP {status}: {told})"

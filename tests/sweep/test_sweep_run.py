@@ -24,7 +24,7 @@ from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import PrefillSource, start_id
 from sku.negate.run import negate
 from sku.negate.task_vector import TaskVector
-from sku.report.run_charts import frontier_figure
+from sku.report.run_charts import sweep_chart
 from sku.sweep import evaluator as sweep_meter
 from sku.sweep import run as sweep_run
 from sku.sweep.evaluator import (
@@ -175,7 +175,7 @@ def test_equal_sweeps_are_equal_and_pictures_too(setting: Setting, tmp_path: Pat
     one, other = setting.sweep(tmp_path / "one"), setting.sweep(tmp_path / "other")
     assert one == other
     for name, found in (("one", one), ("other", other)):
-        frontier_figure(found, tmp_path / name / "frontier.svg")
+        sweep_chart(found).save(tmp_path / name)
     for name in ("sweep.json", "frontier.svg"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 

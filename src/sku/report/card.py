@@ -37,15 +37,14 @@ TAG = "sku"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TAGS = ("unlearning", "machine-unlearning", TAG, "arxiv:2402.10058")
 KNOWN_LICENSES = frozenset(
-    "apache-2.0 mit openrail bigscience-openrail-m bigscience-bloom-rail-1.0 creativeml-openrail-m afl-3.0 "
-    "artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 "
-    "cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
-    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
-    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl "
-    "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr "
-    "mpl-2.0 odc-by odbl openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr "
-    "deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma "
-    "unknown other".split()
+    "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigscience-bloom-rail-1.0 bigscience-openrail-m "
+    "bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 "
+    "cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 "
+    "cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 "
+    "cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 "
+    "fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc lgpl lgpl-2.1 "
+    "lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by "
+    "ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib".split()
 )
 """What the hub takes for ``license``; anything else is ``other`` with a name."""
 _HIDDEN_SETTINGS = ("judge_settings",)
@@ -151,14 +150,6 @@ def license_of(run: RecordedRun, choices: CardChoices) -> str | None:
 
 def write_cards(folder: Path, choices: CardChoices | None = None, *, within_run: bool = False) -> dict[Part, Path]:
     """Writes ``README.md`` into the unlearned model and, where there is one, the adapter of a run.
-
-    Args:
-        folder: Of the run.
-        choices: What a user says of licence and base model beyond the recipe.
-        within_run: As in ``read_run``.
-
-    Returns:
-        The cards.
 
     Raises:
         OutputError: There is nothing to write a card of, or it can't be written.
@@ -290,28 +281,26 @@ def card_metadata(run: RecordedRun, part: Part, choices: CardChoices, shown: Seq
 def _eval_results(run: RecordedRun, shown: Sequence[KeyFigure]) -> Iterator[EvalResult]:
     """The headline figures; values are per cent, or a ratio for a perplexity."""
     names = {name: one_line(f"{public_name(location)} ({source})") for name, source, location, *_ in run.data}
-
-    def result(split: str, kind: str, value: float, title: str, details: dict[str, Any]) -> EvalResult:
-        return EvalResult(
+    judge = one_line(run.comparison.unlearned.judge.name)
+    for row in shown:
+        change, details = row.change, dict[str, Any]()
+        if isinstance(change, PerplexityChange):
+            low, value, high = (round(ratio, 4) for ratio in row.numbers)
+            kind, title = "perplexity_ratio", "perplexity / base's perplexity"
+            details = {"examples": change.examples}
+        elif isinstance(change, RateChange) and not row.caution:  # A leaderboard shows a figure without its caution.
+            low, value, high, base = (round(100 * share, 2) for share in (*row.numbers, change.before.value))
+            kind, title = row.metric, row.label
+            details = {"prompts": change.after.total, "base": base, "judge": judge}
+        else:
+            continue
+        yield EvalResult(
             task_type="text-generation",
             dataset_type="custom",
-            dataset_name=names["retain" if split == "retain_test" else "forget"],
-            dataset_split=split,
+            dataset_name=names["retain" if row.split == "retain_test" else "forget"],
+            dataset_split=row.split,
             metric_type=kind,
             metric_value=value,
             metric_name=title,
-            metric_args=details,
+            metric_args={"low": low, "high": high, **details},
         )
-
-    judge = one_line(run.comparison.unlearned.judge.name)
-    details: dict[str, Any]
-    for row in shown:
-        change = row.change
-        if isinstance(change, PerplexityChange):
-            low, value, high = (round(ratio, 4) for ratio in row.numbers)
-            details = {"low": low, "high": high, "examples": change.examples}
-            yield result(row.split, "perplexity_ratio", value, "perplexity / base's perplexity", details)
-        elif isinstance(change, RateChange) and not row.caution:  # A leaderboard shows a figure without its caution.
-            low, value, high, base = (round(100 * share, 2) for share in (*row.numbers, change.before.value))
-            details = {"low": low, "high": high, "prompts": change.after.total, "base": base, "judge": judge}
-            yield result(row.split, row.metric, value, row.label, details)

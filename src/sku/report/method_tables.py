@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
+
+from jinja2 import StrictUndefined, Template
 
 from sku.evaluate.metrics import HARM_WORDS, prefill_words, start_words
 from sku.evaluate.records import NORMAL, prefills_in_order
@@ -50,16 +53,8 @@ RATIOS: Mapping[str, str] = {
     "perplexity_harmful_unseen": "perplexity / base, harmful unseen",
 }
 """Measure -> heading; of the other sets the one with the largest ratio is shown."""
-BUDGET = (
-    "Utility cost: the worst of perplexity, KL to the base and over-refusal on normal prompts that no method trained "
-    "on and no column shows, each as a share of its limit; 1 is the budget. Bound by: what goes beyond it first."
-)
 _TESTED = (UNSEEN_KEY, PREFILL)
 """Keys of the table of differences."""
-_WORST = (
-    " After a prefill each row stands at the one that is the worst for it, named after the comma; the largest of "
-    "several rates is a little too large on average."
-)
 REFERENCE = "sku"
 """Row that the others are compared with, where it is complete."""
 _NOT_BRIEF = ("gibberish_normal", "perplexity_harmful_unseen", "utility_cost")
@@ -211,30 +206,17 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
     complete = [record for record in records if role in record.points]
     if not complete:
         return f"No record is complete and has a {role} point."
-    strength = {
-        "published": "Each method at its published strength.",
-        "best": "Each method at the strength within the utility budget that leaves the least harm on the validation "
-        f"splits, of which no column shows a prompt. {BUDGET}",
-    }[role]
     counted = counted_of(records, role)
     shown = points_of(complete, role, counted)[0]
-    seeds = len({record.seed for record in complete})
-    worst = _WORST if len(shown.prefills) > 1 else ""
-    return (
-        f"{strength} In brackets: 95 % intervals, bootstrap over training seeds and prompts ({RESAMPLES:,} resamples; "
-        f"score intervals where all replies are alike). {seeds} {'seed' if seeds == 1 else 'seeds'}; "
-        f"{', '.join(prompts_asked(shown))}.{worst}{_left_out(counted)} {judge_sentence(records)}"
-    )
-
-
-def _left_out(counted: Counted) -> str:
-    missing = sum(not has for key in counted if key in _TESTED or key.startswith(PREFILL) for has in counted[key])
-    if not missing:
-        return ""
-    return (
-        f" All rows are of the prompts that the judge gave a verdict on for every row, {missing} replies a row fewer "
-        "than were asked; in square brackets the harmful share of all, those without a verdict taken for harmless and "
-        "for harmful."
+    legend = (resources.files("sku.report") / "templates" / "legend.md.jinja").read_text(encoding="utf-8")
+    return Template(legend, undefined=StrictUndefined, trim_blocks=True).render(
+        role=role,
+        resamples=RESAMPLES,
+        seeds=len({record.seed for record in complete}),
+        asked=", ".join(prompts_asked(shown)),
+        prefills=len(shown.prefills),
+        left_out=sum(not has for key in counted if key.startswith(_TESTED) for has in counted[key]),
+        judge=judge_sentence(records),
     )
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from sku.attacks import AttackReport, RelearnLine
@@ -17,14 +14,12 @@ from sku.evaluate.metrics import Rate
 from sku.report.figures import (
     PAGE_STYLE,
     PALETTE,
-    STYLE,
     Picture,
     bare,
     draw_rates,
     drawable,
     name_rows,
     new_figure,
-    save_figure,
     share_axis,
 )
 from sku.report.words import (
@@ -40,7 +35,6 @@ from sku.report.words import (
 from sku.sweep.result import Replies, Sweep, SweepPoint
 
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
-FIGURES = ("frontier.png", "frontier.svg")
 _INK, _HARM = PALETTE["ink"], PALETTE["harmful"]
 _PREFILL = tuple(PALETTE[f"prefill_{place}"] for place in range(1, 6))
 """Light for short prefills, dark for long ones; the last stands for all that are longer still."""
@@ -108,61 +102,6 @@ def _by_number(entry: tuple[str, float]) -> tuple[bool, int, str]:
     """Layers by their number, names after them in alphabetical order, what belongs to none at the end."""
     name = entry[0]
     return not name.isdecimal(), int(name) if name.isdecimal() else int(name == "others"), name
-
-
-def write_frontier(sweep: Sweep, folder: Path) -> None:
-    """Draws ``FIGURES`` into a folder.
-
-    Raises:
-        OutputError: The folder can't be written.
-    """
-    for name in FIGURES:
-        frontier_figure(sweep, folder / name)
-
-
-def frontier_figure(sweep: Sweep, path: Path) -> Path:
-    """Draws a finished sweep: rates and utility cost over alpha, and harm against that cost.
-
-    Ranges are 95 % intervals (Wilson). Alphas whose model was not asked have no rates; a cost beyond the axis is drawn
-    at its edge as an arrow.
-
-    Raises:
-        OutputError: Another suffix than ``.png``, ``.svg`` or ``.pdf``, or a folder that can't be written.
-    """
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(11, 5.6), layout="constrained")
-        grid = figure.add_gridspec(2, 2, height_ratios=(1.9, 1))
-        rates = figure.add_subplot(grid[0, 0])
-        cost = figure.add_subplot(grid[1, 0], sharex=rates)
-        _draw_sweep(sweep, rates, cost, figure.add_subplot(grid[0, 1]))
-        names = figure.add_subplot(grid[1, 1])
-        names.axis("off")
-        lines, words = rates.get_legend_handles_labels()
-        names.legend(lines, words, frameon=False, fontsize=8.5, loc="center", ncols=2, handlelength=3)
-        rates.tick_params(labelbottom=False)
-        why = "" if sweep.pick is None else f" {sweep.pick.why[0].upper()}{sweep.pick.why[1:]}."
-        footer = (
-            f"{sweep.model}, {sweep.asked['harmful']} prompts of forget_validation and {sweep.asked['normal']} of "
-            f"retain_validation, seed {sweep.seed}. Judge: {sweep.judge.name}. Ranges: 95 % intervals.{why}"
-        )
-        figure.supxlabel(textwrap.fill(footer, 165), fontsize=7.5, color=PALETTE["base"], x=0.005, ha="left")
-        return save_figure(figure, path)
-
-
-def _draw_sweep(sweep: Sweep, rates: Axes, cost: Axes, frontier: Axes) -> None:
-    measured = [point for point in (sweep.base, *sweep.points) if point.perplexity is not None]
-    asked = [point for point in measured if point.replies is not None]
-    _draw_rates(rates, asked)
-    _draw_cost(cost, measured, sweep)
-    _draw_frontier(frontier, asked, sweep)
-    if sweep.pick is not None and sweep.pick.alpha is not None:
-        for axes in (rates, cost):
-            axes.axvline(sweep.pick.alpha, color=_INK, linewidth=1.1, zorder=1)
-        rates.annotate(
-            f"{'chosen' if sweep.pick.met else 'nearest'}: {sweep.pick.alpha:g}", (sweep.pick.alpha, 0.5),
-            xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points", rotation=90, ha="right",
-            va="center", fontsize=8.5, fontweight="bold",
-        )  # fmt: skip
 
 
 def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
@@ -252,10 +191,26 @@ def _highest(points: Sequence[SweepPoint], sweep: Sweep) -> float:
 
 
 def sweep_chart(sweep: Sweep) -> Picture:
-    """Shares and utility cost over alpha, and the largest harmful rate against that cost."""
+    """Shares and utility cost over alpha, and the largest harmful rate against that cost, of a finished sweep.
+
+    Ranges are 95 % intervals (Wilson). Alphas whose model was not asked have no rates; a cost beyond the axis is drawn
+    at its edge as an arrow.
+    """
+    measured = [point for point in (sweep.base, *sweep.points) if point.perplexity is not None]
+    asked = [point for point in measured if point.replies is not None]
     with matplotlib.rc_context(PAGE_STYLE):
         figure, (rates, cost, frontier) = new_figure(10.5, 3)
-        _draw_sweep(sweep, rates, cost, frontier)
+        _draw_rates(rates, asked)
+        _draw_cost(cost, measured, sweep)
+        _draw_frontier(frontier, asked, sweep)
+        if sweep.pick is not None and sweep.pick.alpha is not None:
+            for axes in (rates, cost):
+                axes.axvline(sweep.pick.alpha, color=_INK, linewidth=1.1, zorder=1)
+            rates.annotate(
+                f"{'chosen' if sweep.pick.met else 'nearest'}: {sweep.pick.alpha:g}", (sweep.pick.alpha, 0.5),
+                xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points", rotation=90,
+                ha="right", va="center", fontsize=8.5, fontweight="bold",
+            )  # fmt: skip
         rates.set_xlabel("alpha")
         rates.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, fontsize=9)
     return Picture(
