@@ -36,7 +36,7 @@ from sku.evaluate.statistics import (
     sign_flip_p_value,
     wilson_interval,
 )
-from sku.sweep.result import SWEEP_FILE, read_sweep
+from sku.sweep import SWEEP_FILE, read_sweep
 from sku.sweep.utility_cost import UtilityCost
 
 RESAMPLES = 2_000

@@ -32,7 +32,7 @@ from sku.report.words import (
     relearn_rows,
     start_text,
 )
-from sku.sweep.result import Replies, Sweep, SweepPoint
+from sku.sweep import Replies, Sweep, SweepPoint
 
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
 _INK, _HARM = PALETTE["ink"], PALETTE["harmful"]
