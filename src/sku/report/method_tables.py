@@ -209,7 +209,7 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
     counted = counted_of(records, role)
     shown = points_of(complete, role, counted)[0]
     legend = (resources.files("sku.report") / "templates" / "legend.md.jinja").read_text(encoding="utf-8")
-    return Template(legend, undefined=StrictUndefined, trim_blocks=True).render(
+    told: str = Template(legend, undefined=StrictUndefined, trim_blocks=True).render(
         role=role,
         resamples=RESAMPLES,
         seeds=len({record.seed for record in complete}),
@@ -218,6 +218,7 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
         left_out=sum(not has for key in counted if key.startswith(_TESTED) for has in counted[key]),
         judge=judge_sentence(records),
     )
+    return told
 
 
 def deciding_hit(records: Iterable[MethodRecord]) -> str:
