@@ -183,7 +183,7 @@ def test_without_replies_no_word_of_them_is_in_the_file(run_folder: Path, page: 
 def test_the_same_run_gives_the_same_file_whose_recipe_makes_the_same_run(
     run_folder: Path, page: Page, tmp_path: Path
 ) -> None:
-    recipe = re.search(r'"made-recipe">(.*?)</pre>', page.html, flags=re.DOTALL)
+    recipe = re.search(r'labelledby="made-recipe">(.*?)</pre>', page.html, flags=re.DOTALL)
     assert recipe is not None
     (tmp_path / "recipe.yaml").write_text(html.unescape(recipe.group(1)), encoding="utf-8")
     assert load_recipe(str(tmp_path / "recipe.yaml")) == load_recipe("embedded")
