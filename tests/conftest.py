@@ -291,10 +291,10 @@ def make_trainer(
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
     from faults.battery import built_command
+    from sku.__main__ import main
     from sku.cli.console import set_loudness
-    from sku.cli.main import main
 
-    monkeypatch.setattr("sku.cli.main.app", built_command())
+    monkeypatch.setattr("sku.__main__.app", built_command())
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])

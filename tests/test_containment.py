@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer
 
 from conftest import MadeOnce
-from sku.cli.main import main
+from sku.__main__ import main
 from sku.config import ModelConfig, Recipe, load_recipe
 from sku.errors import ModelError, OutputError
 from sku.model_files import embedded_model_path

@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from conftest import MadeOnce
-from sku.cli.main import main
+from sku.__main__ import main
 from sku.config import Recipe, load_recipe
 from sku.errors import ModelError, NoAlphaError, OutputError, RecipeError
 from sku.models import load_model

@@ -14,7 +14,7 @@ from accelerate.commands.launch import launch_command_parser
 from typer.testing import CliRunner
 
 from conftest import TrainerMaker
-from sku.cli.main import app
+from sku.__main__ import app
 from sku.errors import RecipeError
 
 FOLDER = Path(str(resources.files("sku"))) / "recipes" / "accelerate"

@@ -22,7 +22,7 @@ import transformers
 import typer.main
 
 from faults.summary import Tally
-from sku.cli.main import app, main
+from sku.__main__ import app, main
 
 UNLOADABLE = "../inputs/unloadable"
 """A model folder that looks like one and can't be loaded, from where a battery stands."""
@@ -153,7 +153,7 @@ def battery(
 
     for name in ("TOKENIZERS_PARALLELISM", "TQDM_DISABLE"):
         monkeypatch.setenv(name, "1" if name == "TQDM_DISABLE" else "false")
-    monkeypatch.setattr("sku.cli.main.app", built_command())
+    monkeypatch.setattr("sku.__main__.app", built_command())
     made = Battery(tmp_path, read, tally)
     monkeypatch.chdir(made.here)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))

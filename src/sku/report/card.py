@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.changes import PerplexityChange, RateChange
+from sku.evaluate.changes import PerplexityChange
+from sku.evaluate.metrics import RateChange
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.report.tables import ON_CARD, KeyFigure, key_figures
 from sku.report.words import (

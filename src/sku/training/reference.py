@@ -27,7 +27,6 @@ from sku.errors import RecipeError
 from sku.losses import Head, HeadScores
 from sku.models import changed_by_adapter
 from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.forward import DeferredHead
 from sku.training.layers import evaluation_mode, is_four_bit
 from sku.training.objective import ScoredRows
 
@@ -103,16 +102,17 @@ class NoCacheError(Exception):
 class ReferenceCache:
     """What the original model will be asked in training, kind by kind, filled when a kind is first asked for."""
 
-    def __init__(self, dataset: JointDataset, ask: Ask, settings: UnlearningConfig, head: DeferredHead) -> None:
+    def __init__(self, dataset: JointDataset, ask: Ask, settings: UnlearningConfig) -> None:
         """Keeps nothing yet; the original model may be asked until the first optimizer step."""
-        self._dataset, self._ask, self._settings, self._head = dataset, ask, settings, head
+        self._dataset, self._ask, self._settings = dataset, ask, settings
         self._rows: dict[RowType, CachedRows] = {}
 
-    def why_not(self, *, is_spread: bool) -> str:
+    @staticmethod
+    def why_not(*, head_is_left_out: bool, is_spread: bool) -> str:
         """Why there can't be a cache, empty where there can; weights may be spread over several processes."""
         if is_spread:
             return "the head's weight is spread over several processes"
-        if self._head.head is None:
+        if not head_is_left_out:
             return "the model's head can't be left out, or logits_budget_mb is empty"
         return ""
 

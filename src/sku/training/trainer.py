@@ -136,9 +136,11 @@ class UnlearningTrainer(Trainer):
         self._head = DeferredHead(plain_model(model), args.logits_budget_mb, watched=args.world_size > 1)
         self._cache: ReferenceCache | None = None
         if objective.needs_reference:
-            self._cache = ReferenceCache(train_dataset, self._original_rows, args, self._head)
+            self._cache = ReferenceCache(train_dataset, self._original_rows, args)
             spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            self._use_reference(args.reference, self._cache.why_not(is_spread=spread))
+            self._use_reference(
+                args.reference, self._cache.why_not(head_is_left_out=self._head.head is not None, is_spread=spread)
+            )
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains. Before that and before a checkpoint is loaded, the original model is asked all that it will be.
