@@ -24,8 +24,8 @@ from sku.methods import method_named
 from sku.methods.run import train_method
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
-from sku.negate.run import negate
 from sku.negate.streaming import negate_folders
+from sku.negate.task_vector import negate
 from sku.pipeline.checks import load_recipe_data
 from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, hazardous_folders, is_marked_hazardous
 

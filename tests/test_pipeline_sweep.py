@@ -19,7 +19,7 @@ from sku.__main__ import main
 from sku.config import Recipe, load_recipe
 from sku.errors import ModelError, NoAlphaError, OutputError, RecipeError
 from sku.models import load_model
-from sku.negate.run import negate
+from sku.negate.task_vector import negate
 from sku.pipeline.bad_model import run_acquire, run_sweep
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous

@@ -16,8 +16,7 @@ from negate.conftest import logits_of, with_adapter
 from sku.errors import OutputError, TaskVectorError
 from sku.negate.adapters import AdapterVector, combined
 from sku.negate.arithmetic import LowRank
-from sku.negate.run import negate
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate
 
 
 def loaded(base: Any, folder: Path) -> PeftModel:

@@ -16,8 +16,7 @@ from negate.conftest import disturbed
 from sku.errors import TaskVectorError
 from sku.negate import arithmetic
 from sku.negate.arithmetic import PIECE, dot_in_cache, draws_for, round_stochastically, subtract_tensors
-from sku.negate.run import negate, negate_with_record
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate, negate_with_record
 
 
 def some_tensors(*, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

@@ -19,8 +19,7 @@ from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
 from sku.model_files import embedded_model_path
 from sku.negate import adapters
 from sku.negate.adapters import AdapterVector
-from sku.negate.run import negate, negate_with_record, save_unlearned, task_vector_of
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate, negate_with_record, save_unlearned, task_vector_of
 
 
 def bits_of(model: nn.Module) -> dict[str, Tensor]:

@@ -13,8 +13,7 @@ from peft import PeftModel
 from conftest import ModelMaker
 from negate.conftest import disturbed, logits_of, with_adapter
 from sku.negate.adapters import AdapterVector
-from sku.negate.run import negate, negate_with_record
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate, negate_with_record
 
 
 def reflected(base: Any, unlearned: Any, alpha: float) -> Any:

@@ -25,9 +25,8 @@ from negate.conftest import assert_same_bits, disturbed, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
 from sku.negate import arithmetic
 from sku.negate.arithmetic import Rounding
-from sku.negate.run import negate_with_record, save_unlearned
 from sku.negate.streaming import negate_folders
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate_with_record, save_unlearned
 from sku.storage import BAD_MODEL_MARK, mark_hazardous
 
 DTYPES = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -18,7 +18,8 @@ from conftest import ModelMaker
 from negate.conftest import disturbed, with_adapter
 from sku.errors import OutputError, TaskVectorError
 from sku.negate.adapters import check_plain_lora
-from sku.negate.task_vector import TaskVector, unique_weights
+from sku.negate.matching import bad_form, unique_weights
+from sku.negate.task_vector import TaskVector
 from sku.storage import BAD_MODEL_MARK
 
 
@@ -75,7 +76,7 @@ def test_saved_privately_and_read_again(tmp_path: Path, make_model: ModelMaker) 
     vector.save(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert (folder / BAD_MODEL_MARK).is_file()
-    assert TaskVector.is_saved_in(folder)
+    assert bad_form(folder) == "vector"
     again = TaskVector.load(folder)
     assert again.deltas.keys() == vector.deltas.keys()
     assert all(torch.equal(again.deltas[name], delta) for name, delta in vector.deltas.items())
@@ -94,7 +95,7 @@ def test_files_that_are_no_task_vector(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, file)
     with pytest.raises(TaskVectorError, match="is not a task vector of SKU"):
         TaskVector.load(tmp_path)
-    assert not TaskVector.is_saved_in(tmp_path), "without the mark"
+    assert bad_form(tmp_path) == "model", "without the mark"
 
 
 def test_a_missing_weight_is_an_error_and_not_skipped(make_model: ModelMaker) -> None:

@@ -13,10 +13,10 @@ from sku.config.check import check_alpha
 from sku.config.recipe import NEGATING_METHODS
 from sku.errors import RecipeError
 from sku.model_files import with_gguf_file
-from sku.negate import stream_plan
 from sku.negate.arithmetic import Rounding, StreamedNegation, saved_type
 from sku.negate.files import model_folder
-from sku.negate.streaming import FolderNegation
+from sku.negate.matching import check_bad
+from sku.negate.streaming import FolderNegation, Plan
 from sku.plan import CommandPlan, Progress
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new
@@ -98,7 +98,7 @@ def _streamed(wanted: Subtraction, base: Path) -> FolderNegation:
     )  # fmt: skip
 
 
-def _settings(wanted: Subtraction, found: stream_plan.Plan | None, **described: str) -> dict[str, object]:
+def _settings(wanted: Subtraction, found: Plan | None, **described: str) -> dict[str, object]:
     weights = {}
     if found is not None:
         dtype = str(found.dtype).removeprefix("torch.")
@@ -107,7 +107,7 @@ def _settings(wanted: Subtraction, found: stream_plan.Plan | None, **described: 
     return {**named, **described, **weights, "rounding": wanted.rounding}
 
 
-def _run(streamed: FolderNegation, found: stream_plan.Plan, progress: Progress | None) -> Subtracted:
+def _run(streamed: FolderNegation, found: Plan, progress: Progress | None) -> Subtracted:
     told = None if progress is None else lambda done, total: progress("MiB", done >> 20, total >> 20)
     negated = streamed.run(found, told)
     return Subtracted(record=negated.record, left_out=negated.left_out)
@@ -131,12 +131,12 @@ def _from_file_to_file(wanted: Subtraction, base: Path) -> CommandPlan[Subtracte
 
 def _from_a_copy(wanted: Subtraction) -> CommandPlan[Subtracted]:
     from sku.models import load_model
-    from sku.negate.run import base_as_files
+    from sku.negate.task_vector import base_as_files
     from sku.pipeline.checks import check_model
 
     config = ModelConfig(path=wanted.base, gguf_file=wanted.gguf_file, dtype="float32")
     model = check_model(config)
-    stream_plan.check_bad(model_folder(str(wanted.bad)))
+    check_bad(model_folder(str(wanted.bad)))
 
     def execute(progress: Progress | None) -> Subtracted:
         with base_as_files(load_model(config), wanted.out) as base:

@@ -41,9 +41,8 @@ from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.arithmetic import saved_type
 from sku.negate.files import ADAPTER_CONFIG, model_folder
-from sku.negate.run import base_as_files, subtract_into, task_vector_of, transformed
 from sku.negate.streaming import FolderNegation
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, base_as_files, subtract_into, task_vector_of, transformed
 from sku.pipeline.run_folder import RunFolder
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
