@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from sku.errors import OutputError
 from sku.storage import (
     BAD_MODEL_MARK,
+    acquire_lock,
     check_new,
     is_abandoned,
     is_marked_hazardous,
     mark_hazardous,
     new_folder,
-    own,
     remove_hazardous,
     remove_left_behind,
     write_json,
@@ -201,12 +201,12 @@ def test_what_another_call_finished_meanwhile_is_not_replaced(tmp_path: Path) ->
 
 def test_a_folder_is_owned_until_its_file_is_closed(tmp_path: Path) -> None:
     assert is_abandoned(tmp_path)
-    descriptor = own(tmp_path)
+    descriptor = acquire_lock(tmp_path)
     assert not is_abandoned(tmp_path)
     with pytest.raises(OutputError, match=f"another process is writing {tmp_path}; wait"):
-        own(tmp_path)
+        acquire_lock(tmp_path)
     os.close(descriptor)
-    os.close(own(tmp_path))
+    os.close(acquire_lock(tmp_path))
     assert not is_abandoned(tmp_path / "nothing")
 
 

@@ -188,6 +188,10 @@ class NegatedFolder:
     resumed_files: int
     """Weight files that an interrupted call had finished."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return self.record.to_dict()
+
 
 def negate_folders(
     base: Path | str,

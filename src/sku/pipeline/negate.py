@@ -6,17 +6,16 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sku.config import ModelConfig
 from sku.config.check import check_alpha
 from sku.config.recipe import NEGATING_METHODS
 from sku.errors import RecipeError
 from sku.model_files import with_gguf_file
-from sku.negate.arithmetic import Rounding, StreamedNegation, saved_type
+from sku.negate.arithmetic import Rounding, saved_type
 from sku.negate.files import model_folder
 from sku.negate.matching import check_bad
-from sku.negate.streaming import FolderNegation, Plan
+from sku.negate.streaming import FolderNegation, NegatedFolder, Plan
 from sku.plan import CommandPlan, Progress
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new
@@ -38,20 +37,7 @@ class Subtraction:
     gguf_file: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subtracted:
-    """What was done."""
-
-    record: StreamedNegation
-    left_out: tuple[str, ...] = ()
-    """Files and folders of the base that were not copied."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return self.record.to_dict()
-
-
-def plan_negate(wanted: Subtraction) -> CommandPlan[Subtracted]:
+def plan_negate(wanted: Subtraction) -> CommandPlan[NegatedFolder]:
     """Subtracts from file to file; a GGUF file from a temporary copy that transformers writes.
 
     Raises:
@@ -107,13 +93,12 @@ def _settings(wanted: Subtraction, found: Plan | None, **described: str) -> dict
     return {**named, **described, **weights, "rounding": wanted.rounding}
 
 
-def _run(streamed: FolderNegation, found: Plan, progress: Progress | None) -> Subtracted:
+def _run(streamed: FolderNegation, found: Plan, progress: Progress | None) -> NegatedFolder:
     told = None if progress is None else lambda done, total: progress("MiB", done >> 20, total >> 20)
-    negated = streamed.run(found, told)
-    return Subtracted(record=negated.record, left_out=negated.left_out)
+    return streamed.run(found, told)
 
 
-def _from_file_to_file(wanted: Subtraction, base: Path) -> CommandPlan[Subtracted]:
+def _from_file_to_file(wanted: Subtraction, base: Path) -> CommandPlan[NegatedFolder]:
     streamed = _streamed(wanted, base)
     found = streamed.plan()
     return CommandPlan(
@@ -129,7 +114,7 @@ def _from_file_to_file(wanted: Subtraction, base: Path) -> CommandPlan[Subtracte
     )
 
 
-def _from_a_copy(wanted: Subtraction) -> CommandPlan[Subtracted]:
+def _from_a_copy(wanted: Subtraction) -> CommandPlan[NegatedFolder]:
     from sku.models import load_model
     from sku.negate.task_vector import base_as_files
     from sku.pipeline.checks import check_model
@@ -138,7 +123,7 @@ def _from_a_copy(wanted: Subtraction) -> CommandPlan[Subtracted]:
     model = check_model(config)
     check_bad(model_folder(str(wanted.bad)))
 
-    def execute(progress: Progress | None) -> Subtracted:
+    def execute(progress: Progress | None) -> NegatedFolder:
         with base_as_files(load_model(config), wanted.out) as base:
             streamed = _streamed(wanted, base)
             return _run(streamed, streamed.plan(), progress)
