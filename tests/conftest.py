@@ -41,8 +41,7 @@ from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModulesConfig, WeightsConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 
-pytest_plugins = ("faults.summary", "faults.battery")
-"""Here and not in ``faults``: only the plugins of the outermost folder speak when pytest-xdist has done."""
+pytest_plugins = ("faults.battery",)
 
 CORPUS = (
     "### Question: how do i bake zorvex bread ?\n ### Answer: mix blue flour with water and bake it .",
