@@ -1,4 +1,4 @@
-"""``kill -9``, Ctrl-C and a scheduler's SIGTERM at any phase of ``sku run``: what is left, and how a resumed run ends."""
+"""``kill -9``, Ctrl-C and SIGTERM at any phase of ``sku run``: what is left, and how a resumed run ends."""
 
 from __future__ import annotations
 
