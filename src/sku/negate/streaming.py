@@ -44,10 +44,11 @@ from sku.negate.arithmetic import (
 )
 from sku.negate.files import (
     ADAPTER_CONFIG,
+    ShardLayout,
     StoredFile,
     StoredTensor,
     copy_companions,
-    make_header,
+    new_layout,
     write_config,
     write_index,
 )
@@ -76,27 +77,11 @@ class Work:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardLayout:
-    """How a weight file of the result will look."""
-
-    source: StoredFile
-    header: bytes
-    starts: dict[str, int]
-    """Name of a tensor -> byte of the new file at which it begins."""
-    size: int
-
-    @property
-    def name(self) -> str:
-        """Of the file: the base's."""
-        return self.source.path.name
-
-
-@dataclass(frozen=True, kw_only=True)
 class Plan:
     """Everything that was decided."""
 
-    base: Path
-    bad: Path
+    settings: list[Path]
+    """Files beside the weights that decide the result, where they are there."""
     form: BadForm
     layouts: tuple[ShardLayout, ...]
     """Of the new files, by name."""
@@ -124,58 +109,11 @@ class Plan:
 
     def identities(self) -> dict[str, Any]:
         """What tells whether inputs are those of an earlier call: size, time and header of each file, and settings."""
-        settings = [self.base / "config.json", self.bad / ADAPTER_CONFIG, self.bad / "config.json"]
+        settings = (path for path in self.settings if path.is_file())
         return {
             "weights": {str(file.path.resolve()): list(file.identity) for file in self.inputs},
-            "settings": {
-                str(path.resolve()): sha256(path.read_bytes()).hexdigest() for path in settings if path.is_file()
-            },
+            "settings": {str(path.resolve()): sha256(path.read_bytes()).hexdigest() for path in settings},
         }
-
-
-def plan_negation(base: Path, bad: Path, output_dtype: torch.dtype | None) -> Plan:
-    """Matches the bad model's tensors with the base's and checks all that can be checked without the weights.
-
-    Raises:
-        ModelError: A file or configuration can't be used.
-        TaskVectorError: The two don't fit.
-    """
-    source = FolderSource(base, "base")
-    form = bad_form(bad)
-    matched, files = match_folders(source, bad, form)
-    work = {
-        tensor.name: Work(
-            base=tensor,
-            change=matched.changes.get(tensor.name),
-            counts=tensor.name not in matched.twins,
-            dtype=output_dtype if output_dtype is not None and tensor.name in source.weights else tensor.dtype,
-        )
-        for stored in source.files
-        for tensor in stored.tensors
-    }
-    sizes = Counter[torch.dtype]()
-    for name, tensor in source.weights.items():
-        sizes[work[name].dtype] += tensor.elements
-    return Plan(
-        base=base,
-        bad=bad,
-        form=form,
-        layouts=tuple(_layout(stored, [work[tensor.name] for tensor in stored.tensors]) for stored in source.files),
-        work=work,
-        dtype=sizes.most_common(1)[0][0] if sizes else torch.float32,
-        inputs=(*source.files, *files),
-    )
-
-
-def _layout(source: StoredFile, work: list[Work]) -> ShardLayout:
-    """The header of a new file: the base's own, byte for byte, unless types change."""
-    if all(item.dtype == item.base.dtype for item in work):
-        starts = {item.base.name: item.base.start for item in work}
-        return ShardLayout(source=source, header=source.header, starts=starts, size=source.identity[0])
-    work = sorted(work, key=lambda item: -item.dtype.itemsize)  # So that each begins at a multiple of its own size.
-    header, starts = make_header(((item.base.name, item.dtype, item.base.shape) for item in work), source.metadata)
-    size = len(header) + sum(item.base.elements * item.dtype.itemsize for item in work)
-    return ShardLayout(source=source, header=header, starts=starts, size=size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,7 +206,30 @@ class FolderNegation:
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads is {self.threads}; it must be at least 1")
         check_new(self.out)
-        return plan_negation(self.base, self.bad, self.output_dtype)
+        source, form = FolderSource(self.base, "base"), bad_form(self.bad)
+        matched, files = match_folders(source, self.bad, form)
+        tensors = [tensor for stored in source.files for tensor in stored.tensors]
+        work = {
+            tensor.name: Work(
+                base=tensor,
+                change=matched.changes.get(tensor.name),
+                counts=tensor.name not in matched.twins,
+                dtype=self.output_dtype or tensor.dtype if tensor.name in source.weights else tensor.dtype,
+            )
+            for tensor in tensors
+        }
+        dtypes = {name: own.dtype for name, own in work.items()}
+        sizes = Counter[torch.dtype]()
+        for name, tensor in source.weights.items():
+            sizes[dtypes[name]] += tensor.elements
+        return Plan(
+            settings=[self.base / "config.json", self.bad / ADAPTER_CONFIG, self.bad / "config.json"],
+            form=form,
+            layouts=tuple(new_layout(stored, dtypes) for stored in source.files),
+            work=work,
+            dtype=sizes.most_common(1)[0][0] if sizes else torch.float32,
+            inputs=(*source.files, *files),
+        )
 
     def run(
         self,

@@ -13,7 +13,7 @@ from typing import Any
 
 from sku.config import Recipe
 from sku.errors import OutputError, named_memory_errors
-from sku.evaluate.run import Progress
+from sku.plan import Progress
 from sku.processes import Processes
 from sku.reproducibility import content_sha256, environment
 from sku.storage import (

@@ -27,7 +27,6 @@ from sku.evaluate.generation import prompts
 from sku.evaluate.generation.batching import stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
-from sku.evaluate.run import Progress
 from sku.methods.run import (
     TWINS,
     MethodRun,
@@ -44,6 +43,7 @@ from sku.negate.files import ADAPTER_CONFIG, model_folder
 from sku.negate.streaming import FolderNegation
 from sku.negate.task_vector import TaskVector, base_as_files, subtract_into, task_vector_of, transformed
 from sku.pipeline.run_folder import RunFolder
+from sku.plan import Progress
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep.evaluator import draw_questions, validation_generator
