@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -112,32 +110,3 @@ def test_a_place_that_takes_no_folder(place: str, server: ForkServer, tmp_path: 
     assert str(run) in check_one_line(ended)
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"
-
-
-def mounted(place: Path, options: str) -> Iterator[Path]:
-    """A file system in memory at a folder; skips where this process may not mount one."""
-    place.mkdir()
-    try:
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if made.returncode:
-        pytest.skip(f"no file system can be mounted here: {made.stderr.decode().strip()}")
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True)
-
-
-@pytest.fixture(params=["size=2m", "nr_inodes=12", "ro"])
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """Small in bytes, small in files, or read-only."""
-    yield from mounted(tmp_path / "disk", request.param)
-
-
-def test_a_real_disk_that_is_too_small(base: Path, small_disk: Path, server: ForkServer) -> None:
-    run = small_disk / "run"
-    words = words_of({**WHOLE, "model.path": str(base)})
-    ended = server.start("run", "--out", run, *words, watch=small_disk, run=run).end()
-    check_one_line(ended)
-    assert list(small_disk.iterdir()) == []

@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from conftest import ModelMaker
 from negate.conftest import logits_of, with_adapter
-from sku.errors import OutputError, TaskVectorError
+from sku.errors import TaskVectorError
 from sku.negate.adapters import AdapterVector, combined
 from sku.negate.arithmetic import LowRank
 from sku.negate.task_vector import TaskVector, negate
@@ -72,19 +72,6 @@ def test_adapters_of_two_models_and_infinite_ones_are_refused(make_model: ModelM
     with pytest.raises(TaskVectorError):
         (float("inf") * first).save(tmp_path / "adapter")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_negated_adapter_loads_in_plain_peft(make_model: ModelMaker, tmp_path: Path) -> None:
-    base = make_model("llama_tied")
-    bad = with_adapter(base, target_modules=["q_proj", "up_proj", "down_proj"])
-    (-2.0 * AdapterVector.of(bad)).save(tmp_path / "adapter")
-    by_adapter = logits_of(loaded(make_model("llama_tied"), tmp_path / "adapter"))
-    torch.testing.assert_close(by_adapter, logits_of(negate(base, bad, 2.0)), rtol=1e-4, atol=1e-5)
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == 4
-    assert set(config["target_modules"]) == {"q_proj", "up_proj", "down_proj"}
-    with pytest.raises(OutputError, match="already exists"):
-        AdapterVector.of(bad).save(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(

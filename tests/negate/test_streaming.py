@@ -88,6 +88,8 @@ def test_streamed_is_in_memory_bit_for_bit(
     tmp_path: Path,
 ) -> None:  # fmt: skip
     base = make_model(architecture).to(stored_as or torch.float32)
+    with torch.no_grad():
+        next(base.parameters())[0] = -0.0  # -0.0 - 0 * x would be +0.0 for x < 0.
     folders = Folders(tmp_path, base, tokenizer, shards="40KB", bad_shards="90KB")
     for form, alpha, dtype in (
         ("model", 0.7, torch.float32),
@@ -95,21 +97,14 @@ def test_streamed_is_in_memory_bit_for_bit(
         ("vector", 2.5, None),
     ):  # fmt: skip
         folders.check(form, alpha, dtype, tokenizer)
-
-
-def test_alpha_0_gives_the_base_bit_for_bit(
-    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    base = make_model()
-    with torch.no_grad():
-        base.model.layers[0].self_attn.q_proj.weight[0] = -0.0
-    folders = Folders(tmp_path, base, tokenizer)
+    if architecture not in ("llama", "llama_tied"):
+        return
     for form in ("model", "adapter", "vector"):
         for rounding in get_args(Rounding):
             out = tmp_path / f"{form}-{rounding}"
-            negated = negate_folders(folders.base, tmp_path / form, out, 0.0, rounding=rounding)
+            record = negate_folders(folders.base, tmp_path / form, out, 0.0, rounding=rounding).record
             assert_same_bits(stored(out), stored(folders.base))
-            assert (negated.record.changed_weights, negated.record.survival) == (0, 1.0)
+            assert (record.changed_weights, record.survival) == (0, 1.0)
 
 
 @pytest.mark.parametrize(

@@ -110,18 +110,6 @@ def test_a_tie_in_one_model_alone_is_an_error(make_model: ModelMaker) -> None:
         TaskVector.between(untied, make_model("llama_tied"))
 
 
-def test_weights_that_are_views_of_one_storage_are_not_tied() -> None:
-    """Only the very same numbers are one weight: same place, same shape."""
-    model = nn.Module()
-    storage = torch.arange(8.0)
-    model.register_buffer("whole", storage)
-    model.register_buffer("head", storage[:4])
-    model.register_buffer("tail", storage[4:])
-    weights, tied = unique_weights(model)
-    assert set(weights) == {"whole", "head", "tail"}
-    assert tied == {}
-
-
 def test_quantized_weights_in_buffers_are_not_left_out_quietly() -> None:
     """GPTQ and AWQ hold their weights in integer buffers."""
 
