@@ -113,10 +113,11 @@ def test_shards_by_their_index(tmp_path: Path) -> None:
 def test_an_index_that_is_wrong(tmp_path: Path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     place = sharded(tmp_path)
-    for changed in (
+    wrong: tuple[Any, ...] = (
         place | {"d": "one.safetensors"}, {"a": "one.safetensors", "b": "two.safetensors"},
         place | {"a": "two.safetensors"}, place | {"a": "../one.safetensors"}, place | {"a": "one.bin"}, [],
-    ):  # fmt: skip
+    )  # fmt: skip
+    for changed in wrong:
         index.write_text(json.dumps({"weight_map": changed}))
         with pytest.raises(ModelError, match=str(index)):
             read_folder(tmp_path)

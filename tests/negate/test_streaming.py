@@ -390,7 +390,7 @@ REFUSED: tuple[tuple[Callable[[Folders], object], dict[str, Any], type[Exception
     ),
     (changed("adapter", lambda t: t.pop(A), ADAPTER), {"form": "adapter"}, TaskVectorError, A),
     (changed("adapter", lambda t: t.update({X: t[A].clone()}), ADAPTER), {"form": "adapter"}, TaskVectorError, X),
-    (changed("adapter", lambda t: t.update({A: t[A][:2].clone()}), ADAPTER), {"form": "adapter"}, TaskVectorError, A),
+    (changed("adapter", lambda t: t.update({A: t[A][:2].clone()}), ADAPTER), {"form": "adapter"}, TaskVectorError, "up_proj"),
     (changed("adapter", lambda t: t.update({A: t[A][:, :5].clone()}), ADAPTER), {"form": "adapter"},
      TaskVectorError, UP),
     (lambda folders: (folders.path / "adapter" / ADAPTER).unlink(), {"form": "adapter"}, ModelError, ADAPTER),
