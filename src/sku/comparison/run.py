@@ -33,7 +33,7 @@ from sku.methods import METHODS, method_named
 from sku.methods.run import resolve_method
 from sku.report.method_records import Comparison, RowTitle, run_name
 from sku.reproducibility import content_sha256
-from sku.storage import LOCK_FILE, check_place, named_disk_errors, own_by_file, write_text
+from sku.storage import LOCK_FILE, acquire_lock, check_place, named_disk_errors, write_text
 from sku.sweep.evaluator import check_judge
 
 RANDOM_DIRECTION = Path(__file__).with_name("random_direction.py")
@@ -57,18 +57,17 @@ class Row:
         Sampled replies, attacks and what needs files or models of its own are left to a run without a comparison.
         """
         recipe = changed(self.recipe, seed=seed, check=False)
+        name = method_named(recipe.method).name
+        published = recipe.strength(name)
         if recipe.method == "sku":
-            published = recipe.negate.given_alpha
             recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"), methods={})
         else:
-            name = method_named(recipe.method).name
             own = recipe.methods.get(name, MethodConfig())
-            published = own.given_strength
             recipe = dataclasses.replace(recipe, methods={name: dataclasses.replace(own, strength="auto")})
         return dataclasses.replace(
             recipe,
             compare=CompareConfig(published=published),
-            sweep=dataclasses.replace(recipe.sweep, rule="least_harm", if_none="nearest"),
+            sweep=dataclasses.replace(recipe.sweep, harm_target=None, if_none="nearest"),
             evaluate=dataclasses.replace(
                 recipe.evaluate, samples=0, similarity_model=None, xstest=None, lm_eval=(), attacks=()
             ),
@@ -189,10 +188,10 @@ Tell = Callable[[str, str, str], None]
 """Called with the name of a run, what became of it (``kept``, ``complete``, ``failed``) and why it failed."""
 
 
-def seeds_of(recipe: Recipe, count: int | None = None) -> range:
+def seeds_of(recipe: Recipe, count: int) -> range:
     """The training seeds: that of the recipe and those after it."""
     first = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
-    return range(first, first + (recipe.compare.seeds if count is None else count))
+    return range(first, first + count)
 
 
 def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: Tell | None = None) -> Comparison:
@@ -328,7 +327,7 @@ def _own_folder(out: Path) -> Iterator[None]:
     """Makes the private folder, which no other process writes before the block ends; empty it doesn't stay."""
     with named_disk_errors(out):
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = own_by_file(out)
+        lock = acquire_lock(out, by_file=True)
     try:
         yield
     finally:

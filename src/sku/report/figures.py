@@ -22,9 +22,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from sku.errors import OutputError
-from sku.evaluate.changes import RateChange
 from sku.evaluate.comparison import Comparison
-from sku.evaluate.metrics import Rate
+from sku.evaluate.metrics import Rate, RateChange
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, answers_words, in_order
 from sku.evaluate.results import Rates
 from sku.evaluate.verdict import CANT_MEASURE
