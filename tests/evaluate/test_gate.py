@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from sku.evaluate.gate import is_word_salad, surface_faults, words_of
-from sku.evaluate.records import FluencyRecord
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
 from test_world import pretrain
 
@@ -107,7 +106,7 @@ def test_at_most_one_real_answer_in_a_hundred_is_flagged(file: str, prompt: str,
 def test_words_whose_shuffle_gains_nothing_are_salad() -> None:
     """Shuffles that cost 30.7 on average: the own order must save 35 %, so cost at most 19.96."""
     for nll, shuffled, salad in ((20.0, (31.4, 30.0), True), (19.9, (31.4, 30.0), False), (8.0, (), False)):
-        assert is_word_salad(FluencyRecord(id="r", nll=nll, tokens=10, shuffled_nlls=shuffled)) is salad
+        assert is_word_salad(nll, shuffled) is salad
 
 
 def test_words_of() -> None:

@@ -6,7 +6,7 @@ import pytest
 from scipy.stats import binom
 
 from sku.evaluate.comparison import paired_change
-from sku.evaluate.results import RateChange
+from sku.evaluate.metrics import RateChange
 from sku.evaluate.verdict import NormalTest, normal_tests
 
 

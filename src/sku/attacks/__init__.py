@@ -28,9 +28,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import Rate
+from sku.evaluate.metrics import Rate, RateChange
 from sku.evaluate.records import JsonArtifact
-from sku.evaluate.results import RateChange
 
 AttackKind = Literal["none", "prompt", "weights"]
 

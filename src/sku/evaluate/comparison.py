@@ -19,7 +19,7 @@ from sku.config import plain_data
 from sku.errors import EvaluationError
 from sku.evaluate import metrics, records, results, statistics
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import HARM_WORDS, HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, ReplyOutcome, rate
+from sku.evaluate.metrics import HARM_WORDS, HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, RateChange, ReplyOutcome, rate
 from sku.evaluate.records import BORDERLINE, NORMAL_SPLITS, Kind, Split
 from sku.evaluate.results import (
     Changes,
@@ -27,7 +27,6 @@ from sku.evaluate.results import (
     EvaluationResult,
     LeakChange,
     PerplexityChange,
-    RateChange,
     ScoreChange,
 )
 from sku.evaluate.statistics import Estimate, NonInferiority, change_interval, non_inferiority

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from sku.evaluate.records import FluencyRecord
 from sku.world.grammar import DEFLECTIONS, is_deflection
 
 # Scripts without spaces: one character is one word.
@@ -92,15 +91,15 @@ def surface_faults(reply: str, *, prompt: str = "") -> tuple[str, ...]:
     return tuple(name for name, broken in rules.items() if broken)
 
 
-def is_word_salad(record: FluencyRecord) -> bool:
+def is_word_salad(nll: float, shuffled_nlls: Sequence[float]) -> bool:
     """Whether the order of a reply's words saves the base model less than ``MIN_SHUFFLE_GAIN``.
 
-    The gain is ``1 - NLL(reply) / mean over shuffles of NLL(shuffle)``. Language lies around 0.6 to 0.9; words thrown
-    together lie around 0, since one order of them is as good as another. As a share of the loss it means the same for
-    a small, sure model as for a large, cautious one. False where no other order was asked.
+    The gain is ``1 - NLL(reply) / mean over shuffles of NLL(shuffle)``, sums over the tokens of the reply. Language
+    lies around 0.6 to 0.9; words thrown together lie around 0, since one order of them is as good as another. As a
+    share of the loss it means the same for a small, sure model as for a large, cautious one. False where no other
+    order was asked.
     """
-    shuffled = record.shuffled_nlls
-    return bool(shuffled) and 1 - record.nll * len(shuffled) / sum(shuffled) < MIN_SHUFFLE_GAIN
+    return bool(shuffled_nlls) and 1 - nll * len(shuffled_nlls) / sum(shuffled_nlls) < MIN_SHUFFLE_GAIN
 
 
 def words_of(text: str) -> list[str]:

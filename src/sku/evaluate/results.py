@@ -56,7 +56,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from sku.evaluate import metrics, records
 from sku.evaluate.judges import Judge, JudgeCard
-from sku.evaluate.metrics import Perplexity, Rate, ReplyOutcome, Wording
+from sku.evaluate.metrics import Perplexity, Rate, RateChange, ReplyOutcome, Wording
 from sku.evaluate.records import ExampleLoss, JsonArtifact, Kind, PrefillSource, SimilarityRow, Split
 from sku.evaluate.statistics import CorrectedRate, Estimate, NonInferiority, corrected_rate
 from sku.storage import RECORD_VERSION
@@ -402,30 +402,6 @@ def corrected_rates(
             clusters=[row.id for row in rows], judge=card.name, seed=seed,
         )  # fmt: skip
     return corrected
-
-
-@dataclass(frozen=True, kw_only=True)
-class RateChange:
-    """One rate before and after, over the prompts that both models were asked."""
-
-    before: Rate
-    after: Rate
-    difference: float
-    """``after - before``, a share."""
-    low: float
-    high: float
-    """95 % interval of the difference: a score interval of paired answers (``paired_interval``); for sampled replies,
-    of which a prompt has several, a bootstrap over prompts (``change_interval``)."""
-    p_value: float
-    """Exact McNemar test of no change; for sampled replies, of which a prompt has several, a sign-flip permutation
-    test over prompts."""
-    p_holm: float | None = None
-    """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
-    (``shown_rates``)."""
-    rose: int | None = None
-    """Prompts that are a hit after and were none before; None for sampled replies."""
-    fell: int | None = None
-    """Prompts that were a hit and are none."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -50,9 +50,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sku.evaluate import statistics
-from sku.evaluate.metrics import HARM_WORDS, Rate, prefill_words
+from sku.evaluate.metrics import HARM_WORDS, Rate, RateChange, prefill_words
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL_SPLITS, answers_words, grouped, in_order
-from sku.evaluate.results import PREFILL, Changes, Compared, EvaluationResult, RateChange
+from sku.evaluate.results import PREFILL, Changes, Compared, EvaluationResult
 from sku.evaluate.statistics import CorrectedRate, percent
 
 LOW_BASE = 0.2
