@@ -30,10 +30,10 @@ from sku.model_files import embedded_model_path
 from sku.models import load_model
 from sku.negate import streaming
 from sku.negate.adapters import load_adapter
-from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import FinishedRun, run_recipe
 from sku.pipeline.run_folder import RunFolder
+from sku.pipeline.stages import run_acquire
 from sku.processes import ALONE
 from sku.storage import BAD_MODEL_MARK, is_marked_hazardous
 

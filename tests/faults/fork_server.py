@@ -44,11 +44,6 @@ def _import_everything() -> None:
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
 
-    import sku.cli.main
-    import sku.pipeline.bad_model
-    import sku.pipeline.negate
-    import sku.pipeline.run  # noqa: F401
-
     quiet_libraries()
     PIL.Image.preinit()
     gc.freeze()  # What was imported is never collected: children need not look through it.
