@@ -24,11 +24,7 @@ from sku.model_files import embedded_model_path
 from sku.models import load_classifier, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.streaming import negate_folders
-<<<<<<< HEAD
-=======
 from sku.negate.task_vector import negate, task_vector_of
-from sku.pipeline.bad_model import run_acquire
->>>>>>> main
 from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import run_recipe
 from sku.pipeline.stages import run_acquire

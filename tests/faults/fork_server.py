@@ -44,14 +44,11 @@ def _import_everything() -> None:
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
 
-<<<<<<< HEAD
-=======
     import sku.__main__
-    import sku.pipeline.bad_model
     import sku.pipeline.negate
-    import sku.pipeline.run  # noqa: F401
+    import sku.pipeline.run
+    import sku.pipeline.stages  # noqa: F401
 
->>>>>>> main
     quiet_libraries()
     PIL.Image.preinit()
     gc.freeze()  # What was imported is never collected: children need not look through it.
