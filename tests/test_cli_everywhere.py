@@ -20,13 +20,13 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from conftest import Command
+from sku.__main__ import app
 from sku.cli.compare import GROUPS
 from sku.cli.console import print_cause, set_loudness
 from sku.cli.init import described
-from sku.cli.main import app
 from sku.cli.options import listed_methods, method_names, words_of
 from sku.cli.sweep import next_commands
-from sku.comparison.rows import ABLATIONS
+from sku.comparison.run import ABLATIONS
 from sku.config import load_recipe
 from sku.errors import DataError
 from sku.methods import METHODS
@@ -34,7 +34,7 @@ from sku.model_files import embedded_model_path
 from sku.quiet import without_secret_addresses
 from sku.storage import mark_hazardous
 
-RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.cli.main import main\nmain()"
+RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.__main__ import main\nmain()"
 
 WITHOUT_JSON: dict[str, str] = {}
 """Command -> why it has no --json. None so far: every command has a result that a program can read."""
@@ -173,18 +173,6 @@ def test_quiet_leaves_results_and_errors(command: Command, tmp_path: Path) -> No
     assert failed == (2, "", f"error: {tmp_path / 'a'} already exists; choose another folder or remove it first\n")
     code, _, err = command("-q", "-v", "init")
     assert (code, err) == (2, "error: --quiet and --verbose exclude each other: leave one out\n")
-
-
-def test_an_interrupt_is_told_under_quiet_too(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sku.pipeline.run._execute", interrupt)
-    code, out, err = command("-q", "run", "--out", tmp_path / "run")
-    assert (code, out) == (130, "")
-    assert err == f"interrupted; go on with the same command and --out {tmp_path / 'run'} --resume\n"
 
 
 @pytest.mark.integration

@@ -33,7 +33,9 @@ from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
 
-CONFIG = EvaluateConfig(prompts=10, retain_prompts=10, batch_size=4, max_new_tokens=8, prefill_tokens=(3,), samples=2)
+CONFIG = EvaluateConfig(
+    prompts=10, retain_prompts=10, batch_size=4, max_new_tokens=8, prefill_tokens=(3, "affirmative"), samples=2
+)
 
 
 @pytest.fixture
