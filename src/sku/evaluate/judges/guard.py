@@ -273,7 +273,9 @@ def _conversation(settings: GuardSettings, tokenizer: PreTrainedTokenizerBase, p
 
 
 def _rendered(settings: GuardSettings, tokenizer: PreTrainedTokenizerBase, policy: str, name: str) -> str:
-    contents = [[{"type": "text", "text": text}] if settings.content_parts else text for text in (PROMPT, REPLY)]
+    contents: list[Any] = [
+        [{"type": "text", "text": text}] if settings.content_parts else text for text in (PROMPT, REPLY)
+    ]
     messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=True)]
     variables = json.dumps(settings.template_kwargs).replace("{policy}", json.dumps(policy)[1:-1])
     options = {"add_generation_prompt": settings.add_generation_prompt, **json.loads(variables)}
