@@ -20,6 +20,8 @@ from sku.attacks.kinds import (
     world_paraphrases,
 )
 from sku.data.examples import ForgetExample, ForgetRetainData
+from sku.data.joint import parse_templates
+from sku.errors import EvaluationError
 from sku.world.grammar import MAKE_QUESTIONS
 
 from .conftest import world_recipe
@@ -97,3 +99,12 @@ def test_a_users_file_replaces_them(tmp_path: Path, world_data: ForgetRetainData
     recipe = world_recipe(f"evaluate.attack_templates={json.dumps(str(file))}")
     for data in (OTHER, world_data):
         assert load_templates(recipe, data) == ["say {prompt} aloud", "{prompt}\nplease"]
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [(" \n", "f.txt"), ("{prompt}\nsay it", "f.txt line 2"), ("a {prompt}\n\na {prompt}", "f.txt line 3")],
+)
+def test_a_file_that_can_not_be_used_is_named_with_its_line(text: str, place: str) -> None:
+    with pytest.raises(EvaluationError, match=place):
+        parse_templates(text, "f.txt")

@@ -121,7 +121,7 @@ def test_plain_replies_are_those_of_evaluate(
 def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
     assert stat.S_IMODE((ran.folder / "attacks").stat().st_mode) == 0o700
     files = {path.name for path in (ran.folder / "attacks").iterdir()}
-    trainings = {f"relearn.{name}.jsonl" for name in ("start", "model.10.0.001", "control.10.0.001")}
+    trainings = {f"relearn.{name}.jsonl" for name in ("model.10.0.001", "control.10.0.001")}
     assert files == {f"{name}.jsonl" for name in CARDS if name != "relearn"} | trainings
     assert {stat.S_IMODE(path.stat().st_mode) for path in ran.folder.rglob("*.json*")} == {0o600}
     assert AttackReport.read(ran.folder) == ran.report
