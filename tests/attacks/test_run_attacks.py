@@ -156,22 +156,23 @@ def splits(**changes: Any) -> ForgetRetainData:
 
 
 @pytest.mark.parametrize(
-    ("attacks", "data", "message"),
+    ("change", "data", "message"),
     [
-        ("[]", splits(), "evaluate.attacks is empty"),
-        ("[template]", splits(forget_test=()), "forget_test, which is empty"),
-        ("[relearn]", splits(forget_train=()), "relearn trains on the split forget_train, which is empty"),
+        ("evaluate.attacks=[]", splits(), "evaluate.attacks"),
+        ("evaluate.attacks=[template]", splits(forget_test=()), "forget_test"),
+        ("evaluate.attacks=[relearn]", splits(forget_train=()), "forget_train"),
+        ("evaluate.attack_templates=nowhere.txt", splits(), "nowhere.txt"),
     ],
 )
 def test_what_can_not_run_is_refused(
-    attacks: str,
+    change: str,
     data: ForgetRetainData,
     message: str,
     world_base: PreTrainedModel,
     world_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     with pytest.raises(EvaluationError, match=message):
-        run_attacks(world_recipe(f"evaluate.attacks={attacks}"), world_base, world_base, world_tokenizer, data)
+        run_attacks(world_recipe("evaluate.attacks=[template]", change), world_base, world_base, world_tokenizer, data)
 
 
 def test_prompts_without_room_for_a_reply_are_left_out(
