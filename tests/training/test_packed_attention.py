@@ -181,3 +181,12 @@ def test_half_precision_is_computed_wide_on_a_cpu() -> None:
     query, key, value = (tensor.detach().float() for tensor in tensors)
     expected = by_hand(query, key, value, paths, None)
     assert torch.equal(output, expected.to(torch.bfloat16)) or (output.float() - expected).abs().max() < 5e-3
+
+
+def test_a_mask_or_other_tokens_are_refused() -> None:
+    paths = plan_paths(SEGMENTS)
+    query, key, value = inputs(paths)
+    with pytest.raises(ModelError, match="mask of its own"):
+        packed_attention(nn.Module(), query, key, value, torch.ones(1, 1, 27, 27), packed_paths=paths)
+    with pytest.raises(ModelError, match="26 tokens in 1 rows for a plan of 27"):
+        packed_attention(nn.Module(), query[:, :, 1:], key, value, None, packed_paths=paths)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -70,3 +71,17 @@ def test_under_autocast_an_adapter_learns_the_same_from_inputs_that_are_not_cast
     assert any("lora_B" in name and weight.any() for name, weight in weights.items())
     for name, weight in weights.items():
         assert torch.equal(weight, with_casts[name]), name
+
+
+@pytest.mark.parametrize(
+    ("autocast", "dora", "left_alone"), [(True, False, False), (False, False, True), (True, True, True)]
+)
+def test_only_inputs_of_plain_lora_under_autocast_are_left_as_they_are(
+    autocast: bool, dora: bool, left_alone: bool, make_model: ModelMaker
+) -> None:
+    adapter = LoraConfig(r=2, target_modules="all-linear", use_dora=dora)
+    model = get_peft_model(make_model(), adapter)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    with adapter_inputs_as_they_are(model, autocast=autocast):
+        assert all(layer.cast_input_dtype_enabled is left_alone for layer in layers)
+    assert all(layer.cast_input_dtype_enabled for layer in layers)
