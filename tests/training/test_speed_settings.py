@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from conftest import ModelMaker, TrainerMaker, weights_of
 from sku.errors import RecipeError
+from sku.training import adapter_inputs_as_they_are
 from sku.training import config as config_module
 from sku.training import trainer as trainer_module
 from sku.training.config import UnlearningConfig
