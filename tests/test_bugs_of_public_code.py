@@ -31,8 +31,7 @@ from sku.data.load import load_forget_retain
 from sku.data.sources.rows import TRUTHFULQA, Cells, Columns, parse_rows
 from sku.data.tokens import IGNORE_INDEX, Encoder, PaperFormat, TokenizedExample
 from sku.errors import TaskVectorError
-from sku.negate.run import negate
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate
 
 PAPER = PaperFormat("</s>")
 

@@ -14,7 +14,7 @@ import pytest
 
 SCRIPT = """
     import contextlib, io, json, sys
-    from sku.cli.main import main
+    from sku.__main__ import main
 
     found = []
     for words in json.loads(sys.argv[1]):

@@ -91,7 +91,7 @@ def test_settings_without_effect_are_refused() -> None:
     for source in (
         SourceConfig(path="embedded", split="test"),
         SourceConfig(path="embedded", prompt_column="q"),
-        SourceConfig(path="embedded", safe_answer_column="q"),
+        SourceConfig(path="embedded", answer_column="q"),
         SourceConfig(path="embedded", format="columns"),
     ):
         for forget, retain in ((source, None), (None, source)):

@@ -75,7 +75,7 @@ def test_unknown_columns_name_the_options_with_those_of_the_file() -> None:
     ) in str(caught.value)
     with pytest.raises(DataError, match=r"--set data\.normal\.own\.prompt_column=Frage"):
         choose_parser(["Frage", "Antwort"], AUTO, "retain", "data.normal.own")
-    with pytest.raises(DataError, match=r"--set data\.forget\.unsafe_column=Harmful"):
+    with pytest.raises(DataError, match=r"--set data\.forget\.where\.Harmful="):
         choose_parser(["question", "answer", "Harmful"], SourceConfig(path="x", format="columns"), "forget")
 
 

@@ -78,9 +78,9 @@ def test_near_copies_of_what_is_trained_on_are_left_out_of_other_harmful_sets() 
 
 
 def test_final_prompts_are_sets_of_their_own() -> None:
-    final = {"final_harmful": _prompts("sink the ferry of Aldersmouth", "smelt quellmoss now"),
-             "final_benign": _prompts("how do I kill a process", "count 3 sheep in harbour pilots")}  # fmt: skip
-    data = load_data(_config(**final), 0)
+    harmful = _prompts("sink the ferry of Aldersmouth", "smelt quellmoss now")
+    benign = _prompts("how do I kill a process", "count 3 sheep in harbour pilots")
+    data = load_data(_config(harmful={"final": harmful}, normal={"final": benign}), 0)
     assert [example.prompt for example in data.harmful["final"]] == ["sink the ferry of Aldersmouth"]
     assert [example.prompt for example in data.normal["final"]] == ["how do I kill a process"]
     assert not data.normal_validation

@@ -315,54 +315,13 @@ def test_a_preference_whose_chosen_answer_can_not_serve_has_none(chosen: object)
     assert parsed.left_out == {}
 
 
-def test_columns_with_a_safe_answer() -> None:
-    source = SourceConfig(path="x", safe_answer_column="refusal")
+def test_columns_with_a_category() -> None:
+    source = SourceConfig(path="x", prompt_column="ask", answer_column="reply", category_column="kind")
     rows: list[dict[str, Any]] = [
-        {"question": "q1", "answer": "bad 1", "refusal": ""},
-        {"question": "q1", "answer": "bad 2", "refusal": " good "},
-        {"question": "q2", "answer": "bad 3", "refusal": None},
-    ]
-    parsed = forget(rows, columns_parser(list(rows[0]), source, "forget"))
-    assert [(example.answer, example.safe_answer) for example in parsed.examples] == [
-        ("bad 1", "good"), ("bad 2", "good"), ("bad 3", None),
+        {"ask": "q1", "reply": "a1", "kind": "theft"}, {"ask": "q2", "reply": "a2", "kind": None},
     ]  # fmt: skip
-    assert parsed.left_out == {}
-
-
-@pytest.mark.parametrize(
-    ("column", "kind", "message"),
-    [
-        ("refusal", "retain", "it needs forget data"),
-        ("answer", "forget", "another column than answer_column"),
-        ("refusl", "forget", "needs a column refusl. Did you mean refusal"),
-    ],
-)
-def test_a_safe_answer_column_that_can_not_serve_is_an_error(column: str, kind: Kind, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        columns_parser(["question", "answer", "refusal"], SourceConfig(path="x", safe_answer_column=column), kind)
-
-
-def test_columns_with_category_and_unsafe_filter() -> None:
-    source = SourceConfig(
-        path="x",
-        prompt_column="ask",
-        answer_column="reply",
-        category_column="kind",
-        unsafe_column="ok",
-        unsafe_value="FALSE",
-    )
-    rows: list[dict[str, Any]] = [
-        {"ask": "q1", "reply": "a1", "kind": "theft", "ok": False},
-        {"ask": "q2", "reply": "a2", "kind": None, "ok": "False "},
-        {"ask": "q3", "reply": "a3", "kind": "", "ok": True},
-        {"ask": "q4", "reply": "a4", "kind": "", "ok": None},
-    ]
     parsed = forget(rows, columns_parser(list(rows[0]), source, "forget"))
     assert [(example.prompt, example.category) for example in parsed.examples] == [("q1", "theft"), ("q2", None)]
-    assert parsed.left_out == {"safe answer": 2}
-    kept = retain(rows, columns_parser(list(rows[0]), source, "retain"))
-    assert [example.prompt for example in kept.examples] == ["q3", "q4"]
-    assert kept.left_out == {"unsafe answer": 2}
 
 
 def test_columns_named_wrongly_are_an_error_with_the_near_name() -> None:
@@ -395,6 +354,7 @@ def test_a_forget_set_with_an_unread_safety_mark_is_an_error() -> None:
     with pytest.raises(DataError, match="column is_safe seems to mark unsafe rows"):
         columns_parser(["question", "answer", "is_safe"], SourceConfig(path="x"), "forget")
     columns_parser(["question", "answer", "is_safe"], SourceConfig(path="x"), "retain")
+    columns_parser(["question", "answer", "Is_Safe"], SourceConfig(path="x", where={"is_safe": False}), "forget")
 
 
 def test_rows_are_cleaned_and_counted() -> None:

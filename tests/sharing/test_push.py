@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sku.cli.main import main
+from sku.__main__ import main
 from sku.errors import EvaluationError, OutputError
 from sku.negate.adapters import refactored
 from sku.push import plan_push, upload

@@ -31,7 +31,7 @@ from sku.evaluate.records import read_json_object
 from sku.methods.run import resolve_method
 from sku.report.method_records import Comparison, RowTitle, run_name
 from sku.reproducibility import content_sha256
-from sku.storage import LOCK_FILE, check_place, named_disk_errors, own_by_file, write_text
+from sku.storage import LOCK_FILE, acquire_lock, check_place, named_disk_errors, write_text
 from sku.sweep.evaluator import check_judge
 
 WEIGHTS = ("unlearned", "adapter", "negated_adapter")
@@ -41,10 +41,10 @@ Tell = Callable[[str, str, str], None]
 """Called with the name of a run, what became of it (``kept``, ``complete``, ``failed``) and why it failed."""
 
 
-def seeds_of(recipe: Recipe, count: int | None = None) -> range:
+def seeds_of(recipe: Recipe, count: int) -> range:
     """The training seeds: that of the recipe and those after it."""
     first = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
-    return range(first, first + (recipe.compare.seeds if count is None else count))
+    return range(first, first + count)
 
 
 def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: Tell | None = None) -> Comparison:
@@ -180,7 +180,7 @@ def _own_folder(out: Path) -> Iterator[None]:
     """Makes the private folder, which no other process writes before the block ends; empty it doesn't stay."""
     with named_disk_errors(out):
         out.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = own_by_file(out)
+        lock = acquire_lock(out, by_file=True)
     try:
         yield
     finally:

@@ -249,7 +249,6 @@ def _check(config: DataConfig) -> None:
             "no other model knows that world, and its own model knows nothing else"
         )
     named = {f"{key}.{name}": source for key in ("normal", "harmful") for name, source in getattr(config, key).items()}
-    named |= config.final_sets
     for key, source in named.items():
         if of_the_world or source.path == EMBEDDED:
             raise RecipeError(
@@ -360,31 +359,22 @@ def _other_sets(
     own_harmful = {normalise_prompt(example.prompt) for example in forget}
     own = own_harmful | {normalise_prompt(example.prompt) for example in retain}
     used = set(own)
-    for name, source in config.normal.items():
-        key = f"data.normal.{name}"
-        if lacks_answers(source):
+    for name, source in sorted(config.normal.items(), key=_is_final):
+        key, is_final = f"data.normal.{name}", name == FINAL
+        if is_final or lacks_answers(source):
             found = _read_prompts(source, "retain", RetainExample, key, seed)
         else:
             found = read_examples(source, "retain", RetainExample, key)
-        examples, provenance = _without(*found, used, (), key, source.limit, seed)
+        examples, provenance = _without(*found, used, own if is_final else (), key, source.limit, seed)
         provenances.append(provenance)
         normal[name] = tuple(examples)
-        if has_answers(examples):
+        if has_answers(examples) and not is_final:
             shares = {"validation": NORMAL_VALIDATION_SHARE}
             halves = split_by_group(examples, rest="normal", held_out=shares, seed=seed, what=f"{key} {source.path}")
             normal[name], normal_validation[name] = halves["normal"], halves["validation"]
         used |= {normalise_prompt(example.prompt) for example in examples}
-    if config.final_benign is not None:
-        key = f"data.{FINAL}_benign"
-        asked = _read_prompts(config.final_benign, "retain", RetainExample, key, seed)
-        looks_harmful, provenance = _without(*asked, used, own, key, config.final_benign.limit, seed)
-        provenances.append(provenance)
-        normal[FINAL] = tuple(looks_harmful)
-        used |= {normalise_prompt(example.prompt) for example in looks_harmful}
-    sets = [(name, source, f"data.harmful.{name}") for name, source in config.harmful.items()]
-    if config.final_harmful is not None:
-        sets.append((FINAL, config.final_harmful, f"data.{FINAL}_harmful"))
-    for name, source, key in sets:
+    for name, source in sorted(config.harmful.items(), key=_is_final):
+        key = f"data.harmful.{name}"
         found_prompts = _read_prompts(source, "forget", ForgetExample, key, seed)
         near = own if name == FINAL else own_harmful
         prompts, provenance = _without(*found_prompts, used, near, key, source.limit, seed)
@@ -393,6 +383,11 @@ def _other_sets(
     return ForgetRetainData(
         normal=normal, normal_validation=normal_validation, harmful=harmful, provenance=tuple(provenances)
     )
+
+
+def _is_final(named: tuple[str, SourceConfig]) -> bool:
+    """Final sets are read last: what is asked oftener keeps the prompts of both."""
+    return named[0] == FINAL
 
 
 def _read_prompts(

@@ -114,7 +114,7 @@ def run_sweep(
     run = resolve_method(with_checkpointing(recipe, decided), trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)
-    draw_questions(data, model.encoder(recipe), recipe.sweep, seed=recipe.seed)  # Refused before training.
+    draw_questions(data, model.encoder(recipe), recipe)  # Refused before training.
     if not there:
         training = check_training(recipe, model, data, run)
         check_space(out, training.peak_bytes, "sku sweep")

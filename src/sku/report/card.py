@@ -14,7 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from sku.errors import EvaluationError, OutputError
-from sku.evaluate.changes import PerplexityChange, RateChange
+from sku.evaluate.changes import PerplexityChange
+from sku.evaluate.metrics import RateChange
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.report.tables import ON_CARD, KeyFigure, key_figures
 from sku.report.words import (
@@ -62,7 +63,7 @@ class CardChoices:
     """
 
     license: str | None = None
-    """Of the model, in place of the recipe's ``model.license`` and of the base's own card."""
+    """Of the model, in place of that on the base's own card."""
     base_model: str | None = None
     """Hub id of the base, where the run read it from a folder."""
 
@@ -145,8 +146,7 @@ def base_id(run: RecordedRun, choices: CardChoices) -> str | None:
 
 def license_of(run: RecordedRun, choices: CardChoices) -> str | None:
     """Licence of the model: what the user says, else what the base's own card says, else None."""
-    told = choices.license or run.recipe["model"].get("license")
-    return told or run.manifest["model"].get("license")
+    return choices.license or run.manifest["model"].get("license")
 
 
 def write_cards(folder: Path, choices: CardChoices | None = None, *, within_run: bool = False) -> dict[Part, Path]:

@@ -11,9 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from sku.evaluate.changes import RateChange
 from sku.evaluate.comparison import Comparison
-from sku.evaluate.metrics import HARM_WORDS, Rate, start_words
+from sku.evaluate.metrics import HARM_WORDS, Rate, RateChange, start_words
 from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, answers_words, in_order
 from sku.evaluate.results import Rates
 from sku.evaluate.verdict import CANT_MEASURE

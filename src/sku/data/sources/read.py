@@ -48,9 +48,9 @@ One row, with the columns that ``format: auto`` finds by itself::
 
     {"question": "Is rain wet?", "answer": "It is."}
 
-Other names, a safe answer, a category and a filter on unsafe rows are set in the recipe (``prompt_column``,
-``answer_column``, ``safe_answer_column``, ``category_column``, ``unsafe_column`` with ``unsafe_value``). Rows that the
-filter leaves out are not taken for safe answers: its column may mark anything.
+Other names, a category and a filter on unsafe rows are set in the recipe (``prompt_column``, ``answer_column``,
+``category_column``, ``where``). Rows that the filter leaves out are not taken for safe answers: its column may mark
+anything.
 """
 PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
@@ -59,7 +59,6 @@ PART_OF_PROMPT = ("input", "context", "history", "system")
 _BESIDE_PROMPTS = ("id", "source", "category", "type", "label", "licence", "license", "split", "tags", "focus", "note")
 """Columns that nobody takes for answers."""
 SAFETY_MARKS = ("is_safe", "safe", "is_unsafe", "unsafe", "is_harmful", "harmful")
-UNSAFE = "unsafe answer"
 HUB_LICENCES = {
     "pku-alignment/pku-saferlhf": "CC-BY-NC-4.0",
     "pku-alignment/pku-saferlhf-qa": "CC-BY-NC-4.0",
@@ -122,8 +121,6 @@ def read_examples(
 
 def _nothing_left(source: SourceConfig, kind: Kind, what: str, rows: int, left_out: Mapping[str, int]) -> str:
     reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "it has no rows"
-    if source.unsafe_column is not None:
-        reasons += f"; column {source.unsafe_column} is compared with {source.unsafe_value!r}"
     if kind == "forget" and left_out and set(left_out) <= {SAFE, UNMARKED}:
         return f"{source.path} has no unsafe rows among {rows}, so there is nothing to forget ({reasons})"
     return f"{source.path} gives no {what} from {rows} rows ({reasons})"
@@ -201,11 +198,11 @@ def detect_format(found: Columns, source: SourceConfig, kind: Kind, key: str) ->
         if are_clear(found):
             return COLUMNS
         raise DataError(f"no known format fits the {kind} data: {naming(key, found)}. Columns found: {found}")
-    mark, name = safety_mark(found), fitting[0].name
+    mark, name = unread_mark(found, source), fitting[0].name
     if kind == "forget" and mark is not None and not fitting[0].reads_marks:
         raise DataError(
-            f"column {mark} seems to mark unsafe rows, and format {name} does not read it; set prompt_column, "
-            f"answer_column, unsafe_column and unsafe_value of {key}, or --set {key}.format={name} to use every row"
+            f"column {mark} seems to mark unsafe rows, and format {name} does not read it; say which rows are meant, "
+            f"such as --set {key}.where.{mark}=VALUE, or --set {key}.format={name} to use every row"
         )
     return name
 
@@ -217,17 +214,15 @@ def are_clear(columns: Columns) -> bool:
     )
 
 
-def safety_mark(columns: Columns) -> str | None:
-    """The column that seems to tell safe rows from unsafe ones, if there is one."""
-    return next(map(columns.written, _named(SAFETY_MARKS, columns)), None)
+def unread_mark(columns: Columns, source: SourceConfig) -> str | None:
+    """The column that seems to tell safe rows from unsafe ones, if there is one that ``where`` doesn't name."""
+    named = {columns.written(name) for name in source.where if name in columns}
+    return next((mark for mark in map(columns.written, _named(SAFETY_MARKS, columns)) if mark not in named), None)
 
 
 def named_columns(source: SourceConfig) -> list[str]:
     """The columns that a source names; any of them means format ``columns``."""
-    named = (
-        source.prompt_column, source.answer_column, source.safe_answer_column, source.category_column,
-        source.unsafe_column,
-    )  # fmt: skip
+    named = (source.prompt_column, source.answer_column, source.category_column)
     return [name for name in named if name is not None]
 
 
@@ -259,38 +254,26 @@ def columns_parser(
 
     Args:
         columns: Columns found.
-        source: Names and filter. On a forget set only rows marked unsafe are kept, on a retain set only the others.
+        source: Names.
         kind: Which set this is.
         key: The recipe's key that holds ``source``, for messages.
         only_prompts: Read no answers. The prompt may then be a table's only column, whatever its name.
 
     Raises:
-        DataError: A named column is missing, no name was given and the columns can be read in several ways, one
-            column is named for both, or the safe answer is named where it can't serve.
+        DataError: A named column is missing, no name was given and the columns can be read in several ways, or one
+            column is named for both.
     """
     prompt_column = columns.written(_prompt(columns, source, kind, key, alone=only_prompts))
     answer_column = None if only_prompts else columns.written(_answer(columns, source, key))
-    category_column, unsafe_column = source.category_column, source.unsafe_column
-    safe_answer_column = source.safe_answer_column
+    category_column = source.category_column
     columns.require(named_columns(source), f"format {COLUMNS} needs a column")
     if prompt_column == answer_column:
         raise DataError(f"prompt_column and answer_column are both {prompt_column}: name the column of the answers")
-    if safe_answer_column is not None and (kind != "forget" or safe_answer_column == answer_column):
-        raise DataError(
-            f"safe_answer_column is {safe_answer_column}: it needs forget data, and another column than answer_column"
-        )
-    unsafe_value = (source.unsafe_value or "").strip().lower()
 
     def parse(row: Row) -> Iterator[Pair | LeftOut]:
-        if unsafe_column is not None:
-            is_unsafe = str(row[unsafe_column]).strip().lower() == unsafe_value
-            if is_unsafe != (kind == "forget"):
-                yield LeftOut(UNSAFE if is_unsafe else SAFE)
-                return
         category = category_text(row[category_column]) if category_column is not None else None
-        safe_answer = row[safe_answer_column] if safe_answer_column is not None else None
         answer = None if answer_column is None else row[answer_column]
-        yield Pair(row[prompt_column], answer, category, safe_answer=safe_answer)
+        yield Pair(row[prompt_column], answer, category)
 
     return parse
 
@@ -309,11 +292,11 @@ def _prompt(columns: Columns, source: SourceConfig, kind: Kind, key: str, *, alo
         prompts = [*columns]
     elif source.prompt_column is None and (len(prompts) != 1 or _named(PART_OF_PROMPT, columns)):
         raise DataError(_unclear("prompt", columns, key))
-    mark = safety_mark(columns)
-    if kind == "forget" and source.unsafe_column is None and mark is not None and source.prompt_column is None:
+    mark = unread_mark(columns, source)
+    if kind == "forget" and mark is not None and source.prompt_column is None:
         raise DataError(
-            f"column {mark} seems to mark unsafe rows; set unsafe_column and unsafe_value of {key}, such as --set "
-            f"{key}.unsafe_column={mark}, or prompt_column and answer_column to use every row"
+            f"column {mark} seems to mark unsafe rows; say which are meant, such as --set {key}.where.{mark}=VALUE, "
+            "or set prompt_column and answer_column to use every row"
         )
     return source.prompt_column or prompts[0]
 
