@@ -349,7 +349,7 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs leave empty pictures: drawing takes a quarter of a small run. ``tests/report`` draws them."""
-    monkeypatch.setattr("sku.report.result_charts.before_after_figure", lambda _comparison, path: path.touch())
+    monkeypatch.setattr("sku.report.figures.before_after_figure", lambda _comparison, path: path.touch())
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from sku.cli.console import print_cause, set_loudness
 from sku.cli.init import described
 from sku.cli.options import listed_methods, method_names, words_of
 from sku.cli.sweep import next_commands
-from sku.comparison.rows import ABLATIONS
+from sku.comparison.run import ABLATIONS
 from sku.config import load_recipe
 from sku.errors import DataError
 from sku.methods import METHODS

@@ -66,7 +66,7 @@ def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sku.report.frontier.FIGURES", ())
+    monkeypatch.setattr("sku.report.figures.Picture.save", lambda *_: [])
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 from .acquire.trainer import SkuConfig as SkuConfig
 from .acquire.trainer import SkuTrainer as SkuTrainer
-from .comparison.rows import comparison_rows as comparison_rows
+from .comparison.run import comparison_rows as comparison_rows
 from .comparison.run import run_comparison as run_comparison
 from .config import EvaluateConfig as EvaluateConfig
 from .config import ModelConfig as ModelConfig

@@ -319,11 +319,11 @@ class Unlearning:
         self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
     ) -> float:
         """Alpha, chosen on the validation splits; noted with its reason."""
-        from sku.report.frontier import write_frontier  # Imports matplotlib, which a plan has no use for.
+        from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
 
         folder = self.out / "sweep"
         found = sweep(base, vector, tokenizer, data, self.recipe, folder, progress=self.folder.progress)
-        write_frontier(found, folder)
+        sweep_chart(found).save(folder)
         assert found.pick is not None
         self.folder.note(sweep=dataclasses.asdict(found.pick))
         try:
