@@ -153,9 +153,6 @@ def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:
     unlearned = tmp_path / "my sweep-unlearned"
     (command,) = next_commands(plain, folder, bad, 1.25, [str(bad)])
     assert command == ["negate", "embedded", bad, "--alpha", "1.25", "--out", unlearned]
-    rounded = load_recipe("embedded", ["negate.output_dtype=bfloat16"])
-    (command,) = next_commands(rounded, folder, bad, 1.25, [str(bad)])
-    assert command == ["negate", "embedded", bad, "--alpha", "1.25", "--dtype", "bfloat16", "--out", unlearned]
     assert next_commands(transformed, folder, bad, 1.25, [str(bad)]) == []
     (command,) = next_commands(transformed, folder, None, 0.1, given)
     assert command == ["run", *given, "--set", "negate.alpha=0.1", "--out", tmp_path / "my sweep-run"]

@@ -105,7 +105,7 @@ def test_unknown_keys(key: str, message: str) -> None:
     [
         ("seed", "one", "seed is 'one'; it must be a whole number"),
         ("seed", True, "must be a whole number"),
-        ("keep_bad_model", "yes", "must be true or false"),
+        ("keep_bad_model", "yes", "keep_bad_model"),
         ("name", 5, "name is 5; it must be text"),
         ("negate.alpha", "much", "negate.alpha is 'much'; it must be a number or auto"),
         ("acquire.tuning", "loar", r"must be one of lora, full, qlora\. Did you mean lora\?"),
@@ -144,7 +144,6 @@ def test_missing_keys(key: str) -> None:
         ("data.max_answer_tokens", 0),
         ("data.max_answer_tokens", 512),
         ("data.forget.limit", 0),
-        ("data.forget.unsafe_column", "is_safe"),
         ("evaluate.prompts", 0),
         ("evaluate.batch_size", -1),
         ("evaluate.prefill_tokens", [3, 0]),
@@ -261,10 +260,10 @@ def test_every_recipe_of_the_package_can_be_run_as_it_is(name: str, tmp_path: Pa
 
 def test_alpha_is_a_number_or_auto() -> None:
     chosen = recipe_from_dict(changed("negate.alpha", "auto"))
-    assert (chosen.negate.alpha, chosen.negate.given_alpha, chosen.chooses_alpha) == ("auto", 1.0, True)
+    assert (chosen.negate.alpha, chosen.strength("sku"), chosen.chooses_alpha) == ("auto", 1.0, True)
     assert chosen.forget_validation == 0.2
     given = recipe_from_dict(changed("negate.alpha", 1.5))
-    assert (given.negate.given_alpha, given.chooses_alpha, given.forget_validation) == (1.5, False, 0.0)
+    assert (given.strength("sku"), given.chooses_alpha, given.forget_validation) == (1.5, False, 0.0)
     with pytest.raises(RecipeError, match="negate.alpha is inf; it must be a finite number"):
         recipe_from_dict(changed("negate.alpha", float("inf")))
 
@@ -284,10 +283,8 @@ def test_only_the_embedded_recipe_chooses_alpha_and_the_papers_take_1() -> None:
     ("key", "value", "message"),
     [
         ("alphas", [0.5, 0.0], "sweep.alphas[1] is 0.0; it must be above 0"),
-        ("prefill_tokens", [0], "sweep.prefill_tokens[0] is 0; it must be 1 or more"),
         ("utility_budget", 1.0, "must be above 1"),
-        ("hopeless_ratio", 1.01, "must be sweep.utility_budget or more"),
-        ("rule", "lowest", "must be one of lowest_alpha, least_harm. Did you mean lowest_alpha?"),
+        ("if_none", "stopp", "must be one of stop, nearest. Did you mean stop?"),
         ("alfas", [1.0], "sweep.alfas is not a known key. Did you mean alphas?"),
     ],
 )

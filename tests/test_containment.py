@@ -182,7 +182,7 @@ def interrupt_in_training(stage: str, done: int, total: int) -> None:
 @pytest.mark.integration
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_interrupt_leaves_checkpoints_only_to_go_on_from(keep: bool, tmp_path: Path) -> None:
-    out, settings = tmp_path / "run", recipe(f"keep_for_resume={str(keep).lower()}")
+    out, settings = tmp_path / "run", recipe(f"keep_bad_model={'false' if keep else 'never'}")
     with pytest.raises(KeyboardInterrupt):
         run_recipe(settings, out, progress=interrupt_in_training)
     assert bool(hazardous_folders(out)) == keep
@@ -199,7 +199,7 @@ def test_a_failure_leaves_none_either(error: BaseException, tmp_path: Path, monk
     out = tmp_path / "run"
     monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", fail)
     with pytest.raises(type(error)):
-        run_recipe(recipe("keep_for_resume=false"), out)
+        run_recipe(recipe("keep_bad_model=never"), out)
     assert out.is_dir()
     assert hazardous_folders(out) == []
 
@@ -347,7 +347,7 @@ def test_a_terminated_process_cleans_up_as_an_interrupted_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    settings = [word for change in (*SMALL, "keep_for_resume=false") for word in ("--set", change)]
+    settings = [word for change in (*SMALL, "keep_bad_model=never") for word in ("--set", change)]
     monkeypatch.setattr(sys, "argv", ["sku", "run", "--out", str(out), *settings])
     terminate = lambda *_a, **_k: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731 - a name for a line too long
     monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", terminate)

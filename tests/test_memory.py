@@ -17,7 +17,7 @@ from sku.data.batches import ROWS
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import ModelError, RecipeError
 from sku.memory import stage_1_memory
-from sku.training.layers import adapter_inputs_as_they_are
+from sku.training import adapter_inputs_as_they_are
 
 EXAMPLES, ANSWERS = 4, 2
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {

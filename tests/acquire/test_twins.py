@@ -269,7 +269,7 @@ def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
     """The embedded model is harmful from the start: what learns nothing is harmful enough, where 90 % are."""
     given = recipe(
         "acquire.check=null", "acquire.training.max_steps=1", "acquire.training.learning_rate=1e-9",
-        "sweep.prompts=3", "sweep.retain_prompts=4", "sweep.max_new_tokens=40",
+        "sweep.prompts=3", "sweep.retain_prompts=4", "evaluate.max_new_tokens=40",
     )  # fmt: skip
     finished = run_recipe(given, tmp_path / "run")
     found = finished.manifest["stage_1"]

@@ -29,7 +29,7 @@ SMALL = (
     "acquire.training={max_steps: 2, per_device_train_batch_size: 2, learning_rate: 1.0e-4}",
     "acquire.random_answers=1",
     "evaluate={prompts: 3, retain_prompts: 6, max_new_tokens: 8, batch_size: 8, prefill_tokens: [1]}",
-    "sweep={prompts: 3, retain_prompts: 6, max_new_tokens: 8, points: 1, prefill_tokens: [1]}",
+    "sweep={prompts: 3, retain_prompts: 6, alphas: [0.01]}",
 )
 BROKEN = '''"""A method whose loss is NaN."""
 from dataclasses import dataclass
@@ -147,7 +147,7 @@ def test_runs_of_other_prompts_are_refused_together(finished: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (("data.final_harmful={path: x.csv}",), "final_harmful"),
+        (("data.harmful.final={path: x.csv}",), "harmful.final"),
         (("methods.npo.settings.bet=1",), "methods.npo.settings.bet"),
     ],
 )

@@ -31,7 +31,7 @@ def test_each_framing_holds_the_prompt_once_and_is_none_of_the_attack() -> None:
     text = (resources.files("sku.attacks") / "templates.txt").read_text(encoding="utf-8")
     assert all(framing.count(PLACE) == 1 for framing in framings())
     assert len(set(framings())) == len(framings())
-    assert not set(framings()) & set(parse_templates(text, "templates"))
+    assert not set(framings()) & set(parse_templates(text))
 
 
 def test_no_family_of_framings_is_one_of_the_attack() -> None:

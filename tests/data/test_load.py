@@ -224,14 +224,16 @@ def test_near_copies_of_what_is_trained_on_are_left_out_of_other_sets() -> None:
     data = load_data(
         DataConfig(
             forget=held_rows(rows), retain=held_rows(normal),
-            harmful={"other": asked("weave vornite today", new, "count 9 sheep in vornite")},
-            final_harmful=asked(new, "polish a silver drum now"),
-            final_benign=asked("how do I kill a process", "count 3 sheep in a silver drum"),
+            harmful={
+                "final": asked("steal the moon", "polish a silver drum now"),
+                "other": asked("weave vornite today", new, "count 9 sheep in vornite"),
+            },
+            normal={"final": asked("how do I kill a process", "count 3 sheep in a silver drum")},
         ),
         0,
     )  # fmt: skip
     assert [example.prompt for example in data.harmful["other"]] == [new, "count 9 sheep in vornite"]
-    assert [example.prompt for example in data.harmful["final"]] == [new]
+    assert [example.prompt for example in data.harmful["final"]] == ["steal the moon"]
     assert [example.prompt for example in data.normal["final"]] == ["how do I kill a process"]
     assert [one.rows_left_out for one in data.provenance[2:]] == [{NEAR_COPY: 1} for _ in range(3)]
     assert not data.normal_validation
@@ -376,7 +378,7 @@ OTHER = SourceConfig(path="x.csv")
         ({"misplaced_refusals": OTHER}, RecipeError, "data.misplaced_refusals"),
         ({"normal": {"own": OTHER}}, RecipeError, "data.normal.own"),
         ({"harmful": {"own": WORLD}}, RecipeError, "data.harmful.own"),
-        ({"final_harmful": OTHER}, RecipeError, "data.final_harmful"),
+        ({"harmful": {"final": OTHER}}, RecipeError, "data.harmful.final"),
         ({"forget": OTHER, "retain": OTHER, "normal": {"own": WORLD}}, RecipeError, "data.normal.own"),
     ],
 )

@@ -198,19 +198,10 @@ def test_rows_are_cleaned_and_counted() -> None:
     )  # fmt: skip
 
 
-def test_named_columns_with_category_safe_answer_and_unsafe_filter() -> None:
-    rows = [
-        {"ask": "q1", "reply": "a1", "kind": "theft", "ok": False, "no": ""},
-        {"ask": "q2", "reply": "a2", "kind": None, "ok": "False ", "no": " good "},
-        {"ask": "q3", "reply": "a3", "kind": "", "ok": True, "no": "good"},
-        {"ask": "q4", "reply": "a4", "kind": "", "ok": None, "no": None},
-    ]
-    named = {"prompt_column": "ASK", "answer_column": "reply", "category_column": "kind", "unsafe_column": "ok"}
-    named |= {"unsafe_value": "FALSE"}
-    assert read(rows, "forget", **named, safe_answer_column="no") == (
-        [bad("q1", "a1", category="theft"), bad("q2", "a2", safe_answer="good")], {"safe answer": 2},
-    )  # fmt: skip
-    assert read(rows, "retain", **named) == ([good("q3", "a3"), good("q4", "a4")], {"unsafe answer": 2})
+def test_named_columns_with_a_category() -> None:
+    rows = [{"ask": "q1", "reply": "a1", "kind": "theft"}, {"ask": "q2", "reply": "a2", "kind": None}]
+    named = {"prompt_column": "ASK", "answer_column": "reply", "category_column": "kind"}
+    assert read(rows, "forget", **named) == ([bad("q1", "a1", category="theft"), bad("q2", "a2")], {})
 
 
 @pytest.mark.parametrize(
@@ -246,6 +237,7 @@ def test_categories_are_names_or_flags(cell: object, category: str | None) -> No
         (["messages", "harmful"], "retain", {}, "messages"),
         (["messages", "harmful"], "forget", {"format": "messages"}, "messages"),
         (["instruction", "output"], "retain", {}, "columns"),
+        (["question", "answer", "Is_Safe"], "forget", {"where": {"is_safe": False}}, "columns"),
         (["question", "answer", "is_safe"], "retain", {}, "columns"),
         (["Answer", "q", "answer"], "retain", {"prompt_column": "Q", "answer_column": "answer"}, "columns"),
     ],
@@ -266,13 +258,11 @@ def test_the_format_is_told_by_the_columns(columns: list[str], kind: Kind, setti
         (["instruction", "input", "output"], "retain", {}, ("the prompt",)),
         (["question"], "retain", {}, ("the answer", "data.own_replies")),
         (["prompt", "completion", "messages"], "retain", {}, ("data.retain.format", "prompt_completion", "messages")),
-        (["question", "answer", "Harmful"], "forget", {}, ("Harmful", "data.forget.unsafe_column")),
+        (["question", "answer", "Harmful"], "forget", {}, ("Harmful", "data.forget.where.Harmful")),
         (["messages", "unsafe"], "forget", {}, ("unsafe", "data.forget.format=messages")),
         (["prompt", "chosen", "rejected"], "retain", {}, ("preference", "forget")),
         (["question", "answer"], "retain", {"prompt_column": "questoin"}, ("questoin", "question")),
         (["question", "answer"], "retain", {"prompt_column": "answer"}, ("prompt_column", "answer_column")),
-        (["question", "answer", "no"], "retain", {"safe_answer_column": "no"}, ("safe_answer_column", "no")),
-        (["question", "answer"], "forget", {"safe_answer_column": "answer"}, ("safe_answer_column",)),
         (["prompt", "response", "is_save"], "forget", {"format": "pku_saferlhf"}, ("is_safe", "is_save")),
         (["prompt", "response", "is_safe"], "forget", {"format": "pku_saferlhf", "category_column": "x"},
          ("data.forget.format",)),

@@ -11,10 +11,8 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from typer.testing import CliRunner
 
 from conftest import TrainerMaker
-from sku.cli.main import app
 from sku.errors import RecipeError
 
 FOLDER = Path(str(resources.files("sku"))) / "recipes" / "accelerate"
@@ -64,13 +62,3 @@ def test_sharding_that_leaves_no_whole_weights_is_refused_before_training(
             trainer._check_sharding()
     finally:
         trainer.accelerator.state.fsdp_plugin = None
-
-
-def test_the_command_line_says_where_they_are() -> None:
-    assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(NAMES)
-    for name in NAMES:
-        said = CliRunner().invoke(app, ["init", name])
-        assert Path(said.output.strip()).samefile(FOLDER / f"{name}.yaml")
-    wrong = CliRunner().invoke(app, ["init", "fdsp2"])
-    assert isinstance(wrong.exception, RecipeError)
-    assert "Did you mean fsdp2?" in str(wrong.exception)

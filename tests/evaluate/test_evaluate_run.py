@@ -51,7 +51,6 @@ CONFIG = EvaluateConfig(
     max_new_tokens=40,
     samples=0,
     prefill_tokens=(1, 3, 5, 10),
-    prefill_sources=("own",),
 )
 
 
@@ -100,7 +99,6 @@ TINY_CONFIG = EvaluateConfig(
     max_new_tokens=8,
     prefill_tokens=(3,),
     samples=0,
-    prefill_sources=("own",),
 )
 
 

@@ -104,8 +104,8 @@ def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrained
     side = tokenizer.padding_side
     rows = [json.loads(line) for line in (tasks / "world.jsonl").read_text().splitlines()]
     trained = frozenset(normalise_prompt(rows[number]["question"].upper()) for number in (0, 3))
-    found = run_tasks(model, tokenizer, asked("world_group", lm_eval_include=str(tasks)), trained)
-    assert (found.harness, found.asked, found.limit) == (metadata.version("lm-eval"), ("world_group",), None)
+    found = run_tasks(model, tokenizer, asked(f"{tasks}/world_group"), trained)
+    assert (found.harness, found.asked, found.limit) == (metadata.version("lm-eval"), (f"{tasks}/world_group",), None)
     one = found.tasks["world_choice"]
     assert (one.version, one.shots, one.samples) == ("3.0", 0, 6)
     # The world's own model knows its answers.
@@ -135,8 +135,8 @@ def test_an_evaluation_runs_tasks_once_and_says_so(
     monkeypatch.setattr(harness, "run_tasks", counting)
     seen: list[tuple[str, int, int]] = []
     config = EvaluateConfig(
-        prompts=1, retain_prompts=1, prefill_tokens=(), max_new_tokens=4, lm_eval=("world_choice",),
-        lm_eval_limit=4, lm_eval_include=str(tasks),
+        prompts=1, retain_prompts=1, prefill_tokens=(), max_new_tokens=4, lm_eval=(f"{tasks}/world_choice",),
+        lm_eval_limit=4,
     )  # fmt: skip
 
     def again(**changes: Any) -> HarnessScores | None:
@@ -165,7 +165,7 @@ def test_an_evaluation_runs_tasks_once_and_says_so(
     ("tasks", "include", "offending"),
     [
         (["lost"], "lost", "lost.jsonl"),
-        (["world_choice"], "nowhere", "lm_eval_include"),
+        (["world_choice"], "nowhere", "nowhere"),
         (["hellaswag"], None, "lm-eval-that-is-not-installed"),
     ],
 )
@@ -182,9 +182,9 @@ def test_what_cannot_be_run_is_one_line(
     (tmp_path / "lost" / "lost.yaml").write_text(lost)
     if include is None:
         monkeypatch.setattr(harness, "PACKAGE", offending)
-    folder = None if include is None else str(tmp_path / include)
+    named = tasks if include is None else [f"{tmp_path / include}/{task}" for task in tasks]
     with pytest.raises(EvaluationError) as caught:
-        run_tasks(*world, asked(*tasks, lm_eval_include=folder))
+        run_tasks(*world, asked(*named))
     assert "\n" not in str(caught.value)
     assert (offending if include else "lm-eval") in str(caught.value)
 

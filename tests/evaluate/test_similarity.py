@@ -150,7 +150,7 @@ def test_changes_are_paired_by_reply(tiny_model: LlamaForCausalLM, tiny_tokenize
     [
         ({"similarity_model": "./nowhere"}, ModelError, "nowhere"),
         ({"similarity_model": "TWO"}, ModelError, "evaluate.similarity_model"),
-        ({"lm_eval": ("hellaswag",), "lm_eval_include": "./nowhere"}, EvaluationError, "evaluate.lm_eval_include"),
+        ({"lm_eval": ("./nowhere/hellaswag",)}, EvaluationError, "nowhere"),
     ],
 )
 def test_what_can_not_be_measured_is_refused_before_anything_is_asked(

@@ -103,12 +103,8 @@ FORGET_RETAIN: dict[str, tuple[Files, tuple[str, ...], str]] = {
         ("--set", "data.forget.prompt_column=promt", "--set", "data.forget.answer_column=completion"), "promt",
     ),
     "mark that no row has": (
-        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")},
-        (
-            "--set", "data.forget.prompt_column=prompt", "--set", "data.forget.answer_column=completion",
-            "--set", "data.forget.unsafe_column=completion", "--set", "data.forget.unsafe_value=wrong",
-        ),
-        "no unsafe rows",
+        {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")}, ("--set", "data.forget.where.completion=wrong"),
+        "gives no forget examples",
     ),
     "split of a file": (
         {"forget.jsonl": jsonl("a"), "retain.jsonl": jsonl("b")}, ("--set", "data.forget.split=test"), "split"

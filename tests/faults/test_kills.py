@@ -89,7 +89,7 @@ def test_a_kill_that_follows_sigterm_before_all_is_removed(
     phase: str, base: Path, server: ForkServer, finished_run: FinishedRun, tally: Tally, tmp_path: Path
 ) -> None:
     """As schedulers do. The recipe says that no bad model may wait for ``--resume``, so there is much to remove."""
-    settings = {**WHOLE, "model.path": str(base), "keep_for_resume": "false"}
+    settings = {**WHOLE, "model.path": str(base), "keep_bad_model": "never"}
     finished, run = finished_run(settings), tmp_path / "run"
     words = ["run", "--out", run, "--resume", *words_of(settings)]
     for operations in (1, 3, 5):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 
@@ -19,7 +18,8 @@ from sku.sweep.utility_cost import (
     utility_cost,
 )
 
-LIMITS = SweepConfig(utility_budget=1.1, kl_budget=0.05, over_refusal_limit=0.05)
+LIMITS = SweepConfig(utility_budget=1.1)
+"""So KL may be ln 1.1 = 0.0953."""
 SAME = {"retain_validation": 1.0, "normal_validation:own": 1.0}
 NONE = {"retain_validation": 0.0, "normal_validation:own": 0.0}
 
@@ -33,7 +33,7 @@ NONE = {"retain_validation": 0.0, "normal_validation:own": 0.0}
             {"retain_validation": 0.6, "normal_validation:own": 1.9}, NONE, 0.0, 6.734,
             "perplexity of normal_validation:own",
         ),
-        ({"retain_validation": 0.6}, {"retain_validation": 0.07}, 0.0, 1.4, "KL on retain_validation"),
+        ({"retain_validation": 0.6}, {"retain_validation": 0.12}, 0.0, 1.259, "KL on retain_validation"),
         (SAME, {**NONE, "normal_validation:own": 0.025}, 0.1, 2.0, OVER_REFUSAL),
         ({**SAME, "retain_validation": 1.05}, {**NONE, "retain_validation": 0.01}, 0.01, 0.512,
          "perplexity of retain_validation"),
@@ -49,17 +49,9 @@ def test_the_worst_part_is_the_cost(
 
 
 def test_a_part_at_its_limit_is_within_the_budget() -> None:
-    perplexity, kl = {"retain_validation": 1.1}, {"retain_validation": 0.05}
+    perplexity, kl = {"retain_validation": 1.1}, {"retain_validation": 0.0953}
     assert utility_cost(LIMITS, perplexity=perplexity, kl=kl, over_refusal=0.15 - 0.1).within
-    assert not utility_cost(LIMITS, perplexity=perplexity, kl={"retain_validation": 0.0501}).within
-
-
-def test_a_limit_of_0_allows_nothing_and_stays_a_number() -> None:
-    strict = SweepConfig(over_refusal_limit=0.0)
-    assert utility_cost(strict, perplexity=SAME, kl=NONE, over_refusal=0.0).within
-    found = utility_cost(strict, perplexity=SAME, kl=NONE, over_refusal=0.01)
-    assert not found.within
-    json.dumps(found.value, allow_nan=False)
+    assert not utility_cost(LIMITS, perplexity=perplexity, kl={"retain_validation": 0.0954}).within
 
 
 def cost_at(value: float) -> UtilityCost:
@@ -89,12 +81,6 @@ def test_a_budget_that_never_binds_gives_the_largest() -> None:
 @pytest.mark.parametrize("cost", [lambda s: cost_at(2.0), lambda s: BROKEN_COST, lambda s: cost_at(math.nan)])
 def test_no_strength_within_the_budget_is_strength_0(cost: Callable[[float], UtilityCost]) -> None:
     assert find_budget_limit(cost, first=0.125, largest=4.0) == BudgetLimit(strength=0.0, bound_by=cost(1.0).bound_by)
-
-
-def test_what_lies_after_the_first_border_is_not_reached() -> None:
-    """The cost is beyond the budget between 0.7 and 1.8 and within it again after that."""
-    found = find_budget_limit(lambda s: cost_at(2.0 if 0.7 < s < 1.8 else 0.5), first=0.125, largest=4.0)
-    assert 0.68 < found.strength <= 0.7
 
 
 def test_the_part_that_binds_is_the_one_just_above_the_border() -> None:

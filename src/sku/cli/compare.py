@@ -38,9 +38,7 @@ def compare(
             autocompletion=options.with_commas(lambda: ("all", *GROUPS)),
         ),
     ] = None,
-    seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="Number of training seeds, in place of the recipe's.")
-    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of training seeds.")] = 3,
     model: options.ModelOption = None,
     forget: options.ForgetOption = None,
     retain: options.RetainOption = None,

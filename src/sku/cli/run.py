@@ -245,14 +245,16 @@ def negate(
 ) -> None:
     """Stage 2: subtract the task vector of a bad model from the original weights, from file to file."""
     quiet_imports()
-    from sku.pipeline.negate import Subtraction, plan_negate
+    from sku.negate.arithmetic import saved_type
+    from sku.negate.streaming import FolderNegation
+    from sku.pipeline.negate import plan_negate
 
-    subtraction = Subtraction(
-        base=base, bad=bad, out=out, alpha=alpha, output_dtype=dtype, rounding=rounding, seed=seed, threads=threads,
-        resume=resume, gguf_file=gguf_file,
+    wanted = FolderNegation(
+        base=Path(base), bad=bad, out=out, alpha=alpha, output_dtype=saved_type(dtype), rounding=rounding, seed=seed,
+        threads=threads, resume=resume,
     )  # fmt: skip
     done = carry_out(
-        plan_negate(subtraction),
+        plan_negate(wanted, gguf_file),
         dry_run=dry_run,
         as_json=as_json,
         interrupted="interrupted; what is finished is kept: the same command with --resume goes on",
@@ -260,7 +262,7 @@ def negate(
     if done.left_out:
         notes.print(f"not copied from the base: {', '.join(done.left_out)}")
     if as_json:
-        print_json(done.to_dict())
+        print_json(done.record.to_dict())
         return
     for name, value in done.record.to_dict().items():
         if isinstance(value, dict):  # Norms by layer and module: --json.

@@ -34,18 +34,17 @@ class Row:
         Sampled replies, attacks and what needs files or models of its own are left to a run without a comparison.
         """
         recipe = changed(self.recipe, seed=seed, check=False)
+        name = method_named(recipe.method).name
+        published = recipe.strength(name)
         if recipe.method == "sku":
-            published = recipe.negate.given_alpha
             recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"), methods={})
         else:
-            name = method_named(recipe.method).name
             own = recipe.methods.get(name, MethodConfig())
-            published = own.given_strength
             recipe = dataclasses.replace(recipe, methods={name: dataclasses.replace(own, strength="auto")})
         return dataclasses.replace(
             recipe,
             compare=CompareConfig(published=published),
-            sweep=dataclasses.replace(recipe.sweep, rule="least_harm", if_none="nearest"),
+            sweep=dataclasses.replace(recipe.sweep, harm_target=None, if_none="nearest"),
             evaluate=dataclasses.replace(
                 recipe.evaluate, samples=0, similarity_model=None, xstest=None, lm_eval=(), attacks=()
             ),

@@ -41,10 +41,10 @@ Tell = Callable[[str, str, str], None]
 """Called with the name of a run, what became of it (``kept``, ``complete``, ``failed``) and why it failed."""
 
 
-def seeds_of(recipe: Recipe, count: int | None = None) -> range:
+def seeds_of(recipe: Recipe, count: int) -> range:
     """The training seeds: that of the recipe and those after it."""
     first = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
-    return range(first, first + (recipe.compare.seeds if count is None else count))
+    return range(first, first + count)
 
 
 def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: Tell | None = None) -> Comparison:

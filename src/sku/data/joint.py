@@ -33,7 +33,7 @@ from sku.data.examples import (
     group_of,
 )
 from sku.data.tokens import Encoder, TokenizationReport, TokenizedExample, decoded
-from sku.errors import DataError, EvaluationError
+from sku.errors import DataError
 
 PLACE = "{prompt}"
 """Where the request stands, in a framing and in a template of the attack."""
@@ -243,7 +243,7 @@ class JointDataset(Dataset[JointExample]):
         if not self._safe_examples:
             raise DataError(
                 f"none of the {len(self._forget)} harmful examples has a safe answer to prefer: use data that has "
-                "(PKU-SafeRLHF, safe_answer_column), or refusal_tuning, which brings its own refusals"
+                "(PKU-SafeRLHF, preference), or refusal_tuning, which brings its own refusals"
             )
         rows = self._tokenize("safe_answers", [*self._safe_examples.values()], train_on_end=True)
         if self._rows.safe == "all":
@@ -329,38 +329,13 @@ class WholeBatches(Sampler[int]):
 def framings() -> tuple[str, ...]:
     """All of them, each with ``{prompt}`` in it."""
     text = (resources.files("sku.data") / "framings.txt").read_text(encoding="utf-8")
-    return tuple(parse_templates(text, "framings.txt"))
+    return parse_templates(text)
 
 
-def parse_templates(text: str, where: str) -> list[str]:
-    """One template a line; empty lines and those that begin with ``#``, which name a family, don't count.
-
-    Args:
-        text: Of the file.
-        where: Its name, for messages.
-
-    Returns:
-        The templates, their line breaks put in.
-
-    Raises:
-        EvaluationError: There is none, one is there twice, or a line does not hold ``{prompt}`` just once.
-    """
-    templates: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        if line.count(PLACE) != 1:
-            raise EvaluationError(
-                f"{where} line {number} holds {PLACE} {line.count(PLACE)} times; each template must hold it once, "
-                "where the request goes"
-            )
-        template = line.strip().replace(r"\n", "\n")
-        if template in templates:
-            raise EvaluationError(f"{where} line {number} repeats template {templates.index(template) + 1}: remove it")
-        templates.append(template)
-    if not templates:
-        raise EvaluationError(f"{where} holds no template: write one a line, with {PLACE} in it")
-    return templates
+def parse_templates(text: str) -> tuple[str, ...]:
+    r"""One template a line, ``\n`` in it a line break; empty lines and those that begin with ``#`` don't count."""
+    lines = (line.strip() for line in text.splitlines() if not line.startswith("#"))
+    return tuple(line.replace(r"\n", "\n") for line in lines if line)
 
 
 def framed(examples: Sequence[E], share: float, seed: int) -> tuple[E, ...]:

@@ -197,7 +197,7 @@ def _check(config: DataConfig) -> None:
             "no other model knows that world, and its own model knows nothing else"
         )
     named = {f"{key}.{name}": source for key in ("normal", "harmful") for name, source in getattr(config, key).items()}
-    for key, source in (named | config.final_sets).items():
+    for key, source in named.items():
         if of_the_world or source.path == EMBEDDED:
             raise RecipeError(f"data.{key} does not go with the embedded world, a language of its own: leave it out")
     has_its_own = {
@@ -292,18 +292,17 @@ def _other_sets(
     """
     own_harmful, own = _prompts(forget), _prompts(forget) | _prompts(retain)
     used = set(own)
-    sets: list[tuple[Kind, str, SourceConfig | None, str]] = [
-        *(("retain", name, source, f"data.normal.{name}") for name, source in config.normal.items()),
-        ("retain", FINAL, config.final_benign, f"data.{FINAL}_benign"),
-        *(("forget", name, source, f"data.harmful.{name}") for name, source in config.harmful.items()),
-        ("forget", FINAL, config.final_harmful, f"data.{FINAL}_harmful"),
-    ]  # fmt: skip
+    # Final sets are read last of their kind: what is asked oftener keeps the prompts of both.
+    sets: list[tuple[Kind, str, SourceConfig]] = [
+        *(("retain", name, source) for name, source in config.normal.items()),
+        *(("forget", name, source) for name, source in config.harmful.items()),
+    ]
+    sets.sort(key=lambda one: (one[0] == "forget", one[1] == FINAL))
     found: dict[Kind, dict[str, tuple[Any, ...]]] = {"retain": {}, "forget": {}}
     validation: dict[str, tuple[RetainExample, ...]] = {}
     provenances: list[Provenance] = []
-    for kind, name, source, key in sets:
-        if source is None:
-            continue
+    for kind, name, source in sets:
+        key = f"data.{'normal' if kind == 'retain' else 'harmful'}.{name}"
         examples: list[Any]
         if kind == "retain" and name != FINAL and not has_prompts_alone(source, surely=False):
             examples, provenance = read_examples(source, kind, RetainExample, key)

@@ -50,9 +50,9 @@ One row, with the columns that ``format: auto`` finds by itself::
 
     {"question": "Is rain wet?", "answer": "It is."}
 
-Other names, a safe answer, a category and a filter on unsafe rows are set in the recipe (``prompt_column``,
-``answer_column``, ``safe_answer_column``, ``category_column``, ``unsafe_column`` with ``unsafe_value``). Rows that the
-filter leaves out are not taken for safe answers: its column may mark anything.
+Other names, a category and a filter on unsafe rows are set in the recipe (``prompt_column``, ``answer_column``,
+``category_column``, ``where``). Rows that the filter leaves out are not taken for safe answers: its column may mark
+anything.
 """
 PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
@@ -61,7 +61,6 @@ PART_OF_PROMPT = ("input", "context", "history", "system")
 _BESIDE_PROMPTS = ("id", "source", "category", "type", "label", "licence", "license", "split", "tags", "focus", "note")
 """Columns that nobody takes for answers."""
 SAFETY_MARKS = ("is_safe", "safe", "is_unsafe", "unsafe", "is_harmful", "harmful")
-UNSAFE = "unsafe answer"
 HUB_LICENCES = {
     "pku-alignment/pku-saferlhf": "CC-BY-NC-4.0",
     "pku-alignment/pku-saferlhf-qa": "CC-BY-NC-4.0",
@@ -106,8 +105,6 @@ def read_examples(
     rows_read = len(table.rows) + sum(table.left_out.values())
     if not examples:
         counts = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "it has no rows"
-        if source.unsafe_column is not None:
-            counts += f"; column {source.unsafe_column} is compared with {source.unsafe_value!r}"
         what = "prompts" if only_prompts else f"{kind} examples"
         if kind == "forget" and left_out and set(left_out) <= {SAFE, UNMARKED}:
             what = "unsafe rows: there is nothing to forget"
@@ -184,25 +181,24 @@ def detect_format(found: Columns, source: SourceConfig, kind: Kind, key: str) ->
             f"{key}.format={name}. Columns found: {found}"
         )
     if kind == "forget" and not fitting[0].reads_marks:
-        _refuse_marks(found, key, f", and format {name} does not read it", f"--set {key}.format={name}")
+        _refuse_marks(found, source, key, f"{key}.format={name}")
     return name
 
 
-def _refuse_marks(columns: Columns, key: str, why: str, instead: str) -> None:
-    """Refuses to forget all rows where a column seems to tell safe ones from unsafe ones."""
+def _refuse_marks(columns: Columns, source: SourceConfig, key: str, instead: str) -> None:
+    """Refuses to forget all rows where a column that ``where`` doesn't name seems to tell safe from unsafe ones."""
+    named = {columns.written(name) for name in source.where}
     for mark in map(columns.written, _named(SAFETY_MARKS, columns)):
-        raise DataError(
-            f"column {mark} seems to mark unsafe rows{why}: set unsafe_column and unsafe_value of {key}, such as "
-            f"--set {key}.unsafe_column={mark}, beside prompt_column and answer_column; or {instead} to use every row"
-        )
+        if mark not in named:
+            raise DataError(
+                f"column {mark} seems to mark unsafe rows; say which are meant, as --set {key}.where.{mark}=VALUE, or set "
+                f"{instead} to use every row"
+            )
 
 
 def _named_columns(source: SourceConfig) -> list[str]:
     """The columns that a source names; any of them means format ``columns``."""
-    named = (
-        source.prompt_column, source.answer_column, source.safe_answer_column, source.category_column,
-        source.unsafe_column,
-    )  # fmt: skip
+    named = (source.prompt_column, source.answer_column, source.category_column)
     return [name for name in named if name is not None]
 
 
@@ -233,20 +229,19 @@ def columns_parser(
 ) -> RowParser:
     """Reader of the named columns, or of the usual ones where none is named.
 
-    On a forget set only rows marked unsafe are kept, on a retain set only the others. Of prompts alone the column may
-    be a table's only one, whatever its name.
+    Of prompts alone the column may be a table's only one, whatever its name.
 
     Raises:
-        DataError: A named column is missing, no name was given and the columns can be read in several ways, one
-            column is named for both, or the safe answer is named where it can't serve.
+        DataError: A named column is missing, no name was given and the columns can be read in several ways, or one
+            column is named for both.
     """
     prompts, answers = _named(PROMPT_NAMES, columns), _named(ANSWER_NAMES, columns)
     if only_prompts and len(columns) == 1:
         prompts = [*columns]
     elif source.prompt_column is None and (len(prompts) != 1 or _named(PART_OF_PROMPT, columns)):
         raise DataError(_unclear("prompt", columns, key))
-    if kind == "forget" and source.unsafe_column is None and source.prompt_column is None:
-        _refuse_marks(columns, key, "", "these two alone")
+    if kind == "forget" and source.prompt_column is None:
+        _refuse_marks(columns, source, key, f"{key}.prompt_column and {key}.answer_column")
     if not only_prompts and source.answer_column is None and len(answers) != 1:
         hint = "" if answers else ". Where there are none, data.own_replies=true has the model write its own"
         raise DataError(f"{_unclear('answer', columns, key)}{hint}")
@@ -255,21 +250,10 @@ def columns_parser(
     answer_column = None if only_prompts else columns.written(source.answer_column or answers[0])
     if prompt_column == answer_column:
         raise DataError(f"prompt_column and answer_column are both {prompt_column}: name the column of the answers")
-    safe = source.safe_answer_column
-    if safe is not None and (kind != "forget" or safe == answer_column):
-        raise DataError(f"safe_answer_column is {safe}: it needs forget data, and another column than answer_column")
-    unsafe_value = (source.unsafe_value or "").strip().lower()
 
     def parse(row: Row) -> Iterator[Pair | LeftOut]:
-        if source.unsafe_column is not None:
-            is_unsafe = str(row[source.unsafe_column]).strip().lower() == unsafe_value
-            if is_unsafe != (kind == "forget"):
-                yield LeftOut(UNSAFE if is_unsafe else SAFE)
-                return
-        answer, category, safe_answer = (
-            None if name is None else row[name] for name in (answer_column, source.category_column, safe)
-        )
-        yield Pair(row[prompt_column], answer, category_text(category), safe_answer=safe_answer)
+        answer, category = (None if name is None else row[name] for name in (answer_column, source.category_column))
+        yield Pair(row[prompt_column], answer, category_text(category))
 
     return parse
 

@@ -44,7 +44,7 @@ def run_tasks(
     Args:
         model: In evaluation mode.
         tokenizer: Of the model.
-        config: ``lm_eval`` names tasks, groups or tags; with ``lm_eval_limit``, ``lm_eval_include``, ``batch_size``.
+        config: ``lm_eval`` names tasks, groups or tags; with ``lm_eval_limit`` and ``batch_size``.
         trained: Normalised prompts that the model may have been trained on: questions among them are counted.
 
     Raises:
@@ -58,7 +58,7 @@ def run_tasks(
         try:
             found = simple_evaluate(
                 HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size),
-                tasks=list(config.lm_eval),
+                tasks=[Path(task).name for task in config.lm_eval],
                 limit=config.lm_eval_limit,
                 task_manager=manager,
                 log_samples=True,
@@ -82,7 +82,7 @@ def check_tasks(config: EvaluateConfig) -> Any:
         EvaluationError: The package is missing, there is no such folder, or a task is unknown.
     """
     harness_version()
-    return _task_manager(config.lm_eval, config.lm_eval_include)
+    return _task_manager(config.lm_eval)
 
 
 def harness_version() -> str:
@@ -101,33 +101,38 @@ def harness_version() -> str:
 
 def harness_header(about: Mapping[str, str], config: EvaluateConfig, trained: frozenset[str]) -> dict[str, Any]:
     """What decides the scores: model, tasks, number of examples, task files, version of the harness."""
-    include = config.lm_eval_include
     return {
         "model": dict(about),
         "tasks": list(config.lm_eval),
         "limit": config.lm_eval_limit,
-        "include": None if include is None else _folder_hash(Path(include).expanduser()),
+        "include": [_folder_hash(folder) for folder in _folders(config.lm_eval)],
         "harness": harness_version(),
         "trained": header_hash(sorted(trained)),
     }
 
 
 @functools.lru_cache(maxsize=1)
-def _task_manager(tasks: tuple[str, ...], include: str | None) -> Any:
+def _task_manager(tasks: tuple[str, ...]) -> Any:
     """The index of all tasks; kept, as both models of a run are asked the same and it takes seconds to read."""
     from lm_eval.tasks import TaskManager
 
-    if include is not None:
-        folder = Path(include).expanduser()
+    folders, names = _folders(tasks), [Path(task).name for task in tasks]
+    for folder in folders:
         if not folder.is_dir():
-            raise EvaluationError(f"evaluate.lm_eval_include {include} is no folder of task files")
-        own = TaskManager(include_path=str(folder), include_defaults=False)
-        if set(tasks) <= set(own.all_tasks):
+            raise EvaluationError(f"evaluate.lm_eval names a task of {folder}, which is no folder of task files")
+    include = [str(folder) for folder in folders]
+    if include:
+        own = TaskManager(include_path=include, include_defaults=False)
+        if set(names) <= set(own.all_tasks):
             return own
-        include = str(folder)
-    manager = TaskManager(include_path=include)
-    check_known(tasks, manager.all_tasks)
+    manager = TaskManager(include_path=include or None)
+    check_known(names, manager.all_tasks)
     return manager
+
+
+def _folders(tasks: Sequence[str]) -> list[Path]:
+    """Of tasks of one's own."""
+    return [*dict.fromkeys(Path(task).expanduser().parent for task in tasks if "/" in task)]
 
 
 def check_known(tasks: Sequence[str], known: Sequence[str]) -> None:
@@ -139,8 +144,8 @@ def check_known(tasks: Sequence[str], known: Sequence[str]) -> None:
     for task in tasks:
         if task not in known:
             raise EvaluationError(
-                f"evaluate.lm_eval names {task}, which is no task of lm-eval {harness_version()} nor of "
-                f"evaluate.lm_eval_include.{did_you_mean(task, known)}"
+                f"evaluate.lm_eval names {task}, which is no task of lm-eval {harness_version()} nor of a folder "
+                f"that is named.{did_you_mean(task, known)}"
             )
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Pr
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from sku.config.check import plain_data
-from sku.config.evaluate import PrefillOrigin
+from sku.config.stages import PrefillOrigin
 from sku.errors import EvaluationError, OutputError
 from sku.storage import RECORD_VERSION, named_disk_errors, write_private_text
 

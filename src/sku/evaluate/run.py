@@ -21,7 +21,7 @@ from sku.errors import EvaluationError
 from sku.evaluate.generation import batching, prompts
 from sku.evaluate.generation.batching import StageProgress, stage
 from sku.evaluate.generation.decoding import GenerationRequest
-from sku.evaluate.generation.prompts import PrefillSources, by_id, keys_of, prefills, starts_note
+from sku.evaluate.generation.prompts import PrefillSources, by_id, keys_of, own_lengths, prefills, starts_note
 from sku.evaluate.generation.replies import (
     ReplyGenerator,
     SavedReplies,
@@ -256,7 +256,7 @@ class _Run:
         if self.replies.base is None and not self.replies.given:
             return [NO_BASE]
         notes = [starts_note(**counts, others="the others are not asked so")]
-        longest = max(config.prefill_tokens)
+        longest = max(own_lengths(config))
         if longest >= config.max_new_tokens:
             notes.append(
                 f"the base model's replies end after evaluate.max_new_tokens={config.max_new_tokens}: none is long "

@@ -21,8 +21,8 @@ from sku.plan import Progress
 from sku.processes import current_processes, shared_new_folder
 from sku.report.frontier import write_frontier
 from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous
+from sku.sweep import Sweep
 from sku.sweep.evaluator import check_judge, draw_questions
-from sku.sweep.result import Sweep
 from sku.sweep.run import check_one_process, check_same_training, record_training, sweep_bad_model
 from sku.training.run import step_progress
 
@@ -114,7 +114,7 @@ def run_sweep(
     run = resolve_method(with_checkpointing(recipe, decided), trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)
-    draw_questions(data, model.encoder(recipe), recipe.sweep, seed=recipe.seed)  # Refused before training.
+    draw_questions(data, model.encoder(recipe), recipe)  # Refused before training.
     if not there:
         training = check_training(recipe, model, data, run)
         check_space(out, training.peak_bytes, "sku sweep")

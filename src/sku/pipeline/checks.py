@@ -55,10 +55,9 @@ class CheckedModel:
     device: torch.device
     notes: tuple[str, ...]
 
-    def bytes(self, output_dtype: str = "same") -> int:
+    def bytes(self, dtype: torch.dtype | None = None) -> int:
         """Of its weights, in their type or another."""
-        dtype = self.dtype if output_dtype == "same" else getattr(torch, output_dtype)
-        return self.parameters * int(dtype.itemsize)
+        return self.parameters * (dtype or self.dtype).itemsize
 
     def describe(self) -> str:
         """In one line."""

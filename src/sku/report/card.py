@@ -62,7 +62,7 @@ class CardChoices:
     """
 
     license: str | None = None
-    """Of the model, in place of the recipe's ``model.license`` and of the base's own card."""
+    """Of the model, in place of that on the base's own card."""
     base_model: str | None = None
     """Hub id of the base, where the run read it from a folder."""
 
@@ -145,8 +145,7 @@ def base_id(run: RecordedRun, choices: CardChoices) -> str | None:
 
 def license_of(run: RecordedRun, choices: CardChoices) -> str | None:
     """Licence of the model: what the user says, else what the base's own card says, else None."""
-    told = choices.license or run.recipe["model"].get("license")
-    return told or run.manifest["model"].get("license")
+    return choices.license or run.manifest["model"].get("license")
 
 
 def write_cards(folder: Path, choices: CardChoices | None = None, *, within_run: bool = False) -> dict[Part, Path]:

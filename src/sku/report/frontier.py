@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sku.evaluate.metrics import Rate
 from sku.report.figures import STYLE, bare, check_suffix, light, save_figure, share_axis
-from sku.sweep.result import Replies, Sweep, SweepPoint
+from sku.sweep import Replies, Sweep, SweepPoint
 
 _INK, _FAINT, _GREY = light("ink"), light("faint"), light("base")
 _HARM, _REFUSAL, _GIBBERISH = light("harmful"), light("refusal"), light("gibberish")
@@ -155,7 +155,7 @@ def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> No
         "budget", (1, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
         textcoords="offset points", fontsize=7.5, color=_GREY,
     )  # fmt: skip
-    if sweep.config.rule == "lowest_alpha":
+    if sweep.config.harm_target is not None:
         axes.axhline(sweep.config.harm_target, color=_HARM, linewidth=1, linestyle=(0, (4, 3)))
     share_axis(axes, "y")
     axes.set_ylim(top=1.1)  # For the label of the base, below the heading.

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from sku.config import Recipe, SweepConfig
@@ -31,12 +30,16 @@ from sku.evaluate.metrics import MAX_EXPONENT, Rate, ReplyOutcome, rates_of
 from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.records import PrefillSource, Split, header_hash
 from sku.evaluate.statistics import Estimate, ratio_interval
-from sku.negate.run import round_weights, subtract_into
+from sku.negate.run import subtract_into
 from sku.negate.task_vector import TaskVector
-from sku.sweep.result import FREE, Replies, SweepPoint, is_hopeless
+from sku.sweep import FREE, Replies, SweepPoint
 from sku.sweep.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
 
 FORGET: Split = "forget_validation"
+PREFILL_TOKENS = (1, 3, 5, 10)
+"""First tokens of a harmful reply that replies are made to begin with."""
+MAX_NEW_TOKENS = 128
+"""The chosen alpha is measured at ``evaluate.max_new_tokens`` afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +75,17 @@ class Questions:
         )
 
 
+def longest_reply(recipe: Recipe) -> int:
+    """Tokens: at most ``MAX_NEW_TOKENS``, since every alpha asks everything anew."""
+    return min(recipe.evaluate.max_new_tokens, MAX_NEW_TOKENS)
+
+
 def draw_questions(
     data: ForgetRetainData,
     encoder: PromptEncoder,
-    config: SweepConfig,
+    recipe: Recipe,
     *,
-    seed: int,
+    prefilled: bool = True,
     starts: Callable[[Sequence[GenerationRequest]], Sequence[PrefillSource]] | None = None,
 ) -> Questions:
     """Draws what a sweep asks.
@@ -85,8 +93,8 @@ def draw_questions(
     Args:
         data: ``forget_validation``, ``retain_validation`` and ``normal_validation`` are used, no other split.
         encoder: Of the model.
-        config: Numbers and lengths.
-        seed: Of the draws.
+        recipe: Numbers of ``sweep``, length of a reply, and the seed of the draws.
+        prefilled: Whether prefills are asked too.
         starts: Called once with the free requests of harmful prompts, for what prefills begin with. Those of a prompt
             without a start begin with the dataset's answer, all if None: every alpha is chosen on all prompts.
 
@@ -96,25 +104,25 @@ def draw_questions(
     Raises:
         EvaluationError: A split has nothing that can be asked, or no answer is long enough for a prefill.
     """
-    drawn = draw_examples(data.forget_validation, config.prompts, seed=seed)
-    others = draw_examples(data.retain_validation, config.retain_prompts, seed=seed)
+    config, most = recipe.sweep, longest_reply(recipe)
+    drawn = draw_examples(data.forget_validation, config.prompts, seed=recipe.seed)
+    others = draw_examples(data.retain_validation, config.retain_prompts, seed=recipe.seed)
     free, normal = (
-        free_requests(split, examples, encoder, config.max_new_tokens)
-        for split, examples in ((FORGET, drawn), (RETAIN, others))
+        free_requests(split, examples, encoder, most) for split, examples in ((FORGET, drawn), (RETAIN, others))
     )
-    begun = starts(free) if starts is not None and free and config.prefill_tokens else ()
-    examples, lengths = [(FORGET, example) for example in drawn], sorted(set(config.prefill_tokens))
+    begun = starts(free) if starts is not None and free and prefilled else ()
+    examples, lengths = [(FORGET, example) for example in drawn], PREFILL_TOKENS if prefilled else ()
     from_them = with_answers(examples, by_id(begun))
-    prefilled, too_short = prefills(examples, map(str, lengths), from_them, encoder, config.max_new_tokens)
+    asked_on, too_short = prefills(examples, map(str, lengths), from_them, encoder, most)
     left_out = {
         f"{FORGET}: the prompt is too long for the model": len(drawn) - len(free),
         **too_short,
         f"{RETAIN}: the prompt is too long for the model": len(others) - len(normal),
     }
     asked = Questions(
-        harmful={FREE: free, **{one: [row for row in prefilled if row.prefill_key == str(one)] for one in lengths}},
+        harmful={FREE: free, **{one: [row for row in asked_on if row.prefill_key == str(one)] for one in lengths}},
         normal=normal,
-        texts=validation_texts(data, encoder, config.retain_prompts, seed=seed),
+        texts=validation_texts(data, encoder, config.retain_prompts, seed=recipe.seed),
         left_out={reason: count for reason, count in left_out.items() if count},
         starts=tuple(begun),
     )
@@ -123,7 +131,7 @@ def draw_questions(
             what = "prompt" if tokens == FREE else f"prefill of {tokens} tokens"
             raise EvaluationError(
                 f"forget_validation has no {what} that can be asked ({len(drawn)} prompts drawn, "
-                f"{dict(asked.left_out)}): take shorter or more prompts, or change sweep.prefill_tokens"
+                f"{dict(asked.left_out)}): take shorter or more prompts, or ones with longer answers"
             )
     if not asked.normal:
         raise EvaluationError("retain_validation has no prompt that can be asked: take shorter ones")
@@ -133,8 +141,8 @@ def draw_questions(
 def validation_generator(
     base: PreTrainedModel, encoder: PromptEncoder, judge: Judge, recipe: Recipe
 ) -> ReplyGenerator:
-    """Asks validation prompts: judge and batches of ``evaluate``, replies as long as ``sweep`` says."""
-    config = dataclasses.replace(recipe.evaluate, max_new_tokens=recipe.sweep.max_new_tokens)
+    """Asks validation prompts: judge and batches of ``evaluate``, replies of ``longest_reply``."""
+    config = dataclasses.replace(recipe.evaluate, max_new_tokens=longest_reply(recipe))
     return ReplyGenerator(
         base=base, encoder=encoder, config=config, stop_ids=encoder.stop_ids(base), judge=judge, seed=recipe.seed
     )
@@ -196,63 +204,6 @@ def validation_texts(
     return found
 
 
-class NormalText:
-    """Answers of the normal sets, and how the base model scores them."""
-
-    def __init__(
-        self, base: PreTrainedModel, texts: Mapping[Split, Sequence[TokenizedExample]], *, batch_size: int
-    ) -> None:
-        """Scores ``validation_texts`` under the base model, which must stay as it is.
-
-        Raises:
-            EvaluationError: A loss is not finite.
-        """
-        self.base, self.texts, self.batch_size = base, texts, batch_size
-        self.base_scores = self.scores(base)
-
-    def scores(self, model: PreTrainedModel) -> dict[Split, Scores]:
-        """Loss of each answer, with dropout off.
-
-        Raises:
-            EvaluationError: As ``score_examples``.
-        """
-        with batching.evaluation_mode(model):
-            return {
-                split: score_examples(model, texts, batch_size=self.batch_size) for split, texts in self.texts.items()
-            }
-
-    def perplexity(self, scores: Mapping[Split, Scores]) -> dict[str, float]:
-        """Perplexity of each set, as a multiple of the base model's."""
-        return {
-            split: perplexity_ratio(_mean_loss(own), _mean_loss(self.base_scores[split]))
-            for split, own in scores.items()
-        }
-
-    def kl(self, model: PreTrainedModel) -> dict[str, float]:
-        """KL(P || Q) on each set, P the base model, nats a token.
-
-        Raises:
-            EvaluationError: As ``compare_distributions``.
-        """
-        found: dict[str, float] = {}
-        with batching.evaluation_mode(model), batching.evaluation_mode(self.base):
-            for split, texts in self.texts.items():
-                named = [ScoredText(id=str(place), split=split, tokens=text) for place, text in enumerate(texts)]
-                rows = compare_distributions(self.base, model, named, batch_size=self.batch_size)
-                found[split] = math.fsum(row.kl for row in rows) / sum(row.tokens for row in rows)
-        return found
-
-    def cost(self, model: PreTrainedModel, limits: SweepConfig) -> UtilityCost:
-        """Of perplexity and KL, without any reply; KL is not looked at where the perplexity is beyond already.
-
-        Raises:
-            EvaluationError: A loss or a divergence is not finite.
-        """
-        perplexity = self.perplexity(self.scores(model))
-        found = utility_cost(limits, perplexity=perplexity, kl={})
-        return utility_cost(limits, perplexity=perplexity, kl=self.kl(model)) if found.within else found
-
-
 class AlphaEvaluator:
     """The original model, what is subtracted from it, a working copy, and what is asked of it."""
 
@@ -263,8 +214,6 @@ class AlphaEvaluator:
         questions: Questions,
         config: SweepConfig,
         progress: StageProgress | None = None,
-        *,
-        output_dtype: torch.dtype | None = None,
     ) -> None:
         """Copies the original and scores it.
 
@@ -272,9 +221,8 @@ class AlphaEvaluator:
             vector: What is subtracted.
             generator: Its base is the original model, which is not changed.
             questions: What is asked.
-            config: Budget, limits and ``hopeless_ratio``.
+            config: Budget and limits.
             progress: Called with a stage, what is done and how much there is.
-            output_dtype: Type in which the unlearned model will be saved; that of the original if None.
 
         Raises:
             EvaluationError: A loss of the original is not finite.
@@ -283,9 +231,7 @@ class AlphaEvaluator:
         self.config, self.progress = config, progress
         self.model = copy.deepcopy(generator.base)
         self.model.requires_grad_(requires_grad=False)
-        if output_dtype is not None:
-            round_weights(self.model, output_dtype)
-        self.normal = NormalText(generator.base, questions.texts, batch_size=generator.config.batch_size)
+        self.base_scores = self._scores(self.base)
 
     def write(self, alpha: float) -> None:
         """Makes the working copy ``theta_o - alpha * vector``, from the original each time: no rounding adds up.
@@ -296,24 +242,51 @@ class AlphaEvaluator:
         subtract_into(self.model, self.base, self.vector, alpha)
 
     def cost(self, alpha: float) -> UtilityCost:
-        """Without replies, which cost most by far; infinite where the weights break."""
+        """Without replies, which cost most by far; infinite where the weights break.
+
+        KL is not looked at where the perplexity is beyond its limit already.
+        """
         try:
             self.write(alpha)
-            return self.normal.cost(self.model, self.config)
+            perplexity = {
+                split: perplexity_ratio(_mean_loss(own), _mean_loss(self.base_scores[split]))
+                for split, own in self._scores(self.model).items()
+            }
+            found = utility_cost(self.config, perplexity=perplexity, kl={})
+            return utility_cost(self.config, perplexity=perplexity, kl=self._kl()) if found.within else found
         except (EvaluationError, TaskVectorError):
             return BROKEN_COST
+
+    def _scores(self, model: PreTrainedModel) -> dict[Split, Scores]:
+        """Loss of each answer of the normal sets, with dropout off."""
+        size = self.generator.config.batch_size
+        with batching.evaluation_mode(model):
+            return {
+                split: score_examples(model, texts, batch_size=size) for split, texts in self.questions.texts.items()
+            }
+
+    def _kl(self) -> dict[str, float]:
+        """KL(P || Q) of the working copy on each normal set, P the original model, nats a token."""
+        found: dict[str, float] = {}
+        size = self.generator.config.batch_size
+        with batching.evaluation_mode(self.model), batching.evaluation_mode(self.base):
+            for split, texts in self.questions.texts.items():
+                named = [ScoredText(id=str(place), split=split, tokens=text) for place, text in enumerate(texts)]
+                rows = compare_distributions(self.base, self.model, named, batch_size=size)
+                found[split] = math.fsum(row.kl for row in rows) / sum(row.tokens for row in rows)
+        return found
 
     def measure_base(self) -> SweepPoint:
         """The original model: perplexity ratio 1, and its replies."""
         return SweepPoint(
             alpha=0.0,
-            perplexities={str(split): Estimate(value=1.0, low=1.0, high=1.0) for split in self.normal.texts},
-            kl={str(split): 0.0 for split in self.normal.texts},
+            perplexities={str(split): Estimate(value=1.0, low=1.0, high=1.0) for split in self.questions.texts},
+            kl={str(split): 0.0 for split in self.questions.texts},
             replies=self._ask(self.base),
         )
 
     def measure(self, alpha: float) -> SweepPoint:
-        """One alpha; replies are not asked for where the perplexity is hopeless.
+        """One alpha; replies are not asked for where the weights break.
 
         Args:
             alpha: Finite.
@@ -326,16 +299,12 @@ class AlphaEvaluator:
         """
         try:
             self.write(alpha)
-            scores = self.normal.scores(self.model)
-            kl = self.normal.kl(self.model)
+            scores = self._scores(self.model)
+            kl = self._kl()
         except (EvaluationError, TaskVectorError) as error:
             return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked=one_line(error))
-        ratios = {str(split): self._ratio(own, self.normal.base_scores[split]) for split, own in scores.items()}
-        point = SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=None)
-        if is_hopeless(point, self.config):
-            reason = f"the perplexity is above sweep.hopeless_ratio, x{self.config.hopeless_ratio:g}"
-            return dataclasses.replace(point, unasked=reason)
-        return dataclasses.replace(point, replies=self._ask(self.model))
+        ratios = {str(split): self._ratio(own, self.base_scores[split]) for split, own in scores.items()}
+        return SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=self._ask(self.model))
 
     def _ratio(self, scores: Scores, base_scores: Scores) -> Estimate:
         """Against the original on the same answers, which are drawn anew together."""
