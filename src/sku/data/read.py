@@ -191,8 +191,8 @@ def _refuse_marks(columns: Columns, source: SourceConfig, key: str, instead: str
     for mark in map(columns.written, _named(SAFETY_MARKS, columns)):
         if mark not in named:
             raise DataError(
-                f"column {mark} seems to mark unsafe rows; say which are meant, as --set {key}.where.{mark}=VALUE, or set "
-                f"{instead} to use every row"
+                f"column {mark} seems to mark unsafe rows; say which are meant, as --set {key}.where.{mark}=VALUE, or "
+                f"set {instead} to use every row"
             )
 
 
