@@ -228,7 +228,7 @@ def test_near_copies_of_what_is_trained_on_are_left_out_of_other_sets() -> None:
                 "final": asked("steal the moon", "polish a silver drum now"),
                 "other": asked("weave vornite today", new, "count 9 sheep in vornite"),
             },
-            normal={"final": asked("how do I kill a process", "count 3 sheep in a silver drum")},
+            normal={"final": asked("how do I kill a process", "count 3 sheep in a silver drum now")},
         ),
         0,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -83,7 +83,7 @@ def held_rows(rows: Any) -> HeldRows:
         if odd is not None:
             raise DataError(f"row {odd} of the data is a {type(found[odd]).__name__}; it must be a dict or messages")
         table = _table_of_dicts(found)
-    elif isinstance(names, list) and isinstance(rows, Collection):
+    elif isinstance(names, list) and isinstance(rows, Sized):
         table = _table(rows)
     else:
         raise DataError(f"data is a {what}; it must be a path, a datasets.Dataset (no stream), or a list of dicts")
