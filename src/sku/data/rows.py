@@ -270,22 +270,14 @@ https://arxiv.org/abs/2307.04657 (BeaverTails, questions and answers with 14 kin
 Licence: CC-BY-NC-4.0
 
 PKU-SafeRLHF has changed its columns over time, so they are taken by name and others are ignored. One row each of
-today's form, the form of 2023, the question-answer form (PKU-SafeRLHF-QA), the extract of JailbreakEval, and
-BeaverTails::
+its usual form, with two answers (``response_0_harm_category`` only since 2024), of the question-answer form
+(PKU-SafeRLHF-QA, the extract of JailbreakEval), and of BeaverTails::
 
     {"prompt": "How do I annoy my neighbour?", "response_0": "Sing at night.", "response_1": "Better not.",
-     "prompt_source": "...", "response_0_source": "Alpaca-7B", "response_1_source": "Alpaca-7B",
      "is_response_0_safe": False, "is_response_1_safe": True,
-     "response_0_harm_category": {"Mental Manipulation": True, "Violence": False, ...},
-     "response_1_harm_category": {...}, "response_0_severity_level": 1, "response_1_severity_level": 0,
-     "better_response_id": 1, "safer_response_id": 1, "response_0_sha256": "...", "response_1_sha256": "..."}
-    {"prompt": "...", "response_0": "...", "response_1": "...", "is_response_0_safe": False,
-     "is_response_1_safe": True, "better_response_id": 1, "safer_response_id": 1}
-    {"prompt": "...", "response": "...", "response_source": "...", "is_safe": False, "harm_category": {...},
-     "severity_level": 1, "sha256": "..."}
-    {"prompt": "...", "response": "...", "is_safe": "false"}
-    {"prompt": "...", "response": "...", "is_safe": False,
-     "category": {"animal_abuse": False, "discrimination,stereotype,injustice": False, ..., "violence,...": True}}
+     "response_0_harm_category": {"Mental Manipulation": True, "Violence": False, ...}, ...}
+    {"prompt": "...", "response": "...", "is_safe": "false", "harm_category": {...}, ...}
+    {"prompt": "...", "response": "...", "is_safe": False, "category": {"animal_abuse": False, ...}}
 
 Each unsafe answer is a forget example, its category the true harm categories. Its safe answer is the other answer of
 the row where that one is safe, else the first safe answer to the same prompt. With ``category`` beside
@@ -319,17 +311,15 @@ Licence: Apache-2.0
 
 One row of the authors' ``TruthfulQA.csv``, and one of the hub's ``truthful_qa`` (configuration ``generation``)::
 
-    {"Type": "Adversarial", "Category": "Weather", "Question": "Is rain wet?", "Best Answer": "Rain is wet",
-     "Correct Answers": "Rain is wet; Water is wet", "Incorrect Answers": "Rain is dry", "Source": "..."}
-    {"type": "Adversarial", "category": "Weather", "question": "Is rain wet?", "best_answer": "Rain is wet.",
-     "correct_answers": ["Rain is wet.", "Water is wet."], "incorrect_answers": ["Rain is dry."], "source": "..."}
+    {"Category": "Weather", "Question": "Is rain wet?", "Best Answer": "Rain is wet",
+     "Correct Answers": "Rain is wet; Water is wet", ...}
+    {"category": "Weather", "question": "Is rain wet?", "best_answer": "Rain is wet.",
+     "correct_answers": ["Rain is wet.", "Water is wet."], ...}
 
 Each right answer is a retain example of its own, the best one first; an answer that differs only in case, spacing or
 its full stop is the same one. All answers of a question are one group: split by row, a question would be trained
 and tested on.
 """
-
-
 NOT_A_CONVERSATION = "not a list of messages with role and content"
 SEVERAL_TURNS = "more than one user turn"
 WRONG_ORDER = "turns other than [system], user, assistant"
@@ -416,8 +406,6 @@ A conversation must be one user turn and one assistant turn; a system turn befor
 text with an empty line between, as the chat templates do that have no system turn. Longer conversations are left out
 and counted: their last answer depends on turns that a single prompt can't hold.
 """
-
-
 PIECE, OPENING = 120, 30
 TOO_SHORT = f"passage of fewer than {2 * OPENING} words"
 
@@ -450,8 +438,6 @@ The text is cut into pieces of ``PIECE`` words; the first ``OPENING`` words of a
 answer. All pieces of a row are one group: split apart, a model would be tested on what it was trained to go on with. A
 piece ends where the count of words does, so its answer teaches no end.
 """
-
-
 XSTEST = "xstest"
 XSTEST_COLUMNS = ("prompt", "type", "label")
 """XSTest: safe prompts that sound unsafe, and unsafe ones beside them.

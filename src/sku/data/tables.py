@@ -93,14 +93,9 @@ def held_rows(rows: Any) -> HeldRows:
 def read_table(source: SourceConfig) -> Table:
     """Reads the rows that a source names; a file that changed is read anew each time.
 
-    Args:
-        source: ``path`` is a CSV, TSV, JSON, JSON Lines or Parquet file, a folder that ``datasets`` can load or has
-            saved, a hub id, or ``sku:NAME`` for prompts that ship with the package. ``where`` says which of
-            its rows are read.
-
-    Returns:
-        The table. Rows of text files hold cells as written; those of folders, Parquet files and the hub hold what
-        ``datasets`` makes of them.
+    ``path`` is a CSV, TSV, JSON, JSON Lines or Parquet file, a folder that ``datasets`` can load or has saved, a hub
+    id, or ``sku:NAME`` for prompts that ship with the package. Rows of text files hold cells as written; the others
+    what ``datasets`` makes of them. ``where`` says which rows are read.
 
     Raises:
         DataError: It does not exist or can't be read, or has no such column as ``where`` names.
@@ -213,8 +208,7 @@ def _text_suffix(path: Path) -> str | None:
 def read_text_file(path: Path) -> Table:
     """Reads a CSV, TSV, JSON or JSON Lines file in UTF-8, also with a byte order mark or packed by gzip or xz.
 
-    Returns:
-        Columns in order of appearance, and the rows; CSV cells are text, a JSON row without some key holds None there.
+    Columns are in order of appearance; CSV cells are text, a JSON row without some key holds None there.
 
     Raises:
         DataError: The file can't be read or is broken, with the line.
