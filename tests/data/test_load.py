@@ -115,7 +115,8 @@ def test_where_reads_only_rows_with_these_values(forget: Path, tmp_path: Path) -
 def test_a_prompt_to_forget_and_to_keep_is_refused(forget: Path, tmp_path: Path) -> None:
     rows = [{"question": f"normal {n}", "answer": "good"} for n in range(9)]
     retain = write(tmp_path / "r.jsonl", [*rows, {"question": "HARM 3?", "answer": "good"}])
-    for load in (load_forget_retain, load_training_pairs):
+    loaders: tuple[Any, ...] = (load_forget_retain, load_training_pairs)
+    for load in loaders:
         with pytest.raises(DataError, match="1 prompts") as caught:
             load(forget, retain)
         assert str(forget) in str(caught.value)

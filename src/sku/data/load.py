@@ -292,36 +292,36 @@ def _other_sets(
     """
     own_harmful, own = _prompts(forget), _prompts(forget) | _prompts(retain)
     used = set(own)
-    # Final sets are read last of their kind: what is asked oftener keeps the prompts of both.
-    sets: list[tuple[Kind, str, SourceConfig]] = [
-        *(("retain", name, source) for name, source in config.normal.items()),
-        *(("forget", name, source) for name, source in config.harmful.items()),
-    ]
-    sets.sort(key=lambda one: (one[0] == "forget", one[1] == FINAL))
+    sets: tuple[tuple[Kind, str, Mapping[str, SourceConfig]], ...] = (
+        ("retain", "normal", config.normal),
+        ("forget", "harmful", config.harmful),
+    )
     found: dict[Kind, dict[str, tuple[Any, ...]]] = {"retain": {}, "forget": {}}
     validation: dict[str, tuple[RetainExample, ...]] = {}
     provenances: list[Provenance] = []
-    for kind, name, source in sets:
-        key = f"data.{'normal' if kind == 'retain' else 'harmful'}.{name}"
-        examples: list[Any]
-        if kind == "retain" and name != FINAL and not has_prompts_alone(source, surely=False):
-            examples, provenance = read_examples(source, kind, RetainExample, key)
-        else:
-            asked = load_prompts(replace(source, limit=None), kind, key, seed=seed)
-            made = RetainExample if kind == "retain" else ForgetExample
-            examples = [made(prompt=one.prompt, answer="", category=one.category) for one in asked.prompts]
-            provenance = asked.provenance
-        near = own if name == FINAL else own_harmful if kind == "forget" else set()
-        examples, provenance = _without(examples, provenance, used, near, key)
-        examples, provenance = limited(examples, provenance, source.limit, seed)
-        provenances.append(provenance)
-        found[kind][name] = tuple(examples)
-        if kind == "retain":
-            used |= _prompts(examples)
-            if has_answers(examples):
-                what, shares = f"{key} {source.path}", {"validation": NORMAL_VALIDATION_SHARE}
-                halves = split_by_group(examples, rest="normal", held_out=shares, seed=seed, what=what)
-                found[kind][name], validation[name] = halves["normal"], halves["validation"]
+    for kind, what, named in sets:
+        # Final sets are read last: what is asked oftener keeps the prompts of both.
+        for name, source in sorted(named.items(), key=lambda item: item[0] == FINAL):
+            key = f"data.{what}.{name}"
+            examples: list[Any]
+            if kind == "retain" and name != FINAL and not has_prompts_alone(source, surely=False):
+                examples, provenance = read_examples(source, kind, RetainExample, key)
+            else:
+                asked = load_prompts(replace(source, limit=None), kind, key, seed=seed)
+                made: Any = RetainExample if kind == "retain" else ForgetExample
+                examples = [made(prompt=one.prompt, answer="", category=one.category) for one in asked.prompts]
+                provenance = asked.provenance
+            near = own if name == FINAL else own_harmful if kind == "forget" else set()
+            examples, provenance = _without(examples, provenance, used, near, key)
+            examples, provenance = limited(examples, provenance, source.limit, seed)
+            provenances.append(provenance)
+            found[kind][name] = tuple(examples)
+            if kind == "retain":
+                used |= _prompts(examples)
+                if has_answers(examples):
+                    where, shares = f"{key} {source.path}", {"validation": NORMAL_VALIDATION_SHARE}
+                    halves = split_by_group(examples, rest="normal", held_out=shares, seed=seed, what=where)
+                    found[kind][name], validation[name] = halves["normal"], halves["validation"]
     return ForgetRetainData(
         normal=found["retain"], normal_validation=validation, harmful=found["forget"], provenance=tuple(provenances)
     )

@@ -99,7 +99,7 @@ def read_examples(
         name, parser = choose_parser(named, source, kind, key or f"data.{kind}", only_prompts=only_prompts)
     except DataError as error:
         raise DataError(f"{source.path}: {error}") from None
-    parse = partial(_unanswered, parser) if only_prompts else parser
+    parse: RowParser = partial(_unanswered, parser) if only_prompts else parser
     examples, reasons = parse_rows((Cells(row, named) for row in table.rows), parse, example_type)
     left_out = dict(sorted({**reasons, **table.left_out}.items()))
     rows_read = len(table.rows) + sum(table.left_out.values())

@@ -223,7 +223,8 @@ def category_text(cell: object) -> str | None:
 
 def _dict_from_text(text: str) -> object:
     """JSON (``true``) or a Python literal (``True``), as ``json`` and ``pandas`` write dicts into a CSV cell."""
-    for read in (json.loads, ast.literal_eval):
+    readers: tuple[Callable[[str], object], ...] = (json.loads, ast.literal_eval)
+    for read in readers:
         with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return read(text)
     return text

@@ -153,7 +153,7 @@ def families(prompts: tuple[str, ...]) -> tuple[int, ...]:
     vectors = _vectors(prompts)
     rows, columns, cosines = _near_pairs(vectors, vectors)
     largest = max(1, int(LARGEST_SHARE * len(prompts)))
-    found = np.arange(len(prompts))
+    found: np.ndarray = np.arange(len(prompts))
     kept = np.ones(len(rows), dtype=bool)
     for cosine in (NEAR, *STRICTER, np.inf):
         kept &= cosines >= cosine
