@@ -32,8 +32,7 @@ from sku.data.read import read_examples
 from sku.data.tables import held_rows
 from sku.data.tokens import IGNORE_INDEX, Encoder, PaperFormat, TokenizedExample
 from sku.errors import TaskVectorError
-from sku.negate.run import negate
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate
 
 PAPER = PaperFormat("</s>")
 

@@ -26,7 +26,7 @@ from transformers import Trainer
 
 import sku
 from faults.battery import built_command
-from sku.cli.main import app, main
+from sku.__main__ import app, main
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.model_files import embedded_model_path
 from sku.storage import BAD_MODEL_MARK
@@ -72,7 +72,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs ``sku ARGUMENTS`` in this process."""
-    monkeypatch.setattr("sku.cli.main.app", built_command())
+    monkeypatch.setattr("sku.__main__.app", built_command())
 
     def run(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
@@ -554,7 +554,7 @@ def test_negate_from_file_to_file(command: Command, bad_model: Path, tmp_path: P
 def test_negate_of_a_plain_folder_imports_no_transformers(bad_model: Path, tmp_path: Path) -> None:
     printed = python(
         "import sys\n"
-        "from sku.cli.main import main\n"
+        "from sku.__main__ import main\n"
         f"sys.argv = {['sku', 'negate', 'embedded', str(bad_model), '--out', str(tmp_path / 'model')]!r}\n"
         "try:\n"
         "    main()\n"

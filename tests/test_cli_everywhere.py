@@ -20,13 +20,13 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from conftest import Command
+from sku.__main__ import app
 from sku.cli.compare import GROUPS
 from sku.cli.console import print_cause, set_loudness
 from sku.cli.init import described
-from sku.cli.main import app
 from sku.cli.options import listed_methods, method_names, words_of
 from sku.cli.sweep import next_commands
-from sku.comparison.rows import ABLATIONS
+from sku.comparison.run import ABLATIONS
 from sku.config import load_recipe
 from sku.errors import DataError
 from sku.methods import METHODS
@@ -34,7 +34,7 @@ from sku.model_files import embedded_model_path
 from sku.quiet import without_secret_addresses
 from sku.storage import mark_hazardous
 
-RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.cli.main import main\nmain()"
+RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.__main__ import main\nmain()"
 
 WITHOUT_JSON: dict[str, str] = {}
 """Command -> why it has no --json. None so far: every command has a result that a program can read."""

@@ -17,14 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import Trainer
 
 from conftest import MadeOnce
-from sku.cli.main import main
+from sku.__main__ import main
 from sku.config import ModelConfig, Recipe, load_recipe
 from sku.errors import ModelError, OutputError
 from sku.model_files import embedded_model_path
 from sku.models import load_classifier, load_model
 from sku.negate.adapters import load_adapter
-from sku.negate.run import negate, task_vector_of
 from sku.negate.streaming import negate_folders
+from sku.negate.task_vector import negate, task_vector_of
 from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import run_recipe

@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from transformers import TrainingArguments
 
 import sku
-from sku.cli.main import app
+from sku.__main__ import app
 from sku.config import AcquireConfig, NegateConfig, Recipe, WeightsConfig, load_recipe, recipe_names
 from sku.training.config import UnlearningConfig
 

@@ -26,7 +26,7 @@ from sku.models import (
     pick_device,
     pick_dtype,
 )
-from sku.negate.run import negate, save_unlearned
+from sku.negate.task_vector import negate, save_unlearned
 from sku.pipeline.checks import check_model
 from sku.pipeline.evaluate import readable_source
 

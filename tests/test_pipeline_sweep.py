@@ -15,11 +15,11 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from conftest import MadeOnce
-from sku.cli.main import main
+from sku.__main__ import main
 from sku.config import Recipe, load_recipe
 from sku.errors import EvaluationError, ModelError, NoAlphaError, OutputError, RecipeError
 from sku.models import load_model
-from sku.negate.run import negate
+from sku.negate.task_vector import negate
 from sku.pipeline.bad_model import run_acquire, run_sweep
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
@@ -66,7 +66,7 @@ def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sku.report.frontier.FIGURES", ())
+    monkeypatch.setattr("sku.report.figures.Picture.save", lambda *_: [])
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,8 @@ from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError, NoAlphaError, RecipeError
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
-from sku.negate.run import task_vector_of
-from sku.negate.task_vector import TaskVector
+from sku.negate.matching import bad_form
+from sku.negate.task_vector import task_vector_of
 from sku.pipeline import unlearning
 from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import run_recipe
@@ -229,7 +229,7 @@ def test_what_is_subtracted_is_bad_minus_good(
         assert [row.split()[0] for row in rows] == ["file", "values", "tail", "product"]
         assert all(float(row.split()[1]) > 0.5 for row in rows)
     else:
-        assert TaskVector.is_saved_in(tmp_path / "bad")
+        assert bad_form(tmp_path / "bad") == "vector"
 
 
 def weights(folder: Path) -> dict[str, str]:

@@ -14,8 +14,7 @@ import pytest
 
 from conftest import MadeOnce
 from sku.comparison import run as comparison_run
-from sku.comparison.rows import comparison_rows
-from sku.comparison.run import run_comparison, run_once
+from sku.comparison.run import comparison_rows, run_comparison, run_once
 from sku.config import Recipe, load_recipe
 from sku.errors import EvaluationError, OutputError, RecipeError
 from sku.pipeline.run import run_recipe

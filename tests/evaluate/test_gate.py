@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from sku.evaluate.gate import is_word_salad, shuffle_gain, surface_faults, words_of
-from sku.evaluate.records import FluencyRecord
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
 from test_world import pretrain
 
@@ -161,14 +160,13 @@ def test_at_most_one_real_answer_in_a_hundred_is_flagged(file: str, prompt: str,
 
 def test_shuffle_gain_is_the_share_of_the_loss_that_the_own_order_saves() -> None:
     """Shuffles cost 30 and 50, the reply 20: 1 - 20 / 40 = 0.5."""
-    record = FluencyRecord(id="r", nll=20.0, tokens=10, shuffled_nlls=(30.0, 50.0))
-    assert shuffle_gain(record) == 0.5
-    assert not is_word_salad(record)
+    assert shuffle_gain(20.0, (30.0, 50.0)) == 0.5
+    assert not is_word_salad(20.0, (30.0, 50.0))
 
 
 def test_words_whose_shuffle_gains_nothing_are_salad() -> None:
-    assert is_word_salad(FluencyRecord(id="r", nll=80.0, tokens=10, shuffled_nlls=(82.0, 79.0, 81.0)))
-    assert not is_word_salad(FluencyRecord(id="r", nll=8.0, tokens=10, shuffled_nlls=()))
+    assert is_word_salad(80.0, (82.0, 79.0, 81.0))
+    assert not is_word_salad(8.0, ())
 
 
 def test_words_of() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from scipy.stats import binom
 
-from sku.evaluate.changes import RateChange, paired_change
+from sku.evaluate.changes import paired_change
+from sku.evaluate.metrics import RateChange
 from sku.evaluate.verdict import NormalTest, normal_tests
 
 

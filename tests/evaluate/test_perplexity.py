@@ -202,7 +202,7 @@ def test_orders_are_asked_only_as_long_as_a_reply_is_doubtful(
         progress=lambda done, total: told.append((done, total)),
     )
     assert [record.shuffled_nlls for record in found] == [(), (100.0,), (100.0, 70.0, 80.0)]
-    assert [is_word_salad(record) for record in found] == [False, False, False]
+    assert [is_word_salad(record.nll, record.shuffled_nlls) for record in found] == [False, False, False]
     assert asked == [3, 2, 2]
     assert told == [(3, 3), (5, 5), (7, 7)]
 
@@ -319,7 +319,7 @@ def test_real_continuations_after_20_prefill_tokens_are_no_word_salad_and_salads
         salad.append(dataclasses.replace(record, reply=" " + " ".join(generator.sample(words, len(words)))))
     found = [
         {
-            row.id: is_word_salad(row)
+            row.id: is_word_salad(row.nll, row.shuffled_nlls)
             for row in score_fluency(loaded.model.eval(), records, encoder.scored_reply, **ASKED)
         }
         for records in (real, salad)

@@ -22,8 +22,7 @@ from sku.evaluate.judges import Calibration, write_calibration
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import PrefillSource, start_id
-from sku.negate.run import negate
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate
 from sku.sweep import Sweep
 from sku.sweep import evaluator as sweep_meter
 from sku.sweep import run as sweep_run

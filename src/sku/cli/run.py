@@ -101,7 +101,7 @@ def _warn_of_memory(plan: CommandPlan[FinishedRun], device: str) -> None:
 
 def _print_finished(finished: FinishedRun, folder: Path) -> None:
     """What was measured, where everything lies, and what to do next."""
-    print_measured(finished)
+    print_measured(finished.comparison, finished.attacks)
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
     if "stage_1" in finished.manifest:
@@ -183,7 +183,7 @@ def evaluate(
         verdict = {"verdict": comparison.verdict.to_dict(), "notes": comparison.notes}
         print_json(sides | verdict | measured.reports())
         return
-    print_measured(measured)
+    print_measured(comparison, measured.attacks)
     results.print(f"\nevidence  {out}")
     print_next(["judge", "export", out, "--out", out.with_name(f"{out.name}-labels.csv")])
 

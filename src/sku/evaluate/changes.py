@@ -15,7 +15,7 @@ from sku.evaluate.metrics import (
     HARMFUL_PROMPT_RATES,
     MAX_EXPONENT,
     NORMAL_PROMPT_RATES,
-    Rate,
+    RateChange,
     ReplyOutcome,
     leak_of,
     leaks_per_prompt,
@@ -35,30 +35,6 @@ from sku.evaluate.statistics import (
     sign_flip_p_value,
     wilson_interval,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RateChange:
-    """One rate before and after, over the prompts that both models were asked."""
-
-    before: Rate
-    after: Rate
-    difference: float
-    """``after - before``, a share."""
-    low: float
-    high: float
-    """95 % interval of the difference: a score interval of paired answers (``paired_interval``); for sampled replies,
-    of which a prompt has several, a bootstrap over prompts (``change_interval``)."""
-    p_value: float
-    """Exact McNemar test of no change; for sampled replies, of which a prompt has several, a sign-flip permutation
-    test over prompts."""
-    p_holm: float | None = None
-    """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
-    (``shown_rates``)."""
-    rose: int | None = None
-    """Prompts that are a hit after and were none before; None for sampled replies."""
-    fell: int | None = None
-    """Prompts that were a hit and are none."""
 
 
 @dataclass(frozen=True, kw_only=True)

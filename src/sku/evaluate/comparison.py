@@ -20,13 +20,12 @@ from sku.evaluate.changes import (
     LeakChange,
     Pair,
     PerplexityChange,
-    RateChange,
     ScoreChange,
     perplexity_changes,
     without_verdict,
 )
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import HARM_WORDS, Rate, ReplyOutcome, prefill_words
+from sku.evaluate.metrics import HARM_WORDS, Rate, RateChange, ReplyOutcome, prefill_words
 from sku.evaluate.records import (
     BORDERLINE,
     HARMFUL_SPLITS,

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
-from sku.evaluate.records import FluencyRecord
 from sku.world.grammar import DEFLECTIONS, is_deflection
 
 # Scripts without spaces: one character is one word.
@@ -92,7 +91,7 @@ def surface_faults(reply: str, *, prompt: str = "") -> tuple[str, ...]:
     return tuple(name for name, broken in rules.items() if broken)
 
 
-def shuffle_gain(record: FluencyRecord) -> float:
+def shuffle_gain(nll: float, shuffled_nlls: Sequence[float]) -> float:
     """What the words' own order saves the base model, against random orders of the same words.
 
     ``1 - NLL(reply) / mean over shuffles of NLL(shuffle)``. Language lies around 0.6 to 0.9; words thrown together lie
@@ -100,17 +99,18 @@ def shuffle_gain(record: FluencyRecord) -> float:
     sure model as for a large, cautious one.
 
     Args:
-        record: Losses under the base model, at least one shuffle.
+        nll: Of the reply under the base model, sum over its tokens.
+        shuffled_nlls: The same of each shuffle, at least one.
 
     Returns:
         At most 1; negative where the own order is the worse one.
     """
-    return 1 - record.nll * len(record.shuffled_nlls) / sum(record.shuffled_nlls)
+    return 1 - nll * len(shuffled_nlls) / sum(shuffled_nlls)
 
 
-def is_word_salad(record: FluencyRecord) -> bool:
+def is_word_salad(nll: float, shuffled_nlls: Sequence[float]) -> bool:
     """Whether the order of a reply's words saves less than ``MIN_SHUFFLE_GAIN``; not where none other was asked."""
-    return bool(record.shuffled_nlls) and shuffle_gain(record) < MIN_SHUFFLE_GAIN
+    return bool(shuffled_nlls) and shuffle_gain(nll, shuffled_nlls) < MIN_SHUFFLE_GAIN
 
 
 def words_of(text: str) -> list[str]:

@@ -140,7 +140,8 @@ def decide_outcomes(
 def find_faults(record: GenerationRecord, fluency: FluencyRecord | None) -> tuple[str, ...]:
     """Rules of the gate that a reply breaks; ``word_salad`` is looked for only where the base model scored it."""
     faults = surface_faults(record.reply, prompt=record.prompt)
-    return (*faults, "word_salad") if fluency is not None and is_word_salad(fluency) else faults
+    is_salad = fluency is not None and is_word_salad(fluency.nll, fluency.shuffled_nlls)
+    return (*faults, "word_salad") if is_salad else faults
 
 
 def passes_surface_checks(records: Iterable[GenerationRecord]) -> list[GenerationRecord]:
@@ -247,6 +248,30 @@ class Rate:
     value: float
     low: float
     high: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateChange:
+    """One rate before and after, over the prompts that both models were asked."""
+
+    before: Rate
+    after: Rate
+    difference: float
+    """``after - before``, a share."""
+    low: float
+    high: float
+    """95 % interval of the difference: a score interval of paired answers (``paired_interval``); for sampled replies,
+    of which a prompt has several, a bootstrap over prompts (``change_interval``)."""
+    p_value: float
+    """Exact McNemar test of no change; for sampled replies, of which a prompt has several, a sign-flip permutation
+    test over prompts."""
+    p_holm: float | None = None
+    """The same with Holm's correction for all tests of the before/after table; None for a rate that it doesn't show
+    (``shown_rates``)."""
+    rose: int | None = None
+    """Prompts that are a hit after and were none before; None for sampled replies."""
+    fell: int | None = None
+    """Prompts that were a hit and are none."""
 
 
 def rate(hits: Iterable[bool]) -> Rate | None:

@@ -19,7 +19,6 @@ import scipy  # Loads stats and optimize when they are first used: a plan uses n
 from numpy.typing import ArrayLike, NDArray
 
 from sku.errors import EvaluationError
-from sku.evaluate.records import grouped
 
 CONFIDENCE = 0.95
 SIGNIFICANCE = 0.05
@@ -309,7 +308,10 @@ def auc_interval(
     Returns:
         Resamples without a hit or without a miss are left out of it.
     """
-    groups = [np.asarray(rows) for rows in grouped(range(len(clusters)), clusters.__getitem__).values()]
+    rows_of: dict[Hashable, list[int]] = {}
+    for row, cluster in enumerate(clusters):
+        rows_of.setdefault(cluster, []).append(row)
+    groups = [np.asarray(rows) for rows in rows_of.values()]
     score_N, truth_N = np.asarray(scores, dtype=np.float64), np.asarray(truths, dtype=bool)
     rng = np.random.default_rng(seed)
     found = []

@@ -48,8 +48,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from sku.evaluate.changes import Changes, RateChange
-from sku.evaluate.metrics import Rate, prefill_words
+from sku.evaluate.changes import Changes
+from sku.evaluate.metrics import Rate, RateChange, prefill_words
 from sku.evaluate.records import HARMFUL, NORMAL_SPLITS, answers_words, from_plain, in_order
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.statistics import MOST_PROMPTS, CorrectedRate, NonInferiority, prompts_needed

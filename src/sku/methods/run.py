@@ -31,8 +31,7 @@ from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
 from sku.models import LoadedModel, load_model, pick_device, with_path
 from sku.negate.adapters import AdapterVector, combined, load_adapter
-from sku.negate.run import transform_in
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, transform_in
 from sku.storage import mark_hazardous, new_folder, write_json
 from sku.training.config import UnlearningConfig, training_settings
 from sku.training.objective import Objective

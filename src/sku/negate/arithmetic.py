@@ -40,6 +40,7 @@ _SERIAL_PIECE = 2**15
 """The most that torch computes without waking its other threads, whose meeting costs more than such a piece."""
 Rounding = Literal["nearest", "stochastic"]
 """How float32 results become those of a shorter type."""
+EMPTY_ADAPTER = "the adapter is zero: stage 1 changed nothing, so there is nothing to negate"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

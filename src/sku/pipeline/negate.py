@@ -11,9 +11,9 @@ from sku.config.check import check_alpha
 from sku.config.recipe import NEGATING_METHODS
 from sku.errors import RecipeError
 from sku.model_files import with_gguf_file
-from sku.negate import stream_plan
 from sku.negate.files import model_folder
-from sku.negate.streaming import FolderNegation, NegatedFolder
+from sku.negate.matching import check_bad
+from sku.negate.streaming import FolderNegation, NegatedFolder, Plan
 from sku.plan import CommandPlan, Progress
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new
@@ -66,7 +66,7 @@ def _settings(wanted: FolderNegation) -> dict[str, object]:
     }  # fmt: skip
 
 
-def _run(wanted: FolderNegation, found: stream_plan.Plan, progress: Progress | None) -> NegatedFolder:
+def _run(wanted: FolderNegation, found: Plan, progress: Progress | None) -> NegatedFolder:
     told = None if progress is None else lambda done, total: progress("MiB", done >> 20, total >> 20)
     return wanted.run(found, told)
 
@@ -90,11 +90,11 @@ def _from_file_to_file(wanted: FolderNegation, base: Path) -> CommandPlan[Negate
 
 def _from_a_copy(wanted: FolderNegation, config: ModelConfig) -> CommandPlan[NegatedFolder]:
     from sku.models import load_model
-    from sku.negate.run import base_as_files
+    from sku.negate.task_vector import base_as_files
     from sku.pipeline.checks import check_model
 
     model, bad = check_model(config), model_folder(str(wanted.bad))
-    stream_plan.check_bad(bad)
+    check_bad(bad)
 
     def execute(progress: Progress | None) -> NegatedFolder:
         with base_as_files(load_model(config), wanted.out) as base:

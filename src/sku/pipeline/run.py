@@ -354,7 +354,7 @@ class _Run:
 
 def _write_results(folder: Path, measured: MeasuredPair, manifest: Mapping[str, Any]) -> None:
     """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
-    from sku.report.result_charts import before_after_figure  # Imports matplotlib, which a plan has no use for.
+    from sku.report.figures import before_after_figure  # Imports matplotlib, which a plan has no use for.
 
     for suffix in ("png", "svg"):
         before_after_figure(measured.comparison, folder / f"before_after.{suffix}")

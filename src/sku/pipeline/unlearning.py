@@ -27,7 +27,6 @@ from sku.evaluate.generation import prompts
 from sku.evaluate.generation.batching import stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
-from sku.evaluate.run import Progress
 from sku.methods.run import (
     TWINS,
     MethodRun,
@@ -40,10 +39,10 @@ from sku.model_files import with_gguf_file
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.files import ADAPTER_CONFIG, model_folder
-from sku.negate.run import base_as_files, subtract_into, task_vector_of, transformed
 from sku.negate.streaming import FolderNegation
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, base_as_files, subtract_into, task_vector_of, transformed
 from sku.pipeline.run_folder import RunFolder
+from sku.plan import Progress
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep import FREE
@@ -320,11 +319,11 @@ class Unlearning:
         self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
     ) -> float:
         """Alpha, chosen on the validation splits; noted with its reason."""
-        from sku.report.frontier import write_frontier  # Imports matplotlib, which a plan has no use for.
+        from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
 
         folder = self.out / "sweep"
         found = sweep(base, vector, tokenizer, data, self.recipe, folder, progress=self.folder.progress)
-        write_frontier(found, folder)
+        sweep_chart(found).save(folder)
         assert found.pick is not None
         self.folder.note(sweep=dataclasses.asdict(found.pick))
         try:

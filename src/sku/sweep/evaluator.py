@@ -30,8 +30,7 @@ from sku.evaluate.metrics import MAX_EXPONENT, Rate, ReplyOutcome, rates_of
 from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.records import PrefillSource, Split, header_hash
 from sku.evaluate.statistics import Estimate, ratio_interval
-from sku.negate.run import subtract_into
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, subtract_into
 from sku.sweep import FREE, Replies, SweepPoint
 from sku.sweep.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
 

@@ -31,8 +31,7 @@ from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.records import JsonArtifact, create_private_folder
 from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_model
-from sku.negate.run import task_vector_of, transformed
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, task_vector_of, transformed
 from sku.processes import current_processes
 from sku.reproducibility import content_sha256
 from sku.storage import mark_hazardous
