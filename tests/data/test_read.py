@@ -61,6 +61,7 @@ def turns(*contents: object, roles: Sequence[str] = ("user", "assistant")) -> li
 HARM = {"Violence": False, "Privacy Violation": True, "Cybercrime": "True"}
 WITH_SYSTEM = ("system", "user", "assistant")
 SYSTEM_PROMPT = "Be brief.\n\nq"
+NO_SAFE_ANSWERS: list[object] = [None, " \n", 7, [], "bad", "half \ud83d"]
 FORGET: dict[str, tuple[Rows, list[ForgetExample], dict[str, int]]] = {
     # What is read -> rows, examples, what is left out.
     "pku of 2023": (
@@ -115,7 +116,7 @@ FORGET: dict[str, tuple[Rows, list[ForgetExample], dict[str, int]]] = {
         f"preference, chosen {chosen!r}": (
             [{"prompt": "q", "chosen": chosen, "rejected": "bad"}], [bad("q", "bad")], {},
         )
-        for chosen in (None, " \n", 7, [], "bad", "half \ud83d")
+        for chosen in NO_SAFE_ANSWERS
     },
 }  # fmt: skip
 
@@ -199,7 +200,7 @@ def test_rows_are_cleaned_and_counted() -> None:
 
 
 def test_named_columns_with_a_category() -> None:
-    rows = [{"ask": "q1", "reply": "a1", "kind": "theft"}, {"ask": "q2", "reply": "a2", "kind": None}]
+    rows: Rows = [{"ask": "q1", "reply": "a1", "kind": "theft"}, {"ask": "q2", "reply": "a2", "kind": None}]
     named = {"prompt_column": "ASK", "answer_column": "reply", "category_column": "kind"}
     assert read(rows, "forget", **named) == ([bad("q1", "a1", category="theft"), bad("q2", "a2")], {})
 

@@ -38,7 +38,7 @@ def cells(path: Path) -> list[tuple[object, ...]]:
     return [tuple(row.values()) for row in read(path).rows]
 
 
-TEXT_FILES: list[tuple[str, str | bytes, list[tuple[object, ...]]]] = [
+TEXT_FILES: list[tuple[str, Any, Any]] = [
     # Name, content and rows. Nothing is guessed: no number, no null, no time.
     (
         "a.csv",
