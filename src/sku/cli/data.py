@@ -66,7 +66,7 @@ def own(
     from sku.config import settings_from_dict
     from sku.model_files import with_gguf_file
     from sku.own_replies import OwnOptions
-    from sku.pipeline.own_replies import run_own
+    from sku.pipeline.stages import run_own
 
     asked = settings_from_dict(OwnOptions, given, "", "settings of sku data own")
     asked = dataclasses.replace(asked, model=with_gguf_file(asked.model))
