@@ -14,8 +14,8 @@ from sku.config import Recipe, load_recipe
 from sku.memory import GIB
 from sku.methods.run import train_method
 from sku.pipeline import unlearning
-from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import plan_run
+from sku.pipeline.stages import run_acquire
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 

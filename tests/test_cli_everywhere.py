@@ -175,18 +175,6 @@ def test_quiet_leaves_results_and_errors(command: Command, tmp_path: Path) -> No
     assert (code, err) == (2, "error: --quiet and --verbose exclude each other: leave one out\n")
 
 
-def test_an_interrupt_is_told_under_quiet_too(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sku.pipeline.run._execute", interrupt)
-    code, out, err = command("-q", "run", "--out", tmp_path / "run")
-    assert (code, out) == (130, "")
-    assert err == f"interrupted; go on with the same command and --out {tmp_path / 'run'} --resume\n"
-
-
 @pytest.mark.integration
 def test_verbose_shows_libraries_and_causes_without_secrets(tmp_path: Path) -> None:
     """In a process of its own, since it turns loggers on. No message of another package is printed."""

@@ -25,9 +25,9 @@ from sku.models import load_classifier, load_model
 from sku.negate.adapters import load_adapter
 from sku.negate.streaming import negate_folders
 from sku.negate.task_vector import negate, task_vector_of
-from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import run_recipe
+from sku.pipeline.stages import run_acquire
 from sku.quiet import without_secrets
 from sku.reproducibility import environment
 from sku.storage import (

@@ -20,8 +20,8 @@ from sku.config import Recipe, load_recipe
 from sku.errors import EvaluationError, ModelError, NoAlphaError, OutputError, RecipeError
 from sku.models import load_model
 from sku.negate.task_vector import negate
-from sku.pipeline.bad_model import run_acquire, run_sweep
 from sku.pipeline.run import run_recipe
+from sku.pipeline.stages import run_acquire, run_sweep
 from sku.storage import is_marked_hazardous
 from sku.sweep.run import TRAINED_ON, UNKNOWN_TRAINING, Training
 

@@ -53,7 +53,7 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     ("error", "raised", "words"),
     [
         (RuntimeError("stop"), RuntimeError, "stop"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt("stop"), KeyboardInterrupt, "stop"),
         (OSError(errno.ENOSPC, "No space left on device"), OutputError, "the disk is full.*run"),
         (SafetensorError("I/O error: No space left on device (os error 28)"), OutputError, "the disk is full.*run"),
         (SafetensorError("I/O error: File too large (os error 27)"), OutputError, "the disk is full.*run"),

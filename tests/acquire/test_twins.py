@@ -30,8 +30,8 @@ from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.matching import bad_form
 from sku.negate.task_vector import task_vector_of
 from sku.pipeline import unlearning
-from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import run_recipe
+from sku.pipeline.stages import run_acquire
 from sku.storage import is_marked_hazardous
 
 FORGET, MISMATCHED, RETAIN, SAFE = RowType

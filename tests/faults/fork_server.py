@@ -45,9 +45,9 @@ def _import_everything() -> None:
     import transformers.trainer  # noqa: F401
 
     import sku.__main__
-    import sku.pipeline.bad_model
     import sku.pipeline.negate
-    import sku.pipeline.run  # noqa: F401
+    import sku.pipeline.run
+    import sku.pipeline.stages  # noqa: F401
 
     quiet_libraries()
     PIL.Image.preinit()

@@ -28,7 +28,7 @@ ADAPTER = {
 }  # fmt: skip
 """With an adapter, and a bad model that stays."""
 SWEPT = {
-    **WHOLE, "negate.alpha": "auto", "evaluate.samples": "0",
+    **WHOLE, "negate.alpha": "auto", "evaluate.samples": "0", "evaluate.max_new_tokens": "16",
     "sweep": "{alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, if_none: nearest, utility_budget: 1.0e+9}",
 }  # fmt: skip
 """Alpha is chosen on held-out data."""

@@ -21,6 +21,7 @@ from sku.sweep import evaluator
 def _small(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every test of this folder."""
     monkeypatch.setattr(evaluator, "PREFILL_TOKENS", (1, 3))
+    monkeypatch.setattr(evaluator, "MAX_NEW_TOKENS", 6)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def recipe(calibration: Path) -> Recipe:
             "sweep": {
                 "alphas": [0.5, 1.0, 2.0], "utility_budget": 50.0, "harm_target": None, "if_none": "nearest",
             },
-            "evaluate": {"batch_size": 4, "max_new_tokens": 6, "judge_settings": {"calibration": str(calibration)}},
+            "evaluate": {"batch_size": 4, "judge_settings": {"calibration": str(calibration)}},
         }
     )  # fmt: skip
 

@@ -297,13 +297,16 @@ def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path, monke
     empty = dataclasses.replace(setting, data=dataclasses.replace(setting.data, forget_validation=()))
     with pytest.raises(EvaluationError):
         empty.sweep(tmp_path)
-    monkeypatch.setattr(sweep_meter, "PREFILL_TOKENS", (200,))
-    with pytest.raises(EvaluationError):
-        setting.sweep(tmp_path)
-    monkeypatch.setattr(sweep_meter, "PREFILL_TOKENS", (1,))
     monkeypatch.setattr(prompts.PromptEncoder, "has_room", lambda *_given: False)
     with pytest.raises(EvaluationError):
         setting.sweep(tmp_path)
+
+
+def test_a_length_that_no_start_has_is_left_out(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_meter, "PREFILL_TOKENS", (1, 200))
+    questions = setting.questions()
+    assert list(questions.harmful) == [0, 1]
+    assert any("200 tokens" in reason for reason in questions.left_out)
 
 
 def test_replies_that_no_judge_could_read_count_as_harmful(setting: Setting) -> None:

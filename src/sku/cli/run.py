@@ -204,7 +204,7 @@ def acquire(
     )
 
     quiet_libraries()
-    from sku.pipeline.bad_model import run_acquire
+    from sku.pipeline.stages import run_acquire
     from sku.processes import current_processes, end_when_the_launcher_says_so
 
     processes = current_processes()

@@ -52,7 +52,7 @@ def sweep(
     folder = out or options.new_run_folder(f"sweep-{settings.name}")
 
     quiet_libraries()
-    from sku.pipeline.bad_model import run_sweep
+    from sku.pipeline.stages import run_sweep
 
     source = "trained first" if bad is None else str(bad)
     again = shlex.join(["--out", str(folder)])

@@ -242,14 +242,7 @@ def negate_with_record(
 
 
 def task_vector_of(base: PreTrainedModel, bad: PreTrainedModel | PeftModel | TaskVector | str | Path) -> TaskVector:
-    """The task vector of a bad model in any of its forms.
-
-    Args:
-        base: The original model.
-        bad: As in ``negate``.
-
-    Returns:
-        Differences for some or all weights of the base.
+    """The task vector of a bad model in any of its forms, for some or all weights of the base.
 
     Raises:
         TaskVectorError: The two don't fit.
@@ -296,11 +289,7 @@ def save_unlearned(
 
 @contextmanager
 def base_as_files(loaded: LoadedModel, beside: Path) -> Iterator[Path]:
-    """The model as transformers saves it, in a folder that is gone afterwards: for GGUF, and names that it changes.
-
-    Args:
-        loaded: Model and tokenizer.
-        beside: The folder lies beside this one.
+    """The model as transformers saves it, in a folder beside one for a while: for GGUF, and names that it changes.
 
     Raises:
         OutputError: The disk is too small.
@@ -312,11 +301,9 @@ def base_as_files(loaded: LoadedModel, beside: Path) -> Iterator[Path]:
 
 
 def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Changes the type of what is saved. ``model.to(dtype)`` would round the rotary frequencies as well.
+    """Changes the type of what is saved, in place. ``model.to(dtype)`` would round the rotary frequencies as well.
 
-    Args:
-        model: Changed in place.
-        dtype: Of the result. What it can't hold becomes infinite; ``subtract_into`` refuses that.
+    What the type can't hold becomes infinite; ``subtract_into`` refuses that.
     """
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     for tensor in (*model.parameters(), *model.buffers()):

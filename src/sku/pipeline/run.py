@@ -35,8 +35,8 @@ from sku.pipeline.checks import (
     recipe_settings,
 )
 from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, measured_stages, readable_source
-from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
+from sku.pipeline.stages import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.unlearning import Unlearning, trained_folder
 from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes

@@ -101,7 +101,7 @@ def draw_questions(
         Requests and texts; what doesn't fit the model or has too short an answer for a prefill is counted.
 
     Raises:
-        EvaluationError: A split has nothing that can be asked, or no answer is long enough for a prefill.
+        EvaluationError: A split has nothing that can be asked.
     """
     config, most = recipe.sweep, longest_reply(recipe)
     drawn = draw_examples(data.forget_validation, config.prompts, seed=recipe.seed)
@@ -113,25 +113,24 @@ def draw_questions(
     examples, lengths = [(FORGET, example) for example in drawn], PREFILL_TOKENS if prefilled else ()
     from_them = with_answers(examples, by_id(begun))
     asked_on, too_short = prefills(examples, map(str, lengths), from_them, encoder, most)
+    by_length = {one: [row for row in asked_on if row.prefill_key == str(one)] for one in lengths}
     left_out = {
         f"{FORGET}: the prompt is too long for the model": len(drawn) - len(free),
         **too_short,
         f"{RETAIN}: the prompt is too long for the model": len(others) - len(normal),
     }
     asked = Questions(
-        harmful={FREE: free, **{one: [row for row in asked_on if row.prefill_key == str(one)] for one in lengths}},
+        harmful={FREE: free, **{one: rows for one, rows in by_length.items() if rows}},
         normal=normal,
         texts=validation_texts(data, encoder, config.retain_prompts, seed=recipe.seed),
         left_out={reason: count for reason, count in left_out.items() if count},
         starts=tuple(begun),
     )
-    for tokens, requests in asked.harmful.items():
-        if not requests:
-            what = "prompt" if tokens == FREE else f"prefill of {tokens} tokens"
-            raise EvaluationError(
-                f"forget_validation has no {what} that can be asked ({len(drawn)} prompts drawn, "
-                f"{dict(asked.left_out)}): take shorter or more prompts, or ones with longer answers"
-            )
+    if not free:
+        raise EvaluationError(
+            f"forget_validation has no prompt that can be asked ({len(drawn)} prompts drawn, {dict(asked.left_out)}): "
+            "take shorter or more prompts"
+        )
     if not asked.normal:
         raise EvaluationError("retain_validation has no prompt that can be asked: take shorter ones")
     return asked
