@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from sku.evaluate.changes import ScoreChange
 from sku.evaluate.comparison import Comparison
-from sku.evaluate.results import BaseAgreement, HarnessScores, MeanScore, TaskScores, main_metric
+from sku.evaluate.results import BaseAgreement, HarnessScores, MeanScore, ScoreChange, TaskScores, main_metric
 from sku.report.tables import before_after_rows, utility_rows
 
 

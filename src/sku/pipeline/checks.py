@@ -18,8 +18,8 @@ from sku.data.load import load_data
 from sku.evaluate.generation import prompts
 from sku.evaluate.generation.backends import check_source
 from sku.evaluate.generation.prompts import keys_of, prefills, with_answers
-from sku.evaluate.harness import check_tasks
 from sku.evaluate.judges.choose import choose_judge, is_embedded
+from sku.evaluate.utility import check_tasks
 from sku.methods.run import MethodRun, check_rows, has_twins, with_safe_dtype
 from sku.model_files import check_not_quantized, locate_model, with_gguf_file
 from sku.models import (

@@ -14,8 +14,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from sku.errors import OutputError
-from sku.evaluate.changes import PerplexityChange
 from sku.evaluate.metrics import RateChange
+from sku.evaluate.results import PerplexityChange
 from sku.report.read_run import Part, RecordedRun, fits_schema, read_run
 from sku.report.tables import ON_CARD, KeyFigure, key_figures
 from sku.report.words import (

@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sku.evaluate.changes import LeakChange, PerplexityChange, ScoreChange
 from sku.evaluate.comparison import Comparison, untold
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import HARM_WORDS, RateChange, prefill_words, start_words
 from sku.evaluate.records import BORDERLINE, HARMFUL, answers_words, in_order
-from sku.evaluate.results import BaseAgreement, TaskScores, main_metric
+from sku.evaluate.results import BaseAgreement, LeakChange, PerplexityChange, ScoreChange, TaskScores, main_metric
 from sku.evaluate.statistics import MOST_HIDDEN
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.words import TableRow, before_after, in_points, interval, percent

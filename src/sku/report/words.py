@@ -11,9 +11,9 @@ from typing import Any
 
 from sku.attacks import AttackedReplies, AttackReport, AttackResult, Relearned, RelearnResult
 from sku.errors import EvaluationError
-from sku.evaluate.changes import LeakChange
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate, RateChange, start_words
+from sku.evaluate.results import LeakChange
 from sku.evaluate.statistics import Estimate
 
 NOTHING = "\u2013"

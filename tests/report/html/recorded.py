@@ -20,8 +20,7 @@ from sku.attacks import (
     RelearnResult,
 )
 from sku.config import load_recipe
-from sku.evaluate.changes import paired_change
-from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.comparison import Comparison, compare, paired_change
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, Rate, ReplyOutcome, perplexity_of, rate, rates_of
