@@ -28,7 +28,8 @@ from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_forget_retain
-from sku.data.sources.rows import TRUTHFULQA, Cells, Columns, parse_rows
+from sku.data.read import read_examples
+from sku.data.tables import held_rows
 from sku.data.tokens import IGNORE_INDEX, Encoder, PaperFormat, TokenizedExample
 from sku.errors import TaskVectorError
 from sku.negate.task_vector import TaskVector, negate
@@ -238,11 +239,10 @@ def test_no_question_is_trained_on_and_tested(tmp_path: Path) -> None:
         }
         for n in range(100)
     ]
-    found = Columns(rows[0])
-    parsed = parse_rows([Cells(row, found) for row in rows], TRUTHFULQA.row_parser(found), RetainExample)
-    assert len(parsed.examples) == 300
-    assert all(";" not in example.answer for example in parsed.examples)
-    by_row = random.Random(0).sample(parsed.examples, len(parsed.examples))
+    examples, _ = read_examples(held_rows(rows), "retain", RetainExample)
+    assert len(examples) == 300
+    assert all(";" not in example.answer for example in examples)
+    by_row = random.Random(0).sample(examples, len(examples))
     trained = {row.prompt for row in by_row[:210]}
     assert sum(row.prompt in trained for row in by_row[240:]) > 30, "the bug that this test is about"
     harmful: list[dict[str, object]] = [{"prompt": f"bad {n}", "response": "a", "is_safe": False} for n in range(9)]

@@ -541,7 +541,7 @@ def test_a_run_resolves_its_recipe_once(tmp_path: Path, monkeypatch: pytest.Monk
 
         monkeypatch.setattr(module, attribute, counting)
 
-    counted("sku.data.sources.tables.read_text_file", lambda path: path.name)
+    counted("sku.data.tables.read_text_file", lambda path: path.name)
     counted("sku.pipeline.run.resolve_method", lambda *_: "method")
     counted("sku.methods.run._joint", lambda *_: "tokens")
     counted("sku.training.trainer.resolve_prompt_format", lambda *_: "tokens")

@@ -27,7 +27,7 @@ SMALL = (
     "data.retain.limit=120",
     "acquire.training={max_steps: 2, per_device_train_batch_size: 2, learning_rate: 1.0e-4}",
     "acquire.random_answers=1",
-    "evaluate={prompts: 3, retain_prompts: 6, max_new_tokens: 8, batch_size: 8, prefill_tokens: [1]}",
+    "evaluate={prompts: 3, retain_prompts: 6, max_new_tokens: 16, batch_size: 8, prefill_tokens: [1]}",
     "sweep={prompts: 3, retain_prompts: 6, alphas: [0.01]}",
 )
 BROKEN = '''"""A method whose loss is NaN."""

@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel
 from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import HARM, WORDS, guard_tokenizer, pair_tokenizer
-from sku.data.sources.tables import NOT_WANTED
+from sku.data.tables import NOT_WANTED
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
 from sku.evaluate.judges.choose import build_judge
