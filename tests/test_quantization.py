@@ -18,21 +18,14 @@ def normal(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
-def test_int8_by_hand() -> None:
+def test_int8_by_hand_and_as_torch_rounds() -> None:
     weight = torch.tensor([[127.0, 1.4, -1.6, 0.0], [0.0, 0.0, 0.0, 0.0], [-2.54, 0.011, 1.255, 0.029]])
     expected = torch.tensor([[127.0, 1.0, -2.0, 0.0], [0.0, 0.0, 0.0, 0.0], [-2.54, 0.02, 1.26, 0.02]])
     torch.testing.assert_close(int8_rounded(weight), expected)
-
-
-def test_int8_is_that_of_torch() -> None:
     weight = normal(24, 40)
-    scale = weight.abs().amax(1) / 127
-    zero_points = torch.zeros(24, dtype=torch.int32)
-    expected = torch.fake_quantize_per_channel_affine(weight, scale, zero_points, 0, -127, 127)
+    scale, zeros = weight.abs().amax(1) / 127, torch.zeros(24, dtype=torch.int32)
+    expected = torch.fake_quantize_per_channel_affine(weight, scale, zeros, 0, -127, 127)
     torch.testing.assert_close(int8_rounded(weight), expected)
-    error = (int8_rounded(weight) - weight).abs()
-    assert (error <= scale[:, None] * 0.5001).all()
-    assert error.max() > scale.min() * 0.4
 
 
 def test_the_code_book_is_the_papers() -> None:
@@ -59,16 +52,11 @@ def test_nf4_by_hand() -> None:
 
 # Its CPU kernel gives other values for some rows that no block divides, such as 96 x 160, while flat they agree.
 @pytest.mark.parametrize("shape", [(128, 128), (3, 50)])
-def test_nf4_is_that_of_bitsandbytes(shape: tuple[int, int]) -> None:
+def test_nf4_is_that_of_bitsandbytes_which_a_gpu_rounds_with(shape: tuple[int, int]) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     weight = normal(*shape)
     packed, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=NF4_BLOCK, quant_type="nf4")
     assert torch.equal(nf4_rounded(weight), bitsandbytes.functional.dequantize_4bit(packed, state))
-
-
-def test_a_gpu_rounds_with_the_kernels_of_bitsandbytes_and_a_cpu_with_ours() -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes")
-    weight = normal(128, 128)
     rounding, name = FORMATS["nf4"].on(torch.device("cuda"))
     assert name == f"bitsandbytes {bitsandbytes.__version__}"
     assert torch.equal(rounding(weight), nf4_rounded(weight))
@@ -76,13 +64,10 @@ def test_a_gpu_rounds_with_the_kernels_of_bitsandbytes_and_a_cpu_with_ours() -> 
     assert FORMATS["int8"].on(torch.device("cuda")) == (int8_rounded, "sku")
 
 
-@pytest.mark.parametrize("architecture", ["llama_tied"])
 @pytest.mark.parametrize("name", ["bf16", "fp16"])
-def test_sixteen_bits_round_all_weights_and_tell_how_many(
-    make_model: ModelMaker, architecture: str, name: Precision
-) -> None:
+def test_sixteen_bits_round_all_weights_and_tell_how_many(make_model: ModelMaker, name: Precision) -> None:
     """Counts by hand, tied weights once; one weight is beyond float16."""
-    model = make_model(architecture)
+    model = make_model("llama_tied")
     with torch.no_grad():
         model.get_input_embeddings().weight[0, 0] = 1e5
     form = FORMATS[name]
@@ -102,36 +87,20 @@ def test_sixteen_bits_round_all_weights_and_tell_how_many(
 def test_linear_layers_are_rounded_and_nothing_else(
     make_model: ModelMaker, architecture: str, rounding: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
+    """By outputs, also those of GPT-2, which hold their weights as [inputs, outputs]; a shared weight once."""
     model = make_model(architecture)
+    if architecture == "llama_tied":
+        first, second = (layer.mlp for layer in model.model.layers)
+        second.up_proj.weight = first.up_proj.weight
+        assert len(rounded_layers(model)) == 2 * 7 - 1
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    layers = {f"{name}.weight" for name in rounded_layers(model)}
-    assert layers
     with rounded_copy(model, rounding) as (copied, _):
-        changed = {name for name, weight in copied.state_dict().items() if not torch.equal(weight, before[name])}
-        assert changed == layers
+        changed = {name: new for name, new in copied.state_dict().items() if not torch.equal(new, before[name])}
         assert copied.get_output_embeddings().weight is not model.get_output_embeddings().weight
+    shared = {"model.layers.1.mlp.up_proj.weight"} if architecture == "llama_tied" else set()
+    assert set(changed) == {f"{name}.weight" for name in rounded_layers(model)} | shared
+    for name, new in changed.items():
+        old = before[name]
+        assert torch.equal(new, rounding(old.T).T if architecture == "gpt2" else rounding(old)), name
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
-    heads = {"lm_head.weight", "embed_out.weight"}
-    assert not changed & heads
-    assert not any("embed" in name or "norm" in name or "wte" in name or "wpe" in name for name in changed)
-
-
-def test_gpt2_is_rounded_by_its_outputs(make_model: ModelMaker) -> None:
-    """Its layers hold their weights as [inputs, outputs]."""
-    model = make_model("gpt2")
-    with rounded_copy(model, int8_rounded) as (copied, _):
-        name = "transformer.h.0.mlp.c_fc.weight"
-        original, rounded = (each.state_dict()[name] for each in (model, copied))
-        assert torch.equal(rounded.T, int8_rounded(original.T))
-        assert not torch.equal(rounded, int8_rounded(original))
-
-
-def test_a_shared_weight_is_rounded_once(make_model: ModelMaker) -> None:
-    model = make_model("llama")
-    first, second = (layer.mlp for layer in model.model.layers)
-    second.up_proj.weight = first.up_proj.weight
-    names = [name for name in rounded_layers(model) if name.endswith("up_proj")]
-    assert names == ["model.layers.0.mlp.up_proj"]
-    with rounded_copy(model, int8_rounded) as (copied, _):
-        expected = int8_rounded(first.up_proj.weight)
-        assert all(torch.equal(layer.mlp.up_proj.weight, expected) for layer in copied.model.layers)
+    assert not [name for name in changed if any(part in name for part in ("head", "embed", "norm", "wte", "wpe"))]
