@@ -69,8 +69,8 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def key_of(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")).get(HAZARD_KEY)
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +102,11 @@ def test_a_bad_model_is_marked_in_its_folder_its_configuration_and_its_checkpoin
     assert {mode(path) for path in (kept, kept / "bad", *folders)} == {0o700}
     for folder in folders:
         assert (folder / BAD_MODEL_MARK).is_file()
-        assert key_of(folder / "adapter_config.json") is True
+        assert read(folder / "adapter_config.json").get(HAZARD_KEY) is True
         assert is_marked_hazardous(folder)
     for part, name in (("unlearned", "config.json"), ("negated_adapter", "adapter_config.json")):
         assert not is_marked_hazardous(kept / part)
-        assert key_of(kept / part / name) is None
+        assert read(kept / part / name).get(HAZARD_KEY) is None
         assert (kept / part / "README.md").read_text(encoding="utf-8").startswith("---\n")
     base = load_model("embedded").model
     bad = load_adapter(load_model("embedded").model, kept / "bad" / "final")  # Without a warning.
@@ -127,15 +127,11 @@ def test_folders_under_each_umask(umask: int, tmp_path: Path) -> None:
     assert mode(tmp_path / "run") == mode(tmp_path / "run" / "bad") == 0o700
 
 
-def test_no_file_of_a_run_holds_a_token(kept: Path) -> None:
+def test_no_file_of_a_run_holds_a_token(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [path for path in kept.rglob("*") if path.is_file()]
     assert len(files) > 20
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
-    manifest = json.loads((kept / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["environment"]["command"] == "sku run --set token=***"
-
-
-def test_secrets_of_the_environment_and_hub_tokens_are_struck_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read(kept / "manifest.json")["environment"]["command"] == "sku run --set token=***"
     monkeypatch.setenv("SOME_API_KEY", "abcdefgh")
     monkeypatch.setenv("OTHER_KEY", "run")
     text = without_secrets("sku run --set a=abcdefgh b=hf_ABCDEFGHIJKLMNOPQRST --out run")
@@ -145,7 +141,7 @@ def test_secrets_of_the_environment_and_hub_tokens_are_struck_out(monkeypatch: p
 @pytest.mark.integration
 def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> None:
     run_acquire(recipe(), tmp_path / "bad")
-    assert key_of(tmp_path / "bad" / "config.json") is True
+    assert read(tmp_path / "bad" / "config.json").get(HAZARD_KEY) is True
     (tmp_path / "bad" / BAD_MODEL_MARK).unlink()
     assert is_marked_hazardous(tmp_path / "bad"), "the configuration still says it"
     negate("embedded", tmp_path / "bad").save_pretrained(tmp_path / "in_memory")
@@ -160,22 +156,19 @@ def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> Non
     assert (tmp_path / "evaluation" / "model" / "evaluation.json").is_file()
 
 
-def test_a_marked_configuration_that_is_damaged(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    assert not is_marked_hazardous(tmp_path)
-    with pytest.raises(OutputError, match=r"config\.json"):
-        mark_hazardous(tmp_path)
-
-
 @pytest.mark.integration
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_interrupt_leaves_checkpoints_only_to_go_on_from(keep: bool, tmp_path: Path) -> None:
+    """And once stage 2 is done nothing, whatever the recipe says."""
     out, settings = tmp_path / "run", recipe(f"keep_for_resume={str(keep).lower()}")
     with pytest.raises(KeyboardInterrupt):
         run_recipe(settings, out, progress=stopping_at("acquire: steps", 2))
     assert bool(hazardous_folders(out)) == keep
-    assert run_recipe(settings, out, resume=True).manifest["bad_model"] == {"kept": False}
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(settings, out, resume=True, progress=stopping_at("evaluate unlearned"))
+    assert (out / "unlearned").is_dir()
     assert hazardous_folders(out) == []
+    assert run_recipe(settings, out, resume=True).manifest["bad_model"] == {"kept": False}
 
 
 @pytest.mark.integration
@@ -191,17 +184,11 @@ def test_a_failure_leaves_none_either(tmp_path: Path, monkeypatch: pytest.Monkey
     assert hazardous_folders(out) == []
 
 
-@pytest.mark.integration
-def test_the_bad_model_goes_before_the_evaluation(tmp_path: Path) -> None:
-    """A failure after stage 2 finds nothing to leave behind, whatever the recipe says."""
-    out = tmp_path / "run"
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(), out, progress=stopping_at("evaluate unlearned"))
-    assert (out / "unlearned").is_dir()
-    assert hazardous_folders(out) == []
-
-
-def test_what_can_not_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_not_be_marked_or_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    assert not is_marked_hazardous(tmp_path)
+    with pytest.raises(OutputError, match=r"config\.json"):
+        mark_hazardous(tmp_path)
     mark_hazardous(tmp_path / "bad")
 
     def refuse(path: Path, *_arguments: Any, **_options: Any) -> None:
@@ -220,13 +207,13 @@ def test_wiping_finds_what_is_marked_and_nothing_else(copied: Path) -> None:
     mark_hazardous(copied / "vector")
     assert hazardous_folders(copied.parent) == [copied / "bad", copied / "vector"]
     assert hazardous_folders(copied / "bad") == [copied / "bad"]
-    unlearned = {path.name for path in (copied / "unlearned").iterdir()}
+    unlearned = sorted((copied / "unlearned").iterdir())
     with pytest.raises(OutputError, match="unlearned"):
         wipe([copied / "unlearned"])
     wipe(hazardous_folders(copied))
     assert not (copied / "bad").exists()
-    assert {path.name for path in (copied / "unlearned").iterdir()} == unlearned
-    assert json.loads((copied / "manifest.json").read_text(encoding="utf-8"))["bad_model"] == {"kept": False}
+    assert sorted((copied / "unlearned").iterdir()) == unlearned
+    assert read(copied / "manifest.json")["bad_model"] == {"kept": False}
     with pytest.raises(OutputError, match="nothing"):
         hazardous_folders(copied / "nothing")
 
@@ -250,7 +237,7 @@ def test_the_wipe_command_also_of_the_folder_one_stands_in(
     assert f"{copied / 'bad'}\n" in out
     assert any("bad" in path.name for path in copied.iterdir()) is not gone
     if gone:
-        assert json.loads((copied / "manifest.json").read_text(encoding="utf-8"))["bad_model"] == {"kept": False}
+        assert read(copied / "manifest.json")["bad_model"] == {"kept": False}
 
 
 @pytest.mark.parametrize("named", [".", ".."])
@@ -304,7 +291,7 @@ def test_pickled_weights_are_refused_and_not_read(
 def test_code_that_comes_with_a_model_is_not_run(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    config = read(tmp_path / "model" / "config.json")
     names = {"AutoConfig": "trap.TrapConfig", "AutoModelForCausalLM": "trap.TrapModel"}
     config |= {"model_type": "trap", "auto_map": names}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")

@@ -8,9 +8,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from conftest import Command
+from methods.test_from_file import MINIMAL
+from sku.config import load_recipe
+from sku.methods.run import resolve_method
 
 SCRIPT = """
     import contextlib, io, json, sys
@@ -113,26 +117,13 @@ def test_these_modules_need_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_file_of_ones_own_prints_keys_that_a_recipe_takes(tmp_path: Path, command: Any) -> None:
+def test_a_file_of_ones_own_prints_keys_that_a_recipe_takes(tmp_path: Path, command: Command) -> None:
     path = tmp_path / "mine.py"
-    path.write_text(
-        "from dataclasses import dataclass\n"
-        "from sku.data.joint import RowPlan\n"
-        "from sku.methods.base import Method\n"
-        "from sku.training.objective import Objective\n"
-        "@dataclass(frozen=True, kw_only=True)\nclass Settings:\n    beta: float = 1.5\n"
-        "def objective(settings, model):\n"
-        "    return Objective(rows=RowPlan(forget=True), weights={}, losses=lambda step: {})\n"
-        "MINE = Method(name='mine', title='Mine', paper_url='-', settings=Settings, objective=objective)\n",
-        encoding="utf-8",
-    )
+    made = "MINE = Method(name='mine', title='Mine', paper_url='-', settings=Settings, objective=objective)\n"
+    path.write_text(MINIMAL + made, encoding="utf-8")
     code, out, _ = command("init", path)
     assert code == 0
     *_, method, setting = out.splitlines()
-    assert setting == "methods.mine.settings.beta=1.5"
-
-    from sku.config import load_recipe
-    from sku.methods.run import resolve_method
-
-    recipe = load_recipe("embedded", [method, setting.replace("1.5", "0.5")])
+    assert setting == "methods.mine.settings.beta=1.0"
+    recipe = load_recipe("embedded", [method, setting.replace("1.0", "0.5")])
     assert resolve_method(recipe, tmp_path / "run").settings.beta == 0.5
