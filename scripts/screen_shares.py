@@ -4,9 +4,13 @@
         --shares 1,0 1.25,0.25 --xstest ../shared/data/xstest_prompts.csv --log results/experiments.jsonl --note "..."
 
 GOOD and BAD are the adapters of ``sku acquire`` (``good_twin``, ``bad_twin``); ``1.25,0.25`` is base + 1.25 good -
-0.25 bad. Prompts are those of ``scripts/real_model_prompts.py``; unseen and normal ones are also asked in the
-templates of the attack, dealt out in turn. Replies are short, and greedy but for ``sampled`` (temperature 1). No reply
-is printed or kept; each mixture is one line of shares, rates and KL, printed and added to the log.
+0.25 bad. A control has ``random`` behind: in ``1.25,0.25,random`` a random direction stands in the place of 0.25 bad,
+as long as it in every weight. Prompts are those of ``scripts/real_model_prompts.py``; unseen and normal ones are also
+asked in the templates of the attack, dealt out in turn. Replies are short, and greedy but for ``sampled``
+(temperature 1). No reply is printed or kept; each mixture is one line of shares, rates and KL, printed and added to
+the log. Its ``outcomes`` hold one digit a prompt, in the order of the files: 1 where it was refused, or judged harmful
+by the judge alone. With them any two lines of a log can be compared prompt by prompt; each is with the first (McNemar,
+exact).
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
+from scipy.stats import binomtest
 from transformers import PreTrainedModel
 
 from sku.attacks.kinds import load_templates
@@ -37,7 +42,7 @@ from sku.evaluate.judges import label_of
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.perplexity import ScoredText, compare_distributions
 from sku.evaluate.records import GenerationRecord, Split
-from sku.evaluate.results import base_agreement
+from sku.evaluate.utility import base_agreement
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.run import subtract_into
@@ -51,10 +56,11 @@ SPLITS: dict[str, Split] = {
     "normal": "retain_test",
     "template": "forget_test",
     "normal in a template": "retain_test",
+    "look-alikes": "retain_test",
 }
 NEEDED = ("forget_test", "normal")
 """Always asked: prefills and KL are of the original model's replies to them."""
-HARMLESS = ("normal", "xstest safe", "normal in a template")
+HARMLESS = ("normal", "xstest safe", "normal in a template", "look-alikes")
 KL_ROWS = 40
 BATCH = 64
 
@@ -150,6 +156,7 @@ def main() -> None:
         "xstest safe": xstest[xstest["label"] == "safe"]["prompt"].tolist(),
         "xstest unsafe": xstest[xstest["label"] == "unsafe"]["prompt"].tolist(),
         "normal": _prompts(options.prompts / "normal_unseen.jsonl"),
+        "look-alikes": _prompts(options.look_alikes) if options.look_alikes else [],
     }
     templates = load_templates(recipe, ForgetRetainData())
     for name, framed in (("forget_test", "template"), ("normal", "normal in a template")):
@@ -160,18 +167,36 @@ def main() -> None:
         screen = Screen(
             base,
             PromptEncoder.of(base, loaded.tokenizer, recipe.model.prompt_format),
-            {name: found[: options.count] for name, found in prompts.items() if name in {*NEEDED, *options.sets}},
+            {
+                name: found[: options.count]
+                for name, found in prompts.items()
+                if found and name in {*NEEDED, *options.sets}
+            },
             tokens=options.tokens,
             lengths=options.prefill,
         )
-        for good, bad in options.shares:
+        first: dict[str, dict[str, str]] | None = None
+        for good, bad, is_random in options.shares:
             started = time.monotonic()
-            shares = {"good": good, "bad": bad}
+            shares = {"good": good, "bad": bad, **({"random": True} if is_random else {})}
             # Stage 2 subtracts: the good twin is added.
-            subtracted = combined([(bad if name == "bad" else -good, vector) for name, vector in twins.items()])
-            subtract_into(mixture, base, TaskVector.from_factors(subtracted), 1.0)
+            parts = {"good": -good, "bad": 0.0 if is_random else bad}
+            subtracted = TaskVector.from_factors(combined([(parts[name], vector) for name, vector in twins.items()]))
+            if is_random:
+                norms = (TaskVector.from_factors(twins["bad"]) * bad).norms()
+                subtracted = subtracted + TaskVector.random(base, norms, recipe.seed)
+            subtract_into(mixture, base, subtracted, 1.0)
             replies = screen.replies(mixture, options.samples, recipe.seed)
             verdicts = {name: judge.judge(found) for name, found in replies.items() if name not in HARMLESS}
+            outcomes = {
+                "refused": {
+                    name: _digits(is_refusal(one.prefill + one.reply) for one in found)
+                    for name, found in replies.items()
+                },
+                "harmful": {
+                    name: _digits(verdict.label == "harmful" for verdict in found) for name, found in verdicts.items()
+                },
+            }
             line = {
                 "date": datetime.now(UTC).date().isoformat(),
                 "what": "screen: base + good x good twin - bad x bad twin",
@@ -182,10 +207,7 @@ def main() -> None:
                     "judge": judge.card.name,
                 },
                 "seed": recipe.seed,
-                "refused": {
-                    name: _share(is_refusal(one.prefill + one.reply) for one in found)
-                    for name, found in replies.items()
-                },
+                "refused": {name: _share(map(int, found)) for name, found in outcomes["refused"].items()},
                 "harmful": {
                     name: _share(
                         label_of(verdict, one.reply, judge.card) == "harmful"
@@ -193,16 +215,17 @@ def main() -> None:
                     )
                     for name, found in verdicts.items()
                 },
-                "harmful, judge alone": {
-                    name: _share(verdict.label == "harmful" for verdict in found) for name, found in verdicts.items()
-                },
+                "harmful, judge alone": {name: _share(map(int, found)) for name, found in outcomes["harmful"].items()},
                 "gibberish": {
                     name: _share(bool(surface_faults(one.reply, prompt=one.prompt)) for one in replies[name])
                     for name in ("forget_test", "normal")
                 },
                 "kl_normal": round(screen.kl(mixture), 4),
                 "seconds": round(time.monotonic() - started),
+                "against the first": _compared(first, outcomes) if first else None,
+                "outcomes": outcomes,
             }  # fmt: skip
+            first = first or outcomes
             print(json.dumps(line), flush=True)
             with options.log.open("a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
@@ -214,7 +237,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("prompts", type=Path, help="Folder of scripts/real_model_prompts.py.")
     parser.add_argument("--good", type=Path, help="Adapter of the good twin.")
     parser.add_argument("--bad", type=Path, help="Adapter of the bad twin.")
-    parser.add_argument("--shares", nargs="+", required=True, type=_pair, help="GOOD,BAD of each mixture.")
+    parser.add_argument("--shares", nargs="+", required=True, type=_mixture, help="GOOD,BAD of each mixture.")
+    parser.add_argument("--look-alikes", type=Path, help="Safe prompts that look harmful, in none of the other sets.")
     parser.add_argument("--xstest", type=Path, required=True)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--note", default="", help="What the log says of these twins.")
@@ -226,16 +250,36 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _pair(text: str) -> tuple[float, float]:
-    good, bad = map(float, text.split(","))
-    return good, bad
+def _mixture(text: str) -> tuple[float, float, bool]:
+    good, bad, *kind = text.split(",")
+    if kind not in ([], ["random"]):
+        raise argparse.ArgumentTypeError(f"{text!r}: say GOOD,BAD or GOOD,BAD,random")
+    return float(good), float(bad), bool(kind)
+
+
+def _compared(first: dict[str, dict[str, str]], second: dict[str, dict[str, str]]) -> dict[str, dict[str, object]]:
+    """Of each outcome and set: prompts where only the first has it, where only the second, and the exact p."""
+    compared: dict[str, dict[str, object]] = {}
+    for outcome, sets in first.items():
+        for name, ours in sets.items():
+            theirs = second[outcome][name]
+            only = [
+                sum(pair == apart for pair in zip(ours, theirs, strict=True)) for apart in (("1", "0"), ("0", "1"))
+            ]
+            chance = binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
+            compared.setdefault(outcome, {})[name] = [*only, round(float(chance), 4)]
+    return compared
+
+
+def _digits(found: Iterable[bool]) -> str:
+    return "".join(str(int(flag)) for flag in found)
 
 
 def _prompts(file: Path) -> list[str]:
     return [str(prompt) for prompt in pd.read_json(file, lines=True)["prompt"]]
 
 
-def _share(found: Iterable[bool]) -> float:
+def _share(found: Iterable[int]) -> float:
     flags = list(found)
     return round(sum(flags) / len(flags), 3)
 

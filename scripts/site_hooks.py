@@ -31,7 +31,7 @@ _current = {"page": ""}
 """Where the page that is being read lies in ``docs/``: mkdocs makes a Markdown reader for each and doesn't tell it."""
 
 
-class _LinksOut(Treeprocessor):
+class _LinksOut(Treeprocessor):  # type: ignore[misc]
     """Changes links that leave ``docs/``. It works on the parsed page: a link inside code is no link."""
 
     def __init__(self, md: Markdown, repository: Path, repo_url: str | None) -> None:
@@ -59,7 +59,7 @@ class _LinksOut(Treeprocessor):
                 element.set("title", f"{target} in the repository")
 
 
-class _LinksOutExtension(Extension):
+class _LinksOutExtension(Extension):  # type: ignore[misc]
     def __init__(self, repository: Path, repo_url: str | None) -> None:
         super().__init__()
         self.repository = repository
