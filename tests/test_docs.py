@@ -1,4 +1,7 @@
-"""The pages say what is so: commands, options, keys, names, links and recorded numbers; what is to run runs."""
+"""The pages say what is so: commands, options, keys, names, links and recorded numbers; what is to run runs.
+
+Also the notebooks, and the hooks of the site: links out of ``docs/``, and nothing from another server.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +21,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import typer
 from markdown_it import MarkdownIt
+from nbclient import NotebookClient
 
 import sku
 from sku.cli.main import app
@@ -235,3 +240,91 @@ def test_real_models_are_one_row_a_model_method_and_seed_beside_one_base() -> No
     assert "| a | \u2013 | 20 % (10) |" in table([row, {**row, "method": "b"}])
     with pytest.raises(SystemExit, match="harmful_final"):
         table([row, {**row, "method": "b", "base_harmful_final": 0.6}])
+
+
+NOTEBOOKS = DOCS / "notebooks"
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+SHORT: dict[str, dict[str, Any]] = {
+    "embedded_world": {"steps": 2, "prompts": 2, "alphas": [1.0]},
+    "your_own_model": {"pretraining_steps": 2, "steps": 2, "prompts": 2},
+    "compare_methods": {"steps": 2, "prompts": 2},
+}
+"""Settings of the cell with the tag ``parameters`` that make a run short."""
+
+
+def notebook_named(name: str) -> Any:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+
+
+def cells_with_tag(notebook: Any, tag: str) -> list[Any]:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_holds_the_outputs_of_one_run_and_nothing_of_a_machine(name: str) -> None:
+    notebook = notebook_named(name)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)], "run scripts/run_notebooks.py"
+    assert sum(bool(cell.outputs) for cell in code) >= len(code) // 3
+    said = "".join(str(output) for cell in code for output in cell.outputs)
+    assert [text for text in ("stderr", "Traceback", "/work/", "/home/", "/root/") if text in said] == []
+    assert len(cells_with_tag(notebook, "install")) == len(cells_with_tag(notebook, "parameters")) == 1
+    assert name in SHORT
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = notebook_named(name)
+    (parameters,) = cells_with_tag(notebook, "parameters")
+    set_there: dict[str, Any] = {}
+    exec(parameters.source, set_there)  # A cell of our own with numbers.
+    assert set(SHORT[name]) == set(set_there) - {"__builtins__"}
+    parameters.source = "\n".join(f"{key} = {value!r}" for key, value in SHORT[name].items())
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (f"{ROOT}/src", os.environ.get("PYTHONPATH")))))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # The models are tiny: threads would wait for each other.
+    monkeypatch.setenv("PATH", os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    client.execute()  # Raises at the first cell that fails.
+    assert [output for cell in notebook.cells for output in cell.get("outputs", []) if output.get("text")]
+    assert list(tmp_path.iterdir()) == []
+
+
+def built_site(folder: Path, text: str, *settings: str) -> tuple[str, str]:
+    """The page that a site of one page has, and what the build said; the page is empty where the build failed."""
+    (folder / "docs").mkdir(exist_ok=True)
+    (folder / "docs" / "index.md").write_text(text, encoding="utf-8")
+    (folder / "SECURITY.md").touch()
+    (folder / "results").mkdir(exist_ok=True)
+    hooks = f"hooks: ['{ROOT / 'scripts' / 'site_hooks.py'}']"
+    theme = "theme: {name: material, font: false}"
+    lines = ["site_name: site", theme, hooks, "validation: {links: {not_found: warn}}", *settings]
+    (folder / "mkdocs.yml").write_text("\n".join(lines), encoding="utf-8")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    done = subprocess.run(build, cwd=folder, capture_output=True, text=True, check=False)
+    page = folder / "site" / "index.html"
+    return (page.read_text(encoding="utf-8") if done.returncode == 0 else "", done.stderr)
+
+
+@pytest.mark.integration
+def test_a_link_out_of_the_docs_becomes_text_or_goes_to_the_repository(tmp_path: Path) -> None:
+    text = "See [what is safe](../SECURITY.md), [records](../results), and `[code](../stays.md)`."
+    page, said = built_site(tmp_path, text)
+    assert '<span title="SECURITY.md in the repository">what is safe</span>' in page, said
+    assert "../SECURITY.md" not in page
+    assert "[code](../stays.md)" in page
+    page, said = built_site(tmp_path, text, "repo_url: https://example.org/sku")
+    assert 'href="https://example.org/sku/blob/HEAD/SECURITY.md"' in page, said
+    assert 'href="https://example.org/sku/tree/HEAD/results"' in page
+
+
+@pytest.mark.integration
+def test_a_dead_link_and_what_another_server_has_to_give_fail_the_built_site(tmp_path: Path) -> None:
+    targets = ("../nothing.md", "../../outside.md", "missing.md")
+    page, said = built_site(tmp_path, "\n".join(f"[dead]({target})" for target in targets))
+    assert not page
+    assert all(target in said for target in targets)
+    for text in ("![a](https://example.org/a.png)", '<script src="//example.org/a.js"></script>'):
+        page, said = built_site(tmp_path, text)
+        assert not page
+        assert "another server" in said
