@@ -60,6 +60,13 @@ TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
 ModelMaker = Callable[..., Any]
 TrainerMaker = Callable[..., SkuTrainer]
 Command = Callable[..., tuple[int, str, str]]
+TINY_RUN = (
+    "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.per_device_train_batch_size=4",
+    "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.samples=0",
+    "evaluate.prefill_tokens=[]", "evaluate.attacks=[]", "negate.alpha=1.0", "data.forget.limit=120",
+    "data.retain.limit=120",
+)  # fmt: skip
+"""Settings of a whole run of seconds."""
 MadeOnce = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 """Name and maker -> the folder that the maker filled, and what it returned."""
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from conftest import Command, MadeOnce
+from conftest import TINY_RUN, Command, MadeOnce
 from sku.config import ModelConfig, Recipe, load_recipe
 from sku.errors import ModelError, OutputError
 from sku.model_files import embedded_model_path
@@ -40,13 +40,7 @@ from sku.storage import (
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
-SMALL = (
-    "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.save_total_limit=null",
-    "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.attacks=[]",
-    "evaluate.samples=0", "evaluate.prefill_tokens=[]",
-    "negate.alpha=1.0", "data.forget.limit=120", "data.retain.limit=120",
-    "acquire.training.per_device_train_batch_size=4",
-)  # fmt: skip
+SMALL = (*TINY_RUN, "acquire.training.save_total_limit=null")
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")
 SECRET = "hf_tokenThatMustNotBeFound0123456789"
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import Command
+from conftest import TINY_RUN, Command
 from sku.errors import DataError, NoMemoryError, first_line, named_memory_errors, one_line
 
 GPU = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB\nof which ..."
@@ -61,9 +61,7 @@ def test_a_run_ends_in_one_line_and_leaves_nothing(
         raise torch.OutOfMemoryError(GPU)
 
     monkeypatch.setattr(place, full)
-    few = "acquire.training.max_steps=2 evaluate.prompts=2 evaluate.retain_prompts=2 evaluate.max_new_tokens=2"
-    settings = f"{few} evaluate.samples=0 evaluate.attacks=[] negate.alpha=1".split()
-    code, out, err = command("--quiet", "run", "--out", tmp_path / "run", *(f"--set={item}" for item in settings))
+    code, out, err = command("--quiet", "run", "--out", tmp_path / "run", *(f"--set={item}" for item in TINY_RUN))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert stage in err
     assert "CUDA out of memory" in err

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from conftest import TrainerMaker
+from conftest import TINY_RUN, TrainerMaker
 from sku import memory
 from sku.config import Recipe, load_recipe, recipe_from_dict
 from sku.data.batches import ROWS
@@ -174,12 +174,7 @@ def test_what_the_formula_is_not_made_for_is_refused(tmp_path: Path) -> None:
         stage_1_memory(load_recipe("embedded", ["method=npo"]))
 
 
-TINY = [
-    "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.activation_checkpointing=auto",
-    "acquire.training.per_device_train_batch_size=4", "evaluate.prompts=3", "evaluate.retain_prompts=3",
-    "evaluate.max_new_tokens=4", "evaluate.samples=0", "evaluate.prefill_tokens=[]", "negate.alpha=1.0",
-    "sweep.prompts=3", "sweep.retain_prompts=3",
-]  # fmt: skip
+TINY = [*TINY_RUN, "acquire.training.activation_checkpointing=auto"]
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from peft import PeftModel
 from scipy.stats import norm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from conftest import ModelMaker
+from conftest import TINY_RUN, ModelMaker
 from sku.config import ModelConfig, Precision, load_recipe
 from sku.errors import ModelError, TaskVectorError
 from sku.models import check_plain_weights, load_model
@@ -135,15 +135,7 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_four_bit_run_negates_the_adapter_on_the_full_precision_base(wide_model: Path, tmp_path: Path) -> None:
-    recipe = load_recipe(
-        "embedded",
-        [
-            f"model.path={wide_model}", "acquire.tuning=qlora", "acquire.training.max_steps=2",
-            "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4",
-            "evaluate.attacks=[]", "negate.alpha=1.0", "evaluate.samples=0",
-            "data.forget.limit=120", "data.retain.limit=120",
-        ],
-    )  # fmt: skip
+    recipe = load_recipe("embedded", [f"model.path={wide_model}", "acquire.tuning=qlora", *TINY_RUN])
     run = run_recipe(recipe, tmp_path / "run")
     base, unlearned = load_model(wide_model).model, load_model(tmp_path / "run" / "unlearned").model
     check_plain_weights(unlearned, "unlearned")
