@@ -164,6 +164,7 @@ def test_archives_with_something_more_or_less_are_refused(check_dist: SimpleName
 
     for extra in ("models/m/model.safetensors", "shared/harmful.csv", "tests/answers.jsonl", "runs/one/bad/note.txt"):
         assert refused({*files, extra}), extra
+        assert extra.endswith("note.txt") or list(check_dist.shared_content({extra})), "whether tracked or not"
     for lost in ("py.typed", "recipes/embedded.yaml", "_version.py", "report/templates/page.js"):
         assert f"src/sku/{lost}" in files
         assert refused(files - {f"src/sku/{lost}"}), lost
