@@ -80,7 +80,8 @@ def test_what_takes_long_counts_nothing_or_is_done_is_told_again_by_the_clock() 
     watched = Watched()
     assert len(watched.after(FIRST)) == 1
     for seconds, news, word in (
-        (FIRST, ("load", 0, 1), "begun"), (PERIOD, (), "30 s"), (PERIOD, ("load", 1, 1), ""), (PERIOD, (), "at work"),
+        (FIRST, ("load", 0, 1), "begun"), (PERIOD, (), "30 s"), (PERIOD, ("load", 1, 1), ""), (PERIOD, (), "done"),
+        (PERIOD, (), "at work"),
     ):  # fmt: skip
         (line,) = watched.after(seconds, *news)
         assert line.startswith("load")
