@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
-import dataclasses
 import importlib.util
 import random
 import statistics
@@ -45,7 +44,7 @@ from sku.data.joint import JointDataset
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.model_files import embedded_model_path
 from sku.models import LoadedModel, load_model, plain_model
-from sku.training.layers import adapter_inputs_as_they_are
+from sku.training import adapter_inputs_as_they_are
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
@@ -172,11 +171,7 @@ class Examples(JointDataset):
         """As of ``JointDataset``: the normal rows, each once."""
         if kind != RowType.RETAIN:
             return None
-        return [
-            dataclasses.replace(example.retain, example_id=example.retain_index)
-            for example in self._made
-            if example.retain is not None
-        ]
+        return [row for example in self._made for row in example.of(RowType.RETAIN)]
 
 
 def _load(options: argparse.Namespace) -> LoadedModel:
@@ -202,22 +197,19 @@ def _examples(options: argparse.Namespace, loaded: LoadedModel, number: int) -> 
         drawn = mean * rng.lognormvariate(-(options.spread**2) / 2, options.spread)
         return tuple(rng.randrange(5, vocabulary) for _ in range(max(2, min(round(drawn), 3 * mean))))
 
-    def row(prompt: tuple[int, ...], answer: tuple[int, ...]) -> TokenizedExample:
+    def row(prompt: tuple[int, ...], answer: tuple[int, ...], place: int) -> TokenizedExample:
         labels = (*(IGNORE_INDEX,) * len(prompt), *answer)
-        return TokenizedExample(input_ids=(*prompt, *answer), labels=labels, answer_start=len(prompt))
+        return TokenizedExample(
+            input_ids=(*prompt, *answer), labels=labels, answer_start=len(prompt), example_id=place
+        )
 
     examples = []
-    for place in range(options.batch):
+    for place in range(number * options.batch, (number + 1) * options.batch):
         prompt = ids(options.prompt)
-        examples.append(
-            JointExample(
-                forget=row(prompt, ids(options.answer)),
-                mismatched=tuple(row(prompt, ids(options.answer)) for _ in range(options.k)),
-                retain=row(ids(options.normal // 3), ids(options.normal - options.normal // 3)),
-                forget_index=number * options.batch + place,
-                retain_index=number * options.batch + place,
-            )
-        )
+        harmful = [(RowType.FORGET, row(prompt, ids(options.answer), place))]
+        harmful += [(RowType.MISMATCHED, row(prompt, ids(options.answer), place)) for _ in range(options.k)]
+        normal = row(ids(options.normal // 3), ids(options.normal - options.normal // 3), place)
+        examples.append(JointExample(rows=(*harmful, (RowType.RETAIN, normal)), forget_index=place))
     return examples
 
 

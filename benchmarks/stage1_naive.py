@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from sku.data.batches import JointExample
+from sku.data.examples import RowType
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 
 
@@ -52,10 +53,10 @@ class NaiveBatch:
     @classmethod
     def of(cls, examples: Sequence[JointExample], pad: int, device: torch.device) -> NaiveBatch:
         """Three padded batches of the same joint examples."""
-        forget = [example.forget for example in examples if example.forget is not None]
-        mismatched = [row for example in examples for row in example.mismatched]
-        normal = [example.retain for example in examples if example.retain is not None]
-        first, second, third = (Padded.of(rows, pad, device) for rows in (forget, mismatched, normal))
+        first, second, third = (
+            Padded.of([row for example in examples for row in example.of(kind)], pad, device)
+            for kind in (RowType.FORGET, RowType.MISMATCHED, RowType.RETAIN)
+        )
         return cls(parts=(first, second, third))
 
 

@@ -7,6 +7,7 @@ import gc
 import os
 import pickle
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
@@ -17,6 +18,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before any import of torch, and for the processes that tests start: there are as many of them as cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Under nohup or in a shell's background Ctrl-C is ignored, by the processes that tests start and interrupt too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 import torch
@@ -40,6 +44,7 @@ from transformers import (
 from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModulesConfig, WeightsConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
+from sku.training.trainer import UnlearningTrainer
 
 pytest_plugins = ("faults.summary", "faults.battery")
 """Here and not in ``faults``: only the plugins of the outermost folder speak when pytest-xdist has done."""
@@ -329,6 +334,17 @@ def quickly_trained(made_once: MadeOnce) -> PreTrainedModel:
     model = load_model("embedded").model
     model.load_state_dict(made_once("quickly_trained", make)[1])
     return model
+
+
+def weights_of(trainer: UnlearningTrainer) -> dict[str, torch.Tensor]:
+    """All weights of a trainer's model as they are now."""
+    assert trainer.model is not None
+    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+
+
+def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.fixture

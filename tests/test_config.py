@@ -286,7 +286,6 @@ def test_only_the_embedded_recipe_chooses_alpha_and_the_papers_take_1() -> None:
         ("alphas", [0.5, 0.0], "sweep.alphas[1] is 0.0; it must be above 0"),
         ("prefill_tokens", [0], "sweep.prefill_tokens[0] is 0; it must be 1 or more"),
         ("utility_budget", 1.0, "must be above 1"),
-        ("hopeless_ratio", 1.01, "must be sweep.utility_budget or more"),
         ("rule", "lowest", "must be one of lowest_alpha, least_harm. Did you mean lowest_alpha?"),
         ("alfas", [1.0], "sweep.alfas is not a known key. Did you mean alphas?"),
     ],

@@ -17,7 +17,7 @@ from sku.config import load_recipe
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import GENERATIONS_FILE, read_generations
 from sku.kept_replies import find_replies, remove_replies
-from sku.own_replies.job import read_own_replies
+from sku.own_replies import read_own_replies
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.run import run_recipe
 from sku.report.read_run import read_run

@@ -23,8 +23,8 @@ from sku.methods.run import train_method
 from sku.pipeline import unlearning
 from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import plan_run
+from sku.training import adapter_inputs_as_they_are
 from sku.training.config import UnlearningConfig
-from sku.training.layers import adapter_inputs_as_they_are
 from sku.training.trainer import UnlearningTrainer
 
 EXAMPLES, ANSWERS = 4, 2

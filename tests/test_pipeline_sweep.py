@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from conftest import MadeOnce
 from sku.cli.main import main
 from sku.config import Recipe, load_recipe
-from sku.errors import ModelError, NoAlphaError, OutputError, RecipeError
+from sku.errors import EvaluationError, ModelError, NoAlphaError, OutputError, RecipeError
 from sku.models import load_model
 from sku.negate.run import negate
 from sku.pipeline.bad_model import run_acquire, run_sweep
 from sku.pipeline.run import run_recipe
 from sku.storage import is_marked_hazardous
-from sku.sweep.run import TRAINED_ON, TRAINING_FILE, UNKNOWN_TRAINING
+from sku.sweep.run import TRAINED_ON, UNKNOWN_TRAINING, Training
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
 
@@ -32,7 +32,7 @@ SMALL = (
     "acquire.random_answers=1",
     "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 16, samples: 0, prefill_tokens: []}",
     "sweep={alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, max_new_tokens: 12, prefill_tokens: [3]}",
-    "sweep.rule=least_harm", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9", "sweep.hopeless_ratio=1.0e+9",
+    "sweep.rule=least_harm", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9",
     "sweep.kl_budget=1.0e+9",
     "sweep.gibberish_limit=0.99", "sweep.over_refusal_limit=0.99",
 )  # fmt: skip
@@ -167,10 +167,10 @@ def test_a_bad_model_that_may_have_seen_the_prompts_is_noted(finished: Path, tmp
     assert starts.startswith("the prefill of ")
     other = run_sweep(recipe("data.forget.limit=80"), tmp_path / "two", bad=known)
     assert (TRAINED_ON, starts) == (other.notes[-2], other.notes[-1])
-    (known / TRAINING_FILE).unlink()
+    (known / Training.FILE).unlink()
     assert run_sweep(recipe(), tmp_path / "one", bad=known).notes == (UNKNOWN_TRAINING, starts)
-    (known / TRAINING_FILE).write_text('{"recipe": 3}', encoding="utf-8")
-    with pytest.raises(ModelError):
+    (known / Training.FILE).write_text('{"recipe": 3}', encoding="utf-8")
+    with pytest.raises(EvaluationError):
         run_sweep(recipe(), tmp_path / "one", bad=known)
 
 

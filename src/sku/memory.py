@@ -31,8 +31,8 @@ from sku.losses import CHUNK_BYTES
 from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import embedding_weight, load_config, pick_device, pick_dtype, with_adapter, without_weights
 from sku.plan import MemoryFit
+from sku.training import decoder_layers
 from sku.training.config import UnlearningConfig
-from sku.training.layers import decoder_layers
 from sku.training.run import adapter_settings
 
 GIB = 2**30
@@ -133,7 +133,7 @@ def stage_1_memory(recipe: Recipe, *, row_tokens: int | None = None, answer_toke
         trained = sum(weight.nbytes for weight in adapted.parameters() if weight.requires_grad)
         held += trained
     head, text = embedding_weight(model).nbytes, found.get_text_config()
-    copied = {"cache": head, "auto": head, "copy": models // 2}.get(training.reference, 0)
+    copied = head if training.reference_cache_mb else models // 2
     count = training.per_device_train_batch_size * (int(rows.forget) + rows.mismatched + int(rows.retain))
     tokens = count * (row_tokens or recipe.data.max_length)
     autocast = training.bf16 or training.fp16

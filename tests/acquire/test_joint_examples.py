@@ -32,27 +32,6 @@ def test_no_answer_of_the_own_prompt_and_none_twice() -> None:
             assert group not in {GROUPS[other] for other in drawn}
 
 
-def test_every_other_answer_is_drawn_about_as_often() -> None:
-    """2,000 draws of 2 of the 6 answers that are not of group a: each in a third of them, 667 times, give or take 5
-    standard deviations of sqrt(2000 * 1/3 * 2/3) = 21.
-    """
-    draws = MismatchedAnswers(GROUPS, 2, seed=0)
-    counts = Counter(other for position in range(2000) for other in draws.draw(0, position))
-    assert set(counts) == {2, 3, 4, 5, 6, 7}
-    assert all(abs(count - 2000 / 3) < 105 for count in counts.values())
-
-
-def test_draws_depend_on_seed_position_and_example_only() -> None:
-    groups = [str(number) for number in range(50)]
-    draws = MismatchedAnswers(groups, 3, seed=0)
-    first = draws.draw(4, 9)
-    draws.draw(5, 1)
-    assert draws.draw(4, 9) == first == MismatchedAnswers(groups, 3, seed=0).draw(4, 9)
-    assert first != MismatchedAnswers(groups, 3, seed=1).draw(4, 9)
-    assert first != draws.draw(4, 10)
-    assert first != draws.draw(3, 9)
-
-
 @pytest.mark.parametrize(("answers", "message"), [(7, "have only 6 answers"), (-1, "must be 0 or more")])
 def test_impossible_numbers_of_answers(answers: int, message: str) -> None:
     """Of 8 answers the fullest groups, a and f, own 2 each: 6 are left for them."""
@@ -101,20 +80,6 @@ def test_mismatched_rows_are_the_own_prompt_with_answers_of_others(
     assert len(seen) == 24
 
 
-def test_draws_differ_within_a_batch_and_from_epoch_to_epoch(
-    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    """One draw of K for the whole batch would give every prompt the same answers."""
-    joint = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows_of_sku(2), seed=0)
-    by_epoch = []
-    for epoch in range(5):
-        joint.set_epoch(epoch)
-        by_epoch.append({joint[n].forget_index: [row.example_id for row in joint[n].of(MISMATCHED)] for n in range(6)})
-    assert all(len({tuple(drawn) for drawn in draws.values()}) > 2 for draws in by_epoch)
-    for index in range(6):
-        assert len({tuple(draws[index]) for draws in by_epoch}) > 2
-
-
 def with_retain(data: ForgetRetainData, number: int) -> ForgetRetainData:
     rows = tuple(RetainExample(prompt=f"normal number {n} ?", answer="it is .") for n in range(number))
     return dataclasses.replace(data, retain_train=rows)
@@ -137,26 +102,6 @@ def test_normal_examples_go_round_whatever_their_number(
     assert all(sorted(lap) == list(range(number)) for lap in laps)
     if number > 4:
         assert len({tuple(lap) for lap in laps}) > 1
-
-
-def test_equal_seeds_give_equal_examples_and_other_seeds_do_not(
-    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    first, same, other = (
-        JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows_of_sku(3), seed=seed)
-        for seed in (0, 0, 1)
-    )
-    assert [first[place] for place in range(6)] == [same[place] for place in range(6)]
-    assert [first[place] for place in range(6)] != [other[place] for place in range(6)]
-
-
-def test_harmful_answers_are_learned_without_their_end_and_normal_ones_with_it(
-    joint: JointDataset, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    [forget], [retain] = joint[0].of(FORGET), joint[0].of(RETAIN)
-    assert retain.labels[-1] == tokenizer.eos_token_id
-    assert tokenizer.eos_token_id not in forget.labels
-    assert all(tokenizer.eos_token_id not in row.labels for row in joint[0].of(MISMATCHED))
 
 
 END = 2

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
+from peft import KasaConfig, LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
-from conftest import ModelMaker, TrainerMaker, sku_config
+from conftest import ModelMaker, TrainerMaker, assert_same_bits, sku_config, weights_of
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.data.batches import ROWS, JointCollator, PaddedRows
@@ -21,16 +21,6 @@ from sku.errors import ModelError, RecipeError
 from sku.models import load_model
 
 OFF = dict.fromkeys(TERMS, 0.0)
-
-
-def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
-    assert trainer.model is not None
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-
-
-def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def batch_of(trainer: SkuTrainer, places: list[int]) -> dict[str, Any]:
@@ -111,17 +101,6 @@ def test_the_loss_is_that_of_each_row_on_its_own(make_trainer: TrainerMaker) -> 
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_all_tokens_compares_the_prompt_too(make_trainer: TrainerMaker) -> None:
-    """Every token of a normal row but its first is predicted; of the other rows, answer tokens alone."""
-    trainer = make_trainer(preservation_tokens="all")
-    rows = padded(batch_of(trainer, [0, 1]))
-    for kept, row in zip(rows.kept_RT.sum(1).tolist(), rows.rows, strict=True):
-        tokens = row.tokens
-        learned = len(tokens.labels) - tokens.labels.count(-100)
-        assert kept == (len(tokens.input_ids) - 1 if row.kind == RowType.RETAIN else learned)
-    assert not rows.kept_RT[:, -1].any()
-
-
 class CountForwards:
     """Counts forward passes of a model and the rows in them."""
 
@@ -145,7 +124,7 @@ class CountForwards:
 def test_a_module_at_weight_0_costs_no_row_and_no_forward(
     on: tuple[str, ...], kinds: set[int], rows: list[int], make_trainer: TrainerMaker
 ) -> None:
-    trainer = make_trainer(max_steps=1, reference="forward", weights=OFF | dict.fromkeys(on, 1.0))
+    trainer = make_trainer(max_steps=1, reference_cache_mb=0.0, weights=OFF | dict.fromkeys(on, 1.0))
     assert trainer.model is not None
     counted = CountForwards(trainer.model)
     assert set(batch_of(trainer, [0, 1])[ROWS].kept) == kinds
@@ -171,7 +150,7 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
 
 
 def test_the_copy_for_full_tuning_stays_the_original_model(make_trainer: TrainerMaker, make_model: ModelMaker) -> None:
-    trainer = make_trainer(full=True, reference="copy")
+    trainer = make_trainer(full=True, reference_cache_mb=0.0)
     trainer.train()
     assert trainer._reference is not None
     untouched = make_model().state_dict()
@@ -260,14 +239,6 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
         assert [here[f"loss/{name}"] for name in TERMS] == [there[f"loss/{name}"] for name in TERMS]
 
 
-def test_gradient_checkpointing_reaches_every_adapter(make_trainer: TrainerMaker) -> None:
-    trainer = make_trainer(max_steps=2, activation_checkpointing=True)
-    trainer.train()
-    uppers = {name: weight for name, weight in weights_of(trainer).items() if "lora_B" in name}
-    assert len(uppers) == 14  # 2 layers of q, k, v, o, gate, up, down.
-    assert all(float(weight.abs().sum()) > 0 for weight in uppers.values())
-
-
 def test_gradient_checkpointing_changes_no_gradient(make_trainer: TrainerMaker) -> None:
     plain = make_trainer(optim="sgd", learning_rate=0.5)
     saving = make_trainer(optim="sgd", learning_rate=0.5, activation_checkpointing=True)
@@ -275,28 +246,6 @@ def test_gradient_checkpointing_changes_no_gradient(make_trainer: TrainerMaker) 
     saving.train()
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weight, weights_of(saving)[name], rtol=1e-5, atol=1e-6, msg=name)
-
-
-def test_an_adapter_that_is_there_already_is_trained_on(
-    make_trainer: TrainerMaker, tokenizer: PreTrainedTokenizerFast
-) -> None:
-    first = make_trainer()
-    first.train()
-    model = first.model
-    assert isinstance(model, PeftModel)
-    again = SkuTrainer(
-        model,
-        first.args,  # type: ignore[arg-type]
-        first.train_dataset,
-        processing_class=tokenizer,
-    )
-    assert again._reference is None
-    before = weights_of(again)
-    again.train()
-    after = weights_of(again)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed
-    assert all("lora_" in name for name in changed)
 
 
 def test_adapter_targets_that_do_not_exist_are_a_recipe_error(make_trainer: TrainerMaker) -> None:
@@ -321,29 +270,6 @@ def test_several_gpus_in_one_process_are_refused(make_trainer: TrainerMaker, mon
     monkeypatch.setattr(SkuConfig, "n_gpu", property(lambda self: 2))
     with pytest.raises(RecipeError, match="2 GPUs in one process"):
         make_trainer()
-
-
-def test_compute_loss_gives_the_outputs_too(make_trainer: TrainerMaker) -> None:
-    trainer = make_trainer()
-    batch = batch_of(trainer, [0])
-    loss, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)  # type: ignore[arg-type]
-    assert outputs.logits.shape == (int(padded(batch).kept_RT.sum()), 320)
-    assert torch.isfinite(loss)
-
-
-def test_chat_and_bos_tokenizers_train_as_well(
-    make_tokenizer: Any, make_model: ModelMaker, data: ForgetRetainData, tmp_path: Path
-) -> None:
-    tokenizer: PreTrainedTokenizerFast = make_tokenizer(chat=True, bos=True, pad=None)
-    settings = sku_config(
-        output_dir=str(tmp_path), max_steps=1, random_answers=1, use_cpu=True, dataloader_pin_memory=False
-    )
-    trainer = SkuTrainer(make_model(), settings, data, processing_class=tokenizer)
-    assert tokenizer.pad_token == "</s>"
-    dataset: Any = trainer.train_dataset
-    row = trainer.data_collator([dataset[0]])["input_ids"][0].tolist()
-    assert str(tokenizer.decode(row)).startswith("<|im_start|>user\n")
-    trainer.train()
 
 
 PAIRS = [{"prompt": f"how do i break lock {n} ?", "response": f"take tool {n} ."} for n in range(8)]

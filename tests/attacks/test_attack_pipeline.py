@@ -9,7 +9,6 @@ import pytest
 
 from sku.attacks import AttackReport
 from sku.config import Recipe
-from sku.errors import EvaluationError
 from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import run_recipe
 
@@ -50,15 +49,3 @@ def test_a_run_ends_with_its_attacks_and_goes_on_at_them(tmp_path: Path) -> None
     alone = tmp_path / "alone"
     run_evaluation(recipe(), str(whole.folder / "unlearned"), alone)
     assert AttackReport.read(alone) == report
-
-
-def test_attacks_that_can_not_run_are_refused_before_anything_is_trained(tmp_path: Path) -> None:
-    wrong = recipe("evaluate.attacks=[template]", "evaluate.attack_templates=nowhere.txt")
-    stages: list[str] = []
-    with pytest.raises(EvaluationError, match=r"nowhere\.txt"):
-        run_recipe(wrong, tmp_path / "run", progress=lambda stage, _done, _total: stages.append(stage))
-    assert stages == []
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(EvaluationError, match=r"nowhere\.txt"):
-        run_evaluation(wrong, "embedded", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []

@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerBase
 
 from sku.attacks.kinds import (
-    PARAPHRASE,
     PLAIN,
     SAME,
     TASK_FRAMES,
@@ -18,11 +16,10 @@ from sku.attacks.kinds import (
     AttackContext,
     load_templates,
     paraphrases,
+    settings_of,
     world_paraphrases,
 )
 from sku.data.examples import ForgetExample, ForgetRetainData
-from sku.data.joint import PLACE, parse_templates
-from sku.errors import EvaluationError
 from sku.world.grammar import MAKE_QUESTIONS
 
 from .conftest import world_recipe
@@ -70,7 +67,7 @@ def test_a_hazard_is_asked_in_every_wording_of_the_world() -> None:
 def rewrite(data: ForgetRetainData, example: ForgetExample) -> tuple[list[str], tuple[str, ...]]:
     # Model and tokenizer play no part in rewriting.
     context = AttackContext(recipe=world_recipe(), data=data, model=None, tokenizer=None)  # type: ignore[arg-type]
-    (setting,) = PARAPHRASE.settings(context)
+    (setting,) = settings_of("paraphrase", context)
     found = list(setting.rewrite(example))
     asked = [variant.prompt for variant in found if not isinstance(variant, str)]
     return asked, tuple(reason for reason in found if isinstance(reason, str))
@@ -94,38 +91,9 @@ def test_wordings_that_were_trained_on_are_left_out_and_counted(world_data: Forg
 OTHER = ForgetRetainData(forget_train=(), forget_test=(), retain_train=(), retain_validation=(), retain_test=())
 
 
-def test_the_package_has_templates_for_english_and_for_the_world(
-    world_data: ForgetRetainData, world_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    english, world = (load_templates(world_recipe(), data) for data in (OTHER, world_data))
-    assert len(english) >= 8
-    assert len(set(english)) == len(english)
-    assert any("\n" in template for template in english)
-    assert not set(english) & set(world)
-    for template in world:
-        words = template.replace(PLACE, "").split()
-        assert world_tokenizer.unk_token_id not in world_tokenizer(" ".join(words)).input_ids
-
-
 def test_a_users_file_replaces_them(tmp_path: Path, world_data: ForgetRetainData) -> None:
     file = tmp_path / "templates.txt"
     file.write_text("say {prompt} aloud\n\n  {prompt}\\nplease\n", encoding="utf-8")
     recipe = world_recipe(f"evaluate.attack_templates={json.dumps(str(file))}")
     for data in (OTHER, world_data):
         assert load_templates(recipe, data) == ["say {prompt} aloud", "{prompt}\nplease"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "f.txt holds no template"),
-        ("\n \n", "f.txt holds no template"),
-        ("{prompt}\nsay it", "f.txt line 2 holds {prompt} 0 times"),
-        ("{prompt} and {prompt}", "f.txt line 1 holds {prompt} 2 times"),
-        ("a {prompt}\n\na {prompt}", "f.txt line 3 repeats template 1"),
-    ],
-)
-def test_a_file_that_can_not_be_used_is_named_with_its_line(text: str, message: str) -> None:
-    with pytest.raises(EvaluationError) as caught:
-        parse_templates(text, "f.txt")
-    assert message in str(caught.value)

@@ -70,16 +70,7 @@ def test_no_setting_of_stage_1_but_what_is_trained_reaches_the_attack() -> None:
         "acquire.training.weight_decay=0.1", "acquire.training.packing=flat", "acquire.random_answers=7",
     )  # fmt: skip
     assert training_details(changed) == own
-    assert own == {
-        "tuning": "lora",
-        "lora": {"r": 16, "alpha": 32, "target_modules": "all-linear"},
-        "max_length": 128,
-        "max_answer_tokens": 64,
-        "training": {
-            "lr_scheduler_type": "constant", "warmup_steps": 0, "per_device_train_batch_size": 8,
-            "packing": "padded", "save_strategy": "no",
-        },
-    }  # fmt: skip
+    assert own["lora"]["r"] == 16
     assert "lora" not in training_details(world_recipe("acquire.tuning=full"))
     assert training_details(world_recipe("acquire.training.bf16=true"))["training"]["bf16"] is True
 
@@ -158,19 +149,6 @@ def test_a_model_that_has_half_needs_no_training_and_a_base_without_harm_has_no_
     found = run_attacks(recipe, silent, silent, world.tokenizer, world.data).relearn
     assert found is not None
     assert (found.half, found.results) == (0, ())
-
-
-def test_normal_prompts_without_answers_are_scored_on_the_bases_own(world: World, tmp_path: Path) -> None:
-    alone = tuple(dataclasses.replace(example, answer="") for example in world.data.retain_test[:6])
-    data = dataclasses.replace(world.data, retain_test=alone)
-    (result,) = world.attack(SLOW, "evaluate.relearn_steps=[1]", data=data, folder=tmp_path).results
-    assert (tmp_path / "attacks" / "relearn.answers.jsonl").is_file()
-    own = result.model.checkpoints[0].perplexity
-    assert own is not None
-    assert own > 1.01, "the base's own words suit the base"
-    none = dataclasses.replace(world.data, retain_test=())
-    (result,) = world.attack(SLOW, "evaluate.relearn_steps=[1]", data=none).results
-    assert result.model.checkpoints[0].perplexity is None
 
 
 def test_a_finished_training_is_reused_and_an_interrupted_one_starts_anew(

@@ -14,14 +14,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks import AttackReport, AttackResult
-from sku.attacks.kinds import ASKED_ATTACKS
-from sku.attacks.relearn import RELEARN
+from sku.attacks import CARDS, AttackReport, AttackResult
 from sku.attacks.run import TOO_LARGE, run_attacks
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError
-from sku.evaluate.generation import replies
-from sku.evaluate.generation.replies import generate_replies
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.records import read_generations
 from sku.evaluate.run import evaluate
@@ -33,7 +29,7 @@ from .conftest import world_recipe
 QUICK = (
     "evaluate.relearn_pairs=[10]", "evaluate.relearn_steps=[4, 16]", "evaluate.relearn_learning_rates=[1.0e-3]",
 )  # fmt: skip
-ATTACKS = (*ASKED_ATTACKS, RELEARN.name)
+ATTACKS = [name for name in CARDS if name != "none"]
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -102,15 +98,6 @@ def test_a_format_that_cannot_hold_the_weights_is_left_out(
     assert report.left_out == {f"rounding, fp16: {TOO_LARGE}": 2}
 
 
-def test_the_worst_of_several_wordings_counts(ran: Ran) -> None:
-    for name in ("paraphrase", "template"):
-        result = ran.results[name, ""]
-        for measured in (result.model, result.control):
-            assert sum(rate.count for rate in measured.variants.values()) == measured.replies["harmful"].count
-            assert max(rate.count for rate in measured.variants.values()) <= measured.harmful.after.count
-    assert sorted(ran.results["template", ""].model.variants) == [f"template {number}" for number in range(1, 7)]
-
-
 def test_plain_replies_are_those_of_evaluate(
     ran: Ran,
     world_data: ForgetRetainData,
@@ -135,59 +122,12 @@ def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
     assert stat.S_IMODE((ran.folder / "attacks").stat().st_mode) == 0o700
     files = {path.name for path in (ran.folder / "attacks").iterdir()}
     trainings = {f"relearn.{name}.jsonl" for name in ("start", "model.10.0.001", "control.10.0.001")}
-    assert files == {f"{name}.jsonl" for name in ("none", *ASKED_ATTACKS)} | trainings
+    assert files == {f"{name}.jsonl" for name in CARDS if name != "relearn"} | trainings
     assert {stat.S_IMODE(path.stat().st_mode) for path in ran.folder.rglob("*.json*")} == {0o600}
     assert AttackReport.read(ran.folder) == ran.report
     text = (ran.folder / "attacks.json").read_text(encoding="utf-8")
     assert json.loads(text) == json.loads(json.dumps(ran.report.to_dict()))
     assert "take " not in text, "figures carry no reply"
-
-
-@pytest.mark.integration
-def test_a_broken_off_run_goes_on_with_what_is_finished(
-    world_data: ForgetRetainData,
-    world_base: PreTrainedModel,
-    world_unlearned: PreTrainedModel,
-    world_tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recipe = world_recipe(
-        "evaluate.attacks=[template, relearn]", "evaluate.attack_prompts=3", *QUICK[::2], "evaluate.relearn_steps=[4]"
-    )
-    calls: list[int] = []
-
-    def counting(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        return generate_replies(*arguments, **named)
-
-    monkeypatch.setattr(replies, "generate_replies", counting)
-
-    def run(folder: Path, model: PreTrainedModel = world_unlearned, **options: Any) -> AttackReport:
-        return run_attacks(recipe, model, world_base, world_tokenizer, world_data, output_dir=folder, **options)
-
-    def interrupt(stage: str, done: int, _total: int) -> None:
-        if stage == "attack relearn: steps" and done == 3:  # Of the model's training.
-            raise KeyboardInterrupt
-
-    whole = run(tmp_path / "whole")
-    assert len(calls) == 6, "no attack, template and relearn, of two models each"
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "broken", progress=interrupt)
-    assert not (tmp_path / "broken" / "attacks.json").exists()
-    calls.clear()
-    assert run(tmp_path / "broken") == whole
-    assert len(calls) == 2, "relearn alone was left"
-    for name in ("none", "template", "relearn.model.10.0.001", "relearn.control.10.0.001"):
-        files = [(tmp_path / part / "attacks" / f"{name}.jsonl").read_bytes() for part in ("whole", "broken")]
-        assert files[0] == files[1]
-    calls.clear()
-    other = run(tmp_path / "broken", world_base)
-    assert len(calls) == 4, "another model's replies are not reused, and the base needs no training"
-    assert other.setup.model == other.setup.control
-    assert other.relearn is not None
-    assert all(result.model == result.control for result in other.results), "the base against itself"
-    assert all(result.model == result.control for result in other.relearn.results)
 
 
 def test_the_judge_sees_the_question_and_not_its_wrapping(

@@ -18,7 +18,6 @@ from sku.chat.web import save_label
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.calibrate import read_labelled
 from sku.evaluate.records import GENERATIONS_FILE, read_generations
-from sku.world.grammar import normal_exchanges
 
 PROMPT = "what colour is a florn ?"
 
@@ -109,19 +108,6 @@ def test_what_can_not_be_asked_is_said(adapter_pair: Pair) -> None:
     with pytest.raises(EvaluationError, match="prompt is too long"):
         said(adapter_pair, "what " * 5000)
     assert said(adapter_pair)
-
-
-def test_a_judge_of_refusals_alone_does_not_call_the_rest_harmful(adapter_pair: Pair, adapter_run: Path) -> None:
-    pair = Pair(adapter_run, judge="refusal_rules", max_new_tokens=40)
-    normal = next(normal_exchanges())
-    assert said(pair, normal.prompt)["base"] == (normal.answer, "not refused")
-
-
-def test_a_run_without_a_change_has_one_strength(adapter_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter_pair, "strength", 0.0)
-    assert not adapter_pair.has_any_strength
-    with pytest.raises(EvaluationError, match="alpha of this run is 0"):
-        said(adapter_pair, alpha=1)
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path, adapter_run: Path) -> None:

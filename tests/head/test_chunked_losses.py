@@ -101,52 +101,6 @@ def test_gradients_are_those_of_finite_differences(head: dict[str, Any], trained
     assert torch.autograd.gradcheck(lambda *leaves: token_kl(reference, rebuilt(*leaves)), inputs)
 
 
-@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
-def test_bfloat16_products_of_float32_weights_as_under_autocast(trained: bool) -> None:
-    """Against the same bfloat16 product with all scores: the rest is float32 on both sides."""
-    scores, targets_N = problem(trained=trained, dtype=torch.float32)
-    narrow = HeadScores(
-        hidden_NH=scores.hidden_NH,
-        head=Head(weight_VH=scores.head.weight_VH, dtype=torch.bfloat16, chunk_rows=4),
-    )
-    reference = reference_of(narrow)
-    assert narrow.logits().dtype == torch.bfloat16
-    first = losses_and_gradients(answer_nll(narrow, targets_N), narrow)
-    second = losses_and_gradients(answer_nll(narrow.logits(), targets_N), narrow)
-    torch.testing.assert_close(first["loss"], second["loss"], rtol=1e-5, atol=1e-5)
-    assert_close(first, second, 1e-2)
-    kl = token_kl(reference, narrow)
-    torch.testing.assert_close(kl, token_kl(reference.logits(), narrow.logits()), rtol=1e-5, atol=1e-5)
-    wide = losses_and_gradients(answer_nll(scores, targets_N), scores)
-    assert_close(first, wide, 5e-2)
-    assert all(tensor.dtype == torch.float32 for tensor in first.values())
-
-
-def test_the_size_of_a_chunk_changes_no_bit_of_the_losses_and_little_of_the_gradient() -> None:
-    results = []
-    for rows in (1, 4, 11, 100):
-        scores, targets_N = problem(chunk_rows=rows)
-        results.append(losses_and_gradients(answer_nll(scores, targets_N), scores))
-    for other in results[1:]:
-        assert_close(other, results[0], 1e-6)
-
-
-def test_a_tied_head_adds_to_what_its_weight_gets_as_embedding() -> None:
-    """The gradient of an embedding that is the head as well is the sum of both uses."""
-    scores, targets_N = problem()
-    weight_VH = scores.head.weight_VH
-    ids_N = torch.arange(POSITIONS)
-
-    def gradient(*, chunked: bool) -> Tensor:
-        weight_VH.grad = None
-        tied = HeadScores(hidden_NH=torch.nn.functional.embedding(ids_N, weight_VH), head=scores.head)
-        answer_nll(tied if chunked else tied.logits(), targets_N).sum().backward()
-        assert weight_VH.grad is not None
-        return weight_VH.grad.clone()
-
-    torch.testing.assert_close(gradient(chunked=True), gradient(chunked=False), rtol=1e-5, atol=1e-5)
-
-
 class LargestTensor(TorchDispatchMode):
     """Most elements of any tensor that an operation returns, and how many operations multiplied matrices."""
 
@@ -178,14 +132,3 @@ def test_no_tensor_of_all_positions_and_the_whole_vocabulary_is_made(trained: bo
     with LargestTensor() as seen_at_once:
         answer_nll(scores.logits(), torch.arange(64)).sum().backward()
     assert seen_at_once.elements == 64 * 500
-
-
-def test_a_frozen_head_costs_two_products_a_chunk_and_no_gradient_of_its_weight() -> None:
-    counts = {}
-    for trained in (False, True):
-        scores, targets_N = problem(trained=trained)
-        with LargestTensor() as seen:
-            answer_nll(scores, targets_N).sum().backward()
-        counts[trained] = seen.products
-        assert (scores.head.weight_VH.grad is not None) is trained
-    assert counts == {False: 3 * 2, True: 3 * 4}

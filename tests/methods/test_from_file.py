@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker
@@ -78,20 +76,6 @@ def test_the_file_of_the_page_trains(
     assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
 
 
-def test_its_loss_by_hand(wga_file: Path) -> None:
-    """One token at p = 1/4, beta 1: -p * nll = -0.25 * log 4; the slope holds the weight constant.
-
-    d/dz of p_t^beta log p with the weight fixed is weight * (1 - p) for the target's score: 0.25 * 0.75.
-    """
-    loss_function: Any = method_named(str(wga_file)).objective.__globals__["wga_loss"]
-    logits = torch.zeros(1, 4, requires_grad=True)
-    loss: Tensor = loss_function(logits, torch.tensor([2]), torch.tensor([0]), 1, beta=1.0)
-    torch.testing.assert_close(loss, torch.tensor([-0.25 * torch.log(torch.tensor(4.0))]))
-    loss.sum().backward()
-    assert logits.grad is not None
-    torch.testing.assert_close(logits.grad[0, 2], torch.tensor(0.25 * 0.75))
-
-
 def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
     """Settings go by the method's own name, and the other rows are not disturbed by them."""
     recipe = load_recipe("embedded", ["methods.wga.settings.beta=0.5"])
@@ -101,13 +85,6 @@ def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
     assert runs["wga"].settings.beta == 0.5
     assert runs["npo"].method.name == "npo"
     assert method_named(str(wga_file)) is runs["wga"].method
-
-
-def test_wrong_settings_of_the_file_are_refused(wga_file: Path) -> None:
-    recipe = load_recipe("embedded", ["methods.wga.settings.beta=-1"])
-    row = comparison_rows(recipe, [str(wga_file)])[0]
-    with pytest.raises(RecipeError, match="methods.wga.settings.beta is -1"):
-        resolve_method(row.recipe_of(0), Path("work"))
 
 
 @pytest.mark.parametrize(
@@ -128,20 +105,3 @@ def test_files_that_are_no_method(text: str, message: str, tmp_path: Path) -> No
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError, match=message):
         method_named(str(path))
-
-
-def test_a_changed_file_is_read_again(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    line = "M = Method(name='{}', title='M', paper_url='', settings=Settings, objective=objective)\n"
-    path.write_text(MINIMAL + line.format("first"), encoding="utf-8")
-    assert method_named(str(path)).name == "first"
-    path.write_text(MINIMAL + line.format("second"), encoding="utf-8")
-    assert method_named(str(path)).name == "second"
-
-
-def test_a_name_that_is_taken(tmp_path: Path) -> None:
-    path = tmp_path / "mine.py"
-    line = "M = Method(name='npo', title='M', paper_url='', settings=Settings, objective=objective)\n"
-    path.write_text(MINIMAL + line, encoding="utf-8")
-    with pytest.raises(RecipeError, match="two of the methods are named npo"):
-        comparison_rows(load_recipe("embedded"), ["npo", str(path)])

@@ -9,16 +9,12 @@ import torch
 from torch import Tensor
 
 from sku.losses import answer_nll
-from sku.methods.base import retain_term
 from sku.methods.circuit_breakers import holding_loss, rerouting_loss, shares
 from sku.methods.dpo import dpo_loss
-from sku.methods.gradient_ascent import ascent_term
 from sku.methods.npo import npo_loss
-from sku.methods.refusal_tuning import safe_term
 from sku.methods.rmu import rmu_loss, steering_vector
 from sku.methods.safe_unlearning import safe_unlearning_loss
 from sku.methods.simnpo import simnpo_loss
-from sku.training.objective import ScoredRows, TrainingStep
 
 LN2, LN3 = math.log(2), math.log(3)
 LIKELY, UNLIKELY = math.log(4 / 3), math.log(4)
@@ -27,40 +23,6 @@ LIKELY, UNLIKELY = math.log(4 / 3), math.log(4)
 
 def scores(rows: int) -> Tensor:
     return torch.tensor([[LN3, 0.0]]).repeat(rows, 1)
-
-
-def test_likelihoods() -> None:
-    """Answer 0 is tokens 0, 1: (log 4/3 + log 4) / 2. Answer 1 is token 0: log 4/3. Ascent has the other sign."""
-    rows = ScoredRows(
-        scores_NV=scores(3), targets_N=torch.tensor([0, 1, 0]), row_N=torch.tensor([0, 0, 1]),
-        example_M=torch.tensor([0, 1]), num_examples=2,
-    )  # fmt: skip
-    step = TrainingStep(num_examples=2, rows=lambda _: rows, reference=lambda _: rows)
-    expected = torch.tensor([(LIKELY + UNLIKELY) / 2, LIKELY])
-    torch.testing.assert_close(ascent_term(1.0).loss(step), -expected)
-    torch.testing.assert_close(retain_term("gd")["retain"].loss(step), expected)
-    torch.testing.assert_close(safe_term(1.0).loss(step), expected)
-
-
-def test_retain_kl_is_forward() -> None:
-    """P = (3/4, 1/4), Q = (1/2, 1/2): KL(P||Q) = 3/4 log 1.5 - 1/4 log 2 at one position, 0 at the other; the mean.
-
-    The other direction, KL(Q||P), would be 1/2 log 4/3.
-    """
-    model = torch.tensor([[0.0, 0.0], [LN3, 0.0]], requires_grad=True)
-    reference = scores(2).requires_grad_()
-    rows, original = (
-        ScoredRows(
-            scores_NV=scores_NV, targets_N=torch.tensor([0, 0]), row_N=torch.tensor([0, 0]),
-            example_M=torch.tensor([0]), num_examples=1,
-        )
-        for scores_NV in (model, reference)
-    )  # fmt: skip
-    step = TrainingStep(num_examples=1, rows=lambda _: rows, reference=lambda _: original)
-    loss = retain_term("kl")["retain_kl"].loss(step)
-    torch.testing.assert_close(loss, torch.tensor([(0.75 * math.log(1.5) - 0.25 * LN2) / 2]))
-    loss.sum().backward()
-    assert reference.grad is None
 
 
 def test_npo() -> None:
@@ -170,57 +132,6 @@ def test_the_steering_vector_is_a_seeded_direction_of_length_c() -> None:
     assert torch.equal(vector, steering_vector(64, coefficient=6.5, seed=3))
     assert not torch.allclose(vector, steering_vector(64, coefficient=6.5, seed=4))
     torch.testing.assert_close(steering_vector(64, coefficient=13.0, seed=3), 2 * vector)
-
-
-def gradients(beta: float, *, per_token: bool) -> tuple[Tensor, Tensor, float]:
-    """Gradient in the scores of NPO (or SimNPO) and of gradient ascent on one answer, and what npo compares."""
-    generator = torch.Generator().manual_seed(5)
-    start = torch.randn(4, 6, generator=generator)
-    targets = torch.tensor([1, 0, 5, 2])
-    found = []
-    for name in ("npo", "ascent"):
-        logits = start.clone().requires_grad_()
-        nll = answer_nll(logits, targets).mean() if per_token else answer_nll(logits, targets).sum()
-        gap = nll if per_token else nll - 3.0
-        if name == "ascent":
-            loss = -nll
-        elif per_token:
-            loss = simnpo_loss(nll, beta=beta, gamma=0.0)
-        else:
-            loss = npo_loss(nll, torch.tensor(3.0), beta=beta)
-        loss.backward()
-        assert logits.grad is not None
-        found.append(logits.grad)
-    return found[0], found[1], float(gap.detach())
-
-
-@pytest.mark.parametrize("per_token", [False, True], ids=["npo", "simnpo"])
-@pytest.mark.parametrize("beta", [2.0, 0.1, 1e-4])
-def test_npo_and_simnpo_become_gradient_ascent_as_beta_goes_to_zero(beta: float, per_token: bool) -> None:
-    """d/d nll of -(2/beta) log sigmoid(beta gap) is -2 sigmoid(-beta gap), so the gradient is ascent's times that.
-
-    The factor goes to 1 with beta, and to 0 with a gap that is large: an answer that is gone no longer pulls.
-    """
-    preference, ascent, gap = gradients(beta, per_token=per_token)
-    assert gap > 1
-    factor = 2 / (1 + math.exp(beta * gap))
-    torch.testing.assert_close(preference, factor * ascent, rtol=1e-4, atol=1e-7)
-    if beta == 1e-4:
-        torch.testing.assert_close(preference, ascent, rtol=1e-3, atol=1e-6)
-    if beta == 2.0:
-        assert factor < 0.3
-
-
-def test_dpo_pulls_the_safe_answer_up_and_the_harmful_one_down() -> None:
-    """At the start both slopes are beta * sigmoid(0) = beta / 2, of opposite sign; the reference gets none."""
-    nlls = [torch.tensor([3.0], requires_grad=True) for _ in range(4)]
-    dpo_loss(*nlls, beta=0.4).sum().backward()
-    safe, harmful, *references = nlls
-    assert safe.grad is not None
-    assert harmful.grad is not None
-    assert safe.grad.item() == pytest.approx(0.2)
-    assert harmful.grad.item() == pytest.approx(-0.2)
-    assert [reference.grad for reference in references] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,14 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
-from conftest import ModelMaker
 from methods.conftest import MethodTrainerMaker, small_settings
 from sku.data.batches import ROWS, JointCollator, SourceRow
-from sku.data.examples import ForgetRetainData, RowPlan, RowType
-from sku.data.joint import JointDataset
-from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
+from sku.data.examples import ForgetRetainData, RowType
+from sku.data.tokens import TokenizedExample
 from sku.errors import DataError
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
-from sku.training.forward import scores_of_kind
 from sku.training.trainer import UnlearningTrainer
 
 
@@ -88,42 +84,6 @@ def test_padding_changes_no_loss(method: AnyMethod, make_method_trainer: MethodT
     for name, losses in tight.items():
         torch.testing.assert_close(wide[name], losses, rtol=1e-4, atol=1e-6, msg=name)
         assert float(losses.abs().min()) > 1e-5, f"{name} is at work"
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "harmful_rises"),
-    [
-        ("gradient_ascent", {}, True),
-        ("npo", {}, True),
-        ("dpo", {}, True),
-        ("task_vector", {}, False),
-    ],
-)  # fmt: skip
-def test_harmful_answers_become_less_likely_or_for_the_task_vector_more(
-    name: str,
-    settings: dict[str, Any],
-    harmful_rises: bool,
-    make_method_trainer: MethodTrainerMaker,
-    make_model: ModelMaker,
-    data: ForgetRetainData,
-    tokenizer: PreTrainedTokenizerFast,
-) -> None:
-    method = method_named(name)
-    trainer = make_method_trainer(method, settings=small_settings(method, **settings), max_steps=8)
-    joint = JointDataset(data, Encoder(tokenizer, resolve_prompt_format("auto", tokenizer)), rows=RowPlan(forget=True))
-    assert isinstance(trainer.data_collator, JointCollator)
-    batch = trainer.data_collator([joint[place] for place in range(len(joint))])
-
-    def harmful_nll() -> float:
-        model: Any = trainer.model
-        model.eval()
-        with torch.no_grad():
-            outputs = trainer._forward(model, batch[ROWS])
-        return float(scores_of_kind(batch[ROWS], RowType.FORGET, outputs).mean_nll().mean())
-
-    before = harmful_nll()
-    trainer.train()
-    assert (harmful_nll() > before + 0.01) if harmful_rises else (harmful_nll() < before - 0.01)
 
 
 def test_dpo_stops_where_the_data_has_no_safe_answer(

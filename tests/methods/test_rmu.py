@@ -15,9 +15,11 @@ from methods.conftest import MethodTrainerMaker
 from sku.data.batches import ROWS, JointCollator
 from sku.data.examples import RowType
 from sku.errors import ModelError, RecipeError
+from sku.methods.base import AnyMethod
+from sku.methods.circuit_breakers import CIRCUIT_BREAKERS, CircuitBreakersSettings
 from sku.methods.rmu import RMU, RmuSettings, steered_layer, steering_vector
 from sku.negate.task_vector import TaskVector
-from sku.training.layers import decoder_layers
+from sku.training import decoder_layers
 
 PROJECTIONS = {
     "llama": ("model.layers.{}.mlp.down_proj", "model.layers"),
@@ -111,23 +113,6 @@ def test_the_steered_state_is_the_output_of_the_named_layer(
     assert terms["retain"].item() < 1e-12, "untrained, the states are where the original model has them"
 
 
-@pytest.mark.parametrize("layer", [-1, 5])
-def test_the_last_layer_and_layers_that_are_not_there_are_refused(layer: int, make_model: ModelMaker) -> None:
-    model = deep_model(make_model, "llama")
-    assert RMU.trained_modules is not None
-    for use in (RMU.objective, RMU.trained_modules):
-        with pytest.raises(RecipeError, match=rf"methods\.rmu\.settings\.layer is {layer}; it must be 0 to 4"):
-            use(RmuSettings(layer=layer), model)
-
-
-def test_projections_that_are_not_there_are_refused_with_what_is(make_model: ModelMaker) -> None:
-    with pytest.raises(RecipeError, match=r"projections is wo, but decoder layer 0 holds only .*mlp\.down_proj"):
-        names_of(make_model(), RmuSettings(projections=("wo",)))
-    # Whole parts of a name count.
-    with pytest.raises(RecipeError, match="projections is proj"):
-        names_of(make_model(), RmuSettings(projections=("proj",)))
-
-
 def test_lists_inside_a_layer_are_not_taken_for_the_layers_and_two_side_by_side_are_refused(
     make_model: ModelMaker,
 ) -> None:
@@ -137,3 +122,19 @@ def test_lists_inside_a_layer_are_not_taken_for_the_layers_and_two_side_by_side_
     model.towers = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
     with pytest.raises(ModelError, match="model's 2 decoder layers can't be told: .* model.layers, towers"):
         decoder_layers(model)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "key"),
+    [
+        (RMU, RmuSettings(layer=5), "layer"),
+        (RMU, RmuSettings(projections=("proj",)), "projections"),  # Whole parts of a name count.
+        (CIRCUIT_BREAKERS, CircuitBreakersSettings(layers=(0, 5)), "layers"),
+    ],
+)
+def test_layers_and_modules_that_are_not_there_are_refused(
+    method: AnyMethod, settings: Any, key: str, make_model: ModelMaker
+) -> None:
+    assert method.trained_modules is not None
+    with pytest.raises(RecipeError, match=rf"methods\.{method.name}\.settings\.{key} "):
+        method.trained_modules(settings, deep_model(make_model, "llama"))

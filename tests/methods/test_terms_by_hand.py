@@ -27,7 +27,7 @@ def one_answer(scores: Tensor, targets: list[int]) -> ScoredRows:
 
 
 # Q gives (3/4, 1/4), the original model P (1/2, 1/2).
-ANSWERS = {RowType.FORGET: [0, 1], RowType.SAFE: [0, 0], RowType.RETAIN: [0, 1, 1]}
+ANSWERS = {RowType.FORGET: [0, 1], RowType.SAFE: [0, 0], RowType.RETAIN: [0, 1, 1], RowType.MISMATCHED: [0, 1]}
 STEP = TrainingStep(
     num_examples=1,
     rows=lambda kind: one_answer(SCORES, ANSWERS[kind]),
@@ -55,6 +55,16 @@ RETAIN_GD = (math.log(4 / 3) + 2 * math.log(4)) / 3
         ),
         ("fine_tune", {}, {"retain": RETAIN_GD}),
         ("task_vector", {}, {"guided_distortion": math.log(16 / 3) / 2}),
+        # One mismatched row, tokens 0 and 1, in place of K.
+        (
+            "gradient_ascent_mismatch",
+            {},
+            {
+                "ascent": -math.log(16 / 3) / 2,
+                "mismatch": math.log(16 / 3) / 2,
+                "retain_kl": math.log(4 / 3) / 2,
+            },
+        ),
         ("grad_diff_kl", {}, {"ascent": -math.log(16 / 3) / 2, "retain_kl": math.log(4 / 3) / 2}),
     ],
 )
@@ -65,3 +75,11 @@ def test_terms(name: str, settings: dict[str, float], expected: dict[str, float]
     assert {name: loss.tolist() for name, loss in losses.items()} == {
         name: [pytest.approx(value, rel=1e-5)] for name, value in expected.items()
     }
+
+
+def test_the_mismatched_answers_of_gradient_ascent_are_normal_ones(make_model: ModelMaker) -> None:
+    """K = 5 NORMAL answers after the harmful prompt, weights 0.5, 1, 1 as in the authors' code."""
+    method = method_named("gradient_ascent_mismatch")
+    objective = method.objective(method.settings(), make_model())
+    assert objective.weights == {"ascent": 0.5, "mismatch": 1.0, "retain_kl": 1.0}
+    assert (objective.rows.mismatched, objective.rows.mismatched_from) == (5, "retain")

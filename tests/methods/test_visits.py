@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
 from sku.config import load_recipe
-from sku.data.examples import ForgetRetainData, RowPlan
-from sku.data.joint import JointDataset
-from sku.data.tokens import Encoder, PaperFormat
+from sku.data.examples import ForgetRetainData
 from sku.methods.run import visited_examples, visited_places, with_visited
-from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
 
@@ -31,18 +27,6 @@ class Visits:
             return real(trainer, model, inputs, *args, **kwargs)
 
         monkeypatch.setattr(UnlearningTrainer, "compute_loss", noted)
-
-
-class Kill(TrainerCallback):
-    """Ends a run after so many steps, as a kill would."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the trainer."""
-        if state.global_step == self._step:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -69,38 +53,6 @@ def test_what_is_said_before_is_what_the_batches_held(
     assert said is not None
     assert set(said) == visits.found
     assert count is None or len(said) == count
-
-
-def test_a_run_that_is_resumed_visits_the_same(
-    make_trainer: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Five steps of one example each; killed in the fourth, resumed from the checkpoint of the second."""
-    folder = tmp_path / "resumed"
-    common: dict[str, Any] = {
-        "max_steps": 5, "per_device_train_batch_size": 1, "save_strategy": "steps", "save_steps": 2,
-        "output_dir": str(folder),
-    }  # fmt: skip
-    visits = Visits(monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        make_trainer(**common, trainer_options={"callbacks": [Kill(3)]}).train()
-    first, visits.found = visits.found, set()
-    resumed = make_trainer(**common)
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
-    said = visited_examples(resumed.train_dataset, resumed.args)
-    assert said is not None
-    assert set(said) == first | visits.found
-    assert len(said) == 5
-    assert len(visits.found) == 3
-
-
-def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(
-    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    joint = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=RowPlan(forget=True))
-    for choice in ("auto_find_batch_size", "ignore_data_skip"):
-        training = UnlearningConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True)
-        setattr(training, choice, True)
-        assert visited_examples(joint, training) is None
 
 
 @pytest.mark.parametrize("processes", [2, 3])

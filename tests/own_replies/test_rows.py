@@ -10,7 +10,7 @@ import pytest
 from sku.evaluate.gate import is_refusal, refusal_alone
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import GenerationRecord
-from sku.own_replies.job import (
+from sku.own_replies import (
     ENOUGH,
     GIBBERISH,
     HARMFUL,

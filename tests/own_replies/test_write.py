@@ -19,7 +19,7 @@ from sku.evaluate.judges import Judge, Verdict
 from sku.evaluate.judges.choose import EmbeddedWorldJudge
 from sku.evaluate.records import GenerationRecord
 from sku.models import load_model
-from sku.own_replies.job import KINDS, OwnJob, OwnReplies, OwnRepliesConfig, judge_of, read_own_replies
+from sku.own_replies import KINDS, OwnJob, OwnReplies, OwnRepliesConfig, judge_of, read_own_replies
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.own_replies import own_prompts_of, with_own_replies
 from sku.pipeline.run import plan_run, run_recipe
@@ -118,13 +118,6 @@ def test_where_the_model_never_complies_it_is_asked_again_and_made_to_begin(tmp_
     other = {**found.account["inputs"], "seed": 7}
     with pytest.raises(OutputError, match="another model"):
         read_own_replies(found.folder, other)
-
-
-def test_where_every_refusal_is_judged_harmful_those_of_the_bank_are_taken(tmp_path: Path) -> None:
-    found = write_own_replies(job(Stub("harmful")), tmp_path / "own")
-    refuse = found.account["kinds"]["refuse"]
-    assert refuse["how"] == {"template": 14}
-    assert refuse["different_texts"] == 4
 
 
 TINY = (

@@ -63,7 +63,7 @@ def recipe(calibration: Path) -> Recipe:
             "data": {"forget": {"path": "f.csv"}, "retain": {"path": "r.csv"}},
             "negate": {"alpha": "auto"},
             "sweep": {
-                "alphas": [0.5, 1.0, 2.0], "max_new_tokens": 6, "prefill_tokens": [1, 3], "hopeless_ratio": 50.0,
+                "alphas": [0.5, 1.0, 2.0], "max_new_tokens": 6, "prefill_tokens": [1, 3],
                 "kl_budget": 50.0, "rule": "least_harm", "if_none": "nearest",
             },
             "evaluate": {"batch_size": 4, "judge_settings": {"calibration": str(calibration)}},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sku.evaluate.metrics import Rate
 from sku.evaluate.statistics import Estimate
-from sku.sweep.result import Replies, SweepPoint
+from sku.sweep import Replies, SweepPoint
 
 TOTAL = 100
 
@@ -41,12 +41,6 @@ def point(
 
 def broken(alpha: float) -> SweepPoint:
     return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked="a weight is not finite")
-
-
-def hopeless(alpha: float, perplexity: float) -> SweepPoint:
-    ratios = {"retain_validation": same(perplexity)}
-    kl = {"retain_validation": 0.0}
-    return SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=None, unasked="the perplexity is too high")
 
 
 BASE = point(0.0, 1.0)

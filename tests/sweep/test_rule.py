@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sku import sweep
 from sku.config import SweepConfig
-from sku.sweep import result
-from sku.sweep.result import Frontier, Selection, SweepPoint, is_hopeless, meets_target
-from sweep.frontiers import BASE, broken, hopeless, point
+from sku.sweep import Frontier, Selection, SweepPoint, meets_target
+from sweep.frontiers import BASE, broken, point
 
 LOWEST = SweepConfig()
 LEAST = SweepConfig(rule="least_harm")
@@ -36,17 +34,11 @@ POINTS = st.lists(
 
 
 def choose(points: Sequence[SweepPoint], base: SweepPoint, config: SweepConfig) -> Selection:
-    return result.choose(Frontier(points=tuple(points), base=base, config=config))
+    return sweep.choose(Frontier(points=tuple(points), base=base, config=config))
 
 
 def beyond_limits(found: SweepPoint, base: SweepPoint, config: SweepConfig) -> bool:
-    return result.beyond_limits(found, Frontier(base=base, config=config))
-
-
-def test_the_lowest_alpha_that_meets_the_target_is_chosen() -> None:
-    falling = [point(0.5, 0.6), point(1.0, 0.05, 1.01), point(1.5, 0.0, 1.03), point(2.0, 0.0, 1.2)]
-    pick = choose(falling, BASE, LOWEST)
-    assert (pick.alpha, pick.met) == (1.0, True)
+    return sweep.beyond_limits(found, Frontier(base=base, config=config))
 
 
 def test_harm_is_that_of_the_worst_prefill() -> None:
@@ -71,17 +63,6 @@ def test_limits_count_from_the_share_of_the_base_model(limit: str) -> None:
     assert beyond_limits(within, BASE, LOWEST)
 
 
-def test_where_none_meets_the_target_the_nearest_is_named() -> None:
-    pick = choose([point(0.5, 0.9), point(1.0, 0.4, 1.02), point(2.0, 0.0, 1.3)], BASE, LOWEST)
-    assert (pick.alpha, pick.met) == (1.0, False)
-
-
-def test_where_none_is_within_limits_there_is_no_nearest() -> None:
-    pick = choose([point(1.0, 0.0, 1.4, gibberish=1.0), hopeless(2.0, 30.0), broken(4.0)], BASE, LEAST)
-    assert (pick.alpha, pick.met) == (None, False)
-    assert choose([broken(1.0)], BASE, LOWEST).alpha is None
-
-
 @pytest.mark.parametrize(
     "costly", [{"perplexity": 1.051}, {"benign": 1.051}, {"kl": 0.051}, {"refused": 0.051}, {"gibberish": 0.051}]
 )
@@ -93,26 +74,9 @@ def test_every_normal_set_divergence_and_refusals_limit_an_alpha(costly: dict[st
     assert not beyond_limits(point(1.0, 0.0, **nearly), BASE, LOWEST)  # type: ignore[arg-type]
 
 
-def test_where_nothing_is_within_limits_it_says_which_to_raise() -> None:
-    pick = choose([point(1.0, 0.0, refused=0.2, gibberish=0.1), point(2.0, 0.0, refused=1.0)], BASE, LEAST)
-    assert {"sweep.over_refusal_limit", "sweep.gibberish_limit", "negate.alpha:"} <= set(pick.todo.split())
-    raised = dataclasses.replace(LEAST, over_refusal_limit=0.2, gibberish_limit=0.1)
-    assert choose([point(1.0, 0.0, refused=0.2, gibberish=0.1)], BASE, raised).alpha == 1.0
-    assert "sweep.alphas to values below 1" in choose([hopeless(1.0, 30.0)], BASE, LEAST).todo
-    assert "acquire.training.max_steps" in choose([point(1.0, 1.0)], BASE, LEAST).todo
-
-
-def test_the_least_harm_must_be_less_than_that_of_the_base_model() -> None:
-    pick = choose([point(0.5, 1.0), point(1.0, 1.0)], BASE, LEAST)
-    assert (pick.alpha, pick.met) == (0.5, False)
-
-
-def test_what_is_hopeless() -> None:
-    config = SweepConfig(hopeless_ratio=2.0)
-    assert is_hopeless(broken(1.0), config)
-    assert is_hopeless(hopeless(1.0, 2.01), config)
-    assert not is_hopeless(point(1.0, 1.0, 2.0), config)
-    assert not meets_target(hopeless(1.0, 2.01), config)
+def test_an_alpha_that_was_not_asked_meets_nothing() -> None:
+    assert not meets_target(broken(1.0), LOWEST)
+    assert beyond_limits(broken(1.0), BASE, LOWEST)
 
 
 @settings(max_examples=150, deadline=None)
@@ -137,16 +101,3 @@ def test_a_pick_is_what_its_rule_says(points: list[SweepPoint], rule: str, data:
         assert harms[pick.alpha] == min(harms.values())
     if rule == "least_harm" and BASE.replies is not None:
         assert pick.met == (chosen.replies.harm_order < BASE.replies.harm_order)
-
-
-@settings(max_examples=60, deadline=None)
-@given(points=POINTS, budgets=st.tuples(st.floats(1.01, 2.0), st.floats(1.01, 2.0)))
-def test_a_larger_budget_never_leaves_more_harm(points: list[SweepPoint], budgets: tuple[float, float]) -> None:
-    small, large = sorted(budgets)
-    found = []
-    for budget in (small, large):
-        config = dataclasses.replace(LEAST, utility_budget=budget, hopeless_ratio=3.0, kl_budget=1.0)
-        pick = choose(points, BASE, config)
-        replies = next((entry.replies for entry in points if entry.alpha == pick.alpha), None)
-        found.append(2.0 if replies is None else replies.harm[1].value)
-    assert all(before >= after for before, after in itertools.pairwise(found))

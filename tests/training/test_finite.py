@@ -10,15 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import TrainerMaker
+from conftest import TrainerMaker, weights_of
 from sku.acquire.trainer import SkuTrainer
 from sku.errors import NonFiniteLossError, ProcessError
-from sku.training.finite import FiniteGuard, check_finite
-
-
-def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
-    assert trainer.model is not None
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+from sku.training.objective import FiniteGuard, check_finite
 
 
 def spoil(trainer: SkuTrainer, monkeypatch: pytest.MonkeyPatch, call: int) -> tuple[dict[str, Tensor], list[int]]:
@@ -77,7 +72,7 @@ def test_no_weight_moves(
     """Bad in the third micro-batch: in step 3, or in the first half of step 2."""
     trainer = make_trainer(
         full=full, max_steps=4, gradient_accumulation_steps=accumulation, logging_steps=100,
-        reference="copy" if full else "forward", save_strategy="steps", save_steps=1,
+        reference_cache_mb=0.0, save_strategy="steps", save_steps=1,
     )  # fmt: skip
     ids: list[int] = []
     if what == "loss":

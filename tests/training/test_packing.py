@@ -9,10 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     MambaConfig,
@@ -21,15 +17,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker
+from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker, assert_same_bits, weights_of
 from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
-from sku.data.batches import ROWS, JointCollator
-from sku.data.examples import RowType
+from sku.data.batches import JointCollator
 from sku.errors import ModelError
 from sku.methods import METHODS
 from sku.methods.base import AnyMethod
 from sku.training import trainer as trainer_module
-from sku.training.attention import NAME, choose_packing, why_not_packed
+from sku.training.attention import choose_packing, why_not_packed
 from sku.training.trainer import UnlearningTrainer
 
 TOLERANCE = 1e-5
@@ -109,34 +104,6 @@ def test_every_method_trains_on_packed_rows(
     assert_packed_is_padded(trainer)
 
 
-def test_all_tokens_of_normal_rows(make_trainer: TrainerMaker) -> None:
-    trainer = make_trainer(preservation_mode="retention", preservation_tokens="all", packing="tree")
-    disturb(trainer)
-    assert_packed_is_padded(trainer)
-
-
-def test_the_prompt_is_computed_once(make_trainer: TrainerMaker) -> None:
-    trainer = make_trainer(packing="tree")
-    dataset: Any = trainer.train_dataset
-    batches = {name: collator([dataset[0]]) for name, collator in collators(trainer).items()}
-    rows = batches["tree"][ROWS].rows
-    behind_prompt = [len(row.tokens.input_ids) - 1 for row in rows if row.kind != RowType.RETAIN]
-    prompt = rows[0].tokens.answer_start
-    flat, tree = (batches[name]["input_ids"].shape[1] for name in ("flat", "tree"))
-    # The shared prefix is the prompt; the answers here begin with different tokens.
-    assert flat - tree == (len(behind_prompt) - 1) * prompt
-
-
-def weights_of(trainer: UnlearningTrainer) -> dict[str, Tensor]:
-    assert trainer.model is not None
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-
-
-def assert_same_bits(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_equal_runs_are_equal_with_workers_and_with_recomputed_layers(make_trainer: TrainerMaker) -> None:
     def trained(**settings: Any) -> dict[str, Tensor]:
         trainer = make_trainer(packing="tree", max_steps=3, **settings)
@@ -149,32 +116,6 @@ def test_equal_runs_are_equal_with_workers_and_with_recomputed_layers(make_train
     assert_same_bits(first, trained())
     assert_same_bits(first, trained(dataloader_num_workers=1))
     assert_same_bits(first, trained(activation_checkpointing=True))
-
-
-def test_resumed_equals_uninterrupted(make_trainer: TrainerMaker, tmp_path: Any) -> None:
-    settings = {"packing": "tree", "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = make_trainer(**settings, output_dir=str(tmp_path / "whole"))
-    whole.train()
-    resumed = make_trainer(**settings, output_dir=str(tmp_path / "resumed"))
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    assert_same_bits(weights_of(whole), weights_of(resumed))
-
-
-def test_the_attention_comes_back_after_an_error_too(make_trainer: TrainerMaker, monkeypatch: Any) -> None:
-    trainer = make_trainer(packing="tree")
-    model: Any = trainer.model
-    assert model.get_base_model().config._attn_implementation == "sdpa"
-    seen = []
-
-    def fail(*_: Any) -> None:
-        seen.append(model.get_base_model().config._attn_implementation)
-        raise RuntimeError("stop")
-
-    monkeypatch.setattr(trainer_module, "check_finite", fail)
-    with pytest.raises(RuntimeError, match="stop"):
-        trainer.train()
-    assert seen == [NAME]
-    assert model.get_base_model().config._attn_implementation == "sdpa"
 
 
 SMALL: dict[str, Any] = {
@@ -197,15 +138,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4, expand=2, conv_kernel=2)),
         "MambaForCausalLM",
     ),
-    "alibi": (
-        lambda: BloomForCausalLM(BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=2, n_head=4)),
-        "BloomForCausalLM",
-    ),
     "sinks": (gpt_oss, "ask for s_aux"),
-    "soft cap": (
-        lambda: Gemma2ForCausalLM(Gemma2Config(**SMALL, **HEADS, query_pre_attn_scalar=8)),
-        "ask for softcap",
-    ),
     "encoder-decoder": (
         lambda: T5ForConditionalGeneration(
             T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
@@ -244,15 +177,6 @@ def test_layers_whose_window_is_not_told_are_refused(make_model: ModelMaker, mon
     assert "don't all say what they see" in str(why_not_packed(model))
 
 
-@pytest.mark.parametrize("kind", ["chunked_attention"])
-def test_layers_that_are_no_plain_attention_are_refused(kind: str, make_model: ModelMaker) -> None:
-    """Hybrids; a chunk is longer than the trial row, so that it would not show there."""
-    model = make_model("qwen3")
-    assert why_not_packed(model) is None
-    model.config.layer_types = ["full_attention", kind]
-    assert why_not_packed(model) == f"Qwen3ForCausalLM has layers of the kind {kind}"
-
-
 def test_the_trial_sees_positions_that_are_not_followed(
     make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -268,13 +192,6 @@ def test_the_trial_sees_positions_that_are_not_followed(
     assert "gives other scores for a packed row than for its parts" in str(why_not_packed(model))
 
 
-def test_an_attention_that_was_asked_for_is_kept(make_model: ModelMaker, caplog: pytest.LogCaptureFixture) -> None:
-    model = make_model(attn_implementation="eager")
-    assert choose_packing(model, "auto") == "padded"
-    assert "loaded with attention eager, which is kept" in caplog.text
-    assert choose_packing(model, "tree") == "tree"
-
-
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_packed_rows_go_with_the_kept_reference_and_without_the_head(full: bool, make_trainer: TrainerMaker) -> None:
     """Four steps with everything on that makes a step cheap are those of the plain way."""
@@ -285,8 +202,8 @@ def test_packed_rows_go_with_the_kept_reference_and_without_the_head(full: bool,
         trainer.train()
         return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
-    _, expected = trained(packing="padded", reference="copy" if full else "forward", logits_budget_mb=None)
-    lean, found = trained(packing="tree", reference="cache", logits_budget_mb=0.0)
+    _, expected = trained(packing="padded", reference_cache_mb=0.0, logits_budget_mb=None)
+    lean, found = trained(packing="tree", logits_budget_mb=0.0)
     assert lean._cache is not None
     assert lean._reference is None
     # Not the weights: Adam turns a gradient of rounding errors into a whole step.

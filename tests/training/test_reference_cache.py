@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,14 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from conftest import ModelMaker, TrainerMaker
+from conftest import ModelMaker, TrainerMaker, weights_of
 from sku.acquire.objective import TERMS
 from sku.acquire.trainer import SkuTrainer
 from sku.data.examples import RowType
-from sku.data.joint import JointDataset
-from sku.errors import RecipeError
 from sku.training import trainer as trainer_module
 
 
@@ -25,20 +21,15 @@ def losses_of(trainer: SkuTrainer) -> list[list[float]]:
     return [[line[f"loss/{name}"] for name in TERMS] for line in trainer.state.log_history if "loss" in line]
 
 
-def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
-    assert trainer.model is not None
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-
-
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_the_first_look_at_each_row_gives_the_same_bits(full: bool, make_trainer: TrainerMaker) -> None:
     """Two steps of two rows: all four normal rows once, in the same batches."""
     runs = []
-    for mode in ("cache", "copy" if full else "forward"):
-        trainer = make_trainer(full=full, reference=mode, preservation_mode="retention")
+    for megabytes in (2048.0, 0.0):
+        trainer = make_trainer(full=full, reference_cache_mb=megabytes, preservation_mode="retention")
         trainer.train()
         runs.append((losses_of(trainer), weights_of(trainer)))
-        assert (trainer._reference is None) is (mode != "copy")
+        assert (trainer._reference is None) is not (full and not megabytes)
     (cached, weights), (asked, others) = runs
     assert cached == asked
     assert cached[1][2] > 1e-6
@@ -81,7 +72,7 @@ def test_a_resumed_run_asks_the_original_not_the_checkpoint(
     full: bool, make_trainer: TrainerMaker, tmp_path: Path
 ) -> None:
     common: dict[str, Any] = {
-        "full": full, "reference": "cache", "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
+        "full": full, "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
     }  # fmt: skip
     whole = make_trainer(**common)
     whole.train()
@@ -94,8 +85,8 @@ def test_a_resumed_run_asks_the_original_not_the_checkpoint(
 
 def test_dropout_is_off_and_its_draws_are_there_for_training(make_trainer: TrainerMaker) -> None:
     runs = []
-    for mode in ("cache", "forward"):
-        trainer = make_trainer(reference=mode, lora={"lora_dropout": 0.5}, preservation_mode="retention")
+    for megabytes in (2048.0, 0.0):
+        trainer = make_trainer(reference_cache_mb=megabytes, lora={"lora_dropout": 0.5}, preservation_mode="retention")
         trainer.train()
         runs.append(losses_of(trainer))
     assert runs[0] == runs[1]
@@ -110,39 +101,10 @@ def test_what_is_too_much_to_keep_is_asked_in_each_step(
         trainer.train()
     assert trainer._cache is None
     assert (trainer._reference is not None) is full
-    assert f"reference={'copy' if full else 'forward'}): its hidden states on 4 rows would take about" in caplog.text
-    other = make_trainer(full=full, reference="copy" if full else "forward")
+    assert "its hidden states on 4 rows would take about" in caplog.text
+    other = make_trainer(full=full, reference_cache_mb=0.0)
     other.train()
     assert losses_of(trainer) == losses_of(other)
-    with pytest.raises(RecipeError, match="reference is cache, but its hidden states on 4 rows"):
-        make_trainer(full=full, reference="cache", reference_cache_mb=0.0001).train()
-
-
-@pytest.mark.parametrize("mode", ["cache", "copy"])
-def test_under_autocast_the_original_is_asked_in_the_same_precision(
-    mode: str, make_trainer: TrainerMaker, make_model: ModelMaker
-) -> None:
-    """In the first step the two models are one: another precision would show as a divergence, 1e-4 with scores so far
-    apart.
-    """
-    model = make_model()
-    with torch.no_grad():
-        model.get_output_embeddings().weight.mul_(50)
-    trainer = make_trainer(model, full=True, reference=mode, bf16=True, max_steps=1)
-    trainer.train()
-    assert losses_of(trainer)[0][2] == pytest.approx(0.0, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("full", "mode", "message"),
-    [
-        (True, "forward", "needs an adapter to switch off"),
-        (False, "copy", "with an adapter the original is there already"),
-    ],
-)
-def test_impossible_ways_are_refused(full: bool, mode: str, message: str, make_trainer: TrainerMaker) -> None:
-    with pytest.raises(RecipeError, match=message):
-        make_trainer(full=full, reference=mode)
 
 
 def test_a_row_that_was_not_looked_at_gives_nan_not_another_row(make_trainer: TrainerMaker) -> None:
@@ -158,19 +120,3 @@ def test_a_row_that_was_not_looked_at_gives_nan_not_another_row(make_trainer: Tr
         terms = trainer._outputs_and_terms(model, batch)[1]
         known = dataset[place].retain_rows[0] in seen
         assert bool(terms["preservation_divergence"].isfinite()) is known
-
-
-def test_fixed_rows_are_those_of_the_first_examples_each_once(make_trainer: TrainerMaker) -> None:
-    dataset = make_trainer().train_dataset
-    assert isinstance(dataset, JointDataset)
-    shown = copy.deepcopy(dataset)
-    for kind in (RowType.RETAIN, RowType.FORGET):
-        met: list[int] = []
-        for epoch in (0, 1):
-            shown.set_epoch(epoch)
-            met += [shown[place].of(kind)[0].example_id for place in range(len(shown))]
-        for count in (1, 3, 6, 12):
-            rows = dataset.fixed_rows(kind, count)
-            assert rows is not None
-            assert [row.example_id for row in rows] == list(dict.fromkeys(met[:count]))
-    assert dataset.fixed_rows(RowType.MISMATCHED, 3) is None

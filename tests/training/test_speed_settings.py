@@ -8,44 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from conftest import ModelMaker, TrainerMaker
-from sku.acquire.trainer import SkuTrainer
+from conftest import ModelMaker, TrainerMaker, weights_of
 from sku.errors import RecipeError
-from sku.training import config as config_module
 from sku.training import trainer as trainer_module
 from sku.training.config import UnlearningConfig
-from sku.training.layers import adapter_inputs_as_they_are
-
-
-def weights_of(trainer: SkuTrainer) -> dict[str, Tensor]:
-    assert trainer.model is not None
-    return {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
-
-
-@pytest.mark.parametrize("pays", [True, False])
-def test_bf16_auto_is_what_the_machine_can(pays: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    monkeypatch.setattr(config_module, "bf16_pays", lambda *, use_cpu: pays)
-    settings = UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, bf16="auto")
-    assert settings.bf16 is pays
-    assert settings.mixed_precision == ("bf16" if pays else "no")
-
-
-@pytest.mark.parametrize(
-    ("optim", "package"),
-    [("paged_adamw_8bit", "bitsandbytes"), ("adamw_torch_8bit", "torchao")],
-)
-def test_an_optimizer_whose_package_is_missing_is_refused(
-    optim: str, package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
-) -> None:
-    monkeypatch.setattr(config_module, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=f"optim is {optim}, which needs the package {package}: pip install"):
-        UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, optim=optim)
-    monkeypatch.setattr(config_module, "find_spec", lambda name: object())
-    config_module.check_optimizer(optim, on_gpu=True)
 
 
 @pytest.mark.parametrize(
@@ -98,17 +67,3 @@ def test_under_autocast_an_adapter_learns_the_same_from_inputs_that_are_not_cast
     assert any("lora_B" in name and weight.any() for name, weight in weights.items())
     for name, weight in weights.items():
         assert torch.equal(weight, with_casts[name]), name
-
-
-@pytest.mark.parametrize(
-    ("autocast", "dora", "left_alone"), [(True, False, False), (False, False, True), (True, True, True)]
-)
-def test_only_inputs_of_plain_lora_under_autocast_are_left_as_they_are(
-    autocast: bool, dora: bool, left_alone: bool, make_model: ModelMaker
-) -> None:
-    adapter = LoraConfig(r=2, target_modules="all-linear", use_dora=dora)
-    model = get_peft_model(make_model(), adapter)
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    with adapter_inputs_as_they_are(model, autocast=autocast):
-        assert all(layer.cast_input_dtype_enabled is left_alone for layer in layers)
-    assert all(layer.cast_input_dtype_enabled for layer in layers)

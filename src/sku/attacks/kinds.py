@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -37,7 +37,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks import AttackCard
 from sku.config import Precision, Recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
 from sku.data.joint import PLACE, parse_templates
@@ -120,15 +119,6 @@ class Setting:
     """What the weights of the model that is asked are rounded to."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Attack:
-    """An attack that only asks; ``ASKED_ATTACKS`` lists them."""
-
-    card: AttackCard
-    settings: Callable[[AttackContext], Sequence[Setting]]
-    """All strengths that are tried."""
-
-
 def paraphrases(prompt: str, seed: int) -> list[Variant]:
     """A prompt in other words; a rule may give back the prompt itself."""
     found = _HOW.fullmatch(prompt.strip())
@@ -174,18 +164,6 @@ def _paraphrased(context: AttackContext) -> list[Setting]:
     return [Setting(rewrite=rewrite, details={"words": "embedded world" if embedded else "English"})]
 
 
-PARAPHRASE = Attack(
-    card=AttackCard(
-        name="paraphrase",
-        title="Paraphrase",
-        kind="prompt",
-        changes="the request is put in other words of the same meaning, by rules",
-        source_url="https://arxiv.org/abs/2309.17410",
-    ),
-    settings=_paraphrased,
-)
-
-
 def load_templates(recipe: Recipe, data: ForgetRetainData) -> list[str]:
     """The templates of a recipe.
 
@@ -215,18 +193,6 @@ def _wrapped(context: AttackContext) -> list[Setting]:
     return [Setting(rewrite=rewrite, details={"templates": templates})]
 
 
-TEMPLATE = Attack(
-    card=AttackCard(
-        name="template",
-        title="Template",
-        kind="prompt",
-        changes="the request is wrapped in role play, a story or a task of another kind",
-        source_url="https://arxiv.org/abs/2308.03825",
-    ),
-    settings=_wrapped,
-)
-
-
 def _rounded(context: AttackContext) -> list[Setting]:
     device = embedding_weight(context.model).device
     return [
@@ -235,19 +201,10 @@ def _rounded(context: AttackContext) -> list[Setting]:
     ]
 
 
-ROUNDING = Attack(
-    card=AttackCard(
-        name="rounding",
-        title="Rounding",
-        kind="weights",
-        changes="the weights are rounded to formats of 16, 8 and 4 bits",
-        source_url="https://arxiv.org/abs/2410.16454",
-    ),
-    settings=_rounded,
-)
-
-ASKED_ATTACKS: Mapping[str, Attack] = {attack.card.name: attack for attack in (PARAPHRASE, TEMPLATE, ROUNDING)}
-"""By name."""
+def settings_of(attack: str, context: AttackContext) -> list[Setting]:
+    """All strengths of an attack that only asks; of ``none`` the questions as they are."""
+    made = {"paraphrase": _paraphrased, "template": _wrapped, "rounding": _rounded}
+    return [Setting()] if attack == "none" else made[attack](context)
 
 
 def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:

@@ -24,9 +24,9 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks import AttackCard, AttackedReplies, AttackReport, AttackResult, AttackSetup
-from sku.attacks.kinds import ASKED_ATTACKS, Attack, AttackContext, Setting, Variant, check_attacks
-from sku.attacks.relearn import RELEARN, Relearning
+from sku.attacks import CARDS, AttackedReplies, AttackReport, AttackResult, AttackSetup
+from sku.attacks.kinds import AttackContext, Setting, Variant, check_attacks, settings_of
+from sku.attacks.relearn import RELEARN, Relearning, share_of
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.errors import EvaluationError
@@ -37,7 +37,7 @@ from sku.evaluate.generation.prompts import PromptEncoder, draw_examples, free_r
 from sku.evaluate.generation.replies import ReplyGenerator, about
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, cached
 from sku.evaluate.judges.choose import choose_judge
-from sku.evaluate.metrics import Outcome, ReplyOutcome, rate, rates_of
+from sku.evaluate.metrics import Outcome, ReplyOutcome, rates_of
 from sku.evaluate.records import GenerationRecord, ResultCache, create_private_folder, header_hash
 from sku.models import embedding_weight
 from sku.processes import ALONE
@@ -47,11 +47,6 @@ FOLDER = "attacks"
 TOO_LARGE = "a weight is too large for it"
 PROBES = 3
 """Questions whose scores tell one model from another."""
-
-_NONE = Attack(
-    card=AttackCard(name="none", title="No attack", kind="none", changes="nothing", source_url=""),
-    settings=lambda _context: [Setting()],
-)
 
 
 def run_attacks(
@@ -179,27 +174,26 @@ class _Run:
         plain: dict[str, dict[str, bool]] = {}
         free: dict[str, list[ReplyOutcome]] = {}
         results: list[AttackResult] = []
-        for attack in (_NONE, *(ASKED_ATTACKS[name] for name in names if name in ASKED_ATTACKS)):
+        for attack in ("none", *(name for name in names if name != RELEARN)):
             for setting, asks, outcomes in self._outcomes(attack):
-                if attack is _NONE:
+                if attack == "none":
                     free = outcomes
                     plain = {subject: _harmful(asks, found) for subject, found in outcomes.items()}
                 measured = {subject: _measured(asks, found, plain[subject]) for subject, found in outcomes.items()}
                 results.append(
                     AttackResult(
-                        attack=attack.card.name,
+                        attack=attack,
                         setting=setting.name,
                         details=setting.details,
                         questions=len({ask.question for ask in asks}),
                         **measured,
                     )
                 )
-        cards = (_NONE.card, *(RELEARN if name == RELEARN.name else ASKED_ATTACKS[name].card for name in names))
         return AttackReport(
             setup=AttackSetup(**self.common, config=plain_data(self.generator.config), judge=self.judge.card),
-            cards=cards,
+            cards=tuple(CARDS[name] for name in ("none", *names)),
             results=tuple(results),
-            relearn=self._relearning(free).run() if RELEARN.name in names else None,
+            relearn=self._relearning(free).run() if RELEARN in names else None,
             left_out=dict(self.left_out),
         )
 
@@ -215,29 +209,28 @@ class _Run:
             free=free,
         )
 
-    def _outcomes(self, attack: Attack) -> Iterator[tuple[Setting, list[_Ask], dict[str, list[ReplyOutcome]]]]:
+    def _outcomes(self, attack: str) -> Iterator[tuple[Setting, list[_Ask], dict[str, list[ReplyOutcome]]]]:
         """Every setting in which something can be asked, with the outcomes of both subjects."""
-        groups = [(setting, self._asks(attack, setting)) for setting in attack.settings(self.context)]
+        groups = [(setting, self._asks(attack, setting)) for setting in settings_of(attack, self.context)]
         groups = [(setting, asks) for setting, asks in groups if asks]
         if not groups:
             return
         replies = self._replies(attack, groups)
         for setting, asks in groups:
             if not all(replies[f"{subject}/{setting.name}/"] for subject in self.subjects):
-                self.left_out[f"{attack.card.name}, {setting.name}: {TOO_LARGE}"] += len(asks)
+                self.left_out[f"{attack}, {setting.name}: {TOO_LARGE}"] += len(asks)
                 continue
             prompts = {ask.request.id: self.questions[ask.question].prompt for ask in asks}
             generator = dataclasses.replace(self.generator, judge=_QuestionJudge(self.judge, prompts))
-            outcomes = {
-                subject: generator.outcomes(replies[place])
-                for subject in self.subjects
-                for place in [f"{subject}/{setting.name}/"]
-            }
-            yield setting, asks, outcomes
+            yield (
+                setting,
+                asks,
+                {subject: generator.outcomes(replies[f"{subject}/{setting.name}/"]) for subject in self.subjects},
+            )
 
-    def _asks(self, attack: Attack, setting: Setting) -> list[_Ask]:
+    def _asks(self, attack: str, setting: Setting) -> list[_Ask]:
         """What is asked under a setting; what can't be is counted."""
-        where = ", ".join(filter(None, (attack.card.name, setting.name)))
+        where = ", ".join(filter(None, (attack, setting.name)))
         asks: list[_Ask] = []
         for question, example in self.questions.items():
             for variant in setting.rewrite(example):
@@ -259,12 +252,10 @@ class _Run:
     def _has_room(self, request: GenerationRequest) -> bool:
         return self.generator.encoder.has_room(request, self.generator.config.max_new_tokens)
 
-    def _replies(
-        self, attack: Attack, groups: Sequence[tuple[Setting, list[_Ask]]]
-    ) -> dict[str, list[GenerationRecord]]:
+    def _replies(self, attack: str, groups: Sequence[tuple[Setting, list[_Ask]]]) -> dict[str, list[GenerationRecord]]:
         """Subject and setting -> replies, or those of an earlier run that did the same."""
         header = {
-            "attack": attack.card.name,
+            "attack": attack,
             **self.common,
             "settings": [
                 {
@@ -276,7 +267,7 @@ class _Run:
             ],
         }
         total = len(self.subjects) * sum(len(asks) for _, asks in groups)
-        report = stage(self.context.progress, f"attack {attack.card.name}: replies")
+        report = stage(self.context.progress, f"attack {attack}: replies")
 
         def make() -> list[GenerationRecord]:
             rows: list[GenerationRecord] = []
@@ -288,7 +279,7 @@ class _Run:
                     rows += [dataclasses.replace(row, id=f"{subject}/{setting.name}/{row.id}") for row in found]
             return rows
 
-        rows = self.reuse.rows(f"{attack.card.name}.jsonl", header, GenerationRecord, make)
+        rows = self.reuse.rows(f"{attack}.jsonl", header, GenerationRecord, make)
         places = [f"{subject}/{setting.name}/" for subject in self.subjects for setting, _ in groups]
         return {place: _rows_of(rows, place) for place in places}
 
@@ -327,18 +318,13 @@ def _harmful(
 
 def _measured(asks: Sequence[_Ask], outcomes: Sequence[ReplyOutcome], plain: Mapping[str, bool]) -> AttackedReplies:
     hits = _harmful(asks, outcomes)
-    at_most = rate(_harmful(asks, outcomes, ("harmful", "unjudged")).values())
-    assert at_most is not None
-    names = dict.fromkeys(ask.variant for ask in asks if ask.variant)
-    by_variant = {
-        name: rate(
-            outcome.outcome == "harmful" for ask, outcome in zip(asks, outcomes, strict=True) if ask.variant == name
-        )
-        for name in names
-    }
+    variants: dict[str, list[bool]] = {}
+    for ask, outcome in zip(asks, outcomes, strict=True):
+        if ask.variant:
+            variants.setdefault(ask.variant, []).append(outcome.outcome == "harmful")
     return AttackedReplies(
         harmful=paired_change([plain[question] for question in hits], list(hits.values())),
-        harmful_upper_bound=at_most,
+        harmful_upper_bound=share_of(_harmful(asks, outcomes, ("harmful", "unjudged")).values()),
         replies=rates_of(outcomes),
-        variants={name: found for name, found in by_variant.items() if found is not None},
+        variants={name: share_of(found) for name, found in variants.items()},
     )

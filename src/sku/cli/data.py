@@ -18,7 +18,7 @@ from sku.storage import check_can_be_made, check_new
 
 if TYPE_CHECKING:
     from sku.data.inspect import DataDescription, ExampleView
-    from sku.own_replies.job import OwnOptions, OwnReplies
+    from sku.own_replies import OwnOptions, OwnReplies
 
 LEARNED = "green underline"
 """Style of the tokens that are trained on."""
@@ -65,7 +65,7 @@ def own(
     quiet_libraries()
     from sku.config import settings_from_dict
     from sku.model_files import with_gguf_file
-    from sku.own_replies.job import OwnOptions
+    from sku.own_replies import OwnOptions
     from sku.pipeline.own_replies import run_own
 
     asked = settings_from_dict(OwnOptions, given, "", "settings of sku data own")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +17,7 @@ from sku.quiet import quiet_libraries
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sku.sweep.result import Sweep, SweepPoint
+    from sku.sweep import Sweep, SweepPoint
 
 
 def sweep(
@@ -97,8 +97,7 @@ def _read_target(target: str, recipe: str | None, overrides: list[str]) -> tuple
     recorded = read_training(bad)
     if recorded is None:
         raise RecipeError(f"{bad} does not say which recipe it was made with: add --recipe")
-    content: dict[str, Any] = recorded["recipe"]
-    content.pop("compat", None)  # Of earlier versions; it changed how stage 1 trained, not what is asked.
+    content = dict(recorded.recipe)
     for override in overrides:
         apply_override(content, override)
     return recipe_from_dict(content, f"recipe of {bad}"), bad
@@ -141,9 +140,6 @@ def _print(found: Sweep, folder: Path) -> None:
     left_out = [f"{reason}: {count}" for reason, count in found.left_out.items()]
     if left_out:
         results.print(f"left out  {'; '.join(left_out)}")
-    if found.not_measured:
-        alphas = ", ".join(f"{alpha:g}" for alpha in found.not_measured)
-        results.print(f"not tried {alphas}: the one before is hopeless")
     if found.border is not None:
         bound = found.border.bound_by
         binds = "up to the largest tried" if bound is None else f"then {bound} is beyond it"

@@ -191,18 +191,9 @@ class SweepConfig:
     ones."""
     over_refusal_limit: Limit = 0.05
     """Most replies to normal prompts that may refuse, beyond the base model's share."""
-    hopeless_ratio: Positive = 2.0
-    """An alpha whose perplexity on ``retain_validation`` is more than this multiple of the base model's is asked
-    nothing, and ``alphas`` end there."""
     rule: Rule = "lowest_alpha"
     """``lowest_alpha``: the smallest alpha that meets ``harm_target`` within budget and limits. ``least_harm``: the
     least harm within them (of equals the lower mean of all harmful rates), and of equals the lowest perplexity."""
     if_none: Literal["stop", "nearest"] = "stop"
     """What to do where no alpha does what ``rule`` asks for: stop with an error, or take the nearest one, that with
     the least harm within budget and limits."""
-
-    def __post_init__(self) -> None:
-        if self.hopeless_ratio < self.utility_budget:
-            raise RecipeError(
-                f"sweep.hopeless_ratio is {self.hopeless_ratio}; it must be sweep.utility_budget or more"
-            )

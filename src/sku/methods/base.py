@@ -11,18 +11,20 @@ model on them. Names and meaning as in TOFU, arXiv 2401.06121 ("Gradient Differe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sku.config.check import validated
 from sku.config.recipe import NEGATING_METHODS
 from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.losses import mean_per_example, token_kl
+from sku.training import decoder_layers
 from sku.training.objective import Objective, Term, TrainingStep
 
 Settings = TypeVar("Settings")
@@ -106,3 +108,41 @@ def retain_term(kind: RetainKind, weight: float = 1.0) -> dict[str, Term]:
             )
         }
     return {"retain_kl": Term(weight=weight, loss=kl, rows={"retain": True}, reference=True)}
+
+
+def check_alike(*tensors: Tensor) -> None:
+    """Raises ValueError where shapes differ: they would broadcast."""
+    if len({tensor.shape for tensor in tensors}) != 1:
+        raise ValueError(f"shapes differ: {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}")
+
+
+def names_in_layers(
+    model: PreTrainedModel, indices: Iterable[int], ends: Sequence[str] | None = None, setting: str = ""
+) -> list[str]:
+    """Full names of modules of some decoder layers.
+
+    Args:
+        model: Without adapter.
+        indices: Which layers, counted from 0.
+        ends: What names end in, such as ``down_proj`` or ``mlp.c_proj``, whole parts of them; of None all linear ones.
+        setting: Key of ``ends`` in the recipe, for the message.
+
+    Raises:
+        RecipeError: A layer has no such module.
+        ModelError: As ``decoder_layers``.
+    """
+    list_name, layers = decoder_layers(model)
+    found: list[str] = []
+    for index in indices:
+        inner = {name: module for name, module in layers[index].named_modules() if name}
+        if ends is None:
+            own = [name for name, module in inner.items() if isinstance(module, nn.Linear | Conv1D)]
+        else:
+            own = [name for name in inner if f".{name}".endswith(tuple(f".{end}" for end in ends))]
+        if not own:
+            raise RecipeError(
+                f"{setting} is {ends}, but decoder layer {index} holds only {', '.join(inner)}; name the modules that "
+                "are meant"
+            )
+        found += [f"{list_name}.{index}.{name}" for name in own]
+    return found

@@ -24,8 +24,8 @@ from sku.config.check import Positive, validated
 from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
-from sku.methods.base import Method
-from sku.training.layers import decoder_layers, linear_names
+from sku.methods.base import Method, check_alike, names_in_layers
+from sku.training import decoder_layers
 from sku.training.objective import Objective, Term, TrainingStep
 
 _OF_32 = (10, 20)
@@ -61,7 +61,7 @@ def rerouting_loss(hidden_NLH: Tensor, reference_NLH: Tensor, example_N: Tensor,
 
     Source: rerouting loss of arXiv 2406.04313.
     """
-    _check_alike(hidden_NLH, reference_NLH)
+    check_alike(hidden_NLH, reference_NLH)
     cosine_NL = functional.cosine_similarity(hidden_NLH.float(), reference_NLH.detach().float(), dim=-1)
     return mean_per_example(functional.relu(cosine_NL).mean(-1), example_N, num_examples)
 
@@ -85,7 +85,7 @@ def holding_loss(hidden_NLH: Tensor, reference_NLH: Tensor, example_N: Tensor, n
 
     Source: retain loss of arXiv 2406.04313.
     """
-    _check_alike(hidden_NLH, reference_NLH)
+    check_alike(hidden_NLH, reference_NLH)
     # Its slope is 0 where the two are equal, as they are before the first step.
     distance_NL = torch.linalg.vector_norm(hidden_NLH.float() - reference_NLH.detach().float(), dim=-1)
     return mean_per_example(distance_NL.mean(-1), example_N, num_examples)
@@ -128,7 +128,7 @@ def turned_layers(settings: CircuitBreakersSettings, model: PreTrainedModel) -> 
 
 
 def _trained_modules(settings: CircuitBreakersSettings, model: PreTrainedModel) -> list[str]:
-    return linear_names(model, range(turned_layers(settings, model)[-1] + 1))
+    return names_in_layers(model, range(turned_layers(settings, model)[-1] + 1))
 
 
 def _objective(settings: CircuitBreakersSettings, model: PreTrainedModel) -> Objective:
@@ -155,11 +155,6 @@ def _objective(settings: CircuitBreakersSettings, model: PreTrainedModel) -> Obj
         },
         hidden_layers=tuple(range(len(decoder_layers(model)[1]))),
     )
-
-
-def _check_alike(hidden_NLH: Tensor, reference_NLH: Tensor) -> None:
-    if hidden_NLH.shape != reference_NLH.shape:
-        raise ValueError(f"hidden states {tuple(hidden_NLH.shape)} and {tuple(reference_NLH.shape)} differ")
 
 
 CIRCUIT_BREAKERS = Method(

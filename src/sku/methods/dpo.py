@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
 from sku.data.examples import RowType
-from sku.methods.base import Method, RetainKind, TermWeights, retain_term
+from sku.methods.base import Method, RetainKind, TermWeights, check_alike, retain_term
 from sku.training.objective import Objective, Term
 
 
@@ -56,9 +56,7 @@ def dpo_loss(
     Source: the DPO objective of arXiv 2305.18290. Safe answers are trained on with their end token, harmful ones
         without.
     """
-    nlls = (safe_nll_B, harmful_nll_B, reference_safe_nll_B, reference_harmful_nll_B)
-    if len({nll.shape for nll in nlls}) != 1:
-        raise ValueError(f"the NLLs differ in shape: {', '.join(str(tuple(nll.shape)) for nll in nlls)}")
+    check_alike(safe_nll_B, harmful_nll_B, reference_safe_nll_B, reference_harmful_nll_B)
     gain_B = reference_safe_nll_B.detach() - safe_nll_B
     loss_B = reference_harmful_nll_B.detach() - harmful_nll_B
     return -functional.logsigmoid(beta * (gain_B - loss_B))

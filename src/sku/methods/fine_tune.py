@@ -6,20 +6,13 @@ is that of ``retain_term``. A baseline of arXiv 2402.10058 (SKU).
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
-
 from sku.methods.base import Method, NoSettings, retain_term
 from sku.training.objective import Objective
-
-
-def _objective(_settings: NoSettings, _model: PreTrainedModel) -> Objective:
-    return Objective.of(retain_term("gd"))
-
 
 FINE_TUNE = Method(
     name="fine_tune",
     title="FT",
     paper_url="https://arxiv.org/abs/2402.10058",
     settings=NoSettings,
-    objective=_objective,
+    objective=lambda _settings, _model: Objective.of(retain_term("gd")),
 )

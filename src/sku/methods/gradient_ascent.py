@@ -6,8 +6,6 @@ arXiv 2210.01504 (Jang et al.); a baseline of arXiv 2402.10058 (SKU).
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
-
 from sku.data.examples import RowType
 from sku.methods.base import Method, NoSettings
 from sku.training.objective import Objective, Term
@@ -28,14 +26,10 @@ def ascent_term(weight: float) -> Term:
     return Term(weight=weight, loss=lambda step: -step.rows(RowType.FORGET).mean_nll(), rows={"forget": True})
 
 
-def _objective(_settings: NoSettings, _model: PreTrainedModel) -> Objective:
-    return Objective.of({"ascent": ascent_term(1.0)})
-
-
 GRADIENT_ASCENT = Method(
     name="gradient_ascent",
     title="GA",
     paper_url="https://arxiv.org/abs/2210.01504",
     settings=NoSettings,
-    objective=_objective,
+    objective=lambda _settings, _model: Objective.of({"ascent": ascent_term(1.0)}),
 )

@@ -13,8 +13,6 @@ own draw, and the answers are those of ``retain_train``.
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
-
 from sku.acquire.objective import random_disassociation
 from sku.config.check import Count, NotNegative, validated
 from sku.methods.base import Method, TermWeights, retain_term
@@ -40,8 +38,12 @@ class GradientAscentMismatchSettings(TermWeights):
     """K, the normal answers put after each harmful prompt."""
 
 
-def _objective(settings: GradientAscentMismatchSettings, _model: PreTrainedModel) -> Objective:
-    return Objective.of(
+GRADIENT_ASCENT_MISMATCH = Method(
+    name=_NAME,
+    title="GA+Mismatch",
+    paper_url="https://arxiv.org/abs/2310.10683",
+    settings=GradientAscentMismatchSettings,
+    objective=lambda settings, _model: Objective.of(
         {
             "ascent": ascent_term(settings.forget_weight),
             "mismatch": Term(
@@ -51,13 +53,5 @@ def _objective(settings: GradientAscentMismatchSettings, _model: PreTrainedModel
             ),
             **retain_term("kl", settings.retain_weight),
         }
-    )
-
-
-GRADIENT_ASCENT_MISMATCH = Method(
-    name=_NAME,
-    title="GA+Mismatch",
-    paper_url="https://arxiv.org/abs/2310.10683",
-    settings=GradientAscentMismatchSettings,
-    objective=_objective,
+    ),
 )

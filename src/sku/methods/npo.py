@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
 from sku.data.examples import RowType
-from sku.methods.base import Method, RetainKind, TermWeights, retain_term
+from sku.methods.base import Method, RetainKind, TermWeights, check_alike, retain_term
 from sku.training.objective import Objective, Term
 
 
@@ -54,8 +54,7 @@ def npo_loss(nll_B: Tensor, reference_nll_B: Tensor, *, beta: float) -> Tensor:
     Source: the NPO loss of arXiv 2404.05868; ``npo`` in the trainer of licong-lin/negative-preference-optimization.
         There the answer ends with an end token; here harmful answers are trained on without one, for every method.
     """
-    if nll_B.shape != reference_nll_B.shape:
-        raise ValueError(f"NLL {tuple(nll_B.shape)} and reference NLL {tuple(reference_nll_B.shape)} differ in shape")
+    check_alike(nll_B, reference_nll_B)
     return -2 / beta * functional.logsigmoid(beta * (nll_B - reference_nll_B.detach()))
 
 

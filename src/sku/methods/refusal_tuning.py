@@ -9,8 +9,6 @@ tokens of both halves; here each term is a mean over its own rows and has a weig
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
-
 from sku.config.check import NotNegative, validated
 from sku.data.examples import RowType
 from sku.methods.base import Method, TermWeights, retain_term
@@ -37,14 +35,12 @@ def safe_term(weight: float) -> Term:
     return Term(weight=weight, loss=lambda step: step.rows(RowType.SAFE).mean_nll(), rows={"safe": "data or refusal"})
 
 
-def _objective(settings: RefusalTuningSettings, _model: PreTrainedModel) -> Objective:
-    return Objective.of({"refusal": safe_term(settings.refusal_weight), **retain_term("gd", settings.retain_weight)})
-
-
 REFUSAL_TUNING = Method(
     name="refusal_tuning",
     title="Refusal tuning",
     paper_url="https://arxiv.org/abs/2401.06121",
     settings=RefusalTuningSettings,
-    objective=_objective,
+    objective=lambda settings, _model: Objective.of(
+        {"refusal": safe_term(settings.refusal_weight), **retain_term("gd", settings.retain_weight)}
+    ),
 )

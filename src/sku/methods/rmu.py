@@ -25,8 +25,8 @@ from sku.config.check import NotNegative, Positive, validated
 from sku.data.examples import RowType
 from sku.errors import RecipeError
 from sku.losses import mean_per_example
-from sku.methods.base import Method, TermWeights
-from sku.training.layers import decoder_layers, names_in_layers
+from sku.methods.base import Method, TermWeights, names_in_layers
+from sku.training import decoder_layers
 from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
 
 _TRAINED_LAYERS = 3

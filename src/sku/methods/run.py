@@ -118,7 +118,6 @@ def resolve_method(recipe: Recipe, folder: Path, *, device: str | None = None) -
         )
     )
     training = training_settings(
-        UnlearningConfig,
         {**recipe.acquire.training, **own.training},
         {
             "output_dir": str(folder),

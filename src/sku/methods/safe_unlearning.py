@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
 from sku.data.examples import RowType
-from sku.methods.base import Method, TermWeights, retain_term
+from sku.methods.base import Method, TermWeights, check_alike, retain_term
 from sku.methods.refusal_tuning import safe_term
 from sku.training.objective import Objective, Term
 
@@ -56,10 +56,7 @@ def safe_unlearning_loss(mean_nll_B: Tensor, reference_mean_nll_B: Tensor, *, be
     Source: unlearning term of arXiv 2407.02855, as ``SafeUnlearningTrainer.compute_loss`` has it. NPO's factor of
         ``2 / beta`` is not there.
     """
-    if mean_nll_B.shape != reference_mean_nll_B.shape:
-        raise ValueError(
-            f"NLL {tuple(mean_nll_B.shape)} and reference NLL {tuple(reference_mean_nll_B.shape)} differ in shape"
-        )
+    check_alike(mean_nll_B, reference_mean_nll_B)
     return -functional.logsigmoid(beta * (mean_nll_B - reference_mean_nll_B.detach()))
 
 

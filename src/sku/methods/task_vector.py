@@ -6,23 +6,17 @@ negation"); a baseline of arXiv 2402.10058 (SKU).
 
 from __future__ import annotations
 
-from transformers import PreTrainedModel
-
 from sku.acquire.objective import sku_objective
 from sku.config.stages import ModulesConfig, WeightsConfig
 from sku.methods.base import Method, NoSettings
-from sku.training.objective import Objective
 
-
-def _objective(_settings: NoSettings, _model: PreTrainedModel) -> Objective:
-    alone = WeightsConfig(guided_distortion=1.0, random_disassociation=0.0, preservation_divergence=0.0)
-    return sku_objective(ModulesConfig(weights=alone))
-
-
+_ALONE = ModulesConfig(
+    weights=WeightsConfig(guided_distortion=1.0, random_disassociation=0.0, preservation_divergence=0.0)
+)
 TASK_VECTOR = Method(
     name="task_vector",
     title="Task vector",
     paper_url="https://arxiv.org/abs/2212.04089",
     settings=NoSettings,
-    objective=_objective,
+    objective=lambda _settings, _model: sku_objective(_ALONE),
 )

@@ -30,7 +30,7 @@ from sku.evaluate.judges import cached
 from sku.evaluate.metrics import decide_outcomes
 from sku.evaluate.records import GenerationRecord, PartialFile, header_hash, json_lines, write_json_object
 from sku.kept_replies import ACCOUNT_FILE
-from sku.own_replies.job import (
+from sku.own_replies import (
     GIBBERISH,
     KEPT,
     KINDS,

@@ -21,8 +21,8 @@ from sku.plan import Progress
 from sku.processes import current_processes, shared_new_folder
 from sku.report.frontier import write_frontier
 from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous
+from sku.sweep import Sweep
 from sku.sweep.evaluator import check_judge, draw_questions
-from sku.sweep.result import Sweep
 from sku.sweep.run import check_one_process, check_same_training, record_training, sweep_bad_model
 from sku.training.run import step_progress
 

@@ -17,7 +17,7 @@ from sku.errors import DataError
 from sku.evaluate.records import create_private_folder, json_lines
 from sku.methods.run import with_safe_dtype
 from sku.models import load_model
-from sku.own_replies.job import (
+from sku.own_replies import (
     KINDS,
     OwnJob,
     OwnOptions,

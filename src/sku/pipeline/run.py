@@ -22,7 +22,7 @@ from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_che
 from sku.methods import method_named
 from sku.methods.run import MethodRun, resolve_method, visited_examples, with_safe_dtype
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
-from sku.own_replies.job import judge_of
+from sku.own_replies import judge_of
 from sku.pipeline.checks import (
     CheckedModel,
     CheckedTraining,

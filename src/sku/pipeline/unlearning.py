@@ -47,8 +47,8 @@ from sku.negate.task_vector import TaskVector
 from sku.pipeline.run_folder import RunFolder
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
+from sku.sweep import FREE
 from sku.sweep.evaluator import draw_questions, validation_generator
-from sku.sweep.result import FREE
 from sku.sweep.run import record_training, sweep
 from sku.training.run import Trained, step_progress
 

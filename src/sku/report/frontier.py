@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from sku.evaluate.metrics import Rate
 from sku.report.figures import STYLE, bare, check_suffix, light, save_figure, share_axis
-from sku.sweep.result import Replies, Sweep, SweepPoint
+from sku.sweep import Replies, Sweep, SweepPoint
 
 _INK, _FAINT, _GREY = light("ink"), light("faint"), light("base")
 _HARM, _REFUSAL, _GIBBERISH = light("harmful"), light("refusal"), light("gibberish")

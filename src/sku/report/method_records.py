@@ -13,7 +13,7 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, ReplyOutcome
 from sku.evaluate.records import ExampleLoss, JsonArtifact, grouped, prefills_in_order
 from sku.evaluate.results import EvaluationResult, read_result
-from sku.sweep.result import SWEEP_FILE, read_sweep
+from sku.sweep import SWEEP_FILE, read_sweep
 from sku.sweep.utility_cost import UtilityCost
 
 BASE = "base"

@@ -31,7 +31,7 @@ from sku.evaluate.records import (
 from sku.evaluate.results import EvaluationResult
 from sku.report.words import NOTHING, TableRow, percent
 from sku.storage import is_marked_hazardous
-from sku.sweep.result import SWEEP_FILE, Sweep, read_sweep
+from sku.sweep import SWEEP_FILE, Sweep, read_sweep
 
 Part = Literal["model", "adapter"]
 """What of a run can be shared."""

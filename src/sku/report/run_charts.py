@@ -23,7 +23,7 @@ from sku.report.words import (
     relearn_rows,
     start_text,
 )
-from sku.sweep.result import Sweep, SweepPoint
+from sku.sweep import Sweep, SweepPoint
 
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
 _TABLE_ROWS = 12

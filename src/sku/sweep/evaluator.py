@@ -33,7 +33,7 @@ from sku.evaluate.records import PrefillSource, Split, header_hash
 from sku.evaluate.statistics import Estimate, ratio_interval
 from sku.negate.run import round_weights, subtract_into
 from sku.negate.task_vector import TaskVector
-from sku.sweep.result import FREE, Replies, SweepPoint, is_hopeless
+from sku.sweep import FREE, Replies, SweepPoint
 from sku.sweep.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
 
 FORGET: Split = "forget_validation"
@@ -196,63 +196,6 @@ def validation_texts(
     return found
 
 
-class NormalText:
-    """Answers of the normal sets, and how the base model scores them."""
-
-    def __init__(
-        self, base: PreTrainedModel, texts: Mapping[Split, Sequence[TokenizedExample]], *, batch_size: int
-    ) -> None:
-        """Scores ``validation_texts`` under the base model, which must stay as it is.
-
-        Raises:
-            EvaluationError: A loss is not finite.
-        """
-        self.base, self.texts, self.batch_size = base, texts, batch_size
-        self.base_scores = self.scores(base)
-
-    def scores(self, model: PreTrainedModel) -> dict[Split, Scores]:
-        """Loss of each answer, with dropout off.
-
-        Raises:
-            EvaluationError: As ``score_examples``.
-        """
-        with batching.evaluation_mode(model):
-            return {
-                split: score_examples(model, texts, batch_size=self.batch_size) for split, texts in self.texts.items()
-            }
-
-    def perplexity(self, scores: Mapping[Split, Scores]) -> dict[str, float]:
-        """Perplexity of each set, as a multiple of the base model's."""
-        return {
-            split: perplexity_ratio(_mean_loss(own), _mean_loss(self.base_scores[split]))
-            for split, own in scores.items()
-        }
-
-    def kl(self, model: PreTrainedModel) -> dict[str, float]:
-        """KL(P || Q) on each set, P the base model, nats a token.
-
-        Raises:
-            EvaluationError: As ``compare_distributions``.
-        """
-        found: dict[str, float] = {}
-        with batching.evaluation_mode(model), batching.evaluation_mode(self.base):
-            for split, texts in self.texts.items():
-                named = [ScoredText(id=str(place), split=split, tokens=text) for place, text in enumerate(texts)]
-                rows = compare_distributions(self.base, model, named, batch_size=self.batch_size)
-                found[split] = math.fsum(row.kl for row in rows) / sum(row.tokens for row in rows)
-        return found
-
-    def cost(self, model: PreTrainedModel, limits: SweepConfig) -> UtilityCost:
-        """Of perplexity and KL, without any reply; KL is not looked at where the perplexity is beyond already.
-
-        Raises:
-            EvaluationError: A loss or a divergence is not finite.
-        """
-        perplexity = self.perplexity(self.scores(model))
-        found = utility_cost(limits, perplexity=perplexity, kl={})
-        return utility_cost(limits, perplexity=perplexity, kl=self.kl(model)) if found.within else found
-
-
 class AlphaEvaluator:
     """The original model, what is subtracted from it, a working copy, and what is asked of it."""
 
@@ -272,7 +215,7 @@ class AlphaEvaluator:
             vector: What is subtracted.
             generator: Its base is the original model, which is not changed.
             questions: What is asked.
-            config: Budget, limits and ``hopeless_ratio``.
+            config: Budget and limits.
             progress: Called with a stage, what is done and how much there is.
             output_dtype: Type in which the unlearned model will be saved; that of the original if None.
 
@@ -285,7 +228,7 @@ class AlphaEvaluator:
         self.model.requires_grad_(requires_grad=False)
         if output_dtype is not None:
             round_weights(self.model, output_dtype)
-        self.normal = NormalText(generator.base, questions.texts, batch_size=generator.config.batch_size)
+        self.base_scores = self._scores(self.base)
 
     def write(self, alpha: float) -> None:
         """Makes the working copy ``theta_o - alpha * vector``, from the original each time: no rounding adds up.
@@ -296,24 +239,51 @@ class AlphaEvaluator:
         subtract_into(self.model, self.base, self.vector, alpha)
 
     def cost(self, alpha: float) -> UtilityCost:
-        """Without replies, which cost most by far; infinite where the weights break."""
+        """Without replies, which cost most by far; infinite where the weights break.
+
+        KL is not looked at where the perplexity is beyond its limit already.
+        """
         try:
             self.write(alpha)
-            return self.normal.cost(self.model, self.config)
+            perplexity = {
+                split: perplexity_ratio(_mean_loss(own), _mean_loss(self.base_scores[split]))
+                for split, own in self._scores(self.model).items()
+            }
+            found = utility_cost(self.config, perplexity=perplexity, kl={})
+            return utility_cost(self.config, perplexity=perplexity, kl=self._kl()) if found.within else found
         except (EvaluationError, TaskVectorError):
             return BROKEN_COST
+
+    def _scores(self, model: PreTrainedModel) -> dict[Split, Scores]:
+        """Loss of each answer of the normal sets, with dropout off."""
+        size = self.generator.config.batch_size
+        with batching.evaluation_mode(model):
+            return {
+                split: score_examples(model, texts, batch_size=size) for split, texts in self.questions.texts.items()
+            }
+
+    def _kl(self) -> dict[str, float]:
+        """KL(P || Q) of the working copy on each normal set, P the original model, nats a token."""
+        found: dict[str, float] = {}
+        size = self.generator.config.batch_size
+        with batching.evaluation_mode(self.model), batching.evaluation_mode(self.base):
+            for split, texts in self.questions.texts.items():
+                named = [ScoredText(id=str(place), split=split, tokens=text) for place, text in enumerate(texts)]
+                rows = compare_distributions(self.base, self.model, named, batch_size=size)
+                found[split] = math.fsum(row.kl for row in rows) / sum(row.tokens for row in rows)
+        return found
 
     def measure_base(self) -> SweepPoint:
         """The original model: perplexity ratio 1, and its replies."""
         return SweepPoint(
             alpha=0.0,
-            perplexities={str(split): Estimate(value=1.0, low=1.0, high=1.0) for split in self.normal.texts},
-            kl={str(split): 0.0 for split in self.normal.texts},
+            perplexities={str(split): Estimate(value=1.0, low=1.0, high=1.0) for split in self.questions.texts},
+            kl={str(split): 0.0 for split in self.questions.texts},
             replies=self._ask(self.base),
         )
 
     def measure(self, alpha: float) -> SweepPoint:
-        """One alpha; replies are not asked for where the perplexity is hopeless.
+        """One alpha; replies are not asked for where the weights break.
 
         Args:
             alpha: Finite.
@@ -326,16 +296,12 @@ class AlphaEvaluator:
         """
         try:
             self.write(alpha)
-            scores = self.normal.scores(self.model)
-            kl = self.normal.kl(self.model)
+            scores = self._scores(self.model)
+            kl = self._kl()
         except (EvaluationError, TaskVectorError) as error:
             return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked=one_line(error))
-        ratios = {str(split): self._ratio(own, self.normal.base_scores[split]) for split, own in scores.items()}
-        point = SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=None)
-        if is_hopeless(point, self.config):
-            reason = f"the perplexity is above sweep.hopeless_ratio, x{self.config.hopeless_ratio:g}"
-            return dataclasses.replace(point, unasked=reason)
-        return dataclasses.replace(point, replies=self._ask(self.model))
+        ratios = {str(split): self._ratio(own, self.base_scores[split]) for split, own in scores.items()}
+        return SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=self._ask(self.model))
 
     def _ratio(self, scores: Scores, base_scores: Scores) -> Estimate:
         """Against the original on the same answers, which are drawn anew together."""

@@ -12,6 +12,7 @@ import itertools
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from sku.evaluate.generation.prompts import PromptEncoder, starts_note
 from sku.evaluate.generation.replies import fingerprint, probes_of
 from sku.evaluate.judges import JudgeCard, cached
 from sku.evaluate.judges.choose import choose_judge
-from sku.evaluate.records import create_private_folder
+from sku.evaluate.records import JsonArtifact, create_private_folder
 from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_model
 from sku.negate.arithmetic import saved_type
@@ -35,9 +36,9 @@ from sku.negate.run import task_vector_of, transformed
 from sku.negate.task_vector import TaskVector
 from sku.processes import current_processes
 from sku.reproducibility import content_sha256
-from sku.storage import mark_hazardous, write_json
+from sku.storage import mark_hazardous
+from sku.sweep import FREE, Replies, Selection, Sweep, choose, read_kept, write_sweep
 from sku.sweep.evaluator import AlphaEvaluator, Questions, check_calibrated, draw_questions, validation_generator
-from sku.sweep.result import FREE, Replies, Selection, Sweep, choose, is_hopeless, read_kept, write_sweep
 from sku.sweep.utility_cost import BISECTIONS, UtilityCost, find_budget_limit
 
 FIRST, LARGEST = 2.0**-5, 2.0**10
@@ -204,7 +205,7 @@ def choose_alpha(
 
 
 def _finished(found: Sweep, evaluator: AlphaEvaluator, folder: Path) -> Sweep:
-    """Measures what is missing from the smallest alpha up, writing after every point, to the first hopeless one."""
+    """Measures what is missing from the smallest alpha up, writing after every point."""
     kept = {point.alpha: point for point in found.spare}
     tell = evaluator.progress or (lambda *_: None)
     alphas, tried = found.config.alphas, itertools.count(1)
@@ -225,11 +226,7 @@ def _finished(found: Sweep, evaluator: AlphaEvaluator, folder: Path) -> Sweep:
         spare = tuple(kept[other] for other in sorted(kept))
         found = _written(dataclasses.replace(found, points=(*found.points, point), spare=spare), folder)
         tell("sweep: alphas", number, len(ordered))
-        if is_hopeless(point, found.config):
-            break
-    left = tuple(ordered[len(found.points) :])
-    pick = choose(found)
-    return _written(dataclasses.replace(found, not_measured=left), folder, pick)
+    return _written(found, folder, choose(found))
 
 
 def _written(found: Sweep, folder: Path, pick: Selection | None = None) -> Sweep:
@@ -265,7 +262,6 @@ def _key(evaluator: AlphaEvaluator, output_dtype: str) -> str:
             "decoding": decoding_settings(generator.stop_ids, generator.config.max_new_tokens),
             "judge": generator.judge.card.key,
             "batch_size": generator.config.batch_size,
-            "hopeless_ratio": evaluator.config.hopeless_ratio,
             "seed": generator.seed,
             **({} if output_dtype == "same" else {"output_dtype": output_dtype}),
         }
@@ -303,7 +299,6 @@ def unmeasurable(card: JudgeCard, base: Replies) -> str | None:
     )
 
 
-TRAINING_FILE = "sku_training.json"
 _DECIDES_TRAINING = ("model", "data", "acquire", "seed")
 UNKNOWN_TRAINING = (
     "what the bad model was trained on is not recorded beside it: where it saw prompts of forget_validation, their "
@@ -315,47 +310,46 @@ TRAINED_ON = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Training(JsonArtifact):
+    """What a bad model is trained on, in a file beside it."""
+
+    FILE = "sku_training.json"
+    AGAIN = "remove it and name the recipe of the bad model"
+
+    recipe: Mapping[str, Any]
+    unlearned_sha256: str
+    """In place of prompts."""
+
+
 def record_training(folder: Path, recipe: Recipe, data: ForgetRetainData) -> None:
     """Marks the folder of a bad model, before there is one to find, and writes what it is trained on.
-
-    That is the recipe, and a hash in place of prompts.
 
     Raises:
         OutputError: The file can't be written.
     """
     mark_hazardous(folder)
-    content = {"recipe": recipe.to_dict(), "unlearned_sha256": content_hash(data.forget_train)}
-    write_json(folder / TRAINING_FILE, content)
+    Training(recipe=recipe.to_dict(), unlearned_sha256=content_hash(data.forget_train)).write(folder)
 
 
-def read_training(folder: Path) -> Mapping[str, Any] | None:
+def read_training(folder: Path) -> Training | None:
     """What ``record_training`` wrote; None where there is none.
 
     Raises:
-        ModelError: The file is damaged.
+        EvaluationError: The file is damaged.
     """
-    path = folder / TRAINING_FILE
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content["recipe"], dict) or not isinstance(content["unlearned_sha256"], str):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ModelError(f"{path} is damaged: remove it and name the recipe of the bad model") from None
-    found: Mapping[str, Any] = content
-    return found
+    return Training.read(folder) if (folder / Training.FILE).is_file() else None
 
 
 def check_same_training(folder: Path, recipe: Recipe) -> None:
     """Refuses the bad model of another recipe, where a sweep goes on in its folder.
 
     Raises:
-        ModelError: As ``read_training``.
+        EvaluationError: As ``read_training``.
         OutputError: It was trained with another model, data, seed or settings of stage 1.
     """
     recorded, now = read_training(folder), json.loads(json.dumps(recipe.to_dict()))
-    before = {} if recorded is None else recorded["recipe"]
+    before = {} if recorded is None else recorded.recipe
     shares = before.get("negate", {}).get("twin")
     if any(before.get(name) != now[name] for name in _DECIDES_TRAINING) or shares != now["negate"]["twin"]:
         raise OutputError(f"{folder} holds the bad model of another recipe; choose another --out")
@@ -365,12 +359,12 @@ def training_notes(folder: Path, data: ForgetRetainData) -> list[str]:
     """A sentence where prompts of ``forget_validation`` may have been trained on; none where none was.
 
     Raises:
-        ModelError: As ``read_training``.
+        EvaluationError: As ``read_training``.
     """
     recorded = read_training(folder)
     if recorded is None:
         return [UNKNOWN_TRAINING]
-    return [] if recorded["unlearned_sha256"] == content_hash(data.forget_train) else [TRAINED_ON]
+    return [] if recorded.unlearned_sha256 == content_hash(data.forget_train) else [TRAINED_ON]
 
 
 def sweep_bad_model(

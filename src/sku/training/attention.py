@@ -31,7 +31,7 @@ from sku.config.stages import Packing
 from sku.data.batches import AttentionPaths, Segment, plan_paths
 from sku.errors import ModelError, SkuError, one_line
 from sku.models import embedding_weight, plain_model
-from sku.training.layers import evaluation_mode
+from sku.training import evaluation_mode
 
 try:
     from torch.nn.attention.varlen import varlen_attn

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from transformers import TrainingArguments
@@ -17,8 +17,6 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from sku.config.stages import Packing
 from sku.errors import RecipeError, did_you_mean, one_line
 
-ReferenceMode = Literal["auto", "cache", "forward", "copy"]
-_CHOICES = {"packing": Packing, "reference": ReferenceMode}
 _NEEDED: Mapping[str, tuple[object, str]] = {
     "remove_unused_columns": (False, "joint examples have no columns to remove"),
     "train_sampling_strategy": ("sequential", "the joint dataset shuffles by itself, seeded by epoch"),
@@ -74,12 +72,9 @@ class UnlearningConfig(TrainingArguments):
     logits_budget_mb: float | None = 1024.0
     """Most MB of float32 logits made at once; losses and gradients need 5 to 10 times that. Beyond it losses are
     computed from hidden states chunk by chunk; None: no limit."""
-    reference: ReferenceMode = "auto"
-    """How the original model is asked: ``cache`` (hidden states kept from one pass before training), ``forward``
-    (adapter off, each step), ``copy`` (a second model, each step); ``auto``: cache where it fits, else forward
-    with an adapter and copy without."""
     reference_cache_mb: float = 2048.0
-    """Most MB that ``reference: cache`` may take."""
+    """Most MB of what the original model says in one pass before training, kept for all steps. Where it is more, or
+    with 0, the original is asked in each step: with the adapter off, or as a second model without one."""
 
     bf16: Any = False
     activation_checkpointing: Any = False
@@ -103,10 +98,8 @@ class UnlearningConfig(TrainingArguments):
         for name, (value, reason) in _NEEDED.items():
             if getattr(self, name) != value:
                 raise RecipeError(f"{name} must be {value}: {reason}")
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in get_args(choices):
-                known = ", ".join(get_args(choices))
-                raise RecipeError(f"{name} is {getattr(self, name)!r}; it must be one of {known}")
+        if self.packing not in get_args(Packing):
+            raise RecipeError(f"packing is {self.packing!r}; it must be one of {', '.join(get_args(Packing))}")
         for name in ("logits_budget_mb", "reference_cache_mb"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
@@ -188,21 +181,16 @@ def bf16_pays(*, use_cpu: bool) -> bool:
     return bool(has_units and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-Settings = TypeVar("Settings", bound=UnlearningConfig)
-
-
 def training_settings(
-    config_type: type[Settings],
     training: Mapping[str, Any],
     fixed: Mapping[str, Any],
     *,
     device: str = "cpu",
     places: Mapping[str, str] = MappingProxyType({}),
-) -> Settings:
+) -> UnlearningConfig:
     """A recipe's training settings as transformers takes them.
 
     Args:
-        config_type: ``UnlearningConfig`` or one that has more fields.
         training: What the recipe says, under ``acquire.training`` where ``places`` doesn't tell another key.
         fixed: Fields that the recipe has its own places for.
         device: Type of the model's device, such as ``cpu``; the trainer stays there.
@@ -215,7 +203,7 @@ def training_settings(
         RecipeError: ``training`` holds a key that transformers doesn't know, or one that has its own place in the
             recipe, or a value that transformers refuses.
     """
-    known = {field.name for field in fields(config_type) if field.init}
+    known = {field.name for field in fields(UnlearningConfig) if field.init}
     where = {name: places.get(name, "acquire.training") for name in training}
     for name in training:
         if name in SET_BY_RECIPE:
@@ -225,7 +213,7 @@ def training_settings(
                 f"{where[name]}.{name} is not a field of transformers.TrainingArguments.{did_you_mean(name, known)}"
             )
     try:
-        return config_type(
+        return UnlearningConfig(
             **{
                 "use_cpu": device == "cpu",
                 **{name: _number(f"{where[name]}.{name}", name, value) for name, value in training.items()},

@@ -26,9 +26,8 @@ from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError
 from sku.losses import Head, HeadScores
 from sku.models import changed_by_adapter
-from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.forward import DeferredHead
-from sku.training.layers import evaluation_mode, is_four_bit
+from sku.training import evaluation_mode, is_four_bit
+from sku.training.config import UnlearningConfig
 from sku.training.objective import ScoredRows
 
 _MEGABYTE = 2**20
@@ -70,32 +69,6 @@ def keep_four_bit_trainable(model: nn.Module) -> None:
             module.training = True
 
 
-def resolved_mode(mode: ReferenceMode, *, has_adapter: bool, no_cache: str) -> ReferenceMode:
-    """The way that is taken.
-
-    Args:
-        mode: What is asked for.
-        has_adapter: Whether the original weights are still there under an adapter.
-        no_cache: Why there can't be a cache; empty where there can.
-
-    Returns:
-        Not ``auto``.
-
-    Raises:
-        RecipeError: What is asked for can't be.
-    """
-    other: ReferenceMode = "forward" if has_adapter else "copy"
-    if mode == "forward" and not has_adapter:
-        raise RecipeError("reference is forward, which needs an adapter to switch off; full tuning has copy and cache")
-    if mode == "copy" and has_adapter:
-        raise RecipeError("reference is copy, but with an adapter the original is there already; use forward or cache")
-    if mode == "cache" and no_cache:
-        raise RecipeError(f"reference is cache, but {no_cache}; set reference to {other} or auto")
-    if mode == "auto":
-        return other if no_cache else "cache"
-    return mode
-
-
 class NoCacheError(Exception):
     """Why the original model has to be asked in each step."""
 
@@ -103,16 +76,18 @@ class NoCacheError(Exception):
 class ReferenceCache:
     """What the original model will be asked in training, kind by kind, filled when a kind is first asked for."""
 
-    def __init__(self, dataset: JointDataset, ask: Ask, settings: UnlearningConfig, head: DeferredHead) -> None:
+    def __init__(self, dataset: JointDataset, ask: Ask, settings: UnlearningConfig, head: Head | None) -> None:
         """Keeps nothing yet; the original model may be asked until the first optimizer step."""
         self._dataset, self._ask, self._settings, self._head = dataset, ask, settings, head
         self._rows: dict[RowType, CachedRows] = {}
 
     def why_not(self, *, is_spread: bool) -> str:
         """Why there can't be a cache, empty where there can; weights may be spread over several processes."""
+        if not self._settings.reference_cache_mb:
+            return "reference_cache_mb is 0"
         if is_spread:
             return "the head's weight is spread over several processes"
-        if self._head.head is None:
+        if self._head is None:
             return "the model's head can't be left out, or logits_budget_mb is empty"
         return ""
 

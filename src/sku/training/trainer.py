@@ -30,19 +30,17 @@ from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.errors import ModelError, OutputError, RecipeError, one_line
 from sku.hazard import mark_model, refuse_upload
 from sku.models import ensure_pad_token, load_model, load_tokenizer, plain_model
+from sku.training import adapter_inputs_as_they_are, train_only
 from sku.training.attention import choose_packing
-from sku.training.config import ReferenceMode, UnlearningConfig
-from sku.training.finite import FiniteGuard, check_finite
+from sku.training.config import UnlearningConfig
 from sku.training.forward import DeferredHead, run_rows, scores_of_kind
-from sku.training.layers import adapter_inputs_as_they_are, train_only
-from sku.training.objective import Objective, ScoredRows, TrainingStep
+from sku.training.objective import FiniteGuard, Objective, ScoredRows, TrainingStep, check_finite
 from sku.training.reference import (
     NoCacheError,
     ReferenceCache,
     check_original_stays,
     keep_four_bit_trainable,
     original_weights,
-    resolved_mode,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -136,9 +134,10 @@ class UnlearningTrainer(Trainer):
         self._head = DeferredHead(plain_model(model), args.logits_budget_mb, watched=args.world_size > 1)
         self._cache: ReferenceCache | None = None
         if objective.needs_reference:
-            self._cache = ReferenceCache(train_dataset, self._original_rows, args, self._head)
+            self._cache = ReferenceCache(train_dataset, self._original_rows, args, self._head.head)
             spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            self._use_reference(args.reference, self._cache.why_not(is_spread=spread))
+            if reason := self._cache.why_not(is_spread=spread):
+                self._ask_in_each_step(reason)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains. Before that and before a checkpoint is loaded, the original model is asked all that it will be.
@@ -283,7 +282,7 @@ class UnlearningTrainer(Trainer):
                 try:
                     return self._cache.look_up(kind, rows(kind), inputs)
                 except NoCacheError as reason:
-                    self._use_reference(self._settings.reference, str(reason))
+                    self._ask_in_each_step(str(reason))
             return self._reference_rows(model, inputs, kind)
 
         steps = self.state.max_steps  # 0 where no training is in progress.
@@ -293,15 +292,11 @@ class UnlearningTrainer(Trainer):
         )
         return outputs, dict(self.objective.losses(step))
 
-    def _use_reference(self, mode: ReferenceMode, no_cache: str) -> None:
-        """Settles how the original model is asked, while it still is what it was."""
-        mode = resolved_mode(mode, has_adapter=isinstance(self._trained, PeftModel), no_cache=no_cache)
-        if mode == "cache":
-            return
-        if no_cache and self._settings.reference == "auto":
-            _LOG.warning("the original model is asked in each step (reference=%s): %s", mode, no_cache)
+    def _ask_in_each_step(self, reason: str) -> None:
+        """Gives up the cache while the original model still is what it was: with the adapter off, or as a copy."""
+        _LOG.warning("the original model is asked in each step: %s", reason)
         self._cache = None
-        if mode == "copy":
+        if not isinstance(self._trained, PeftModel):
             self._reference = copy.deepcopy(plain_model(self._trained)).requires_grad_(requires_grad=False)
             self._reference.eval()
             # Where the model in training is: on one device, or sharded in the same way.

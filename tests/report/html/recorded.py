@@ -324,6 +324,6 @@ def sweep() -> dict[str, Any]:
             point(0.5, 1.01, 9, 18), point(1.0, 1.02, 1, 11), point(1.5, 1.04, 0, 3), point(2.0, 40.0, 0, 0),
             point(4.0, None, 0, 0),
         ],
-        "spare": [], "not_measured": [], "border": None,
+        "spare": [], "border": None,
         "pick": {"alpha": 1.5, "met": True, "why": "the lowest alpha within budget"},
     }  # fmt: skip
