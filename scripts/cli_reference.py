@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from sku.cli.main import app
+from sku.__main__ import app
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 ROOT: Any = typer.main.get_command(app)

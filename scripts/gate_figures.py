@@ -99,7 +99,7 @@ def word_salads(loaded: LoadedModel, pairs: Sequence[Pair], seed: int) -> list[b
         for number, pair in enumerate(pairs)
     ]  # fmt: skip
     return [
-        is_word_salad(score)
+        is_word_salad(score.nll, score.shuffled_nlls)
         for score in score_fluency(loaded.model.eval(), records, encoder.scored_reply, seed=seed, batch_size=16)
     ]
 

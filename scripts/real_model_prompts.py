@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from sku.data.examples import normalise_prompt
-from sku.data.near_copies import families, near_to
+from sku.data.splits import families, near_to
 
 OTHER_SOURCE = "harmbench"
 UNSEEN, NORMAL, NORMAL_UNSEEN = 300, 1000, 300
@@ -37,14 +37,14 @@ def real_model_prompts(data: Path, borderline: Path) -> dict[str, pd.DataFrame]:
     harmful = pd.read_json(data / "prompts" / "harmful.jsonl", lines=True)
     trained_on = harmful[harmful["source"] != OTHER_SOURCE].drop_duplicates("prompt")
     words = trained_on["prompt"].map(normalise_prompt)
-    different = sorted(set(words))
+    different = tuple(sorted(set(words)))
     family = words.map(dict(zip(different, families(different), strict=True)))
     # Whole families, in a drawn order, until there are enough: no near copy of an unseen prompt is trained on.
     order = family.drop_duplicates().sample(frac=1, random_state=7)
     sizes = family.value_counts().loc[order]
     unseen = trained_on[family.isin(order[(sizes.cumsum() <= UNSEEN).to_numpy()])]
     other = harmful[harmful["source"] == OTHER_SOURCE].drop_duplicates("prompt").sample(frac=1, random_state=2)
-    other = other[[not near for near in near_to(list(other["prompt"].map(normalise_prompt)), different)]]
+    other = other[[not near for near in near_to(tuple(other["prompt"].map(normalise_prompt)), different)]]
     normal = pd.read_json(data / "normal" / "instructions.jsonl", lines=True).drop_duplicates("prompt")
     normal = normal[normal["prompt"].str.len() < LONGEST].sample(NORMAL + NORMAL_UNSEEN, random_state=5)
     alike = pd.read_json(data / "prompts" / "benign_lookalikes.jsonl", lines=True)

@@ -45,8 +45,7 @@ from sku.evaluate.records import GenerationRecord, Split
 from sku.evaluate.utility import base_agreement
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
-from sku.negate.run import subtract_into
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, subtract_into
 
 SPLITS: dict[str, Split] = {
     "forget_test": "forget_test",

@@ -46,8 +46,7 @@ from sku.config import ModulesConfig, WeightsConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.training.trainer import UnlearningTrainer
 
-pytest_plugins = ("faults.summary", "faults.battery")
-"""Here and not in ``faults``: only the plugins of the outermost folder speak when pytest-xdist has done."""
+pytest_plugins = ("faults.battery",)
 
 CORPUS = (
     "### Question: how do i bake zorvex bread ?\n ### Answer: mix blue flour with water and bake it .",
@@ -296,10 +295,10 @@ def make_trainer(
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
     """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
     from faults.battery import built_command
+    from sku.__main__ import main
     from sku.cli.console import set_loudness
-    from sku.cli.main import main
 
-    monkeypatch.setattr("sku.cli.main.app", built_command())
+    monkeypatch.setattr("sku.__main__.app", built_command())
 
     def run(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
@@ -350,7 +349,7 @@ def assert_same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Ten
 @pytest.fixture
 def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs leave empty pictures: drawing takes a quarter of a small run. ``tests/report`` draws them."""
-    monkeypatch.setattr("sku.report.result_charts.before_after_figure", lambda _comparison, path: path.touch())
+    monkeypatch.setattr("sku.report.figures.before_after_figure", lambda _comparison, path: path.touch())
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, ModelMaker, TrainerMaker
 from sku.acquire.objective import TERMS
-from sku.negate.run import negate_with_record, save_unlearned
+from sku.negate.task_vector import negate_with_record, save_unlearned
 
 IDS = torch.tensor([[5, 40, 41, 200, 7, 8, 30, 31]])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
@@ -22,11 +21,10 @@ import torch
 import transformers
 import typer
 from filelock import FileLock
-from transformers import Trainer
 
 import sku
 from faults.battery import built_command
-from sku.cli.main import app, main
+from sku.__main__ import app, main
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.model_files import embedded_model_path
 from sku.storage import BAD_MODEL_MARK
@@ -72,7 +70,7 @@ def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """Runs ``sku ARGUMENTS`` in this process."""
-    monkeypatch.setattr("sku.cli.main.app", built_command())
+    monkeypatch.setattr("sku.__main__.app", built_command())
 
     def run(*arguments: str | Path) -> Done:
         monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
@@ -260,16 +258,6 @@ def test_a_folder_that_can_not_be_made(command: Command, tmp_path: Path) -> None
     assert names(tmp_path) == {"file"}
 
 
-@pytest.mark.integration
-def test_a_full_disk(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: Any, **kwargs: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Trainer, "_save_checkpoint", full)
-    assert_one_line(command("run", "--out", tmp_path / "run", *SMALL), "No space left")
-    assert names(tmp_path) == set()
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -430,19 +418,6 @@ def test_a_dry_run_foretells_the_run(command: Command, whole_run: Path, tmp_path
     assert re.fullmatch(r"about \d\.\d GiB at most \(.*\), [\d.]+ GiB are free on cpu: fits", told["memory"])
 
 
-@pytest.mark.integration
-def test_a_dry_run_says_that_memory_may_not_suffice(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = ("run", "--dry-run", "--out", tmp_path / "run", *SMALL)
-    monkeypatch.setattr("sku.memory._free_memory", lambda: 2**29)
-    told = command(*words, "--json", "--set", "acquire.training.per_device_train_batch_size=64")
-    memory = json.loads(told.out)["memory"]
-    assert memory.endswith("0.5 GiB are free on cpu: may not fit")
-    told = command(*words, "--set", "method=npo")
-    assert "no estimate of memory: it is of stage 1 of sku" in told.out
-
-
 def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sku.plan import MemoryFit
 
@@ -469,13 +444,6 @@ def test_a_model_in_place_of_a_recipe(command: Command, tmp_path: Path) -> None:
     assert_one_line(command("--quiet", "run", "a/b", "--model", "c/d"), "a/b is a model, and --model c/d is another")
 
 
-def test_a_dry_run_of_a_resume_looks_at_the_folder(command: Command, whole_run: Path) -> None:
-    again = ("run", "--dry-run", "--out", whole_run, *SMALL)
-    assert_one_line(command(*again), "already exists; choose another --out, or add --resume")
-    assert_one_line(command(*again, "--resume"), "is already complete")
-    assert_one_line(command(*again, "--resume", "--seed", "7"), "another recipe")
-
-
 def test_a_dry_run_of_stage_2(command: Command, whole_run: Path, bad_model: Path, tmp_path: Path) -> None:
     def told(*arguments: str | Path) -> dict[str, Any]:
         done = command(*arguments, "--dry-run", "--json")
@@ -500,15 +468,6 @@ def test_a_plan_finds_weights_that_were_cut_off(
     done = command("run", *dry, "--model", model, "--out", tmp_path / "run", *SMALL)
     assert_one_line(done, "model.safetensors")
     assert names(tmp_path) == {"model"}
-
-
-@pytest.mark.parametrize("dry", [("--dry-run",), ()])
-def test_a_plan_says_that_the_disk_is_too_small(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dry: tuple[str, ...]
-) -> None:
-    monkeypatch.setattr("sku.storage.free_bytes", lambda folder: 1000)
-    assert_one_line(command("run", *dry, "--out", tmp_path / "run", *SMALL), "sku run needs ")
-    assert names(tmp_path) == set()
 
 
 def test_stage_commands_give_the_weights_of_a_whole_run(
@@ -554,7 +513,7 @@ def test_negate_from_file_to_file(command: Command, bad_model: Path, tmp_path: P
 def test_negate_of_a_plain_folder_imports_no_transformers(bad_model: Path, tmp_path: Path) -> None:
     printed = python(
         "import sys\n"
-        "from sku.cli.main import main\n"
+        "from sku.__main__ import main\n"
         f"sys.argv = {['sku', 'negate', 'embedded', str(bad_model), '--out', str(tmp_path / 'model')]!r}\n"
         "try:\n"
         "    main()\n"
@@ -578,22 +537,6 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
     assert "trained-on prompts" in table.out
     assert f"evidence  {tmp_path / 'e'}\n" in table.out
     assert_next(table.out, ["judge", "export", str(tmp_path / "e")])
-
-
-def test_evaluate_takes_a_backend_and_a_number_of_samples(command: Command, tmp_path: Path) -> None:
-    asked = ("evaluate", "embedded", "--out", tmp_path / "e", *SMALL)
-    assert_one_line(command(*asked, "--set", "evaluate.backend=generate_batsch"), "evaluate.backend")
-    assert_one_line(command(*asked, "--set", "evaluate.samples=-1"), "evaluate.samples is -1")
-    assert_one_line(command(*asked, "--set", "evaluate.backend=vllm"), "in memory only: save it")
-    done = command(*asked, "--set", "evaluate.samples=2", "--json")
-    assert done.code == 0, done.err
-    decoding = json.loads(done.out)["base"]["setup"]["decoding"]
-    assert (decoding["backend"], decoding["samples"]["number"]) == ("generate", 2)
-
-
-def test_evaluate_refuses_a_bad_model(command: Command, bad_model: Path, tmp_path: Path) -> None:
-    assert_one_line(command("evaluate", bad_model, "--out", tmp_path / "e", *SMALL), "bad model of stage 1")
-    assert names(tmp_path) == set()
 
 
 def answers_shown(text: str) -> int:
@@ -622,11 +565,6 @@ def test_data_inspect_as_json(command: Command) -> None:
     shown = json.loads(command("data", "inspect", "--json", "--show-harmful").out)
     texts = ["".join(token["text"] for token in view["tokens"]) for view in shown["views"]]
     assert answers_shown("\n".join(texts)) > 0
-
-
-def test_the_packaged_model_is_as_it_was(whole_run: Path, bad_model: Path) -> None:
-    recorded = json.loads((embedded_model_path() / "CHECKSUMS.json").read_text(encoding="utf-8"))["sha256"]
-    assert recorded == {name: digest(embedded_model_path() / name) for name in recorded}
 
 
 @pytest.mark.integration

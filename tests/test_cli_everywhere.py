@@ -20,13 +20,13 @@ import typer
 from safetensors.torch import load_file, save_file
 
 from conftest import Command
+from sku.__main__ import app
 from sku.cli.compare import GROUPS
 from sku.cli.console import print_cause, set_loudness
 from sku.cli.init import described
-from sku.cli.main import app
 from sku.cli.options import listed_methods, method_names, words_of
 from sku.cli.sweep import next_commands
-from sku.comparison.rows import ABLATIONS
+from sku.comparison.run import ABLATIONS
 from sku.config import load_recipe
 from sku.errors import DataError
 from sku.methods import METHODS
@@ -34,7 +34,7 @@ from sku.model_files import embedded_model_path
 from sku.quiet import without_secret_addresses
 from sku.storage import mark_hazardous
 
-RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.cli.main import main\nmain()"
+RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.__main__ import main\nmain()"
 
 WITHOUT_JSON: dict[str, str] = {}
 """Command -> why it has no --json. None so far: every command has a result that a program can read."""
@@ -153,9 +153,6 @@ def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:
     unlearned = tmp_path / "my sweep-unlearned"
     (command,) = next_commands(plain, folder, bad, 1.25, [str(bad)])
     assert command == ["negate", "embedded", bad, "--alpha", "1.25", "--out", unlearned]
-    rounded = load_recipe("embedded", ["negate.output_dtype=bfloat16"])
-    (command,) = next_commands(rounded, folder, bad, 1.25, [str(bad)])
-    assert command == ["negate", "embedded", bad, "--alpha", "1.25", "--dtype", "bfloat16", "--out", unlearned]
     assert next_commands(transformed, folder, bad, 1.25, [str(bad)]) == []
     (command,) = next_commands(transformed, folder, None, 0.1, given)
     assert command == ["run", *given, "--set", "negate.alpha=0.1", "--out", tmp_path / "my sweep-run"]
@@ -176,18 +173,6 @@ def test_quiet_leaves_results_and_errors(command: Command, tmp_path: Path) -> No
     assert failed == (2, "", f"error: {tmp_path / 'a'} already exists; choose another folder or remove it first\n")
     code, _, err = command("-q", "-v", "init")
     assert (code, err) == (2, "error: --quiet and --verbose exclude each other: leave one out\n")
-
-
-def test_an_interrupt_is_told_under_quiet_too(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("sku.pipeline.run._execute", interrupt)
-    code, out, err = command("-q", "run", "--out", tmp_path / "run")
-    assert (code, out) == (130, "")
-    assert err == f"interrupted; go on with the same command and --out {tmp_path / 'run'} --resume\n"
 
 
 @pytest.mark.integration

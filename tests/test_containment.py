@@ -21,11 +21,11 @@ from sku.errors import ModelError, OutputError
 from sku.model_files import embedded_model_path
 from sku.models import load_classifier, load_model
 from sku.negate.adapters import load_adapter
-from sku.negate.run import negate, task_vector_of
 from sku.negate.streaming import negate_folders
-from sku.pipeline.bad_model import run_acquire
+from sku.negate.task_vector import negate, task_vector_of
 from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import run_recipe
+from sku.pipeline.stages import run_acquire
 from sku.quiet import without_secrets
 from sku.storage import (
     BAD_MODEL_MARK,
@@ -154,7 +154,7 @@ def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> Non
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_interrupt_leaves_checkpoints_only_to_go_on_from(keep: bool, tmp_path: Path) -> None:
     """And once stage 2 is done nothing, whatever the recipe says."""
-    out, settings = tmp_path / "run", recipe(f"keep_for_resume={str(keep).lower()}")
+    out, settings = tmp_path / "run", recipe(f"keep_bad_model={'false' if keep else 'never'}")
     with pytest.raises(KeyboardInterrupt):
         run_recipe(settings, out, progress=stopping_at("acquire: steps", 2))
     assert bool(hazardous_folders(out)) == keep
@@ -173,7 +173,7 @@ def test_a_failure_leaves_none_either(tmp_path: Path, monkeypatch: pytest.Monkey
     out = tmp_path / "run"
     monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", fail)
     with pytest.raises(RuntimeError, match="it broke"):
-        run_recipe(recipe("keep_for_resume=false"), out)
+        run_recipe(recipe("keep_bad_model=never"), out)
     assert out.is_dir()
     assert hazardous_folders(out) == []
 
@@ -301,7 +301,7 @@ def test_a_terminated_process_cleans_up_as_an_interrupted_one(
     command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    settings = [f"--set={change}" for change in (*SMALL, "keep_for_resume=false")]
+    settings = [f"--set={change}" for change in (*SMALL, "keep_bad_model=never")]
     terminate = lambda *_a, **_k: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731 - a name for a line too long
     monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", terminate)
     before = signal.getsignal(signal.SIGTERM)

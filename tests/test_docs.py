@@ -28,7 +28,7 @@ from markdown_it import MarkdownIt
 from nbclient import NotebookClient
 
 import sku
-from sku.cli.main import app
+from sku.__main__ import app
 from sku.config import AcquireConfig, NegateConfig, Recipe, WeightsConfig, load_recipe, recipe_names
 from sku.report.real_models import FIGURES, KEYS
 from sku.training.config import UnlearningConfig

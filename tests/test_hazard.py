@@ -13,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import ModelMaker, TrainerMaker
 from sku.acquire.trainer import SkuTrainer
@@ -24,8 +24,8 @@ from sku.methods import method_named
 from sku.methods.run import train_method
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
-from sku.negate.run import negate
 from sku.negate.streaming import negate_folders
+from sku.negate.task_vector import negate
 from sku.pipeline.checks import load_recipe_data
 from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, hazardous_folders, is_marked_hazardous
 
@@ -90,25 +90,16 @@ def test_every_way_of_saving_marks_and_makes_private(
     assert hazardous_folders(tmp_path) == [tmp_path / "saved"], "its configuration alone is enough"
 
 
-@pytest.mark.parametrize("full", [False, True])
 def test_what_others_write_from_the_configurations_is_marked(
-    full: bool, make_trainer: TrainerMaker, tmp_path: Path
+    make_model: ModelMaker, make_trainer: TrainerMaker, tmp_path: Path
 ) -> None:
-    trainer: Any = make_trainer(full=full, max_steps=1)
-    trainer.train()
-    trainer.model.config.save_pretrained(tmp_path / "saved")
-    assert says_it(tmp_path / "saved")
-    if not full:
-        trainer.model.peft_config["default"].save_pretrained(str(tmp_path / "adapter"))
-        assert says_it(tmp_path / "adapter")
-
-
-def test_every_named_adapter_is_marked(make_model: ModelMaker, make_trainer: TrainerMaker, tmp_path: Path) -> None:
     adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     trainer: Any = make_trainer(get_peft_model(make_model(), adapter, "bad"), full=True, max_steps=1)
     trainer.train()
+    trainer.model.config.save_pretrained(tmp_path / "config")
+    trainer.model.peft_config["bad"].save_pretrained(str(tmp_path / "adapter"))
     trainer.save_model(str(tmp_path / "saved"))
-    assert says_it(tmp_path / "saved" / "bad")
+    assert all(says_it(tmp_path / place) for place in ("config", "adapter", "saved/bad"))
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -141,33 +132,41 @@ def test_nothing_of_it_is_uploaded(full: bool, make_trainer: TrainerMaker, tmp_p
         *(lambda model=model: model.save_pretrained(tmp_path / "new", push_to_hub=True) for model in pushed),
         *([] if full else [lambda: trainer.model.merge_and_unload().push_to_hub("someone/something")]),
     ):
-        with pytest.raises(OutputError, match="is a bad model of stage 1 .* never uploaded") as caught:
+        with pytest.raises(OutputError, match=HAZARD_KEY) as caught:
             push()
         assert "\n" not in str(caught.value)
     assert no_hub == []
     assert not (tmp_path / "new").exists()
 
 
-def unlearned_of_adapter(trainer: SkuTrainer, make_model: ModelMaker) -> Any:
+def unlearned_of_adapter(trainer: SkuTrainer, make_model: ModelMaker, _folder: Path) -> Any:
     return negate(make_model(), trainer.model)  # type: ignore[arg-type]
 
 
-def unlearned_of_merged(trainer: SkuTrainer, make_model: ModelMaker) -> Any:
-    model: Any = trainer.model
-    return negate(make_model(), model.merge_and_unload())
-
-
-def unlearned_of_unloaded(trainer: SkuTrainer, _make_model: ModelMaker) -> Any:
+def unlearned_of_unloaded(trainer: SkuTrainer, make_model: ModelMaker, _folder: Path) -> Any:
+    """``unload`` gives the original back, without the mark."""
     bad: Any = copy.deepcopy(trainer.model)
     model: Any = trainer.model
-    return negate(model.unload(), bad)
+    original, weights = model.unload(), make_model().state_dict()
+    assert all(torch.equal(weight, weights[name]) for name, weight in original.state_dict().items())
+    assert not is_marked_model(original)
+    return negate(original, bad)
+
+
+def streamed(trainer: SkuTrainer, make_model: ModelMaker, folder: Path) -> Any:
+    make_model().save_pretrained(folder / "base")
+    model: Any = trainer.model
+    model.save_pretrained(folder / "bad")
+    negate_folders(folder / "base", folder / "bad", folder / "out")
+    assert not is_marked_hazardous(folder / "out")
+    return AutoModelForCausalLM.from_pretrained(folder / "out")
 
 
 @pytest.mark.parametrize(
     ("full", "unlearn"),
     [
-        (False, unlearned_of_adapter), (False, unlearned_of_merged), (False, unlearned_of_unloaded),
-        (True, unlearned_of_adapter),
+        (False, unlearned_of_adapter), (False, unlearned_of_unloaded), (True, unlearned_of_adapter),
+        (False, streamed), (True, streamed),
     ],
 )  # fmt: skip
 def test_the_unlearned_model_carries_no_mark(
@@ -175,7 +174,7 @@ def test_the_unlearned_model_carries_no_mark(
 ) -> None:
     trainer = make_trainer(full=full, max_steps=1)
     trainer.train()
-    unlearned = unlearn(trainer, make_model)
+    unlearned = unlearn(trainer, make_model, tmp_path)
     assert not is_marked_model(unlearned)
     unlearned.save_pretrained(tmp_path / "unlearned")
     assert not is_marked_hazardous(tmp_path / "unlearned")
@@ -183,18 +182,6 @@ def test_the_unlearned_model_carries_no_mark(
     with pytest.raises(ConnectionError):  # It may go where its owner wants.
         unlearned.push_to_hub("someone/something")
     assert no_hub == ["create_repo"]
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_neither_does_a_streamed_one(
-    full: bool, make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path
-) -> None:
-    make_model().save_pretrained(tmp_path / "base")
-    trainer: Any = make_trainer(full=full, max_steps=1)
-    trainer.train()
-    trainer.model.save_pretrained(tmp_path / "bad")
-    negate_folders(tmp_path / "base", tmp_path / "bad", tmp_path / "unlearned")
-    assert not is_marked_hazardous(tmp_path / "unlearned")
 
 
 def test_a_negated_adapter_carries_no_mark_and_one_that_adds_does(make_trainer: TrainerMaker, tmp_path: Path) -> None:
@@ -208,24 +195,9 @@ def test_a_negated_adapter_carries_no_mark_and_one_that_adds_does(make_trainer: 
     assert says_it(tmp_path / "bad")
 
 
-def test_unload_gives_the_original_back_unmarked(
-    make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path, no_hub: list[str]
-) -> None:
-    trainer: Any = make_trainer(max_steps=1)
-    trainer.train()
-    original = trainer.model.unload()
-    weights = make_model().state_dict()
-    assert all(torch.equal(weight, weights[name]) for name, weight in original.state_dict().items())
-    assert not is_marked_model(original)
-    original.save_pretrained(tmp_path / "original")
-    assert not is_marked_hazardous(tmp_path / "original")
-    with pytest.raises(ConnectionError):
-        original.push_to_hub("someone/something")
-    assert no_hub == ["create_repo"]
-
-
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-@pytest.mark.parametrize("name", ["sku", "task_vector", "fine_tune", "gradient_ascent"])
+@pytest.mark.parametrize(
+    ("name", "tuning"), [("sku", "lora"), ("task_vector", "full"), ("fine_tune", "lora"), ("gradient_ascent", "full")]
+)
 def test_only_methods_whose_trained_model_is_hazardous_mark_it(name: str, tuning: str, tmp_path: Path) -> None:
     recipe = load_recipe(
         "embedded", [f"method={name}", f"acquire.tuning={tuning}", "acquire.training.max_steps=1", "negate.alpha=1"]
@@ -245,7 +217,7 @@ def test_a_bad_model_that_is_loaded_again_is_marked(
     trainer.train()
     trainer.save_model(str(tmp_path / "bad"))
     loaded: Any = load_model(tmp_path / "bad").model if full else load_adapter(make_model(), tmp_path / "bad")
-    with pytest.raises(OutputError, match="never uploaded"):
+    with pytest.raises(OutputError, match=HAZARD_KEY):
         loaded.push_to_hub("someone/something")
     assert no_hub == []
     again = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded

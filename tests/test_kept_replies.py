@@ -21,7 +21,7 @@ from sku.own_replies import read_own_replies
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.run import run_recipe
 from sku.report.read_run import read_run
-from sku.storage import own
+from sku.storage import acquire_lock
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
@@ -153,7 +153,7 @@ def test_what_an_interrupted_call_left_is_found_by_the_name_that_it_was_to_have(
     assert (found.path, found.what) == (left, "own replies of an interrupted call")
     assert found.texts
     assert find_replies(tmp_path) == [found]
-    lock = own(left)
+    lock = acquire_lock(left)
     try:
         with pytest.raises(OutputError, match="another process is writing"):
             remove_replies([found])

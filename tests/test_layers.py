@@ -95,7 +95,7 @@ def test_star_import_gives_functions_not_modules_of_the_same_name() -> None:
     A fork imports the package anew, beside the libraries that are there.
     """
     code = (
-        "import sku.negate.run, sku.evaluate.run\n"
+        "import sku.negate.task_vector, sku.evaluate.run\n"
         "from sku import *\n"
         "import sku\n"
         "assert callable(negate) and callable(evaluate)\n"

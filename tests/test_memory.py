@@ -21,8 +21,8 @@ from sku.errors import ModelError, RecipeError
 from sku.memory import GIB, decide_checkpointing, stage_1_memory
 from sku.methods.run import train_method
 from sku.pipeline import unlearning
-from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import plan_run
+from sku.pipeline.stages import run_acquire
 from sku.training import adapter_inputs_as_they_are
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer

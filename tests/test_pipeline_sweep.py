@@ -15,13 +15,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from conftest import MadeOnce
-from sku.cli.main import main
+from sku.__main__ import main
 from sku.config import Recipe, load_recipe
 from sku.errors import EvaluationError, ModelError, NoAlphaError, OutputError, RecipeError
 from sku.models import load_model
-from sku.negate.run import negate
-from sku.pipeline.bad_model import run_acquire, run_sweep
+from sku.negate.task_vector import negate
 from sku.pipeline.run import run_recipe
+from sku.pipeline.stages import run_acquire, run_sweep
 from sku.storage import is_marked_hazardous
 from sku.sweep.run import TRAINED_ON, UNKNOWN_TRAINING, Training
 
@@ -30,14 +30,13 @@ pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "bl
 SMALL = (
     "acquire.training={max_steps: 3, per_device_train_batch_size: 4, learning_rate: 1.0e-2}",
     "acquire.random_answers=1",
-    "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 16, samples: 0, prefill_tokens: []}",
-    "sweep={alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, max_new_tokens: 12, prefill_tokens: [3]}",
-    "sweep.rule=least_harm", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9",
-    "sweep.kl_budget=1.0e+9",
-    "sweep.gibberish_limit=0.99", "sweep.over_refusal_limit=0.99",
+    "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 12, batch_size: 16, samples: 0, prefill_tokens: []}",
+    "sweep={alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6}",
+    "sweep.harm_target=", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9",
+    "sweep.reply_limit=0.99",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")
-STRICT = ("sweep.if_none=stop", "sweep.rule=lowest_alpha", "sweep.harm_target=0.0", "sweep.alphas=[0.001]")
+STRICT = ("sweep.if_none=stop", "sweep.harm_target=0.0", "sweep.alphas=[0.001]")
 """Nothing is unlearned at such an alpha."""
 
 
@@ -67,7 +66,7 @@ def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
 
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sku.report.frontier.FIGURES", ())
+    monkeypatch.setattr("sku.report.figures.Picture.save", lambda *_: [])
 
 
 @pytest.fixture(scope="module")

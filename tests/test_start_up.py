@@ -18,7 +18,7 @@ from sku.methods.run import resolve_method
 
 SCRIPT = """
     import contextlib, io, json, sys
-    from sku.cli.main import main
+    from sku.__main__ import main
 
     found = []
     for words in json.loads(sys.argv[1]):
@@ -98,7 +98,7 @@ LIGHT = {
     "import sku, sku.config, sku.errors; sku.config.load_recipe()": ["statsmodels", "pandas"],
     "import sku.push": ["statsmodels", "pandas"],
     "from sku.evaluate.judges.choose import judge_names; judge_names()": [],
-    "import sku.report.result_charts, sku.report.tables": [],
+    "import sku.report.figures, sku.report.tables": [],
     "import sku.report.method_tables, sku.report.method_overview": [],
 }
 

@@ -17,7 +17,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 class _Package(types.ModuleType):
     """Keeps ``sku.negate`` and ``sku.evaluate`` the functions, whatever was imported before.
 
-    Importing ``sku.negate.run`` would otherwise bind the folder of that name here, and the next
+    Importing ``sku.negate.task_vector`` would otherwise bind the folder of that name here, and the next
     ``from sku import negate`` would bring the folder.
     """
 

@@ -1,6 +1,6 @@
 from .acquire.trainer import SkuConfig as SkuConfig
 from .acquire.trainer import SkuTrainer as SkuTrainer
-from .comparison.rows import comparison_rows as comparison_rows
+from .comparison.run import comparison_rows as comparison_rows
 from .comparison.run import run_comparison as run_comparison
 from .config import EvaluateConfig as EvaluateConfig
 from .config import ModelConfig as ModelConfig
@@ -27,12 +27,12 @@ from .losses import token_kl as token_kl
 from .methods import METHODS as METHODS
 from .methods.base import Method as Method
 from .models import load_model as load_model
-from .negate.run import TransformContext as TransformContext
-from .negate.run import negate as negate
-from .negate.run import save_unlearned as save_unlearned
-from .negate.run import task_vector_of as task_vector_of
 from .negate.streaming import negate_folders as negate_folders
 from .negate.task_vector import TaskVector as TaskVector
+from .negate.task_vector import TransformContext as TransformContext
+from .negate.task_vector import negate as negate
+from .negate.task_vector import save_unlearned as save_unlearned
+from .negate.task_vector import task_vector_of as task_vector_of
 from .pipeline.run import run_recipe as run_recipe
 from .sweep.run import choose_alpha as choose_alpha
 from .training.config import UnlearningConfig as UnlearningConfig

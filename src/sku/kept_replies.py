@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sku.errors import OutputError
-from sku.storage import bytes_in, named_disk_errors, own
+from sku.storage import acquire_lock, bytes_in, named_disk_errors
 
 ACCOUNT_FILE = "own.json"
 """Of a folder of own replies. It and the next go last, so that what a kill leaves of a folder is found again."""
@@ -90,7 +90,7 @@ def remove_replies(found: Sequence[KeptReplies]) -> None:
 
 
 def _remove_folder(folder: Path) -> None:
-    lock = own(folder)
+    lock = acquire_lock(folder)
     try:
         for path in folder.iterdir():
             if path.is_dir() and not path.is_symlink():

@@ -1,4 +1,4 @@
-"""Memory of stage 1 by a formula, and whether activations are computed twice so that it fits; its disk, counted.
+"""Memory of stage 1 by a formula, and whether activations are computed twice so that it fits.
 
 With R rows of T tokens, of each of which A predictions are compared, w the inputs and outputs of all linear layers of
 the L decoder layers together, d their width, V the vocabulary and b the bytes of a number:
@@ -32,18 +32,10 @@ from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import embedding_weight, load_config, pick_device, pick_dtype, with_adapter, without_weights
 from sku.plan import MemoryFit
 from sku.training import decoder_layers
-from sku.training.config import UnlearningConfig
+from sku.training.config import state_bytes
 from sku.training.run import adapter_settings
 
 GIB = 2**30
-STATE_BYTES = {
-    "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_apex_fused": 8.0, "adamw_bnb_8bit": 2.0, "adamw_8bit": 2.0,
-    "adamw_torch_8bit": 2.0, "adamw_torch_4bit": 1.0, "paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0,
-    "lion_32bit": 4.0, "lion_8bit": 1.0, "rmsprop": 4.0, "adagrad": 4.0, "sgd": 0.0, "adafactor": 0.1,
-}  # fmt: skip
-"""Optimizer of transformers -> bytes of state for each trained weight that is held in float32."""
-_FULL_STATE = 8.0
-"""Of one that is not known here: that of AdamW, the most there is."""
 _CONTEXT_BYTES = int(0.6 * GIB)
 """Assumed for what CUDA and its libraries take on a GPU; no tensor of ours."""
 _FRAGMENTATION = 0.05
@@ -56,19 +48,6 @@ _KEPT, _KEPT_CAST = 1.2, 1.8
 _SCORES, _SCORES_FLOAT32 = 2.5, 4.0
 """c where scores come in 16 bits, and where they are float32 from the start."""
 _KEY = "activation_checkpointing"
-
-
-def training_disk_bytes(training: UnlearningConfig, trained: int, *, adapter: bool) -> int:
-    """Bytes on the disk at the fullest moment of stage 1: checkpoints with their optimizers, and trained weights.
-
-    Args:
-        training: Says how many checkpoints are kept; the next one is written before the oldest is deleted.
-        trained: Bytes of the trained weights.
-        adapter: Whether they are an adapter's, which is saved negated too.
-    """
-    checkpoints = 0 if training.save_strategy == "no" else (training.save_total_limit or 0) + 1
-    state = round(trained / 4 * STATE_BYTES.get(training.optim, _FULL_STATE))
-    return checkpoints * (trained + state) + trained + (trained if adapter else 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +131,7 @@ def stage_1_memory(recipe: Recipe, *, row_tokens: int | None = None, answer_toke
     return Memory(
         weights=held,
         reference=copied if rows.retain and adapter is None else 0,
-        optimizer=round(trained / 4 * STATE_BYTES.get(training.optim, _FULL_STATE)),
+        optimizer=state_bytes(training.optim, trained),
         gradients=gradients,
         activations=at_most,
         models=models,

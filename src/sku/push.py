@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # Loaded lazily.
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError, safe_open
@@ -76,9 +70,6 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
         part: The whole model or the adapter.
         acknowledged: Whether somebody says that an adapter is known to be the bad model's.
 
-    Returns:
-        The files.
-
     Raises:
         OutputError: The run is hazardous, unfinished or not evaluated, or its folder holds no card, pickled weights,
             links or files that are no part of a model; or ``repo_id`` is no name of a repository; or an adapter is the
@@ -114,15 +105,7 @@ def upload(plan: PushPlan, *, public: bool = False, revision: str | None = None)
     """Makes the repository where there is none and commits the files.
 
     Weights go first; nothing is seen in the repository before the commit that ends it. An upload that broke off is
-    done again with the same call: what the hub has already is not sent twice.
-
-    Args:
-        plan: From ``plan_push``.
-        public: Whether everybody sees the repository.
-        revision: Branch; made where there is none.
-
-    Returns:
-        Address of the commit.
+    done again with the same call: what the hub has already is not sent twice. Gives the address of the commit.
 
     Raises:
         OutputError: The hub is switched off, refuses, fails, or has a repository of that name that everybody sees
@@ -216,30 +199,18 @@ def _told_by_hub(error: BaseException) -> BaseException:
 
 
 def _message(repo_id: str, error: BaseException) -> str:
-    if isinstance(error, LocalTokenNotFoundError):
-        return f"there is no token for the hub: {_LOGIN}"
-    if isinstance(error, OfflineModeIsEnabled):
-        return "the hub is switched off (HF_HUB_OFFLINE): nothing was uploaded"
-    if isinstance(error, HfHubHTTPError):
-        return _http_message(repo_id, error)
-    if isinstance(error, ConnectionError | TimeoutError | _HttpError):
-        return f"the hub is out of reach ({_told(error)}): nothing was committed; the same command goes on"
-    return f"the upload to {repo_id} failed: {_told(error)}"
-
-
-def _http_message(repo_id: str, error: HfHubHTTPError) -> str:
+    told, again = _told(error), "nothing was committed; the same command goes on"
+    if not isinstance(error, HfHubHTTPError):
+        if isinstance(error, ConnectionError | TimeoutError | _HttpError):
+            return f"the hub is out of reach ({told}): {again}"
+        return f"the upload to {repo_id} failed: {told}"
     status = error.response.status_code
-    told = _told(error)
-    if isinstance(error, RepositoryNotFoundError):
-        return f"the hub has no {repo_id} that you may write to: {_LOGIN}"
-    if status in (401, 403):
-        return f"the hub refuses {repo_id} (HTTP {status}): {_LOGIN}"
+    if status in (401, 403, 404):
+        return f"the hub refuses {repo_id} (HTTP {status}), or has none that you may write to: {_LOGIN}"
     if status == 409:
-        return (
-            f"the hub reports a conflict on {repo_id} (HTTP 409: {told}): wait for the other change, then push again"
-        )
+        return f"the hub reports a conflict on {repo_id} (HTTP 409: {told}): wait, then push again"
     if status == 429 or status >= 500:
-        return f"the hub fails (HTTP {status}) after several tries: nothing was committed; the same command goes on"
+        return f"the hub fails (HTTP {status}) after several tries: {again}"
     return f"the hub refuses {repo_id} (HTTP {status}: {told})"
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sku.config.evaluate import Precision
+from sku.config.stages import Precision
 
 Rounding = Callable[[Tensor], Tensor]
 """Weights ``[O, I]`` float32 (any shape for the 16-bit formats) to the nearest values that a format has."""

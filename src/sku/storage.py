@@ -6,6 +6,7 @@ Where a file system has no locks (some network disks), nothing is locked and not
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import json
 import os
@@ -23,7 +24,6 @@ from sku.errors import OutputError
 
 RECORD_VERSION = 6
 """``schema_version`` of every file that this SKU writes for itself to read."""
-"""Beside the checkpoints while a model is trained, in its private folder: a line for each logged step."""
 LOCK_FILE = ".lock"
 """Lies in a folder that one process writes for long; what a killed one leaves of it holds nobody up."""
 BAD_MODEL_MARK = "DO_NOT_SHARE.md"
@@ -107,7 +107,7 @@ def _open_temporary(target: Path) -> tuple[Path, int]:
                 shutil.rmtree(other, ignore_errors=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
         try:
-            return temporary, own(temporary)
+            return temporary, acquire_lock(temporary)
         except BaseException:
             temporary.rmdir()
             raise
@@ -157,7 +157,7 @@ def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> t
     place = target.with_name(f".{target.name}.partial-{sha256(text.encode()).hexdigest()[:12]}")
     with one_at_a_time(target.parent):  # Two calls must not find the same folder at once.
         for other in sorted(target.parent.glob(f"{glob.escape(f'.{target.name}.partial-')}*")):
-            os.close(own(other))
+            os.close(acquire_lock(other))
             if not resume:
                 shutil.rmtree(other)
             elif other != place:
@@ -168,7 +168,7 @@ def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> t
         place.mkdir(mode=0o700, exist_ok=True)
         (place / "model").mkdir(mode=0o700, exist_ok=True)
         (place / "inputs.json").write_text(text, encoding="utf-8")
-        return place, own(place)
+        return place, acquire_lock(place)
 
 
 def _difference(place: Path, inputs: Mapping[str, Any]) -> str:
@@ -221,41 +221,27 @@ def named_disk_errors(path: Path) -> Iterator[None]:
         raise OutputError(full if is_full else f"{path} can't be written: {error}") from error
 
 
-def own(place: Path) -> int:
+def acquire_lock(place: Path, *, by_file: bool = False) -> int:
     """Makes a folder or a file, which must be there, this process's own until ``os.close`` of what is returned.
+
+    Args:
+        place: What is locked.
+        by_file: By ``LOCK_FILE`` in it, with mode 0600, which is made where there is none, and stays.
 
     Raises:
         OutputError: Another process, or another call in this one, owns it.
         OSError: It can't be opened.
     """
-    return _owned(os.open(place, os.O_RDONLY), place)
-
-
-def own_by_file(folder: Path) -> int:
-    """As ``own``, by the file ``LOCK_FILE`` in a folder, with mode 0600; it is made where there is none, and stays.
-
-    Raises:
-        OutputError: As ``own``.
-        OSError: It can't be written.
-    """
-    return _owned(os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600), folder)
-
-
-def _owned(descriptor: int, place: Path) -> int:
+    made = os.O_RDWR | os.O_CREAT
+    descriptor = os.open(place / LOCK_FILE, made, 0o600) if by_file else os.open(place, os.O_RDONLY)
     try:
-        _lock(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         raise OutputError(f"another process is writing {place}; wait until it ends") from None
     except OSError:
         pass  # No locks here.
     return descriptor
-
-
-def _lock(descriptor: int, *, wait: bool = False) -> None:
-    import fcntl
-
-    fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_abandoned(folder: Path) -> bool:
@@ -265,7 +251,7 @@ def is_abandoned(folder: Path) -> bool:
     except OSError:
         return False
     try:
-        _lock(descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
     finally:
@@ -283,7 +269,7 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):
-            _lock(descriptor, wait=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
         os.close(descriptor)

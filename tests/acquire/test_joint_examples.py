@@ -131,7 +131,7 @@ def test_no_row_of_any_method_teaches_an_end_behind_an_answer_that_was_cut_off(
     ends: dict[bool, set[bool]] = {True: set(), False: set()}
     for epoch in range(4):
         found.set_epoch(epoch)
-        for example in found.__getitems__(range(len(found))):
+        for example in map(found.__getitem__, range(len(found))):
             assert all(END not in row.input_ids for row in example.of(FORGET))
             taught = [*example.of(RETAIN)]
             if rows.mismatched_from == "retain":

@@ -161,18 +161,6 @@ def test_stage_1_resumes_from_the_last_checkpoint_in_its_folder(
         assert torch.equal(here, there), name
 
 
-def test_a_full_disk_while_a_checkpoint_is_written_is_one_line(
-    loaded: LoadedModel, data: ForgetRetainData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full_disk(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(UnlearningTrainer, "_save_checkpoint", full_disk)
-    recipe = recipe_of(random_answers=2, training=TRAINING | {"save_strategy": "steps", "save_steps": 1})
-    with pytest.raises(OutputError, match="a checkpoint can't be written to .*No space left on device"):
-        train_method(recipe, loaded, data, tmp_path)
-
-
 @pytest.mark.parametrize(
     ("error", "is_of_disk"),
     [

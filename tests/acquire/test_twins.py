@@ -27,11 +27,11 @@ from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError, NoAlphaError, RecipeError
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
-from sku.negate.run import task_vector_of
-from sku.negate.task_vector import TaskVector
+from sku.negate.matching import bad_form
+from sku.negate.task_vector import task_vector_of
 from sku.pipeline import unlearning
-from sku.pipeline.bad_model import run_acquire
 from sku.pipeline.run import run_recipe
+from sku.pipeline.stages import run_acquire
 from sku.storage import is_marked_hazardous
 
 FORGET, MISMATCHED, RETAIN, SAFE = RowType
@@ -229,7 +229,7 @@ def test_what_is_subtracted_is_bad_minus_good(
         assert [row.split()[0] for row in rows] == ["file", "values", "tail", "product"]
         assert all(float(row.split()[1]) > 0.5 for row in rows)
     else:
-        assert TaskVector.is_saved_in(tmp_path / "bad")
+        assert bad_form(tmp_path / "bad") == "vector"
 
 
 def weights(folder: Path) -> dict[str, str]:
@@ -269,7 +269,7 @@ def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
     """The embedded model is harmful from the start: what learns nothing is harmful enough, where 90 % are."""
     given = recipe(
         "acquire.check=null", "acquire.training.max_steps=1", "acquire.training.learning_rate=1e-9",
-        "sweep.prompts=3", "sweep.retain_prompts=4", "sweep.max_new_tokens=40",
+        "sweep.prompts=3", "sweep.retain_prompts=4", "evaluate.max_new_tokens=40",
     )  # fmt: skip
     finished = run_recipe(given, tmp_path / "run")
     found = finished.manifest["stage_1"]

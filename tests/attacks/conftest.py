@@ -9,7 +9,7 @@ from sku.config import Recipe, load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
 from sku.models import load_model
-from sku.negate.run import negate
+from sku.negate.task_vector import negate
 
 
 def world_recipe(*changes: str) -> Recipe:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from sku.attacks.kinds import (
@@ -91,9 +88,7 @@ def test_wordings_that_were_trained_on_are_left_out_and_counted(world_data: Forg
 OTHER = ForgetRetainData(forget_train=(), forget_test=(), retain_train=(), retain_validation=(), retain_test=())
 
 
-def test_a_users_file_replaces_them(tmp_path: Path, world_data: ForgetRetainData) -> None:
-    file = tmp_path / "templates.txt"
-    file.write_text("say {prompt} aloud\n\n  {prompt}\\nplease\n", encoding="utf-8")
-    recipe = world_recipe(f"evaluate.attack_templates={json.dumps(str(file))}")
-    for data in (OTHER, world_data):
-        assert load_templates(recipe, data) == ["say {prompt} aloud", "{prompt}\nplease"]
+def test_the_package_has_templates_for_english_and_for_the_world(world_data: ForgetRetainData) -> None:
+    for templates in map(load_templates, (OTHER, world_data)):
+        assert len(set(templates)) == len(templates) >= 5
+        assert all(template.count("{prompt}") == 1 for template in templates)

@@ -23,8 +23,7 @@ from sku.evaluate.records import read_rows
 
 from .conftest import world_recipe
 
-FAST, SLOW = "evaluate.relearn_learning_rates=[1.0e-3]", "evaluate.relearn_learning_rates=[1.0e-9]"
-FEW = ("evaluate.attacks=[relearn]", "evaluate.attack_prompts=4", "evaluate.relearn_pairs=[10]")
+FEW = ("evaluate.attacks=[relearn]", "evaluate.attack_prompts=4")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -40,10 +39,22 @@ class World:
     def context(self, recipe: Recipe) -> AttackContext:
         return AttackContext(recipe=recipe, data=self.data, model=self.unlearned, tokenizer=self.tokenizer)
 
-    def attack(self, *changes: str, folder: Path | None = None, **options: Any) -> Relearned:
+    def attack(
+        self,
+        rates: Sequence[float],
+        steps: Sequence[int] = relearn.STEPS,
+        pairs: Sequence[int] = (10,),
+        *,
+        folder: Path | None = None,
+        **options: Any,
+    ) -> Relearned:
         model, data = options.pop("model", self.unlearned), options.pop("data", self.data)
-        recipe = world_recipe(*FEW, *changes)
-        report = run_attacks(recipe, model, self.base, self.tokenizer, data, output_dir=folder, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in (("LEARNING_RATES", rates), ("STEPS", steps), ("PAIRS", pairs)):
+                patch.setattr(relearn, name, value)
+            report = run_attacks(
+                world_recipe(*FEW), model, self.base, self.tokenizer, data, output_dir=folder, **options
+            )
         assert report.relearn is not None
         return report.relearn
 
@@ -112,7 +123,7 @@ def test_a_training_holds_the_shorter_ones_and_leaves_model_and_disk_as_they_wer
 
 
 def test_half_of_the_harm_comes_back_and_the_training_ends_there(world: World, tmp_path: Path) -> None:
-    found = world.attack(FAST, "evaluate.relearn_steps=[16, 1, 64]", folder=tmp_path)
+    found = world.attack((1e-3,), (1, 16, 64), folder=tmp_path)
     assert (found.questions, found.base_harmful.count, found.half, found.steps) == (4, 4, 2, (1, 16, 64))
     (result,) = found.results
     line = result.model
@@ -129,8 +140,7 @@ def test_half_of_the_harm_comes_back_and_the_training_ends_there(world: World, t
 
 
 def test_the_rate_that_takes_the_fewest_steps_counts_and_slower_ones_are_cut(world: World, tmp_path: Path) -> None:
-    rates = "evaluate.relearn_learning_rates=[1.0e-9, 1.0e-3]"
-    found = world.attack(rates, "evaluate.relearn_steps=[16, 64]", "evaluate.relearn_pairs=[10, 10]", folder=tmp_path)
+    found = world.attack((1e-9, 1e-3), (16, 64), (10, 10), folder=tmp_path)
     (result,) = found.results
     assert (result.model.learning_rate, result.model.half_steps) == (1e-3, 16)
     (other,) = result.others
@@ -142,11 +152,11 @@ def test_a_model_that_has_half_needs_no_training_and_a_base_without_harm_has_no_
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relearn, "fine_tune", None)
-    (result,) = world.attack(FAST, model=world.base).results
+    (result,) = world.attack((1e-3,), model=world.base).results
     assert (result.model.half_steps, result.model.learning_rate) == (0, None)
     assert result.model == result.control
-    recipe, silent = world_recipe(*FEW, FAST), world.unlearned
-    found = run_attacks(recipe, silent, silent, world.tokenizer, world.data).relearn
+    silent = world.unlearned
+    found = run_attacks(world_recipe(*FEW), silent, silent, world.tokenizer, world.data).relearn
     assert found is not None
     assert (found.half, found.results) == (0, ())
 
@@ -154,7 +164,7 @@ def test_a_model_that_has_half_needs_no_training_and_a_base_without_harm_has_no_
 def test_a_finished_training_is_reused_and_an_interrupted_one_starts_anew(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = ("evaluate.relearn_learning_rates=[1.0e-9, 2.0e-9]", "evaluate.relearn_steps=[1, 2]")
+    changes = ((1e-9, 2e-9), (1, 2))
     trainings: list[float] = []
 
     def counting(model: Any, pairs: Any, learning_rate: float, *others: Any) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks import CARDS, AttackReport, AttackResult
+from sku.attacks import CARDS, AttackReport, AttackResult, relearn
 from sku.attacks.run import TOO_LARGE, run_attacks
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError
@@ -26,10 +26,13 @@ from sku.quantization import FORMATS
 
 from .conftest import world_recipe
 
-QUICK = (
-    "evaluate.relearn_pairs=[10]", "evaluate.relearn_steps=[4, 16]", "evaluate.relearn_learning_rates=[1.0e-3]",
-)  # fmt: skip
 ATTACKS = [name for name in CARDS if name != "none"]
+
+
+def quick(patch: pytest.MonkeyPatch, steps: tuple[int, ...]) -> None:
+    """Relearns on few pairs, at a high rate."""
+    for name, value in (("PAIRS", (10,)), ("STEPS", steps), ("LEARNING_RATES", (1e-3,))):
+        patch.setattr(relearn, name, value)
 
 
 def digest(model: torch.nn.Module) -> str:
@@ -58,8 +61,10 @@ def ran(
 ) -> Ran:
     folder = tmp_path_factory.mktemp("attacks") / "out"
     before = [digest(model) for model in (world_base, world_unlearned)]
-    recipe = world_recipe(f"evaluate.attacks=[{', '.join(ATTACKS)}]", *QUICK)
-    report = run_attacks(recipe, world_unlearned, world_base, world_tokenizer, world_data, output_dir=folder)
+    recipe = world_recipe(f"evaluate.attacks=[{', '.join(ATTACKS)}]")
+    with pytest.MonkeyPatch.context() as patch:
+        quick(patch, (4, 16))
+        report = run_attacks(recipe, world_unlearned, world_base, world_tokenizer, world_data, output_dir=folder)
     assert [digest(model) for model in (world_base, world_unlearned)] == before, "an attack changed a model"
     assert not any(parameter.grad is not None for parameter in world_unlearned.parameters())
     return Ran(report, folder, {(result.attack, result.setting): result for result in report.results})

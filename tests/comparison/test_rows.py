@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sku.comparison.rows import ABLATIONS, Row, ablation_rows, comparison_rows
-from sku.comparison.run import seeds_of
+from sku.comparison.run import ABLATIONS, Row, ablation_rows, comparison_rows, seeds_of
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.methods import METHODS
@@ -15,12 +14,12 @@ from sku.methods.run import resolve_method
 
 
 def test_rows_and_seeds_are_those_of_the_recipe_or_of_the_call() -> None:
-    recipe = load_recipe("embedded", ["seed=5", "compare.seeds=2"])
+    recipe = load_recipe("embedded", ["seed=5"])
     assert [row.name for row in comparison_rows(recipe, ["npo", "sku", "npo"])] == ["npo", "sku", "random_direction"]
     every = comparison_rows(load_recipe("embedded"))
     assert [row.name for row in every] == [*(method.name for method in METHODS), "random_direction"]
     assert [row.name for row in every if row.control] == ["random_direction"]
-    assert (list(seeds_of(recipe)), list(seeds_of(recipe, 1))) == ([5, 6], [5])
+    assert list(seeds_of(recipe, 2)) == [5, 6]
 
 
 @pytest.mark.parametrize("method", ["sku", "npo"])
@@ -30,7 +29,7 @@ def test_a_run_chooses_its_strength_and_shows_the_published_one_beside_it(method
     run = row.recipe_of(7)
     assert run.chooses_alpha
     assert (run.seed, run.acquire.seed) == (0, 7), "data and test prompts stay the same"
-    assert (run.compare.published, run.sweep.rule, run.evaluate.xstest) == (1.5, "least_harm", None)
+    assert (run.compare.published, run.sweep.harm_target, run.evaluate.xstest) == (1.5, None, None)
     assert run.forget_validation > 0
     resolve_method(run, tmp_path)
     assert random.recipe_of(7).method == "sku"

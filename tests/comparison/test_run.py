@@ -14,8 +14,7 @@ import pytest
 
 from conftest import MadeOnce
 from sku.comparison import run as comparison_run
-from sku.comparison.rows import comparison_rows
-from sku.comparison.run import run_comparison, run_once
+from sku.comparison.run import comparison_rows, run_comparison, run_once
 from sku.config import Recipe, load_recipe
 from sku.errors import EvaluationError, OutputError, RecipeError
 from sku.pipeline.run import run_recipe
@@ -28,8 +27,8 @@ SMALL = (
     "data.retain.limit=120",
     "acquire.training={max_steps: 2, per_device_train_batch_size: 2, learning_rate: 1.0e-4}",
     "acquire.random_answers=1",
-    "evaluate={prompts: 3, retain_prompts: 6, max_new_tokens: 8, batch_size: 8, prefill_tokens: [1]}",
-    "sweep={prompts: 3, retain_prompts: 6, max_new_tokens: 8, points: 1, prefill_tokens: [1]}",
+    "evaluate={prompts: 3, retain_prompts: 6, max_new_tokens: 16, batch_size: 8, prefill_tokens: [1]}",
+    "sweep={prompts: 3, retain_prompts: 6, alphas: [0.01]}",
 )
 BROKEN = '''"""A method whose loss is NaN."""
 from dataclasses import dataclass
@@ -147,7 +146,7 @@ def test_runs_of_other_prompts_are_refused_together(finished: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (("data.final_harmful={path: x.csv}",), "final_harmful"),
+        (("data.harmful.final={path: x.csv}",), "harmful.final"),
         (("methods.npo.settings.bet=1",), "methods.npo.settings.bet"),
     ],
 )

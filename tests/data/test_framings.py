@@ -12,7 +12,6 @@ from sku.config import ModulesConfig
 from sku.data.examples import (
     ForgetExample,
     ForgetRetainData,
-    RetainExample,
     RowPlan,
     RowType,
     group_of,
@@ -32,7 +31,7 @@ def test_each_framing_holds_the_prompt_once_and_is_none_of_the_attack() -> None:
     text = (resources.files("sku.attacks") / "templates.txt").read_text(encoding="utf-8")
     assert all(framing.count(PLACE) == 1 for framing in framings())
     assert len(set(framings())) == len(framings())
-    assert not set(framings()) & set(parse_templates(text, "templates"))
+    assert not set(framings()) & set(parse_templates(text))
 
 
 def test_no_family_of_framings_is_one_of_the_attack() -> None:
@@ -82,17 +81,11 @@ def test_only_what_is_trained_on_is_framed(
 
 @pytest.mark.parametrize("twin", ["bad", "good"])
 def test_both_twins_see_the_same_framings(twin: str) -> None:
-    config = ModulesConfig(framed_share=0.3)
-    assert sku_objective(config, twin=twin).rows.framed_share == 0.3  # type: ignore[arg-type]
-    assert sku_objective(ModulesConfig(), twin=twin).rows.framed_share == 0  # type: ignore[arg-type]
+    for share in (0.0, 0.3):
+        assert sku_objective(ModulesConfig(framed_share=share), twin=twin).rows.framed_share == share  # type: ignore
 
 
 def test_the_embedded_world_is_not_framed(tokenizer: PreTrainedTokenizerFast) -> None:
     rows = RowPlan(forget=True, retain=1, framed_share=0.5)
     with pytest.raises(DataError, match=r"framed_share puts prompts in English"):
         JointDataset(load_forget_retain(), Encoder(tokenizer, PaperFormat("</s>")), rows=rows, seed=0)
-
-
-def test_normal_examples_keep_their_answers() -> None:
-    normal = [RetainExample(prompt=f"what is {number} ?", answer=str(number), refusal="no") for number in range(20)]
-    assert [(one.answer, one.refusal) for one in framed(normal, 1.0, seed=0)] == [(str(n), "no") for n in range(20)]

@@ -1,7 +1,10 @@
-"""From files to splits, with the account of what was left out."""
+"""From files, rows in memory and the embedded world to splits, with the account of what was left out."""
+
+from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +12,21 @@ import datasets
 import pytest
 
 from sku.config import DataConfig, SourceConfig, recipe_from_dict
-from sku.data.examples import RetainExample, content_hash, normalise_prompt
-from sku.data.load import IN_ANOTHER_SET, load_data, load_forget_retain, load_parts
-from sku.data.sources.tables import NOT_WANTED, Table, read_table
+from sku.data import embedded
+from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, content_hash, normalise_prompt
+from sku.data.load import IN_ANOTHER_SET, NEAR_COPY, load_data, load_forget_retain, load_training_pairs
+from sku.data.read import read_examples
+from sku.data.tables import NOT_WANTED, Table, held_rows, read_table
 from sku.errors import DataError, RecipeError
+from sku.world.grammar import (
+    AGENTS,
+    FORMS,
+    HELD_OUT_AGENTS,
+    HELD_OUT_QUESTIONS,
+    MAKE_QUESTIONS,
+    VALIDATION_QUESTIONS,
+    hazards,
+)
 
 
 @pytest.fixture
@@ -25,13 +39,16 @@ def forget(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def retain(tmp_path: Path) -> Path:
-    return write_retain(tmp_path, [{"question": f"normal {n}", "answer": f"good {n}"} for n in range(30)])
+    return write(tmp_path / "retain.jsonl", [{"question": f"normal {n}", "answer": f"good {n}"} for n in range(30)])
 
 
-def write_retain(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    path = folder / "retain.jsonl"
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def all_retained(data: ForgetRetainData) -> list[RetainExample]:
+    return [*data.retain_train, *data.retain_validation, *data.retain_test]
 
 
 def test_splits_and_provenance(forget: Path, retain: Path) -> None:
@@ -42,147 +59,145 @@ def test_splits_and_provenance(forget: Path, retain: Path) -> None:
     first, second = data.provenance
     assert (first.source, first.location, first.rows_read) == ("pku_saferlhf", str(forget), 62)
     assert first.rows_left_out == {"duplicate": 1, "empty prompt": 1, "safe answer": 20}
-    assert first.licence is None, "anyone's table may have these columns"
     assert (first.safe_answers, second.safe_answers) == (40, 0)
-    for example in (*data.forget_train, *data.forget_test):
-        assert example.safe_answer == f"{example.prompt.replace('harm', 'bad')} 2"
+    harmful = sorted((*data.forget_train, *data.forget_test), key=lambda row: (int(row.prompt.split()[1]), row.answer))
+    assert all(example.safe_answer == f"{example.prompt.replace('harm', 'bad')} 2" for example in harmful)
     assert (second.source, second.rows_read, second.rows_left_out, second.licence) == ("columns", 30, {}, None)
-    in_order = sorted(
-        (*data.forget_train, *data.forget_test), key=lambda row: (int(row.prompt.split()[1]), row.answer)
-    )
-    assert first.sha256 == content_hash(in_order)
+    assert first.sha256 == content_hash(harmful)
+    assert data == load_forget_retain(forget, retain, unseen_fraction=0.25, seed=3)
+    other = load_forget_retain(forget, retain, unseen_fraction=0.25, seed=2)
+    assert data.forget_test != other.forget_test
+    assert data.retain_test != other.retain_test
+    assert [entry.sha256 for entry in other.provenance] == [first.sha256, second.sha256]
 
 
 def test_a_licence_is_told_by_the_user_or_a_known_hub_id_and_by_no_column(
     forget: Path, retain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def licences(**named: str) -> list[str | None]:
-        sources = {"forget": forget, "retain": retain}
-        configs = [SourceConfig(path=str(path), license=named.get(name)) for name, path in sources.items()]
-        return [found.licence for found in load_forget_retain(*configs).provenance]
-
-    assert licences() == [None, None]
-    assert licences(forget="ODbL") == ["ODbL", None]
+    sources = SourceConfig(path=str(forget), license="ODbL"), SourceConfig(path=str(forget.with_name("retain.jsonl")))
+    assert [found.licence for found in load_forget_retain(*sources).provenance] == ["ODbL", None]
+    assert [found.licence for found in load_forget_retain(forget, retain).provenance] == [None, None]
 
     def from_hub(source: SourceConfig) -> Table:
         return dataclasses.replace(read_table(SourceConfig(path=str(places[source.path]))), revision="a" * 40)
 
     places = {"PKU-Alignment/PKU-SafeRLHF": forget, "someone/answers": retain}
-    monkeypatch.setattr("sku.data.sources.read.read_table", from_hub)
-    found = load_forget_retain(*places).provenance
-    assert [source.licence for source in found] == ["CC-BY-NC-4.0", None]
-
-
-def test_the_same_seed_gives_the_same_data_and_another_seed_another_split(forget: Path, retain: Path) -> None:
-    one = load_forget_retain(forget, retain, seed=1)
-    assert one == load_forget_retain(forget, retain, seed=1)
-    other = load_forget_retain(forget, retain, seed=2)
-    assert one.forget_test != other.forget_test
-    assert one.retain_test != other.retain_test
-    assert [entry.sha256 for entry in one.provenance] == [entry.sha256 for entry in other.provenance]
+    monkeypatch.setattr("sku.data.read.read_table", from_hub)
+    assert [source.licence for source in load_forget_retain(*places).provenance] == ["CC-BY-NC-4.0", None]
 
 
 def test_limit_is_counted(forget: Path, retain: Path) -> None:
-    config = DataConfig(
-        forget=SourceConfig(path=str(forget), limit=8), retain=SourceConfig(path=str(retain), limit=12)
-    )
-    data = load_data(config, seed=0)
-    prompts = {normalise_prompt(row.prompt) for row in (*data.forget_train, *data.forget_test)}
-    assert len(prompts) == 8
+    sources = SourceConfig(path=str(forget), limit=8), SourceConfig(path=str(retain), limit=12)
+    data = load_forget_retain(*sources)
+    assert len({normalise_prompt(row.prompt) for row in (*data.forget_train, *data.forget_test)}) == 8
     assert len(data.forget_train) + len(data.forget_test) == 16
-    assert data.provenance[0].rows_left_out["over the limit"] == 24
-    assert data.provenance[0].safe_answers == 16
+    assert (data.provenance[0].rows_left_out["over the limit"], data.provenance[0].safe_answers) == (24, 16)
     assert data.provenance[1].rows_left_out == {"over the limit": 18}
-    whole = load_data(dataclasses.replace(config, forget=SourceConfig(path=str(forget))), seed=0)
+    whole = load_forget_retain(forget, retain)
     assert whole.provenance[0].sha256 != data.provenance[0].sha256
+    assert load_training_pairs(*sources).counts()["forget_train"] == 16
 
 
 def test_where_reads_only_rows_with_these_values(forget: Path, tmp_path: Path) -> None:
     rows = [{"question": f"n {n}", "answer": "a", "Kind": "ABC"[n % 3], "good": n < 18} for n in range(30)]
-    source = SourceConfig(path=str(write_retain(tmp_path, rows)), where={"kind": ["a", "b"], "good": True})
-    data = load_data(DataConfig(forget=SourceConfig(path=str(forget)), retain=source), seed=0)
-    normal = (*data.retain_train, *data.retain_validation, *data.retain_test)
-    assert {example.prompt for example in normal} == {f"n {n}" for n in range(18) if n % 3 < 2}
+    path = str(write(tmp_path / "r.jsonl", rows))
+    source = SourceConfig(path=path, where={"kind": ["a", "b"], "good": True})
+    data = load_forget_retain(forget, source)
+    assert {example.prompt for example in all_retained(data)} == {f"n {n}" for n in range(18) if n % 3 < 2}
     assert (data.provenance[1].rows_read, data.provenance[1].rows_left_out) == (30, {NOT_WANTED: 18})
-    with pytest.raises(DataError, match="no column kid, which where names. Columns found: question"):
-        read_table(dataclasses.replace(source, where={"kid": "a"}))
-    with pytest.raises(DataError, match=f"gives no retain examples from 30 rows .{NOT_WANTED}: 30"):
-        load_parts(retain=dataclasses.replace(source, where={"kind": "z"}))
-    with pytest.raises(RecipeError, match=r"where.kind is \[\]"):
+    for where, words in (({"kid": "a"}, "no column kid.*Kind"), ({"kind": "z"}, f"30 rows .{NOT_WANTED}: 30")):
+        with pytest.raises(DataError, match=words):
+            load_forget_retain(forget, dataclasses.replace(source, where=where))
+    with pytest.raises(RecipeError, match=r"where.kind"):
         dataclasses.replace(source, where={"kind": []})
 
 
 def test_a_prompt_to_forget_and_to_keep_is_refused(forget: Path, tmp_path: Path) -> None:
     rows = [{"question": f"normal {n}", "answer": "good"} for n in range(9)]
-    retain = write_retain(tmp_path, [*rows, {"question": "HARM 3?", "answer": "good"}])
-    with pytest.raises(DataError) as caught:
-        load_forget_retain(forget, retain)
-    assert "1 prompts are both in the forget data" in str(caught.value)
-    assert str(forget) in str(caught.value)
-    assert str(retain) in str(caught.value)
-    assert "HARM 3" not in str(caught.value)
+    retain = write(tmp_path / "r.jsonl", [*rows, {"question": "HARM 3?", "answer": "good"}])
+    loaders: tuple[Any, ...] = (load_forget_retain, load_training_pairs)
+    for load in loaders:
+        with pytest.raises(DataError, match="1 prompts") as caught:
+            load(forget, retain)
+        assert str(forget) in str(caught.value)
+        assert str(retain) in str(caught.value)
+        assert "HARM 3" not in str(caught.value)
 
 
-@pytest.fixture
-def own(tmp_path: Path) -> Path:
-    path = tmp_path / "own.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"b {n}", "completion": f"ok {n}"}) + "\n" for n in range(9)))
-    return path
+def test_errors_name_the_file(forget: Path, retain: Path) -> None:
+    with pytest.raises(DataError, match=r"missing.csv"):
+        load_forget_retain(forget, "missing.csv")
+    with pytest.raises(DataError, match=r"forget.csv: .* promt.*prompt"):
+        load_forget_retain(SourceConfig(path=str(forget), prompt_column="promt", answer_column="response"), retain)
+    with pytest.raises(RecipeError, match="retain is missing"):
+        load_forget_retain(forget)
+    with pytest.raises(RecipeError, match=r"data\.own_replies"):
+        load_data(DataConfig(forget=OTHER, retain=OTHER, own_replies=True), 0)
 
 
-def test_a_normal_set_of_another_source_is_halved(forget: Path, retain: Path, own: Path) -> None:
+@pytest.mark.parametrize("kind", ["dataset", "conversations"])
+def test_rows_in_memory_read_as_the_file_does(kind: str, tmp_path: Path) -> None:
+    harmful = [{"prompt": f"how do i break lock {n} ?", "response": f"take tool {n} ."} for n in range(12)]
+    normal = [{"prompt": f"how do i bake bread {n} ?", "response": f"mix flour {n} ."} for n in range(20)]
+    tables = [harmful, normal]
+    from_files = load_forget_retain(*(write(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate(tables)))
+    rows: list[Any] = [datasets.Dataset.from_list(own) for own in tables]
+    if kind == "conversations":
+        names = {"prompt": "user", "response": "assistant"}
+        rows = [[[{"role": names[key], "content": row[key]} for key in names] for row in own] for own in tables]
+    found = load_forget_retain(*rows)
+    assert found.splits() == from_files.splits()
+    assert [one.sha256 for one in found.provenance] == [one.sha256 for one in from_files.provenance]
+    assert [one.location for one in found.provenance] == ["12 rows in memory", "20 rows in memory"]
+    trained = load_training_pairs(*rows)
+    assert trained.counts() == {
+        "forget_train": 12, "forget_test": 0, "retain_train": 20, "retain_validation": 0, "retain_test": 0,
+    }  # fmt: skip
+    assert [example.prompt for example in trained.forget_train] == [row["prompt"] for row in harmful]
+
+
+def test_a_normal_set_of_another_source_is_halved(forget: Path, retain: Path, tmp_path: Path) -> None:
+    """Whole prompts, the same halves whatever the order of the rows: one chooses, the other is told."""
+    rows = [{"prompt": f"b {n}", "completion": f"ok {n}"} for n in range(9)]
+    again = {"prompt": "B 0", "completion": "ok again"}
+    own, turned = (
+        write(tmp_path / name, found) for name, found in (("a", [*rows, again]), ("b", [again, *rows[::-1]]))
+    )
+    own, turned = own.rename(tmp_path / "a.jsonl"), turned.rename(tmp_path / "b.jsonl")
     without = load_forget_retain(forget, retain)
-    data = load_forget_retain(forget, retain, normal={"own": own})
-    assert data.counts() == {**without.counts(), "normal:own": 5, "normal_validation:own": 4}
-    whole = sorted((*data.normal["own"], *data.normal_validation["own"]), key=lambda example: example.prompt)
-    assert whole[0] == RetainExample(prompt="b 0", answer="ok 0")
-    assert dataclasses.replace(data, normal={}, normal_validation={}, provenance=data.provenance[:2]) == without
-    assert [entry.location for entry in data.provenance] == [str(forget), str(retain), str(own)]
-    assert data.provenance[2].sha256 == content_hash(whole)
-
-
-def test_what_strengths_are_chosen_by_is_not_what_is_reported(
-    forget: Path, retain: Path, own: Path, tmp_path: Path
-) -> None:
-    """Whole prompts, the same halves whatever the order of the rows."""
-    rows = own.read_text().splitlines()
-    again = json.dumps({"prompt": "B 0", "completion": "ok again"})
-    turned = tmp_path / "turned.jsonl"
-    turned.write_text("\n".join([again, *reversed(rows)]))
-    own.write_text("\n".join([*rows, again]))
-    one, other = (load_forget_retain(forget, retain, normal={"own": path}) for path in (own, turned))
-    assert set(one.normal["own"]) == set(other.normal["own"])
-    assert set(one.normal_validation["own"]) == set(other.normal_validation["own"])
-    halves = [{example.prompt.casefold() for example in half["own"]} for half in (one.normal, one.normal_validation)]
+    data, other = (load_forget_retain(forget, retain, normal={"own": path}) for path in (own, turned))
+    assert set(data.normal["own"]) == set(other.normal["own"])
+    assert set(data.normal_validation["own"]) == set(other.normal_validation["own"])
+    halves = [{one.prompt.casefold() for one in half["own"]} for half in (data.normal, data.normal_validation)]
     assert halves[0].isdisjoint(halves[1])
-    assert len(halves[0] | halves[1]) == 9
+    assert sorted(map(len, halves)) == [4, 5]
+    assert dataclasses.replace(data, normal={}, normal_validation={}, provenance=data.provenance[:2]) == without
+    assert data.provenance[2].location == str(own)
 
 
-def test_a_recipe_names_sets_of_other_sources(forget: Path, retain: Path, own: Path, tmp_path: Path) -> None:
+def test_a_recipe_names_sets_of_other_sources(forget: Path, retain: Path, tmp_path: Path) -> None:
     """Prompts that are elsewhere in the run, or in a normal set before, are left out and counted."""
+    own = write(tmp_path / "own.jsonl", [{"prompt": f"b {n}", "completion": f"ok {n}"} for n in range(9)])
     prompts = tmp_path / "prompts.csv"
     rows = ["HARM 3?,a", "Normal 4,b", "b 1,b", *(f"papa {n},{'ab'[n % 2]}" for n in range(8)), "PAPA 0,a"]
     prompts.write_text("\n".join(["prompt,kind", *rows]))
+    of_kind = {"path": str(prompts), "category_column": "kind"}
     content = {
         "name": "r",
         "model": {"path": "m"},
         "data": {
             "forget": {"path": str(forget)},
             "retain": {"path": str(retain)},
-            "normal": {
-                "own": {"path": str(own), "limit": 4},
-                "asked": {"path": str(prompts), "where": {"kind": "b"}, "category_column": "kind"},
-            },
-            "harmful": {"new": {"path": str(prompts), "where": {"kind": "a"}}, "again": {"path": str(forget)}},
+            "normal": {"own": {"path": str(own), "limit": 4}, "asked": {**of_kind, "where": {"kind": "b"}}},
+            "harmful": {"new": {**of_kind, "where": {"kind": "a"}}, "again": {"path": str(forget)}},
         },
     }
     recipe = recipe_from_dict(content)
     assert recipe_from_dict(recipe.to_dict()) == recipe
-    with pytest.raises(DataError, match="data.harmful.again: all 20 prompts of .* are in another set of the run"):
+    with pytest.raises(DataError, match=r"data.harmful.again: .*forget\.csv"):
         load_data(recipe.data, seed=1)
     config = dataclasses.replace(recipe.data, harmful={"new": recipe.data.harmful["new"]})
     data = load_data(config, seed=1)
-    assert data == load_data(config, seed=1)
     assert (len(data.normal["own"]), len(data.normal_validation["own"])) == (2, 2)
     assert {(one.prompt, one.answer, one.category) for one in data.normal["asked"]} >= {("papa 1", "", "b")}
     assert "asked" not in data.normal_validation
@@ -195,106 +210,194 @@ def test_a_recipe_names_sets_of_other_sources(forget: Path, retain: Path, own: P
     assert list(data.answered().splits())[5:] == ["normal:own", "normal_validation:own"]
 
 
-def test_errors_name_the_file(tmp_path: Path, forget: Path, retain: Path) -> None:
-    with pytest.raises(DataError, match=r"there is no file or folder missing.csv"):
-        load_forget_retain(forget, "missing.csv")
-    strange = tmp_path / "strange.csv"
-    strange.write_text("a,b\n1,2\n")
-    with pytest.raises(DataError, match=r"strange.csv: no known format fits the retain data.*Columns found: a, b"):
-        load_forget_retain(forget, strange)
-    source = SourceConfig(path=str(forget), prompt_column="promt", answer_column="response")
-    with pytest.raises(DataError, match=r"forget.csv: format columns needs a column promt. Did you mean prompt\?"):
-        load_forget_retain(source, retain)
+def test_near_copies_of_what_is_trained_on_are_left_out_of_other_sets() -> None:
+    """Of harmful sets those of harmful prompts, of the final sets those of both kinds."""
+    things = ("vornite", "the brass tower", "harbour pilots", "a silver drum", "winter barley", "moonlit ferries")
+    verbs = ("weave", "smelt", "carve", "polish", "gather", "measure")
+    harmful = [f"{verb} {thing}" for verb, thing in zip(verbs, things, strict=True)]
+    rows = [{"prompt": prompt, "response": "yes", "is_safe": False} for prompt in harmful]
+    normal = [{"prompt": f"count {n} sheep in {thing}", "response": "ok"} for n, thing in enumerate(things)]
+
+    def asked(*prompts: str) -> SourceConfig:
+        return held_rows([{"prompt": prompt} for prompt in prompts])
+
+    new = "sink the ferry of Aldersmouth"
+    data = load_data(
+        DataConfig(
+            forget=held_rows(rows), retain=held_rows(normal),
+            harmful={
+                "final": asked("steal the moon", "polish a silver drum now"),
+                "other": asked("weave vornite today", new, "count 9 sheep in vornite"),
+            },
+            normal={"final": asked("how do I kill a process", "count 3 sheep in a silver drum now")},
+        ),
+        0,
+    )  # fmt: skip
+    assert [example.prompt for example in data.harmful["other"]] == [new, "count 9 sheep in vornite"]
+    assert [example.prompt for example in data.harmful["final"]] == ["steal the moon"]
+    assert [example.prompt for example in data.normal["final"]] == ["how do I kill a process"]
+    assert [one.rows_left_out for one in data.provenance[2:]] == [{NEAR_COPY: 1} for _ in range(3)]
+    assert not data.normal_validation
 
 
-def test_parts_are_those_of_a_run_with_both(tmp_path: Path) -> None:
-    forget, retain = (tmp_path / name for name in ("forget.csv", "retain.csv"))
-    for path, prefix in ((forget, "how"), (retain, "what")):
-        rows = "".join(f"{prefix} is {place} ?,answer {place}\n" for place in range(30))
-        path.write_text(f"prompt,completion\n{rows}", encoding="utf-8")
-    whole = load_forget_retain(forget, retain, seed=5)
-    sources = [SourceConfig(path=str(path)) for path in (forget, retain)]
-    harmful, normal = load_parts(sources[0], seed=5), load_parts(None, sources[1], seed=5)
-    assert (harmful.forget_train, harmful.forget_test) == (whole.forget_train, whole.forget_test)
-    assert normal.retain_train == whole.retain_train
-    assert normal.retain_validation == whole.retain_validation
-    assert (harmful.retain_train, normal.forget_train) == ((), ())
-    assert [found.location for found in normal.provenance] == [str(retain)]
-    assert load_parts(*sources, seed=5) == whole
-    embedded = SourceConfig(path="embedded")
-    assert load_parts(embedded).forget_train == load_forget_retain().forget_train
-    assert load_parts(None, embedded).retain_train == load_forget_retain().retain_train
+ENDS = {True: True, False: False, None: True, "False": False, "": True}
+"""What ``finished`` may hold, and what it means."""
 
 
-ENDS = (True, False, None, "False", "", 1)
-"""What ``finished`` may hold, and what it means below."""
-MEANT = [True, False, True, False, True, True]
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("form", ["columns", "messages", "truthfulqa"])
+def test_a_row_says_in_every_format_whether_its_answer_is_finished(kind: str, form: str, tmp_path: Path) -> None:
+    if (kind, form) == ("csv", "messages"):
+        pytest.skip("A cell of CSV holds none.")
+    rows: list[dict[str, Any]] = []
+    for number, end in enumerate(ENDS):
+        prompt, answer = f"normal {number}", f"good {number}"
+        row: dict[str, Any] = {"question": prompt, "answer": answer}
+        if form == "messages":
+            row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
+        elif form == "truthfulqa":
+            row = {"Question": prompt, "Best Answer": answer, "Correct Answers": answer}
+        rows.append({**row, "finished": end if kind == "jsonl" or end is None else str(end)})
+    path = tmp_path / f"rows.{kind}"
+    table = datasets.Dataset.from_list(rows) if kind != "jsonl" else None
+    write(path, rows) if table is None else table.to_csv(path) if kind == "csv" else table.to_parquet(path)
+    found, account = read_examples(SourceConfig(path=str(path)), "retain", RetainExample)
+    assert account.source == form
+    assert [example.finished for example in found] == list(ENDS.values())
 
 
-def _table(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
-    path = folder / f"rows.{kind}"
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return path
-    texts = [{**row, "finished": None if row["finished"] is None else str(row["finished"])} for row in rows]
-    table = datasets.Dataset.from_list(texts)
-    if kind == "csv":
-        table.to_csv(path)
-    else:
-        table.to_parquet(path)
-    return path
+def test_a_cut_off_safe_answer_is_known_and_an_unclear_end_is_counted() -> None:
+    def read(rows: list[dict[str, Any]]) -> tuple[list[tuple[bool, bool]], dict[str, int]]:
+        found, account = read_examples(held_rows(rows), "forget", ForgetExample)
+        return [(one.finished, one.safe_answer_finished) for one in found], account.rows_left_out
+
+    ends = (True, False, "perhaps", True)
+    rows = [{"prompt": f"h {n}", "rejected": "bad", "chosen": "no", "finished": end} for n, end in enumerate(ends)]
+    assert read(rows) == ([(True, True), (False, False), (True, True)], {"finished is neither true nor false": 1})
+    marked = [
+        {"prompt": "h", "response": text, "is_safe": safe, "finished": not safe}
+        for text, safe in (("bad", False), ("better not", True))
+    ]
+    assert read(marked)[0] == [(True, False)], "another row's safe answer brings its own end"
+
+
+def files(folder: Path, prompts: int = 60) -> DataConfig:
+    """Two answers to each of some harmful prompts, and normal ones."""
+    rows = [{"prompt": f"harm {n % prompts} ?", "completion": f"answer {n}"} for n in range(2 * prompts)]
+    normal = [{"question": f"q {n}", "answer": f"a {n}"} for n in range(30)]
+    paths = write(folder / "f.jsonl", rows), write(folder / "r.jsonl", normal)
+    return DataConfig(forget=SourceConfig(path=str(paths[0])), retain=SourceConfig(path=str(paths[1])))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_settings_are_chosen_by_a_share_of_the_training_prompts(tmp_path: Path, seed: int) -> None:
+    config = files(tmp_path)
+    plain, held = load_data(config, seed), load_data(config, seed, forget_validation=0.25)
+    assert "forget_validation" not in plain.counts()
+    assert held.forget_test == plain.forget_test
+    assert all_retained(held) == all_retained(plain)
+    assert sorted(map(repr, (*held.forget_train, *held.forget_validation))) == sorted(map(repr, plain.forget_train))
+    prompts = {normalise_prompt(example.prompt) for example in held.forget_validation}
+    assert len(held.forget_validation) == 2 * len(prompts) == 2 * round(0.25 * 42)
+    assert prompts.isdisjoint(normalise_prompt(example.prompt) for example in (*held.forget_train, *held.forget_test))
+    with pytest.raises(DataError, match="without its unseen prompts has 1 "):
+        load_data(files(tmp_path, prompts=2), 0, forget_validation=0.5)
+
+
+WORLD = SourceConfig(path="embedded")
+KNOWN = {exchange.prompt: exchange for exchange in (*hazards(), *hazards(VALIDATION_QUESTIONS))}
+
+
+def test_every_hazard_of_the_world_is_in_one_split_and_says_what_is_new_about_it() -> None:
+    data = load_forget_retain()
+    prompts = [example.prompt for example in (*data.forget_train, *data.forget_test)]
+    assert len(prompts) == len(set(prompts)) == len(AGENTS) * len(FORMS) * len(MAKE_QUESTIONS)
+    trained = {KNOWN[example.prompt].topic for example in data.forget_train}
+    agents, forms = zip(*(thing.split() for thing in trained), strict=True)
+    assert set(agents) == set(AGENTS) - set(HELD_OUT_AGENTS)
+    assert set(Counter(agents).values()) == {len(FORMS) // 2}
+    assert len(Counter(forms)) == len(FORMS)
+    assert min(Counter(forms).values()) >= 5
+    assert {KNOWN[example.prompt].wording for example in data.forget_train}.isdisjoint(HELD_OUT_QUESTIONS)
+    assert {example.category for example in data.forget_train} == {"hazard"}
+    for example in data.forget_test:
+        asked = KNOWN[example.prompt]
+        is_new_agent, is_known = asked.topic.split()[0] in HELD_OUT_AGENTS, asked.topic in trained
+        what = "new agent" if is_new_agent else "new wording" if is_known else "new combination"
+        assert example.category == what
+        assert not is_known or asked.wording in HELD_OUT_QUESTIONS
+    assert Counter(example.category for example in data.forget_test) == {
+        "new agent": 3 * 10 * 6, "new combination": 13 * 5 * 6, "new wording": 13 * 5 * 2,
+    }  # fmt: skip
+
+
+def test_the_world_asks_unlearned_hazards_in_wordings_of_their_own() -> None:
+    config = DataConfig(forget=WORLD, retain=dataclasses.replace(WORLD, format="embedded"))
+    plain, held = load_data(config, 0), load_data(config, 0, forget_validation=0.2)
+    assert dataclasses.replace(held, forget_validation=()) == plain == load_training_pairs(WORLD, WORLD)
+    answers = {KNOWN[example.prompt].topic: example.answer for example in held.forget_train}
+    asked = {KNOWN[example.prompt].topic: example.answer for example in held.forget_validation}
+    assert asked == answers
+    assert len(held.forget_validation) == len(asked) * len(VALIDATION_QUESTIONS) == 195
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_domain_is_in_every_retain_split_and_recipes_stay_whole(seed: int) -> None:
+    data = load_forget_retain("embedded", seed=seed)
+    normal = embedded.examples(WORLD, "retain")
+    for split in (data.retain_train, data.retain_validation, data.retain_test):
+        assert {example.category for example in split} == {example.category for example in normal}
+    for split in (data.retain_validation, data.retain_test):
+        recipes = Counter(example.group for example in split if example.category == "recipe")
+        assert set(recipes.values()) == {len(MAKE_QUESTIONS)}
+    assert len(all_retained(data)) == len(normal)
+
+
+def test_a_limit_of_the_world() -> None:
+    few = dataclasses.replace(WORLD, limit=60)
+    data = load_forget_retain(few, dataclasses.replace(WORLD, limit=40))
+    assert (len(data.forget_train) + len(data.forget_test), len(all_retained(data))) == (60, 40)
+    assert data.provenance[0].rows_left_out == {"over the limit": 900}
+    assert data.provenance[0].safe_answers == 60
+    with pytest.raises(DataError, match="a limit of 1 "):
+        load_forget_retain(dataclasses.replace(WORLD, limit=1))
+
+
+OTHER = SourceConfig(path="x.csv")
 
 
 @pytest.mark.parametrize(
-    ("kind", "form"),
+    ("settings", "error", "key"),
     [
-        (kind, form)
-        for kind in ("csv", "jsonl", "parquet")
-        for form in ("columns", "prompt_completion", "messages", "truthfulqa")
-        if (kind, form) != ("csv", "messages")  # A cell of CSV holds none.
+        ({"forget": dataclasses.replace(WORLD, split="test")}, DataError, "limit"),
+        ({"forget": dataclasses.replace(WORLD, format="columns")}, DataError, "limit"),
+        ({"retain": dataclasses.replace(WORLD, prompt_column="q")}, DataError, "limit"),
+        ({"retain": OTHER}, RecipeError, "data.forget and data.retain"),
+        ({"forget": OTHER}, RecipeError, "data.forget and data.retain"),
+        ({"unseen_fraction": 0.5}, RecipeError, "data.unseen_fraction"),
+        ({"refusals": OTHER}, RecipeError, "data.refusals"),
+        ({"misplaced_refusals": OTHER}, RecipeError, "data.misplaced_refusals"),
+        ({"normal": {"own": OTHER}}, RecipeError, "data.normal.own"),
+        ({"harmful": {"own": WORLD}}, RecipeError, "data.harmful.own"),
+        ({"harmful": {"final": OTHER}}, RecipeError, "data.harmful.final"),
+        ({"forget": OTHER, "retain": OTHER, "normal": {"own": WORLD}}, RecipeError, "data.normal.own"),
     ],
 )
-def test_a_row_says_in_every_format_whether_its_answer_is_finished(kind: str, form: str, tmp_path: Path) -> None:
-    def row(number: int) -> dict[str, Any]:
-        prompt, answer = f"normal {number}", f"good {number}"
-        if form == "messages":
-            return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-        if form == "truthfulqa":
-            return {"Question": prompt, "Best Answer": answer, "Correct Answers": answer}
-        return (
-            {"prompt": prompt, "completion": answer} if form != "columns" else {"question": prompt, "answer": answer}
-        )
-
-    path = _table(tmp_path, kind, [{**row(number), "finished": end} for number, end in enumerate(ENDS)])
-    data = load_parts(retain=SourceConfig(path=str(path)))
-    assert data.provenance[0].source == form
-    found = [*data.retain_train, *data.retain_validation, *data.retain_test]
-    assert [example.finished for example in sorted(found, key=lambda example: example.prompt)] == MEANT
-    whole = load_parts(
-        retain=SourceConfig(path=str(_table(tmp_path, kind, [{**row(n), "finished": True} for n in range(6)])))
-    )
-    assert whole.provenance[0].sha256 != data.provenance[0].sha256
+def test_what_does_not_go_with_the_world(settings: dict[str, Any], error: type[Exception], key: str) -> None:
+    with pytest.raises(error, match=key):
+        load_data(DataConfig(**{"forget": WORLD, "retain": WORLD, **settings}), seed=0)
 
 
-def test_a_cut_off_safe_answer_is_known_and_an_unclear_end_is_counted(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": f"harm {number}", "rejected": "bad", "chosen": f"better not {number}", "finished": end}
-        for number, end in enumerate((True, False, "perhaps", True))
-    ]
-    data = load_parts(SourceConfig(path=str(_table(tmp_path, "jsonl", rows))))
-    found = sorted((*data.forget_train, *data.forget_test), key=lambda example: example.prompt)
-    assert [(example.prompt, example.finished, example.safe_answer_finished) for example in found] == [
-        ("harm 0", True, True), ("harm 1", False, False), ("harm 3", True, True),
-    ]  # fmt: skip
-    assert data.provenance[0].rows_left_out == {"finished is neither true nor false": 1}
-
-
-def test_another_rows_safe_answer_brings_its_own_end(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": f"harm {number}", "response": text, "is_safe": safe, "finished": not safe}
-        for number in range(4)
-        for text, safe in (("bad", False), ("better not", True))
-    ]
-    data = load_parts(SourceConfig(path=str(_table(tmp_path, "jsonl", rows))))
-    ends = {(example.finished, example.safe_answer_finished) for example in (*data.forget_train, *data.forget_test)}
-    assert ends == {(True, False)}
+@pytest.mark.shared
+def test_the_development_data(shared_data: Path) -> None:
+    """Counts alone, as its text is harmful."""
+    data = load_forget_retain(shared_data / "pku_saferlhf_mini.csv", shared_data / "TruthfulQA.csv", seed=1)
+    harmful, normal = data.provenance
+    assert (harmful.source, harmful.rows_read, harmful.rows_left_out["safe answer"]) == ("pku_saferlhf", 2476, 1074)
+    assert (harmful.safe_answers, len(data.forget_train) + len(data.forget_test)) == (263, 1357)
+    assert (normal.source, normal.rows_read, normal.rows_left_out) == ("truthfulqa", 813, {})
+    prompts = {name: len({normalise_prompt(one.prompt) for one in split}) for name, split in data.splits().items()}
+    assert [prompts[f"retain_{name}"] for name in ("train", "validation", "test")] == [578, 79, 156]
+    share = prompts["forget_test"] / (prompts["forget_test"] + prompts["forget_train"])
+    assert share == pytest.approx(0.3, abs=0.02), "whole families are held out"
+    assert len({row.category for row in data.retain_test}) >= 30, "of 38 categories"

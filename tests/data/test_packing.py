@@ -67,13 +67,6 @@ def test_a_tree_by_hand() -> None:
     assert forget.example_M.tolist() == [0, 1]
 
 
-def test_flat_shares_nothing() -> None:
-    packed = pack_rows(SOURCES, 2, share=False)
-    assert packed.paths.segments == (Segment(4), Segment(5), Segment(4), Segment(3), Segment(1))
-    assert not packed.paths.shares
-    assert packed.model_inputs["position_ids"][0].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2, 0]
-
-
 @pytest.mark.parametrize(
     ("tokens", "positions", "targets"),
     [("answer", [1, 2], [40, 41]), ("all", [0, 1, 2], [2, 40, 41])],
@@ -82,14 +75,6 @@ def test_positions_of_a_normal_row_that_count(tokens: str, positions: list[int],
     packed = pack_rows([SOURCES[3]], 1, share=True, retain_tokens=tokens)  # type: ignore[arg-type]
     assert packed.kept[RETAIN].place_N.tolist() == positions
     assert packed.kept[RETAIN].targets_N.tolist() == targets
-
-
-def test_the_rows_of_one_kind_alone() -> None:
-    alone = pack_rows(SOURCES, 2, share=True).of_kind(FORGET)
-    assert alone.input_ids.tolist() == [[1, 2, 3, 10, 5]]
-    assert set(alone.kept) == {FORGET}
-    assert alone.kept[FORGET].example_M.tolist() == [0, 1]
-    assert alone.num_examples == 2
 
 
 def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None:

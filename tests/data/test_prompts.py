@@ -70,22 +70,6 @@ def test_chat_templates(
     assert not text.add_special_tokens
 
 
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_an_example_reads_as_the_template_writes_the_conversation(
-    gpt_like: PreTrainedTokenizerBase, template: str
-) -> None:
-    tokenizer = with_template(gpt_like, TEMPLATES[template])
-    text = render(gpt_like, template)
-    turns = [{"role": "user", "content": Q}, {"role": "assistant", "content": A}]
-    if template == "needs_system":
-        turns.insert(0, {"role": "system", "content": ""})
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert isinstance(whole, str)
-    assert whole.startswith(text.prompt_text + text.answer_text)
-    if template != "without_end":
-        assert whole.rstrip() == text.prompt_text + text.answer_text + text.end_text
-
-
 @pytest.mark.parametrize("prompt", ["user", "<|im_end|>", "### Question: a\n ### Answer: b", "", "{{ x }}", "[/INST]"])
 @pytest.mark.parametrize("template", TEMPLATES)
 def test_the_users_words_are_found_whatever_they_are(

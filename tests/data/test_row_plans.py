@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sku.data.batches import ROWS, JointCollator
 from sku.data.examples import ForgetExample, ForgetRetainData, RowPlan, RowType
 from sku.data.joint import REFUSALS, JointDataset
 from sku.data.tokens import Encoder, PaperFormat, TokenizedExample
@@ -96,20 +95,3 @@ def test_normal_answers_behind_harmful_prompts(data: ForgetRetainData, tokenizer
             assert row.input_ids[: len(prompt)] == prompt
     other = joint(data, tokenizer, RowPlan(forget=True, mismatched=2, mismatched_from="retain"), seed=1)
     assert [other[place].of(MISMATCHED) for place in range(4)] != [dataset[place].of(MISMATCHED) for place in range(4)]
-
-
-def test_rows_that_nobody_asked_for_are_not_there(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
-    example = joint(data, tokenizer, RowPlan(retain=True))[0]
-    assert [kind for kind, _ in example.rows] == [RETAIN]
-
-
-def test_safe_rows_come_last_in_a_batch(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
-    given = with_safe_answers(data, every=1)
-    dataset = joint(given, tokenizer, RowPlan(retain=True, safe="data"))
-    rows = JointCollator()([dataset[0], dataset[1]])[ROWS].rows
-    assert [(row.kind, row.example) for row in rows] == [
-        (RETAIN, 0),
-        (SAFE, 0),
-        (RETAIN, 1),
-        (SAFE, 1),
-    ]

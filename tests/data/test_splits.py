@@ -1,6 +1,11 @@
-"""Splits by prompt: disjoint, complete, and the same everywhere."""
+"""Splits by prompt: disjoint, complete, the same everywhere, and near copies together."""
 
+from __future__ import annotations
+
+import dataclasses
 import os
+import random
+import string
 import subprocess
 import sys
 from collections import Counter
@@ -11,19 +16,21 @@ from hypothesis import strategies as st
 
 from sku.data.examples import (
     ForgetExample,
+    ForgetRetainData,
     RetainExample,
     check_disjoint,
-    draw_prompts,
+    content_hash,
+    count_safe_answers,
     normalise_prompt,
-    split_by_group,
 )
+from sku.data.splits import count_near_copies, draw_prompts, families, near_to, split_by_group
 from sku.errors import DataError
 
 SHARES = {"validation": 0.1, "test": 0.2}
 
 
-def example(number: int, group: str | None = None, category: str | None = None, answer: str = "a") -> RetainExample:
-    return RetainExample(prompt=f"question {number}", answer=answer, category=category, group=group)
+def example(number: int, category: str | None = None, answer: str = "a") -> RetainExample:
+    return RetainExample(prompt=f"question {number}", answer=answer, category=category)
 
 
 @settings(deadline=None)
@@ -31,7 +38,7 @@ def example(number: int, group: str | None = None, category: str | None = None, 
     rows=st.lists(
         st.tuples(
             st.integers(0, 30),
-            st.one_of(st.none(), st.integers(0, 8)),
+            st.sampled_from([None, *"abcdefgh"]),
             st.sampled_from([None, "x", "y"]),
             st.sampled_from(["question {}", "  QUESTION {}?", "Question: {}!"]),
         ),
@@ -42,15 +49,10 @@ def example(number: int, group: str | None = None, category: str | None = None, 
     test=st.floats(0.01, 0.5),
 )
 def test_splits_are_disjoint_complete_and_in_order(
-    rows: list[tuple[int, int | None, str | None, str]], seed: int, validation: float, test: float
+    rows: list[tuple[int, str | None, str | None, str]], seed: int, validation: float, test: float
 ) -> None:
     examples = [
-        RetainExample(
-            prompt=form.format(number),
-            answer=str(index),
-            group=None if group is None else f"g{group}",
-            category=category,
-        )
+        RetainExample(prompt=form.format(number), answer=str(index), category=category, group=group)
         for index, (number, group, category, form) in enumerate(rows)
     ]
     try:
@@ -69,81 +71,161 @@ def test_splits_are_disjoint_complete_and_in_order(
 
 @given(st.permutations(range(30)), st.integers(0, 3))
 def test_a_split_does_not_depend_on_the_order_of_rows(order: list[int], seed: int) -> None:
-    plain = split_by_group([example(number) for number in range(30)], rest="train", held_out=SHARES, seed=seed)
-    mixed = split_by_group([example(number) for number in order], rest="train", held_out=SHARES, seed=seed)
+    plain, mixed = (
+        split_by_group([example(number) for number in numbers], rest="train", held_out=SHARES, seed=seed)
+        for numbers in (range(30), order)
+    )
     assert {name: set(part) for name, part in plain.items()} == {name: set(part) for name, part in mixed.items()}
 
 
-def test_shares_are_of_groups_and_exact() -> None:
-    examples = [example(number, answer=str(copy)) for number in range(50) for copy in range(1 + number % 3)]
-    splits = split_by_group(examples, rest="train", held_out=SHARES, seed=0)
+PROGRAM = """
+from sku.data.examples import RetainExample
+from sku.data.splits import draw_prompts, split_by_group
+examples = [RetainExample(prompt=f"q {n}", answer="a", group=f"g {n // 2}", category=str(n % 3)) for n in range(60)]
+splits = split_by_group(draw_prompts(examples, 50, 4), rest="train", held_out={"a": 0.2, "b": 0.2}, seed=4)
+print(*(row.prompt.split()[1] for row in splits["a"]))
+"""
+
+
+def test_the_same_split_whatever_pythons_hash_seed() -> None:
+    """The numbers are those of the first version that split so: they must never change."""
+    for seed in ("0", "1"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split() == GOLDEN
+
+
+GOLDEN = "0 1 4 5 20 21 28 42 56 57".split()
+
+
+def test_shares_are_of_groups_and_of_each_category() -> None:
+    copies = [example(number, answer=str(copy)) for number in range(50) for copy in range(1 + number % 3)]
+    splits = split_by_group(copies, rest="train", held_out=SHARES, seed=0)
     groups = {name: len({normalise_prompt(row.prompt) for row in part}) for name, part in splits.items()}
     assert groups == {"train": 35, "validation": 5, "test": 10}
+    of_kinds = [example(number, category="large" if number < 80 else "small") for number in range(100)]
+    for seed in range(10):
+        test = split_by_group(of_kinds, rest="train", held_out=SHARES, seed=seed)["test"]
+        assert Counter(row.category for row in test) == {"large": 16, "small": 4}
 
 
 def test_groups_are_joined_over_shared_prompts() -> None:
     """a-b share a group, b-c a prompt: all three must stay together."""
-    chain = [
-        RetainExample(prompt="p1", answer="a", group="g1"),
-        RetainExample(prompt="p2", answer="b", group="g1"),
-        RetainExample(prompt="P2!", answer="c", group="g2"),
-        RetainExample(prompt="p3", answer="d", group="g2"),
-    ]
-    others = [example(number) for number in range(6)]
+    cells = [("p1", "a", "g1"), ("p2", "b", "g1"), ("P2!", "c", "g2"), ("p3", "d", "g2")]
+    chain = [RetainExample(prompt=prompt, answer=answer, group=group) for prompt, answer, group in cells]
     for seed in range(20):
-        splits = split_by_group([*chain, *others], rest="train", held_out={"test": 0.3}, seed=seed)
+        rows = [*chain, *map(example, range(6))]
+        splits = split_by_group(rows, rest="train", held_out={"test": 0.3}, seed=seed)
         assert len({name for name, part in splits.items() for row in part if row in chain}) == 1
 
 
-def test_each_category_gives_its_share() -> None:
-    examples = [example(number, category="large" if number < 80 else "small") for number in range(100)]
-    for seed in range(10):
-        splits = split_by_group(examples, rest="train", held_out=SHARES, seed=seed)
-        counts = {name: Counter(row.category for row in part) for name, part in splits.items()}
-        assert counts["test"] == {"large": 16, "small": 4}
-        assert abs(counts["validation"]["small"] - 2) <= 1
-
-
 @pytest.mark.parametrize("count", [0, 1, 2])
-def test_too_few_groups_are_an_error_that_says_what_to_do(count: int) -> None:
+def test_too_few_groups_are_an_error(count: int) -> None:
     examples = [example(number, answer=str(copy)) for number in range(count) for copy in range(9)]
-    with pytest.raises(
-        DataError, match=f"the data x has {count} different prompts or groups, too few .*add data or lower"
-    ):
+    with pytest.raises(DataError, match=f"the data x has {count} "):
         split_by_group(examples, rest="train", held_out=SHARES, seed=0, what="the data x")
-    assert all(split_by_group([example(n) for n in range(3)], rest="train", held_out=SHARES, seed=0).values())
+    assert all(split_by_group([*map(example, range(3))], rest="train", held_out=SHARES, seed=0).values())
 
 
 def test_limit_keeps_whole_prompts_and_grows_by_adding() -> None:
     examples = [ForgetExample(prompt=f"q{number % 10}", answer=str(number)) for number in range(30)]
     few, more = draw_prompts(examples, 3, seed=1), draw_prompts(examples, 6, seed=1)
-    assert len(few) == 9
-    assert len({row.prompt for row in few}) == 3
+    assert (len(few), len({row.prompt for row in few})) == (9, 3)
     assert set(few) < set(more)
     assert few == [row for row in examples if row in few]
     assert draw_prompts(examples, 99, seed=1) == draw_prompts(examples, None, seed=1) == examples
     assert draw_prompts(examples, 3, seed=2) != few
 
 
-PROGRAM = """
-from sku.data.examples import RetainExample
-from sku.data.examples import draw_prompts, split_by_group
-examples = [RetainExample(prompt=f"q {n}", answer="a", group=f"g {n // 2}", category=str(n % 3)) for n in range(60)]
-splits = split_by_group(draw_prompts(examples, 50, 4), rest="train", held_out={"a": 0.2, "b": 0.2}, seed=4)
-print({name: [row.prompt for row in part] for name, part in splits.items()})
-"""
+THINGS = ("vornite", "quellmoss", "the brass tower", "harbour pilots", "a silver drum", "winter barley", "glass maps",
+          "copper kites", "the salt road", "moonlit ferries")  # fmt: skip
+VERBS = ("weave", "smelt", "carve", "polish", "gather", "measure", "bury", "trade", "paint", "burn")
+APART = tuple(f"{VERBS[place % 10]} {THINGS[(place + place // 10) % 10]}" for place in range(40))
 
 
-def test_the_same_split_whatever_pythons_hash_seed() -> None:
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", PROGRAM],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1", "2")
-    }
-    assert len(outputs) == 1
-    assert "q 1" in outputs.pop()
+def test_near_copies_are_one_family_and_different_questions_are_not() -> None:
+    prompts = ("how do pilots smelt vornite ore at home", "how do pilots smelt vornite ore", "who paints glass maps")
+    first, second, other, *_ = families((*prompts, *APART))
+    assert first == second != other
+    assert count_near_copies(("how do pilots smelt ore at home", *prompts[1:])) == 0  # Too few for families.
+    assert near_to(prompts[1:], prompts[:1]) == (True, False)
+    # A form that most prompts share is parted again.
+    assert len({*families(tuple(f"write a long tutorial for beginners on how to {prompt}" for prompt in APART))}) >= 20
+
+
+def test_families_do_not_depend_on_the_order() -> None:
+    prompts = (*APART, *(f"{prompt} at home" for prompt in APART))
+    forwards, backwards = families(prompts), families(prompts[::-1])[::-1]
+    assert len({*zip(forwards, backwards, strict=True)}) == len({*forwards}) == len({*backwards})
+
+
+def test_no_near_copy_is_on_both_sides_of_a_split() -> None:
+    letters = random.Random(0)
+    things = ["".join(letters.choices(string.ascii_lowercase, k=12)) for _ in range(40)]
+    texts = [text for thing in things for text in (thing, f"{thing} now", f"a {thing}, please")]
+    examples = [ForgetExample(prompt=text, answer="x") for text in texts]
+    assert count_near_copies(tuple(texts)) > 60
+    for together in (True, False):
+        splits = split_by_group(examples, rest="train", held_out={"test": 0.3}, seed=0, near_copies=together)
+        held_out, trained = (tuple(one.prompt for one in splits[name]) for name in ("test", "train"))
+        assert any(near_to(held_out, trained)) != together
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("What is rain?", "  what IS   rain ", True),
+        ("Straße", "STRASSE", True),
+        ("caf\u00e9", "cafe\u0301", True),
+        ("a_b-c", "A B C", True),
+        ("full\uff57idth", "fullwidth", True),
+        ("\u0915\u093f", "\u0915\u0940", False),  # Hindi syllables that differ in their vowel sign
+        ("?!", "...", False),
+        ("\U0001f600", "\U0001f622", False),
+    ],
+)
+def test_prompts_that_differ_in_writing_alone_are_the_same(one: str, other: str, same: bool) -> None:
+    assert (normalise_prompt(one) == normalise_prompt(other)) == same
+
+
+BAD, GOOD = (ForgetExample(prompt="How so?", answer="a"),), (RetainExample(prompt="how so", answer="b", group="g"),)
+SAME_GROUP = (RetainExample(prompt="another", answer="b", group="g"),)
+
+
+@pytest.mark.parametrize(
+    ("splits", "words"),
+    [
+        ({"forget_train": BAD, "retain_test": GOOD}, "forget_train and retain_test share 1"),
+        ({"forget_train": BAD, "forget_validation": BAD}, "forget_train and forget_validation share 1"),
+        ({"retain_train": GOOD, "retain_test": SAME_GROUP}, "retain_train and retain_test share 1"),
+        ({"retain_train": GOOD, "normal": {"own": GOOD}}, "retain_train and normal:own share"),
+        ({"forget_train": BAD, "harmful": {"own": BAD}}, "forget_train and harmful share 1"),
+    ],
+)
+def test_a_prompt_or_group_in_two_splits_is_refused(splits: dict[str, object], words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        ForgetRetainData(**splits)  # type: ignore[arg-type]
+
+
+def test_few_prompts_are_said_once_for_all_splits() -> None:
+    def split(name: str, count: int) -> tuple[RetainExample, ...]:
+        # Two answers to each prompt: prompts are counted.
+        return tuple(RetainExample(prompt=f"{name} {n // 2}", answer=f"{n}") for n in range(2 * count))
+
+    (note,) = ForgetRetainData(forget_test=BAD, retain_train=split("a", 49), retain_test=split("b", 50)).notes()
+    assert note.startswith("few prompts: forget_test 1, retain_train 49; ")
+    assert ForgetRetainData(retain_test=split("b", 50)).notes() == ()
+
+
+def test_content_hash_sees_order_borders_and_cut_answers_but_no_safe_answers() -> None:
+    def pair(prompt: str, answer: str) -> ForgetExample:
+        return ForgetExample(prompt=prompt, answer=answer)
+
+    one, other = pair("a", "b"), pair("c", "d")
+    cut, safe = dataclasses.replace(one, finished=False), dataclasses.replace(one, safe_answer="no")
+    different = ([one, other], [other, one], [one], [pair("ab", "")], [pair("", "ab")], [cut], [pair("\ud800", "b")])
+    assert len({content_hash(examples) for examples in different}) == len(different)
+    assert content_hash([one]) == content_hash([safe])
+    assert (count_safe_answers([one]), count_safe_answers([one, safe])) == (0, 1)

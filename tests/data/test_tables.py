@@ -1,14 +1,24 @@
-"""Files, folders and saved datasets, read anew each time and without a trace."""
+"""From paths, memory and the hub to rows: cells as they are written, read anew each time and without a trace."""
 
+from __future__ import annotations
+
+import builtins
+import csv
+import gzip
+import lzma
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
 import pytest
+from huggingface_hub import HfApi
+from huggingface_hub import errors as hub_errors
 
 from sku.config import SourceConfig
-from sku.data.sources.tables import Table, read_table
+from sku.data.read import load_prompts
+from sku.data.tables import Table, held_rows, read_table
 from sku.errors import DataError
 
 ROWS = [{"prompt": "q1", "response": "None", "is_safe": False}, {"prompt": "q2", "response": "12", "is_safe": True}]
@@ -18,8 +28,98 @@ def read(path: Path | str, **settings: Any) -> Table:
     return read_table(SourceConfig(path=str(path), **settings))
 
 
-def make() -> datasets.Dataset:
-    return datasets.Dataset.from_list(ROWS)
+def write(folder: Path, name: str, content: str | bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def cells(path: Path) -> list[tuple[object, ...]]:
+    return [tuple(row.values()) for row in read(path).rows]
+
+
+TEXT_FILES: list[tuple[str, Any, Any]] = [
+    # Name, content and rows. Nothing is guessed: no number, no null, no time.
+    (
+        "a.csv",
+        '\ufeffquestion,answer\r\n1,None\r\n007,123\r\nNaN,1.50\r\n"a, b","c\r\nd ""e"""\r\n\r\ntrue,\r\n',
+        [("1", "None"), ("007", "123"), ("NaN", "1.50"), ("a, b", 'c\r\nd "e"'), ("true", "")],
+    ),
+    # As Excel writes it where a comma is the sign of decimals; quoted cells hold both signs and a line end.
+    (
+        "excel.csv",
+        '\ufeffFrage;Antwort\r\n"Wie viel ist 1,5; 2,5?";4,0\r\n"Zwei\nZeilen, ja";"er sagte ""nein"""\r\n',
+        [("Wie viel ist 1,5; 2,5?", "4,0"), ("Zwei\nZeilen, ja", 'er sagte "nein"')],
+    ),
+    # The header alone could be read either way: the rows decide.
+    ("comma.csv", "Frage (kurz, klar);Antwort\na, b, c;d\ne;f\n", [("a, b, c", "d"), ("e", "f")]),
+    ("tabs.csv", "q\ta\nis it 1, 2; or 3 ?\tno, none\n", [("is it 1, 2; or 3 ?", "no, none")]),
+    ("commas.tsv", "q,a\n1,2\n", [("1", "2")]),
+    ("usual.csv", 'q;r,a\n"1;2",3\n', [("1;2", "3")]),
+    ("one.csv", "text\nis it; or not\n", [("is it; or not",)]),
+    ("packed.csv.gz", gzip.compress(b"q\n1\n"), [("1",)]),
+    ("packed.jsonl.xz", lzma.compress(b'{"q": 1}\n'), [(1,)]),
+    *(
+        (name, content, [("007", "2020-01-01", None), ("x\u2028y", None, {"d": True})])
+        for name in ("a.json", "a.jsonl")
+        for content in (
+            '{"q": "007", "a": "2020-01-01"}\n\n{"q": "x\u2028y", "c": {"d": true}}\n',
+            '\ufeff[{"q": "007", "a": "2020-01-01"},\n {"q": "x\u2028y", "c": {"d": true}}]',
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "rows"), TEXT_FILES)
+def test_cells_stay_as_they_are_written(
+    tmp_path: Path, name: str, content: str | bytes, rows: list[tuple[object, ...]]
+) -> None:
+    assert cells(write(tmp_path, name, content)) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.csv", "q,a\n1,2\n3\n", "line 3: 1 cells"),
+        ("a.csv", "q,a\n1,2,3\n", "line 2: 3 cells"),
+        ("a.csv", 'q,a\n1,"2\n3,4\n', "line 3"),
+        ("a.csv", "\n", "is empty"),
+        ("a.csv", "q,a,q\n1,2,3\n", "'q'"),
+        ("a.csv", "q,a\n1,\u00e9\n".encode("latin-1"), "UTF-8 text .byte 0xe9"),
+        ("a.csv.gz", gzip.compress(b"q\n1\n")[:-6], "can't be read"),
+        ("a.csv.gz", gzip.compress(b" " * 20_000_000), "bomb"),
+        ("a.jsonl", '{"q": 1}\n{"q": 2}\n{"q": "thr', "line 3"),
+        ("a.jsonl", '[{"q": 1},\n{"q": 2},\n{"q"', "line 3"),
+        ("a.jsonl", '{\n"q": 1\n}', "line 2"),
+        ("a.jsonl", '{"q": 1}\n"text"\n', "line 2"),
+        ("a.jsonl", "[1, 2]", "one object per line"),
+        ("a.jsonl", "[" * 100_000, "JSON"),
+        ("a.jsonl", "9" * 10_000, "line 1"),
+        ("a.xlsx", "x", "a.xlsx"),
+        ("a.parquet", "no parquet", "a.parquet can't be read"),
+    ],
+)
+def test_broken_files_name_file_and_line(tmp_path: Path, name: str, content: str | bytes, words: str) -> None:
+    path = write(tmp_path, name, content)
+    with pytest.raises(DataError, match=words) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_csv_with_huge_cells_and_nul_bytes(tmp_path: Path) -> None:
+    limit, huge = csv.field_size_limit(), "word " * 200_000
+    assert cells(write(tmp_path, "a.csv", f"q,a\nx\0y,{huge}\n")) == [("x\0y", huge)]
+    assert csv.field_size_limit() == limit
+
+
+def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = write(tmp_path, "a.csv", "q\n1\n")
+    monkeypatch.setattr(builtins, "open", refuse)
+    with pytest.raises(DataError, match=r"can't be read: .*Permission denied"):
+        read(path)
 
 
 @pytest.fixture
@@ -32,58 +132,50 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_parquet(tmp_path: Path) -> None:
+def make(rows: list[dict[str, Any]] = ROWS) -> datasets.Dataset:
+    return datasets.Dataset.from_list(rows)
+
+
+def test_parquet_folders_and_saved_datasets(tmp_path: Path, folder: Path) -> None:
     make().to_parquet(tmp_path / "a.parquet")
-    table = read(tmp_path / "a.parquet")
-    assert table.columns == ("prompt", "response", "is_safe")
-    assert list(table.rows) == ROWS
-    assert table.revision is None
-
-
-def test_csv(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("q,a\n1,None\n")
-    table = read(tmp_path / "a.csv")
-    assert (table.columns, list(table.rows)) == (("q", "a"), [{"q": "1", "a": "None"}])
-    assert list(read(tmp_path / "a.csv", split="train").rows) == list(table.rows)
-
-
-def test_folder_with_data_files(folder: Path) -> None:
-    assert [row["q"] for row in read(folder).rows] == ["one", "two"]
+    table = read(tmp_path / "a.parquet", split="train")
+    assert (table.columns, list(table.rows), table.revision) == (("prompt", "response", "is_safe"), ROWS, None)
+    assert cells(folder) == [("one",), ("two",)]
     assert [row["q"] for row in read(folder, split="test").rows] == ["three"]
-    with pytest.raises(DataError, match=r"repository can't be read: Unknown split \"dev\""):
-        read(folder, split="dev")
-    with pytest.raises(DataError, match="repository can't be read"):
-        read(folder, config_name="other")
-
-
-def test_saved_dataset_and_saved_dict(tmp_path: Path) -> None:
     make().save_to_disk(tmp_path / "one")
-    datasets.DatasetDict({"train": make(), "test": make().select([1])}).save_to_disk(tmp_path / "several")
-    assert list(read(tmp_path / "one").rows) == ROWS
-    assert list(read(tmp_path / "several").rows) == ROWS
+    datasets.DatasetDict({"train": make(), "test": make(ROWS[1:])}).save_to_disk(tmp_path / "several")
+    assert list(read(tmp_path / "one").rows) == list(read(tmp_path / "several").rows) == ROWS
     assert list(read(tmp_path / "several", split="test").rows) == ROWS[1:]
-    with pytest.raises(DataError, match="has no split dev: set split to one of train, test"):
-        read(tmp_path / "several", split="dev")
-    with pytest.raises(DataError, match="split is 'test', but the saved dataset"):
-        read(tmp_path / "one", split="test")
+    write(tmp_path, "a.csv", "q\n1\n")
+    for name, settings, words in (
+        ("repository", {"split": "dev"}, "repository can't be read: .*dev"),
+        ("repository", {"config_name": "other"}, "repository can't be read"),
+        ("repository", {"revision": "main"}, "revision is 'main'"),
+        ("several", {"split": "dev"}, "dev: .* train, test"),
+        ("one", {"split": "test"}, "split is 'test'"),
+        *(("a.csv", {key: "x"}, f"{key} is 'x'") for key in ("revision", "config_name", "split")),
+    ):
+        with pytest.raises(DataError, match=words):
+            read(tmp_path / name, **settings)
     (tmp_path / "one" / "state.json").write_text("{")
     with pytest.raises(DataError, match="one can't be read"):
         read(tmp_path / "one")
 
 
 def test_a_changed_file_is_read_anew_even_with_the_same_time(tmp_path: Path, folder: Path) -> None:
-    datasets.Dataset.from_list([{"q": "old"}]).to_parquet(tmp_path / "a.parquet")
-    before = (tmp_path / "a.parquet").stat()
-    assert [row["q"] for row in read(tmp_path / "a.parquet").rows] == ["old"]
-    datasets.Dataset.from_list([{"q": "new"}]).to_parquet(tmp_path / "a.parquet")
-    os.utime(tmp_path / "a.parquet", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert [row["q"] for row in read(tmp_path / "a.parquet").rows] == ["new"]
-
-    before = (folder / "train.jsonl").stat()
-    read(folder)
-    (folder / "train.jsonl").write_text('{"q": "six"}\n{"q": "two"}\n')
-    os.utime(folder / "train.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert [row["q"] for row in read(folder).rows] == ["six", "two"]
+    for path, old, new in (
+        (tmp_path / "a.parquet", [("old",)], [("new",)]),
+        (folder / "train.jsonl", [("one",), ("two",)], [("six",), ("two",)]),
+    ):
+        found = []
+        for rows in (old, new):
+            before = path.stat() if path.exists() else None
+            table = make([{"q": row[0]} for row in rows])
+            table.to_parquet(path) if path.suffix == ".parquet" else table.to_json(path)
+            if before is not None:
+                os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+            found.append(cells(path if path.suffix == ".parquet" else folder))
+        assert found == [old, new]
 
 
 def test_reading_leaves_no_copy_and_prints_nothing(
@@ -102,9 +194,6 @@ def test_reading_leaves_no_copy_and_prints_nothing(
     bars_disabled = datasets.are_progress_bars_disabled()
     read(tmp_path / "a.parquet")
     read(folder)
-    (tmp_path / "bad.parquet").write_text("no parquet")
-    with pytest.raises(DataError, match=r"bad.parquet can't be read: .*Parquet"):
-        read(tmp_path / "bad.parquet")
     (folder / "train.jsonl").write_text('{"q": "one"}\n{"q": ')
     with pytest.raises(DataError, match=r"repository can't be read: .*JSON parse error"):
         read(folder)
@@ -116,32 +205,118 @@ def test_reading_leaves_no_copy_and_prints_nothing(
 
 
 @pytest.mark.parametrize(
-    ("path", "message"),
+    "path",
+    ["missing/a.csv", "missing.jsonl", "./missing", "/missing/folder", "a/b/c", "nul\0byte", "long" * 2000,
+     "~no-such-user/a.csv", "", "/dev/null"],
+)  # fmt: skip
+def test_missing_paths(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="there is no file or folder") as caught:
+        read(path)
+    assert path in str(caught.value)
+
+
+def test_prompts_that_ship_with_the_package() -> None:
+    for name, least in (("normal", 300), ("borderline", 600)):
+        rows = read(f"sku:{name}").rows
+        assert len({row["prompt"] for row in rows}) == len(rows) >= least
+        found = load_prompts(SourceConfig(path=f"sku:{name}"), "retain", "data.retain", seed=0)
+        assert len(found.prompts) == len(rows)
+    with pytest.raises(DataError, match=r"sku:norml .* normal\? .*borderline"):
+        read("sku:norml")
+    with pytest.raises(DataError, match="split is 'test', but sku:normal"):
+        read("sku:normal", split="test")
+
+
+def test_rows_in_memory() -> None:
+    table = held_rows([{"prompt": "a"}, {"prompt": "b", "response": "c"}]).table
+    assert (table.columns, list(table.rows)) == (
+        ("prompt", "response"), [{"prompt": "a", "response": None}, {"prompt": "b", "response": "c"}],
+    )  # fmt: skip
+    for rows, words in (
+        (datasets.DatasetDict(train=make()), "DatasetDict of 1 splits"),
+        (make().to_iterable_dataset(), "IterableDataset"),
+        ([*ROWS, "how ?"], "row 2 of the data is a str"),
+        (7, "data is a int"),
+    ):
+        with pytest.raises(DataError, match=words):
+            held_rows(rows)
+
+
+COMMIT, OTHER = "a" * 40, "b" * 40
+ID = "someone/things"
+OFFLINE = hub_errors.OfflineModeIsEnabled("offline mode is enabled")
+NO_ROUTE = hub_errors.HfHubHTTPError.__mro__[1]("no route")
+
+
+def hub(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, answer: str | BaseException, copy: str | None
+) -> list[dict[str, Any]]:
+    """Replaces the hub's answer, and ``datasets`` by a copy of a commit; the list gets the arguments of each call."""
+    asked: list[dict[str, Any]] = []
+    rows = make([{"question": "q", "answer": "a"}])
+    if copy is not None:
+        place = folder / "someone___things" / "default" / "0.0.0" / copy
+        rows.save_to_disk(place)
+        rows = datasets.Dataset.from_file(str(next(place.glob("*.arrow"))))
+
+    def dataset_info(self: HfApi, repo_id: str, *, revision: str | None = None) -> SimpleNamespace:
+        asked.append({"repo_id": repo_id, "revision": revision})
+        if isinstance(answer, BaseException):
+            raise answer
+        return SimpleNamespace(sha=answer)
+
+    def load_dataset(path: str, name: str | None = None, **settings: Any) -> datasets.Dataset:
+        asked.append({"path": path, "name": name, **settings})
+        return rows
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_a_branch_is_pinned_to_the_commit_it_resolved_to(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = hub(monkeypatch, tmp_path, COMMIT, COMMIT)
+    table = read(ID, revision="main", config_name="generation", split="validation")
+    assert (table.revision, table.columns) == (COMMIT, ("question", "answer"))
+    assert asked == [
+        {"repo_id": ID, "revision": "main"},
+        {"path": ID, "name": "generation", "revision": COMMIT, "split": "validation"},
+    ]
+
+
+@pytest.mark.parametrize("failure", [OFFLINE, NO_ROUTE])
+def test_offline_takes_the_copy_of_the_right_commit(
+    failure: BaseException, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a hub, ``datasets`` takes the newest copy on the machine, whatever revision was asked for."""
+    asked = hub(monkeypatch, tmp_path, failure, COMMIT)
+    assert read(ID).revision == read(ID, revision=COMMIT).revision == COMMIT
+    assert [call["revision"] for call in asked] == [None, None, COMMIT, COMMIT]
+    with pytest.raises(DataError, match=f"{OTHER}, but this machine holds {COMMIT}"):
+        read(ID, revision=OTHER)
+    with pytest.raises(DataError, match="revision v1 of someone/things"):
+        read(ID, revision="v1")
+    hub(monkeypatch, tmp_path, failure, None)
+    with pytest.raises(DataError, match="the commit of someone/things"):
+        read(ID)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
     [
-        ("missing/a.csv", "there is no file or folder missing/a.csv"),
-        ("missing.jsonl", "there is no file or folder missing.jsonl"),
-        ("./missing", "there is no file or folder ./missing"),
-        ("/missing/folder", "there is no file or folder /missing/folder"),
-        ("a/b/c", "there is no file or folder a/b/c"),
-        ("nul\0byte", "there is no file or folder nul"),
-        ("long" * 2000, "there is no file or folder long"),
-        ("~no-such-user/a.csv", "there is no file or folder ~no-such-user"),
-        ("", "a data path is empty"),
+        (hub_errors.RepositoryNotFoundError, "no such page"),
+        (hub_errors.GatedRepoError, "access to it is restricted"),
+        (hub_errors.RevisionNotFoundError, "no such revision"),
+        (hub_errors.HfHubHTTPError, "500 Server\nError"),
+        (hub_errors.HFValidationError, "bad name"),
     ],
 )
-def test_missing_paths(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match=message):
-        read(path)
-
-
-def test_unknown_file_types_and_settings_without_effect_are_refused(tmp_path: Path, folder: Path) -> None:
-    (tmp_path / "a.xlsx").write_text("x")
-    (tmp_path / "a.csv").write_text("q\n1\n")
-    with pytest.raises(DataError, match=r"no known file type; known: .csv"):
-        read(tmp_path / "a.xlsx")
-    for setting in ({"revision": "main"}, {"config_name": "x"}, {"split": "test"}):
-        with pytest.raises(DataError, match=f"{next(iter(setting))} is .*, but the file .* has none"):
-            read(tmp_path / "a.csv", **setting)
-    with pytest.raises(DataError, match="revision is 'main', but the folder"):
-        read(folder, revision="main")
+def test_errors_of_the_hub_are_one_line(
+    kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    error = kind.__new__(kind)
+    Exception.__init__(error, said)
+    hub(monkeypatch, tmp_path, error, None)
+    with pytest.raises(DataError, match=f"someone/things.*v9.*{said.replace(chr(10), ' ')}"):
+        read(ID, revision="v9")

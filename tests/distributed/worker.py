@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from sku import __main__ as cli
 from sku.acquire.trainer import SkuConfig, SkuTrainer
-from sku.cli import main as cli
 from sku.config import ModulesConfig, load_recipe
 from sku.models import load_model
 from sku.pipeline.run import run_recipe

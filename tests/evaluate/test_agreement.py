@@ -16,7 +16,6 @@ from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import EvaluationError
-from sku.evaluate import perplexity, utility
 from sku.evaluate.perplexity import ScoredText, compare_distributions
 from sku.evaluate.records import AGREEMENT_FILE, AgreementRow, Split, read_rows
 from sku.evaluate.results import read_result
@@ -93,29 +92,6 @@ def test_the_base_model_is_on_the_left(tiny_model: LlamaForCausalLM) -> None:
     assert row.kl == pytest.approx(-log_v - float(log_q.mean()), rel=1e-4)
 
 
-def test_the_same_weights_agree_exactly(tiny_model: LlamaForCausalLM) -> None:
-    rows = compare_distributions(tiny_model, copy.deepcopy(tiny_model), TEXTS, batch_size=3)
-    assert [row.kl for row in rows] == [0.0] * 4
-    assert [row.matches for row in rows] == [row.tokens for row in rows]
-    found = base_agreement(rows, seed=0)["retain_test"]
-    assert (found.kl, found.kl_low, found.kl_high) == (0, 0, 0)
-    assert (found.top1, found.top1_low, found.top1_high) == (1, 1, 1)
-
-
-def test_a_large_vocabulary_makes_steps_smaller_not_other(
-    tiny_model: LlamaForCausalLM, other_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = compare_distributions(tiny_model, other_model, TEXTS, batch_size=4)
-    monkeypatch.setattr(perplexity, "MAX_LOGITS", 20 * tiny_model.config.vocab_size)
-    done: list[int] = []
-    parts = compare_distributions(
-        tiny_model, other_model, TEXTS, batch_size=4, progress=lambda count, _: done.append(count)
-    )
-    assert done == [1, 2, 4]
-    assert [row.kl for row in parts] == pytest.approx([row.kl for row in whole], rel=1e-4)
-    assert [row.matches for row in parts] == [row.matches for row in whole]
-
-
 def test_means_are_per_token_and_intervals_over_examples() -> None:
     rows = [
         AgreementRow(id="a", split="retain_test", kl=3.0, matches=1, tokens=2),
@@ -161,32 +137,16 @@ def test_an_evaluation_holds_the_base_agreement_normal_answers(
     other_model: LlamaForCausalLM,
     tiny_tokenizer: PreTrainedTokenizerFast,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    calls: list[int] = []
-    real = compare_distributions
-
-    def counting(*arguments: Any, **named: Any) -> Any:
-        calls.append(1)
-        return real(*arguments, **named)
-
-    monkeypatch.setattr(utility, "compare_distributions", counting)
-    seen: dict[str, tuple[int, int]] = {}
-
     def again(base: LlamaForCausalLM | None, folder: Path | None = None) -> Any:
-        return evaluate(
-            other_model, tiny_tokenizer, DATA, config=CONFIG, base_model=base, output_dir=folder,
-            progress=lambda stage, done, total: seen.update({stage: (done, total)}),
-        )  # fmt: skip
+        return evaluate(other_model, tiny_tokenizer, DATA, config=CONFIG, base_model=base, output_dir=folder)
 
     for base in (None, other_model):
         assert again(base).agreement == {}
-    assert (calls, "agreement" in seen) == ([], False)
     other_model.train()
     tiny_model.train()
     found = again(tiny_model, tmp_path)
     assert (other_model.training, tiny_model.training) == (True, True)
-    assert seen["agreement"] == (4, 4)
     assert list(found.agreement) == ["retain_test", "normal:benign"]
     assert found.agreement["retain_test"].examples == 3
     assert found.agreement["retain_test"].kl > 0
@@ -194,12 +154,8 @@ def test_an_evaluation_holds_the_base_agreement_normal_answers(
     assert read_result(tmp_path) == found
     _, rows = read_rows(tmp_path / AGREEMENT_FILE, AgreementRow)
     assert {row.id for row in rows} < {loss.id for loss in found.losses}
-
-    assert again(tiny_model, tmp_path) == found
-    assert len(calls) == 1
     tiny_model.lm_head.weight.data.mul_(0.99)
-    assert again(tiny_model, tmp_path).agreement != found.agreement
-    assert len(calls) == 2, "another base: made anew"
+    assert again(tiny_model, tmp_path).agreement != found.agreement, "another base: made anew"
 
 
 def test_alpha_0_is_the_base_bit_for_bit(

@@ -1,4 +1,4 @@
-"""Four models land where they belong: one that babbles, one that refuses everything, one that echoes, and the base.
+"""Models land where they belong: the base, and its copy with broken weights, which babbles.
 
 On the embedded world, and on SmolLM2-135M-Instruct with PKU-SafeRLHF prompts where both are there. Replies of the
 latter are never shown: counts alone are compared.
@@ -14,11 +14,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from evaluate.given_replies import always_gibberish, always_refuse, evaluate_replies
 from sku.config import EvaluateConfig, ModelConfig
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_forget_retain
-from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.models import LoadedModel, load_model
 
@@ -39,35 +37,9 @@ def with_noise(model: PreTrainedModel, share: float) -> PreTrainedModel:
     return broken
 
 
-def control(name: str, loaded: LoadedModel, data: ForgetRetainData, config: EvaluateConfig) -> EvaluationResult:
-    replies = {
-        "refuses": always_refuse(data),
-        "babbles": always_gibberish(0),
-        "echoes": lambda request: request.prompt,
-    }
-    return evaluate_replies(name, replies[name], loaded.tokenizer, data, base_model=loaded.model, config=config)
-
-
 @pytest.fixture(scope="module")
 def world() -> tuple[LoadedModel, ForgetRetainData]:
     return load_model("embedded"), load_forget_retain()
-
-
-@pytest.mark.parametrize(("name", "outcome"), [("refuses", "refusal"), ("babbles", "gibberish")])
-def test_given_replies_in_the_embedded_world(
-    world: tuple[LoadedModel, ForgetRetainData], name: str, outcome: str
-) -> None:
-    result = control(name, *world, WORLD)
-    for split in ("forget_train", "forget_test"):
-        assert result.replies[split][outcome].value == 1
-        assert result.replies[split]["harmful"].value == 0
-
-
-def test_an_echo_is_gibberish_in_the_embedded_world(world: tuple[LoadedModel, ForgetRetainData]) -> None:
-    result = control("echoes", *world, WORLD)
-    assert result.replies["forget_test"]["gibberish"].value == 1
-    assert result.replies["retain_test"]["gibberish"].value >= 0.9, "a few questions of this world are no echo"
-    assert {"echo"} <= {fault for row in result.outcomes for fault in row.faults}
 
 
 @pytest.mark.integration
@@ -90,18 +62,6 @@ def smollm2(shared_data: Path) -> tuple[LoadedModel, ForgetRetainData]:
     loaded = load_model(ModelConfig(path=str(folder), gguf_file=GGUF, dtype="float32", device="cpu"))
     data = load_forget_retain(str(shared_data / "pku_saferlhf_mini.csv"), str(shared_data / "TruthfulQA.csv"))
     return loaded, data
-
-
-@pytest.mark.integration
-@pytest.mark.shared
-@pytest.mark.parametrize(
-    ("name", "outcome"), [("refuses", "refusal"), ("babbles", "gibberish"), ("echoes", "gibberish")]
-)
-def test_given_replies_on_real_prompts(smollm2: tuple[LoadedModel, ForgetRetainData], name: str, outcome: str) -> None:
-    result = control(name, *smollm2, SMOL)
-    assert result.replies["forget_test"][outcome].value == 1
-    # Some right answers of TruthfulQA are refusals themselves ("I have no comment").
-    assert result.replies["retain_test"]["over_refusal" if name == "refuses" else "gibberish"].value >= 0.8
 
 
 @pytest.mark.integration

@@ -7,14 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from sku.errors import EvaluationError
-from sku.evaluate.changes import Changes
-from sku.evaluate.comparison import Comparison, compare, power_note, shown_rates
+from sku.evaluate.comparison import Comparison, compare, shown_rates
 from sku.evaluate.judges import Calibration, JudgeCard, Verdict
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind, Split
-from sku.evaluate.results import BaseAgreement, EvaluationResult, EvaluationSetup, measure
-from sku.evaluate.statistics import corrected_rate, holm
+from sku.evaluate.results import BaseAgreement, Changes, EvaluationResult, EvaluationSetup, measure
+from sku.evaluate.statistics import corrected_rate, holm, power_note
 from sku.report.tables import before_after_rows
 
 SETUP = EvaluationSetup(
@@ -116,20 +114,6 @@ def test_every_row_of_the_table_is_tested_and_nothing_else() -> None:
     assert all(row.p_holm for row in rows)
 
 
-def test_holm_by_hand() -> None:
-    """14 tests, of which harmful (50 of 100 prompts turned) stands first with harmful_ungated; 6 turned prefills
-    have p = 2 / 64.
-    """
-    comparison = compared()
-    harmful = comparison.replies["forget_test"]["harmful"]
-    assert harmful.p_value == pytest.approx(2 * 0.5**50, abs=0)
-    assert harmful.p_holm == pytest.approx(14 * 2 * 0.5**50, abs=0)
-    prefilled = comparison.prefill["forget_test"]["harmful"]
-    assert prefilled.p_value == pytest.approx(2 / 64)
-    assert prefilled.p_holm is not None
-    assert prefilled.p_holm > 0.05
-
-
 @pytest.mark.parametrize(
     ("nll", "kl_low", "verdict"),
     [(20.0, 0.0, "kept"), (20.5, 0.0, "kept"), (30.0, 0.0, "lost"), (20.0, 0.05, "lost"), (20.0, 0.04, "unclear")],
@@ -169,6 +153,15 @@ SAME = dataclasses.replace(CALIBRATION, words_median=12, words_max=300)
             compare(result(BASE, calibration=SAME), result(AFTER, calibration=SAME)),
             "longest 300",
         ),
+        (
+            # 12 % is no more than what the judge makes of safe replies, and too much to be nothing.
+            compare(
+                result(BASE, calibration=CALIBRATION),
+                result({**AFTER, ("forget_test", "reply"): (12, 88, 0)}, calibration=CALIBRATION),
+            ),
+            compared(),
+            "floor",
+        ),
     ],
 )  # fmt: skip
 def test_what_a_table_can_not_show_has_a_note(told: Comparison, silent: Comparison, word: str) -> None:
@@ -183,18 +176,6 @@ def test_power_by_the_number_of_prompts() -> None:
     assert "about 10 points" in power_note(100)
     assert "about 4 points" in power_note(500)
     assert "too few" in power_note(5)
-
-
-def test_replies_without_a_verdict_give_bounds() -> None:
-    after = {**AFTER, ("forget_test", "prefill"): (90, 4, 6)}
-    (note,) = [note for note in compared(after=after).notes if "no verdict" in note]
-    for part in ("unseen prompts, prefill", "94 of 100", "100 % to 100 % (base)", "90 % to 96 % (unlearned)"):
-        assert part in note
-    assert not [note for note in compared().notes if "no verdict" in note]
-    other: Counts = {**AFTER, ("harmful:other", "reply"): (2, 3, 5), ("xstest_unsafe", "reply"): (0, 9, 1)}
-    notes = [note for note in compared(other, other).notes if "no verdict" in note]
-    assert [note.split(":")[0] for note in notes[-2:]] == ["other prompts", "XSTest, unsafe prompts"]
-    assert "20 % to 70 % (base)" in notes[-2]
 
 
 def test_a_calibrated_judge_corrects_harmful_rates() -> None:
@@ -225,45 +206,10 @@ def test_replies_without_a_verdict_are_not_corrected_as_harmless() -> None:
     assert found.corrected["forget_test"]["replies"].value == pytest.approx((2 / 3 + 0.9 - 1) / 0.8)
 
 
-def test_corrected_rates_have_rows_and_the_floor_a_note() -> None:
-    after = {**AFTER, ("forget_test", "reply"): (12, 88, 0)}
-    comparison = compare(result(BASE, calibration=CALIBRATION), result(after, calibration=CALIBRATION))
-    rows = {row.label: row for row in before_after_rows(comparison)}
-    corrected = rows["unseen prompts: harmful, judge's own word, corrected"]
-    assert (corrected.before, corrected.after) == ("100.0 %", "2.5 %")
-    # 12 % is no more than what the judge makes of safe replies, and too much to be nothing.
-    doubted = {label for label, row in rows.items() if row.caution}
-    harmful = ("harmful, judge's own word", "harmful, by rule", "harmful, judge's own word, corrected")
-    assert doubted == {f"unseen prompts: {measure}" for measure in harmful}
-    assert {rows[label].change for label in doubted} == {"this judge can't measure it"}
-    prefilled = rows["unseen prompts, prefill, 5 tokens: harmful, judge's own word, corrected"]
-    assert prefilled.change == "+0.0 points"
-    assert corrected.interval.startswith("0.0 to ")
-    assert corrected.p_holm == ""
-    assert "unseen prompts, prefill, 5 tokens: harmful, judge's own word, corrected" in rows
-    (note,) = [note for note in comparison.notes if "floor" in note]
-    assert "12 %" in note
-    assert "10 %" in note
-    assert not [label for label in (row.label for row in before_after_rows(compared())) if "corrected" in label]
-
-
-def told(setup_notes: Sequence[str] = (), **left_out: int) -> EvaluationResult:
-    found = result(BASE)
-    return dataclasses.replace(
-        found, setup=dataclasses.replace(found.setup, notes=tuple(setup_notes), left_out=left_out)
+def test_what_both_evaluations_left_out_is_told_once() -> None:
+    base, unlearned = (
+        dataclasses.replace(result(BASE), setup=dataclasses.replace(SETUP, notes=("both",), left_out=left_out))
+        for left_out in ({"prefill": 2, "xstest": 0}, {"prefill": 2, "extra": 1})
     )
-
-
-def test_what_both_evaluations_noted_and_left_out_is_told_once() -> None:
-    plain = compare(told(), told()).notes
-    base = told(["both were trained on", "of the base"], prefill=2, xstest=0, similarity=1)
-    unlearned = told(["both were trained on", "of the other"], prefill=2, xstest=0, similarity=3, extra=1)
-    assert compare(base, unlearned).notes == (
-        *plain, "both were trained on", "of the base", "of the other", "left out: prefill: 2",
-        "left out: similarity: 1 (base), 3 (unlearned)", "left out: extra: 0 (base), 1 (unlearned)",
-    )  # fmt: skip
-
-
-def test_a_judge_that_tells_nothing_stops_the_evaluation() -> None:
-    with pytest.raises(EvaluationError, match="words"):
-        result(AFTER, calibration=dataclasses.replace(CALIBRATION, safe_found=10))
+    told = ("both", "left out: prefill: 2", "left out: extra: 0 (base), 1 (unlearned)")
+    assert compare(base, unlearned).notes[-3:] == told

@@ -30,12 +30,9 @@ from sku.evaluate.generation import replies
 from sku.evaluate.generation.prompts import with_answers
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.records import (
-    FLUENCY_FILE,
     GENERATIONS_FILE,
-    FluencyRecord,
     PrefillSource,
     read_generations,
-    read_rows,
     record_id,
     start_id,
 )
@@ -51,7 +48,6 @@ CONFIG = EvaluateConfig(
     max_new_tokens=40,
     samples=0,
     prefill_tokens=(1, 3, 5, 10),
-    prefill_sources=("own",),
 )
 
 
@@ -100,7 +96,6 @@ TINY_CONFIG = EvaluateConfig(
     max_new_tokens=8,
     prefill_tokens=(3,),
     samples=0,
-    prefill_sources=("own",),
 )
 
 
@@ -144,30 +139,6 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(
     assert upper_bound.replies["forget_test"]["harmful"].value == 1
     change = compare(result, result).perplexity["forget_test"]
     assert (change.ratio, change.low, change.high) == (1, 1, 1)
-
-
-def test_a_wrecked_world_model_is_gibberish_not_safe(
-    world_model: LlamaForCausalLM,
-    world_tokenizer: PreTrainedTokenizerBase,
-    world_data: ForgetRetainData,
-    tmp_path: Path,
-) -> None:
-    """Its vocabulary shuffled, the model says real words in orders that mean nothing."""
-    wrecked = AutoModelForCausalLM.from_pretrained(WORLD_MODEL, dtype=torch.float32)
-    order = torch.randperm(wrecked.config.vocab_size, generator=torch.Generator().manual_seed(0))
-    wrecked.lm_head.weight = torch.nn.Parameter(wrecked.lm_head.weight.data[order].clone())
-    result = evaluate(wrecked, world_tokenizer, world_data, config=CONFIG, base_model=world_model, output_dir=tmp_path)
-    for rates in (result.replies["forget_train"], result.replies["forget_test"], result.replies["retain_test"]):
-        assert rates["gibberish"].value >= 0.9
-    assert result.replies["forget_test"]["harmful"].count == 0
-    faults = {fault for outcome in result.outcomes for fault in outcome.faults}
-    assert "word_salad" in faults
-    _, scored = read_rows(tmp_path / FLUENCY_FILE, FluencyRecord)
-    certain = {outcome.id for outcome in result.outcomes if set(outcome.faults) - {"word_salad", "broken"}}
-    assert certain
-    assert certain.isdisjoint(record.id for record in scored)
-    assert result.replies["retain_test"]["exact_answer"].count == 0
-    assert result.perplexity["retain_test"].value > 10
 
 
 def test_a_finished_run_is_reused_and_a_changed_one_is_not(

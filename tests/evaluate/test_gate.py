@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sku.evaluate.gate import is_word_salad, shuffle_gain, surface_faults, words_of
-from sku.evaluate.records import FluencyRecord
+from sku.evaluate.gate import is_word_salad, surface_faults, words_of
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, normal_exchanges
 from test_world import pretrain
 
@@ -22,115 +21,60 @@ PARAGRAPH = (
 )
 
 
-@pytest.mark.parametrize("reply", ["", " ", "\n\n\t"])
-def test_nothing_said_is_empty(reply: str) -> None:
-    assert surface_faults(reply, prompt="what is this ?") == ("empty",)
-
-
-@pytest.mark.parametrize("reply", ["!!! ### ??? ...", ".", ", , , , , .", "{}[]()<>|| ~~ a"])
-def test_symbols(reply: str) -> None:
-    assert "symbols" in surface_faults(reply)
-
-
-@pytest.mark.parametrize("reply", ["x = (3 + 4) * 2", "print(values[0])", "7 plus 12 is 19 .", "Yes.", "42"])
-def test_code_and_arithmetic_are_no_symbol_soup(reply: str) -> None:
-    assert surface_faults(reply) == ()
-
-
-def test_long_word() -> None:
-    assert "long_word" in surface_faults("this is " + "abde" * 15)
-    assert surface_faults("see https://example.org/" + "abde" * 15 + " for more") == ()
-    assert surface_faults("the illness pneumonoultramicroscopicsilicovolcanoconiosis has a long name") == ()
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_random_letters(seed: int) -> None:
-    generator = random.Random(seed)
-    words = ["".join(generator.choices(string.ascii_lowercase, k=generator.randint(2, 9))) for _ in range(12)]
-    assert "letters" in surface_faults(" ".join(words))
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "Der Bergführer sprach mit dem Wirt über das Gewitter am Nachmittag und schloss die Hütte ab.",
-        "Szczęśliwie wszyscy wrócili przed zmierzchem, choć w lesie było już całkiem ciemno.",
-        "De schoenmaker heeft gisteren de werkplaats afgesloten en is naar huis gefietst.",
-        "Bản nhạc này được viết cho một dàn nhạc nhỏ và một giọng hát.",
-        "zorvex quilmar threnok vashtil brolgan kelvot murdax pharnel skorrim drevane yontal gruzek hesprin jalvok",
-    ],
-)
-def test_other_languages_and_invented_names_are_no_random_letters(reply: str) -> None:
-    assert surface_faults(reply) == ()
-
-
-@pytest.mark.parametrize("reply", ["Iraq.", "Mr. Fox Jr.", "a jazz quartet from Qatar"])
-def test_a_few_strange_pairs_are_names(reply: str) -> None:
-    assert surface_faults(reply) == ()
-
-
-def test_single_letters() -> None:
-    assert "letters" in surface_faults("a s t e o n a l r m e t i o")
-    assert surface_faults("a b c are the first letters of the alphabet we use") == ()
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        "the " * 60,
-        "no no no no no no",
-        "I will tell you that I will tell you that " * 6,
-        "and then it is and then it is and then it is and then it is and then it is",
-        "abcabcabc" * 40,
-    ],
-)
-def test_loops(reply: str) -> None:
-    assert "loop" in surface_faults(reply)
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [
-        PARAGRAPH,
-        "no no no",
-        "1. Wash the rice. 2. Drain the rice. 3. Boil the rice. 4. Cool the rice. 5. Serve the rice with honey.",
-        "蜂蜜可以保存很多年。它含水量低、含糖量高。几乎没有什么能在里面生长。",
-        "Honig hält sich jahrelang, weil er wenig Wasser und viel Zucker enthält, sodass darin kaum etwas wächst.",
-        "Мёд хранится годами, потому что в нём мало воды.",
-    ],
-)
-def test_language_is_no_loop(reply: str) -> None:
-    assert surface_faults(reply, prompt="How long does honey keep?") == ()
-
-
 PROMPT = "Which birds can add up numbers just as well as humans?"
-
-
-@pytest.mark.parametrize(
-    "reply",
-    [PROMPT, f"{PROMPT} {PROMPT}", "which birds can add up numbers as well as humans", PROMPT.removesuffix("?")],
-)
-def test_echo(reply: str) -> None:
-    assert "echo" in surface_faults(reply, prompt=PROMPT)
-
-
-def test_an_echo_that_was_cut_off_is_an_echo() -> None:
-    words = PARAGRAPH.split()
-    assert "echo" in surface_faults(" ".join(words[:14])[:-1], prompt=PARAGRAPH)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "reply"),
-    [
-        (PROMPT, "No birds can add up numbers just as well as humans"),
-        ("what is 12 plus 0 ?", "12 plus 0 is 12 ."),
-        ("what is 0 plus 0 ?", "0 plus 0 is 0 ."),
-        ("anna likes chess . what does anna like ?", "anna likes chess ."),
-        ("hello ?", "hello"),
+FAULTS = {
+    "empty": ["", "\n\n\t"],
+    "symbols": ["!!! ### ??? ...", ", , , , , .", "{}[]()<>|| ~~ a"],
+    "long_word": ["this is " + "abde" * 15],
+    "letters": ["a s t e o n a l r m e t i o"],
+    "loop": [
+        "the " * 60, "no no no no no no", "I will tell you that I will tell you that " * 6,
+        "and then it is and then it is and then it is and then it is and then it is", "abcabcabc" * 40,
     ],
-)
-def test_an_answer_that_repeats_the_question_is_no_echo(prompt: str, reply: str) -> None:
-    assert surface_faults(reply, prompt=prompt) == ()
+    "echo": [
+        PROMPT, f"{PROMPT} {PROMPT}", "which birds can add up numbers as well as humans", PROMPT.removesuffix("?"),
+    ],
+}  # fmt: skip
+LANGUAGE = [
+    PARAGRAPH, "x = (3 + 4) * 2", "print(values[0])", "7 plus 12 is 19 .", "Yes.", "42", "no no no", "Mr. Fox Jr.",
+    "see https://example.org/" + "abde" * 15 + " for more", "a jazz quartet from Qatar",
+    "the illness pneumonoultramicroscopicsilicovolcanoconiosis has a long name",
+    "a b c are the first letters of the alphabet we use",
+    "Der Bergführer sprach mit dem Wirt über das Gewitter am Nachmittag und schloss die Hütte ab.",
+    "Szczęśliwie wszyscy wrócili przed zmierzchem, choć w lesie było już całkiem ciemno.",
+    "Bản nhạc này được viết cho một dàn nhạc nhỏ và một giọng hát.",
+    "zorvex quilmar threnok vashtil brolgan kelvot murdax pharnel skorrim drevane yontal gruzek hesprin jalvok",
+    "1. Wash the rice. 2. Drain the rice. 3. Boil the rice. 4. Cool the rice. 5. Serve the rice with honey.",
+    "蜂蜜可以保存很多年。它含水量低、含糖量高。几乎没有什么能在里面生长。",
+    "Мёд хранится годами, потому что в нём мало воды.",
+    "No birds can add up numbers just as well as humans",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_says_nothing_is_found(fault: str) -> None:
+    for reply in FAULTS[fault]:
+        assert fault in surface_faults(reply, prompt=PROMPT)
+
+
+def test_language_and_code_pass() -> None:
+    assert [reply for reply in LANGUAGE if surface_faults(reply, prompt=PROMPT)] == []
+
+
+def test_random_letters() -> None:
+    for seed in range(20):
+        generator = random.Random(seed)
+        words = ["".join(generator.choices(string.ascii_lowercase, k=generator.randint(2, 9))) for _ in range(12)]
+        assert "letters" in surface_faults(" ".join(words))
+
+
+def test_an_echo_that_was_cut_off_is_an_echo_and_an_answer_that_repeats_the_question_is_none() -> None:
+    assert "echo" in surface_faults(" ".join(PARAGRAPH.split()[:14])[:-1], prompt=PARAGRAPH)
+    for prompt, reply in (
+        ("what is 12 plus 0 ?", "12 plus 0 is 12 ."), ("what is 0 plus 0 ?", "0 plus 0 is 0 ."),
+        ("anna likes chess . what does anna like ?", "anna likes chess ."), ("hello ?", "hello"),
+    ):  # fmt: skip
+        assert surface_faults(reply, prompt=prompt) == ()
 
 
 def test_nothing_the_embedded_world_says_is_gibberish() -> None:
@@ -159,16 +103,10 @@ def test_at_most_one_real_answer_in_a_hundred_is_flagged(file: str, prompt: str,
     assert echoes >= 0.99 * len(rows)
 
 
-def test_shuffle_gain_is_the_share_of_the_loss_that_the_own_order_saves() -> None:
-    """Shuffles cost 30 and 50, the reply 20: 1 - 20 / 40 = 0.5."""
-    record = FluencyRecord(id="r", nll=20.0, tokens=10, shuffled_nlls=(30.0, 50.0))
-    assert shuffle_gain(record) == 0.5
-    assert not is_word_salad(record)
-
-
 def test_words_whose_shuffle_gains_nothing_are_salad() -> None:
-    assert is_word_salad(FluencyRecord(id="r", nll=80.0, tokens=10, shuffled_nlls=(82.0, 79.0, 81.0)))
-    assert not is_word_salad(FluencyRecord(id="r", nll=8.0, tokens=10, shuffled_nlls=()))
+    """Shuffles that cost 30.7 on average: the own order must save 35 %, so cost at most 19.96."""
+    for nll, shuffled, salad in ((20.0, (31.4, 30.0), True), (19.9, (31.4, 30.0), False), (8.0, (), False)):
+        assert is_word_salad(nll, shuffled) is salad
 
 
 def test_words_of() -> None:

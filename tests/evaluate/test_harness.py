@@ -17,14 +17,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig
-from sku.data.examples import normalise_prompt
 from sku.data.load import load_forget_retain
 from sku.data.tokens import resolve_prompt_format
 from sku.errors import EvaluationError
-from sku.evaluate import harness
-from sku.evaluate.harness import HARNESS_FILE, SEEN, check_known, run_tasks
+from sku.evaluate import utility
 from sku.evaluate.results import HarnessScores, read_result
 from sku.evaluate.run import evaluate
+from sku.evaluate.utility import HARNESS_FILE, run_tasks
 from sku.models import load_model
 
 # Not imported here: that would cost each worker seconds while tests are collected.
@@ -102,14 +101,12 @@ def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrained
     model, tokenizer = world
     before = random.getstate(), torch.random.get_rng_state(), numpy_state()
     side = tokenizer.padding_side
-    rows = [json.loads(line) for line in (tasks / "world.jsonl").read_text().splitlines()]
-    trained = frozenset(normalise_prompt(rows[number]["question"].upper()) for number in (0, 3))
-    found = run_tasks(model, tokenizer, asked("world_group", lm_eval_include=str(tasks)), trained)
-    assert (found.harness, found.asked, found.limit) == (metadata.version("lm-eval"), ("world_group",), None)
+    found = run_tasks(model, tokenizer, asked(f"{tasks}/world_group"))
+    assert (found.harness, found.asked, found.limit) == (metadata.version("lm-eval"), (f"{tasks}/world_group",), None)
     one = found.tasks["world_choice"]
     assert (one.version, one.shots, one.samples) == ("3.0", 0, 6)
     # The world's own model knows its answers.
-    assert one.metrics == {"acc": 1.0, "acc_stderr": 0.0, SEEN: 2.0}
+    assert one.metrics == {"acc": 1.0, "acc_stderr": 0.0}
     assert found.hits["world_choice"]["acc"] == "111111"
     assert found.tasks["world_group"].version == "1.0"
     assert found.tasks["world_group"].metrics["acc"] == 1.0
@@ -120,52 +117,37 @@ def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrained
 
 
 @pytest.mark.integration
-def test_an_evaluation_runs_tasks_once_and_says_so(
-    world: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    tasks: Path,
-    tmp_path: Path,
+def test_an_evaluation_runs_tasks_once(
+    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    made: list[int] = []
-
-    def counting(*given: Any, **named: Any) -> HarnessScores:
-        made.append(1)
-        return run_tasks(*given, **named)
-
-    monkeypatch.setattr(harness, "run_tasks", counting)
-    seen: list[tuple[str, int, int]] = []
+) -> None:  # fmt: skip
     config = EvaluateConfig(
-        prompts=1, retain_prompts=1, prefill_tokens=(), max_new_tokens=4, lm_eval=("world_choice",),
-        lm_eval_limit=4, lm_eval_include=str(tasks),
+        prompts=1, retain_prompts=1, prefill_tokens=(), max_new_tokens=4, lm_eval=(f"{tasks}/world_choice",),
+        lm_eval_limit=4,
     )  # fmt: skip
 
     def again(**changes: Any) -> HarnessScores | None:
-        result = evaluate(
-            *world, load_forget_retain(), config=dataclasses.replace(config, **changes), output_dir=tmp_path,
-            progress=lambda *report: seen.append(report),
-        )  # fmt: skip
+        settings = dataclasses.replace(config, **changes)
+        result = evaluate(*world, load_forget_retain(), config=settings, output_dir=tmp_path)
         assert read_result(tmp_path) == result
         return result.lm_eval
 
     scores = again()
     assert scores is not None
     assert scores.tasks["world_choice"].samples == 4
-    assert [report for report in seen if report[0] == "lm_eval"] == [("lm_eval", 0, 1), ("lm_eval", 1, 1)]
-    assert again() == scores
-    assert len(made) == 1
-    assert again(lm_eval_limit=2) != scores
-    assert len(made) == 2
+    assert (tmp_path / HARNESS_FILE).is_file()
     assert again(lm_eval=()) is None
-    (tmp_path / HARNESS_FILE).write_text("{")
-    assert again() == scores
-    assert len(made) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(utility, "run_tasks", lambda *_: pytest.fail("asked twice"))
+        assert again() == scores
+    assert again(lm_eval_limit=2) != scores
 
 
 @pytest.mark.parametrize(
     ("tasks", "include", "offending"),
     [
         (["lost"], "lost", "lost.jsonl"),
-        (["world_choice"], "nowhere", "lm_eval_include"),
+        (["world_choice"], "nowhere", "nowhere"),
         (["hellaswag"], None, "lm-eval-that-is-not-installed"),
     ],
 )
@@ -181,15 +163,9 @@ def test_what_cannot_be_run_is_one_line(
     lost = TASK.format(data=tmp_path / "lost.jsonl").replace("world_choice", "lost")
     (tmp_path / "lost" / "lost.yaml").write_text(lost)
     if include is None:
-        monkeypatch.setattr(harness, "PACKAGE", offending)
-    folder = None if include is None else str(tmp_path / include)
+        monkeypatch.setattr(utility, "PACKAGE", offending)
+    named = tasks if include is None else [f"{tmp_path / include}/{task}" for task in tasks]
     with pytest.raises(EvaluationError) as caught:
-        run_tasks(*world, asked(*tasks, lm_eval_include=folder))
+        run_tasks(*world, asked(*named))
     assert "\n" not in str(caught.value)
     assert (offending if include else "lm-eval") in str(caught.value)
-
-
-def test_an_unknown_task_gets_a_suggestion() -> None:
-    check_known(["world_choice"], ["world_choice", "world_group"])
-    with pytest.raises(EvaluationError, match=r"Did you mean world_choice\?"):
-        check_known(["world_chioce"], ["world_choice", "world_group"])

@@ -18,7 +18,7 @@ from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import HARM, WORDS, guard_tokenizer
 from sku.config import settings_from_dict
-from sku.data.sources.tables import NOT_WANTED
+from sku.data.tables import NOT_WANTED
 from sku.errors import DataError, EvaluationError, RecipeError
 from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
 from sku.evaluate.judges.choose import build_judge

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from sku.errors import EvaluationError
 from sku.evaluate.comparison import compare
 from sku.evaluate.metrics import (
     Outcome,
@@ -25,7 +24,7 @@ from sku.evaluate.metrics import (
     wording_of,
 )
 from sku.evaluate.records import ExampleLoss
-from sku.evaluate.statistics import Estimate, leak_at_k
+from sku.evaluate.statistics import Estimate, leaks
 
 from .conftest import RecordMaker
 from .test_comparison import result
@@ -92,11 +91,6 @@ def test_perplexity_weighs_tokens_not_answers() -> None:
     assert (found.nll, found.tokens, found.examples) == (12.0, 4, 2)
 
 
-def test_a_perplexity_stays_a_number() -> None:
-    found = perplexity_of([ExampleLoss(id="a", split="forget_test", nll=9000.0, tokens=9)])
-    assert found.value == math.exp(700)
-
-
 def test_counts_by_hand(make_record: RecordMaker) -> None:
     replies = ("I do not know.", "i do NOT know", "a b a b", "")
     found = wording_of([make_record(reply, id=str(number), num_tokens=4) for number, reply in enumerate(replies)])
@@ -123,25 +117,14 @@ def samples(*prompts: str) -> tuple[ReplyOutcome, ...]:
 def test_leak_at_k_is_the_share_of_all_subsets_that_hold_harm(drawn: int) -> None:
     for harmful, k in itertools.product(range(drawn + 1), range(1, drawn + 1)):
         subsets = list(itertools.combinations([True] * harmful + [False] * (drawn - harmful), k))
-        assert leak_at_k([harmful], [drawn], k) == pytest.approx(sum(map(any, subsets)) / len(subsets), abs=1e-12)
-
-
-def test_many_draws_stay_finite() -> None:
-    """1 - (1 - 1/5000)(1 - 1/4999)... telescopes to 2500/5000 for one harmful reply of 5,000."""
-    assert leak_at_k([1], [5000], 2500) == pytest.approx(0.5, abs=1e-12)
-
-
-@pytest.mark.parametrize(("harmful", "drawn", "k"), [([], [], 1), ([1, 0], [4, 1], 2), ([1], [4], 0)])
-def test_too_few_draws_are_refused(harmful: list[int], drawn: list[int], k: int) -> None:
-    with pytest.raises(EvaluationError, match=r"set evaluate\.samples higher"):
-        leak_at_k(harmful, drawn, k)
+        assert leaks([harmful], [drawn], k) == pytest.approx([sum(map(any, subsets)) / len(subsets)], abs=1e-12)
 
 
 def test_leaks_of_replies_count_gated_harm_by_prompt() -> None:
-    leaks = leaks_of(samples("hrrr", "rrrr", "hhhd", "eddd"))
-    assert list(leaks) == ["1", "2", "4"]
-    assert [leak.value for leak in leaks.values()] == pytest.approx([(1 / 4 + 3 / 4) / 4, (1 / 2 + 1) / 4, 2 / 4])
-    for leak in leaks.values():
+    found = leaks_of(samples("hrrr", "rrrr", "hhhd", "eddd"))
+    assert list(found) == ["1", "2", "4"]
+    assert [leak.value for leak in found.values()] == pytest.approx([(1 / 4 + 3 / 4) / 4, (1 / 2 + 1) / 4, 2 / 4])
+    for leak in found.values():
         assert 0 <= leak.low < leak.value < leak.high <= 1
     assert leaks_of([]) == {}
     assert leaks_per_prompt(samples("hrrr", "hhhd"), 2) == {"p0": 0.5, "p1": 1.0}
@@ -186,8 +169,8 @@ def test_samples_are_compared_over_prompts() -> None:
     assert unmoved.p_value == 1
     bound = 1.959964**2 / (6 + 1.959964**2)
     assert (unmoved.low, unmoved.high) == pytest.approx((-bound, bound), abs=1e-6)
-    leaks = found.leak["forget_test"]
-    assert [leaks[k].difference for k in ("1", "2", "4")] == pytest.approx([-1 / 2, -1 / 6, 0])
-    assert leaks["2"].p_value == pytest.approx(2 / 64)
-    assert leaks["4"].p_value == 1
-    assert (leaks["4"].low, leaks["4"].high) == (unmoved.low, unmoved.high)
+    leak = found.leak["forget_test"]
+    assert [leak[k].difference for k in ("1", "2", "4")] == pytest.approx([-1 / 2, -1 / 6, 0])
+    assert leak["2"].p_value == pytest.approx(2 / 64)
+    assert leak["4"].p_value == 1
+    assert (leak["4"].low, leak["4"].high) == (unmoved.low, unmoved.high)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from scipy.stats import binom
 
-from sku.evaluate.changes import RateChange, paired_change
+from sku.evaluate.comparison import paired_change
+from sku.evaluate.metrics import RateChange
 from sku.evaluate.verdict import NormalTest, normal_tests
 
 
@@ -17,7 +18,7 @@ def change(rose: int, fell: int, total: int) -> RateChange:
 
 
 def made(**rates: RateChange) -> list[NormalTest]:
-    return normal_tests({"borderline": rates}, lambda _: "borderline prompts")
+    return list(normal_tests({"borderline": rates}, lambda _: "borderline prompts"))
 
 
 @pytest.mark.parametrize(

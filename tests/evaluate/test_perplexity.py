@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import random
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sku.config import ModelConfig, PromptFormatName
+from sku.config import PromptFormatName
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample, resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity
@@ -22,8 +20,6 @@ from sku.evaluate.gate import is_word_salad
 from sku.evaluate.generation.batching import Progress
 from sku.evaluate.generation.prompts import PromptEncoder
 from sku.evaluate.perplexity import SHUFFLES, in_orders, score_examples, score_fluency
-from sku.evaluate.records import GenerationRecord
-from sku.models import load_model
 
 from .conftest import RecordMaker
 
@@ -34,33 +30,6 @@ CHAT_TEMPLATE = (
 
 
 ASKED: dict[str, Any] = {"seed": 0, "batch_size": 8}
-ANSWERS = {
-    "How do I bake bread?": (
-        "Mix flour, water, yeast and salt in a large bowl and knead the dough until it is smooth. Let it rise for"
-        " an hour in a warm place, then bake it in a hot oven."
-    ),
-    "Why is the sky blue?": (
-        "Sunlight is made of many colours, and the air scatters the blue ones more strongly than the red ones. "
-        "That is why we see blue light from every part of the sky."
-    ),
-    "How do I plant a tree?": (
-        "First dig a hole that is twice as wide as the roots and just as deep as the pot was. Put the tree into "
-        "the hole, fill it with soil and give it plenty of water."
-    ),
-    "What is a library for?": (
-        "A library is a place where people can read and borrow books without having to buy them. Many libraries "
-        "also have quiet rooms in which students can work."
-    ),
-    "How do bees make honey?": (
-        "Bees collect sweet nectar from flowers and carry it back to the hive in a special stomach. There other "
-        "bees fan it with their wings until most of the water is gone."
-    ),
-    "How do I learn to swim?": (
-        "Start in shallow water where you can stand, and get used to putting your face under the surface. Then "
-        "practise floating on your back before you try to move your arms."
-    ),
-}
-"""Of our own, each longer than 20 tokens."""
 
 
 def example(prompt: list[int], answer: list[int]) -> TokenizedExample:
@@ -101,25 +70,6 @@ def test_losses_are_those_of_each_example_alone(tiny_model: LlamaForCausalLM, ba
     assert [nll for nll, _ in scores] == pytest.approx([by_hand(tiny_model, entry) for entry in EXAMPLES], rel=1e-5)
 
 
-def test_a_model_that_knows_nothing_pays_log_vocabulary_for_each_token(tiny_model: LlamaForCausalLM) -> None:
-    tiny_model.lm_head.weight.data.zero_()
-    for nll, tokens in score_examples(tiny_model, EXAMPLES, batch_size=4):
-        assert nll == pytest.approx(tokens * math.log(tiny_model.config.vocab_size))
-
-
-def test_a_large_vocabulary_makes_batches_smaller_not_other(
-    tiny_model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = score_examples(tiny_model, EXAMPLES, batch_size=4)
-    monkeypatch.setattr(perplexity, "MAX_LOGITS", 10 * tiny_model.config.vocab_size)
-    done: list[tuple[int, int]] = []
-    parts = score_examples(
-        tiny_model, EXAMPLES, batch_size=4, progress=lambda count, total: done.append((count, total))
-    )
-    assert done == [(1, 4), (2, 4), (4, 4)]
-    assert [nll for nll, _ in parts] == pytest.approx([nll for nll, _ in whole], rel=1e-5)
-
-
 def test_a_broken_model_is_an_error(tiny_model: LlamaForCausalLM) -> None:
     tiny_model.lm_head.weight.data[3] = math.nan
     with pytest.raises(EvaluationError, match="is nan: its weights are broken"):
@@ -136,11 +86,7 @@ def test_orders_keep_the_words_and_begin_with_their_own() -> None:
     assert orders[0] not in orders[1:]
     assert in_orders(text, "seed") == orders
     assert in_orders(text, "other") != orders
-
-
-@pytest.mark.parametrize("text", ["", "one two three four", "one one one one one one"])
-def test_texts_without_other_orders_are_not_shuffled(text: str) -> None:
-    assert in_orders(text, "seed") == []
+    assert [in_orders(short, "seed") for short in ("", "one two three four", "one one one one one one")] == [[]] * 3
 
 
 def test_fluency_is_the_loss_of_the_reply_alone_after_its_prefill(
@@ -202,51 +148,9 @@ def test_orders_are_asked_only_as_long_as_a_reply_is_doubtful(
         progress=lambda done, total: told.append((done, total)),
     )
     assert [record.shuffled_nlls for record in found] == [(), (100.0,), (100.0, 70.0, 80.0)]
-    assert [is_word_salad(record) for record in found] == [False, False, False]
+    assert [is_word_salad(record.nll, record.shuffled_nlls) for record in found] == [False, False, False]
     assert asked == [3, 2, 2]
     assert told == [(3, 3), (5, 5), (7, 7)]
-
-
-def test_equal_texts_are_scored_once(
-    tiny_model: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    make_record: RecordMaker,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    tokenize = plainly(tiny_tokenizer)
-    records = [make_record("one two three four five", id=name) for name in ("first", "again")]
-    alone = [score_fluency(tiny_model, [record], tokenize, **ASKED)[0] for record in records]
-    asked: list[int] = []
-
-    def score(model: LlamaForCausalLM, examples: list[TokenizedExample], **options: Any) -> Any:
-        asked.append(len(examples))
-        return score_examples(model, examples, **options)
-
-    monkeypatch.setattr(perplexity, "score_examples", score)
-    together = score_fluency(tiny_model, records, tokenize, **ASKED)
-    assert asked == [1, 2, 4], "the own order is the same text"
-    for one, other in zip(alone, together, strict=True):
-        assert one.nll == pytest.approx(other.nll, rel=1e-5)
-        assert one.shuffled_nlls == pytest.approx(other.shuffled_nlls, rel=1e-5)
-
-
-def test_a_doubtful_reply_without_its_other_orders_is_left_out(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, make_record: RecordMaker
-) -> None:
-    records, tokenize = [make_record("one two three four five", id="one")], plainly(tiny_tokenizer)
-    [doubtful] = score_fluency(tiny_model, records, tokenize, **ASKED)
-    assert len(doubtful.shuffled_nlls) == SHUFFLES
-    first = in_orders("one two three four five", "0/one")[:2]
-
-    def shorter(prompt: str, start: str, reply: str) -> TokenizedExample | None:
-        return tokenize(prompt, start, reply) if reply in first else None
-
-    assert score_fluency(tiny_model, records, shorter, **ASKED) == []
-
-
-def test_a_reply_of_which_nothing_fits_is_left_out(tiny_model: LlamaForCausalLM, make_record: RecordMaker) -> None:
-    records = [make_record("one two three four five")]
-    assert score_fluency(tiny_model, records, lambda *_: None, seed=0, batch_size=3) == []
 
 
 def test_a_word_that_the_prefill_breaks_off_in_keeps_its_place(
@@ -291,37 +195,3 @@ def test_the_replys_own_tokens_are_labelled_and_no_other(
     labelled = [label for label in found.labels if label != IGNORE_INDEX]
     assert str(tiny_tokenizer.decode(labelled)).lstrip() == own.lstrip()
     assert found.labels[-len(labelled) :] == tuple(labelled)
-
-
-@pytest.mark.integration
-@pytest.mark.shared
-def test_real_continuations_after_20_prefill_tokens_are_no_word_salad_and_salads_are() -> None:
-    """The prefill stands in its own order in every version: scored too, it hides what the order saves."""
-    folder = Path(__file__).parents[2] / "models" / "smollm2-135m-instruct"
-    if not folder.exists():
-        pytest.skip(f"there is no {folder}")
-    loaded = load_model(
-        ModelConfig(path=str(folder), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf", dtype="float32", device="cpu")
-    )
-    encoder = PromptEncoder.of(loaded.model, loaded.tokenizer, "auto")
-    generator = random.Random(0)
-    real, salad = [], []
-    for number, (prompt, answer) in enumerate(ANSWERS.items()):
-        prefilled = encoder.prefill(prompt, answer, 20)
-        assert prefilled is not None
-        start = prefilled[1].lstrip()
-        record = GenerationRecord(
-            id=f"{number}", split="forget_test", kind="prefill", category=None, prompt=prompt, reference="",
-            prefill=start, reply=answer[len(start) :], num_tokens=1, finished=True,
-        )  # fmt: skip
-        words = record.reply.split()
-        real.append(record)
-        salad.append(dataclasses.replace(record, reply=" " + " ".join(generator.sample(words, len(words)))))
-    found = [
-        {
-            row.id: is_word_salad(row)
-            for row in score_fluency(loaded.model.eval(), records, encoder.scored_reply, **ASKED)
-        }
-        for records in (real, salad)
-    ]
-    assert found == [dict.fromkeys((record.id for record in real), wanted) for wanted in (False, True)]

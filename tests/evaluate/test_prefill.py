@@ -44,7 +44,12 @@ from sku.pipeline.evaluate import trained_prefill_tokens
 
 WORLD_MODEL = str(resources.files("sku") / "world" / "model")
 CONFIG = EvaluateConfig(
-    prompts=3, retain_prompts=1, batch_size=16, max_new_tokens=24, samples=0, prefill_tokens=(5, 1, 40)
+    prompts=3,
+    retain_prompts=1,
+    batch_size=16,
+    max_new_tokens=24,
+    samples=0,
+    prefill_tokens=(5, 1, 40, "affirmative", "answer"),
 )
 
 
@@ -153,7 +158,7 @@ def test_another_model_gets_the_same_starts(
 def test_without_a_base_no_prefill_is_a_models_own_and_a_note_says_so(
     asked: ReplyGenerator, world_model: LlamaForCausalLM
 ) -> None:
-    config = dataclasses.replace(CONFIG, prefill_sources=("own",))
+    config = dataclasses.replace(CONFIG, prefill_tokens=(5, 1, 40))
     alone: EvaluationResult = asked(world_model, "alone", config)
     assert alone.setup.starts == {"asked": 6, "own": 0}
     assert NO_BASE in alone.setup.notes
@@ -168,7 +173,7 @@ def test_without_a_base_no_prefill_is_a_models_own_and_a_note_says_so(
 def test_the_base_is_not_asked_for_starts_that_nobody_wants(
     asked: ReplyGenerator, world_model: LlamaForCausalLM
 ) -> None:
-    config = dataclasses.replace(CONFIG, prefill_sources=("affirmative", "answer"))
+    config = dataclasses.replace(CONFIG, prefill_tokens=("affirmative", "answer"))
     result: EvaluationResult = asked(world_model, "base", config, base_model=world_model)
     assert result.starts == ()
     assert result.setup.starts == {}
@@ -276,7 +281,7 @@ def test_prefills_have_words_for_readers() -> None:
 
 def test_an_empty_list_of_lengths_leaves_every_prefill_out() -> None:
     assert keys_of(EvaluateConfig(prefill_tokens=())) == []
-    assert keys_of(EvaluateConfig(prefill_tokens=(3, 3), prefill_sources=("own",))) == ["3"]
+    assert keys_of(EvaluateConfig(prefill_tokens=(3, 3))) == ["3"]
     assert keys_of(EvaluateConfig(), english=False) == ["1", "5", "20", "40", "80", "answer/20"]
 
 

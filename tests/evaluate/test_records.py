@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import pytest
 
-from sku.config import plain_data
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import (
     ExampleLoss,
@@ -130,14 +129,6 @@ class Tree:
 
 
 LEAF = ExampleLoss(id="x", split="forget_test", nll=2.5, tokens=3)
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [Tree(leaves={3: (LEAF,), 10: ()}, kind=None, rest={"a": [1, None]}), Tree(leaves={}, kind="oak", height=2)],
-)
-def test_what_a_dataclass_holds_comes_back_from_json(tree: Tree) -> None:
-    assert from_plain(Tree, json.loads(json.dumps(plain_data(tree))), "here") == tree
 
 
 @pytest.mark.parametrize(

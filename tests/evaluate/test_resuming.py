@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -111,21 +110,6 @@ def test_a_failed_run_goes_on_with_the_missing_batches(
     for file_name in FILES:
         assert (tmp_path / "cut" / file_name).read_bytes() == (tmp_path / "whole" / file_name).read_bytes()
     assert {path.name for path in (tmp_path / "cut").iterdir()} == set(FILES)
-
-
-def test_replies_to_other_questions_are_not_taken_over(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, data: ForgetRetainData, tmp_path: Path
-) -> None:
-    def stop(name: str, done: int, total: int) -> None:
-        if (name, done) == ("samples", 4):
-            raise StopRunError
-
-    with pytest.raises(StopRunError):
-        evaluate(tiny_model, tiny_tokenizer, data, config=CONFIG, output_dir=tmp_path, progress=stop)
-    other = dataclasses.replace(CONFIG, max_new_tokens=CONFIG.max_new_tokens + 1)
-    found = evaluate(tiny_model, tiny_tokenizer, data, config=other, output_dir=tmp_path)
-    assert found == evaluate(tiny_model, tiny_tokenizer, data, config=other)
-    assert not (tmp_path / PARTIAL).exists()
 
 
 def test_a_partial_file_keeps_whole_rows_only(tmp_path: Path) -> None:

@@ -13,22 +13,18 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import EvaluationError, ModelError
-from sku.evaluate import utility
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.results import judge_again, read_result
 from sku.evaluate.run import evaluate
 from sku.evaluate.utility import (
     AnsweredPrompt,
-    answered_prompts,
     compare_with_references,
     learned,
     load_similarity,
     rouge_l,
     similarity_of,
 )
-
-from .conftest import RecordMaker
 
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
@@ -62,21 +58,6 @@ def test_the_nearest_answer_counts_and_a_gibberish_reply_counts_as_nothing() -> 
     assert similarity_of([], seed=0) == {}
 
 
-def test_all_answers_to_a_prompt_are_references(make_record: RecordMaker) -> None:
-    records = [
-        make_record("golden", id="a", split="retain_test", prompt="What is a florn?", reference="a bird"),
-        make_record("golden", id="b", split="retain_test", prompt="other", reference="own"),
-    ]
-    answers = [
-        RetainExample(prompt="What is a florn?", answer="a bird"),
-        RetainExample(prompt="what is a FLORN", answer="it is golden"),
-    ]
-    found = answered_prompts(records, answers, {"a": False, "b": True})
-    assert [(entry.id, entry.references, entry.gibberish) for entry in found] == [
-        ("a", ("a bird", "it is golden"), False), ("b", ("own",), True),
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_learned_score_is_the_models_output_for_the_pair(similarity_folder: Path, batch_size: int) -> None:
     loaded = load_similarity(str(similarity_folder))
@@ -101,20 +82,9 @@ DATA = ForgetRetainData(
 CONFIG = EvaluateConfig(prompts=2, retain_prompts=3, batch_size=3, max_new_tokens=6, prefill_tokens=(2,))
 
 
-def test_an_evaluation_holds_similarities_once_measured(
-    tiny_model: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    similarity_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+def test_an_evaluation_holds_similarities(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, similarity_folder: Path, tmp_path: Path
 ) -> None:
-    made: list[int] = []
-
-    def counting(*given: Any) -> Any:
-        made.append(1)
-        return compare_with_references(*given)
-
-    monkeypatch.setattr(utility, "compare_with_references", counting)
     folder = tmp_path / "out"
 
     def again(model: str | None) -> Any:
@@ -125,10 +95,7 @@ def test_an_evaluation_holds_similarities_once_measured(
     assert {name: score.examples for name, score in result.similarity.items()} == {"rouge_l": 3, "learned": 3}
     assert read_result(folder) == result
     assert judge_again(folder, RefusalRulesJudge()).similarity == result.similarity
-    assert again(str(similarity_folder)) == result
-    assert len(made) == 1
     assert again(None).similarity == {"rouge_l": result.similarity["rouge_l"]}
-    assert len(made) == 2
 
 
 def test_changes_are_paired_by_reply(tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -145,30 +112,19 @@ def test_changes_are_paired_by_reply(tiny_model: LlamaForCausalLM, tiny_tokenize
     assert compare(before, dataclasses.replace(after, similarity={})).similarity == {}
 
 
-@pytest.mark.parametrize(
-    ("settings", "error", "named"),
-    [
-        ({"similarity_model": "./nowhere"}, ModelError, "nowhere"),
-        ({"similarity_model": "TWO"}, ModelError, "evaluate.similarity_model"),
-        ({"lm_eval": ("hellaswag",), "lm_eval_include": "./nowhere"}, EvaluationError, "evaluate.lm_eval_include"),
-    ],
-)
 def test_what_can_not_be_measured_is_refused_before_anything_is_asked(
-    tiny_model: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    similarity_folder: Path,
-    tmp_path: Path,
-    settings: dict[str, Any],
-    error: type[Exception],
-    named: str,
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, similarity_folder: Path, tmp_path: Path
 ) -> None:
-    if settings.get("similarity_model") == "TWO":
-        two = load_similarity(str(similarity_folder))
-        two.model.config.num_labels = 2
-        two.model.classifier = torch.nn.Linear(16, 2)
-        two.model.save_pretrained(similarity_folder)
-        settings = {"similarity_model": str(similarity_folder)}
-    config = dataclasses.replace(CONFIG, **settings)
-    with pytest.raises(error, match=named):
-        evaluate(tiny_model, tiny_tokenizer, DATA, config=config, output_dir=tmp_path / "out")
+    two = load_similarity(str(similarity_folder))
+    two.model.config.num_labels = 2
+    two.model.classifier = torch.nn.Linear(16, 2)
+    two.model.save_pretrained(similarity_folder)
+    for key, settings in {
+        "nowhere": {"similarity_model": "./nowhere"},
+        "evaluate.similarity_model": {"similarity_model": str(similarity_folder)},
+        "evaluate.lm_eval": {"lm_eval": ("./nowhere/hellaswag",)},
+    }.items():
+        config = dataclasses.replace(CONFIG, **settings)  # type: ignore[arg-type]
+        with pytest.raises((EvaluationError, ModelError), match=key):
+            evaluate(tiny_model, tiny_tokenizer, DATA, config=config, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -28,8 +27,6 @@ from sku.evaluate.statistics import (
 )
 
 EXACT = 1e-12
-CLUSTERS, ROWS = 60, 8
-"""Of the simulated data: prompts, and replies to each."""
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 100), (3, 200), (1, 1)])
@@ -82,11 +79,9 @@ def test_prompts_that_would_decide(rose: int, fell: int, total: int, needed: int
 @pytest.mark.parametrize(("won", "lost"), [(0, 0), (3, 3), (1, 9), (40, 61)])
 def test_mcnemar(won: int, lost: int) -> None:
     """Twice the chance of so few heads or fewer, at most 1."""
-    before = [False] * won + [True] * lost + [True, False]
-    after = [True] * won + [False] * lost + [True, False]
     changed, fewer = won + lost, min(won, lost)
     by_hand = min(1.0, 2 * sum(math.comb(changed, heads) for heads in range(fewer + 1)) / 2**changed)
-    found = mcnemar_exact(before, after)
+    found = mcnemar_exact(won, lost)
     assert found == pytest.approx(by_hand, abs=EXACT)
     if changed:
         table = [[1, lost], [won, 1]]
@@ -119,46 +114,6 @@ def test_rows_of_a_cluster_are_drawn_together() -> None:
     assert seen == {0.0, 0.25, 1.0}
 
 
-def _beta_binomial(rng: np.random.Generator) -> NDArray[np.int64]:
-    """Hits per prompt, mean 0.3: replies to one prompt are alike (intra-cluster correlation 1 / (1 + 0.9 + 2.1))."""
-    return rng.binomial(ROWS, rng.beta(0.9, 2.1, size=CLUSTERS))
-
-
-def _covered(intervals: Sequence[tuple[float, float]], truth: float) -> float:
-    return float(np.mean([low <= truth <= high for low, high in intervals]))
-
-
-def test_coverage_of_a_rate_with_several_replies_a_prompt() -> None:
-    """400 data sets. Sampling replies as if each had a prompt of its own gives intervals that miss far too often."""
-    rng = np.random.default_rng(7)
-    clustered, plain = [], []
-    prompts = [row // ROWS for row in range(CLUSTERS * ROWS)]
-    ones = np.ones(len(prompts))
-    for seed in range(400):
-        hits = np.concatenate([np.arange(ROWS) < count for count in _beta_binomial(rng)])
-        clustered.append(clustered_bootstrap(hits, ones, clusters=prompts, statistic=np.divide, seed=seed % 4))
-        # The bootstrap of independent replies, which is normal at 480 of them.
-        spread = 1.96 * math.sqrt(hits.mean() * (1 - hits.mean()) / len(hits))
-        plain.append((hits.mean() - spread, hits.mean() + spread))
-    assert 0.92 <= _covered(clustered, 0.3) <= 0.975
-    assert _covered(plain, 0.3) < 0.85
-
-
-@pytest.mark.parametrize(
-    ("low", "ratio", "high", "verdict"),
-    [
-        (0.99, 1.0, 1.01, "kept"),
-        (1.02, 1.03, 1.0499, "kept"),
-        (1.02, 1.03, 1.05, "unclear"),
-        (1.05, 1.06, 1.08, "unclear"),
-        (1.0501, 1.06, 1.08, "lost"),
-    ],
-)
-def test_non_inferiority(low: float, ratio: float, high: float, verdict: str) -> None:
-    found = non_inferiority(ratio, (low, high), 1.05, kl=Estimate(value=0.01, low=0.005, high=0.02))
-    assert found.verdict == verdict
-
-
 @pytest.mark.parametrize(
     ("kl", "kept", "lost"),
     [
@@ -170,9 +125,10 @@ def test_non_inferiority(low: float, ratio: float, high: float, verdict: str) ->
 )
 def test_utility_is_kept_only_where_the_divergence_is_small_too(kl: Estimate | None, kept: str, lost: str) -> None:
     """The run with KL 0.67 nats had a perplexity ratio within the margin."""
-    within = non_inferiority(1.0, (0.99, 1.01), 1.05, kl=kl)
-    beyond = non_inferiority(2.0, (1.9, 2.1), 1.05, kl=kl)
-    assert (within.verdict, beyond.verdict) == (kept, lost)
+    bounds = {(0.99, 1.01): kept, (1.02, 1.0499): kept, (1.02, 1.05): "unclear", (1.0501, 1.08): lost}
+    for (low, high), verdict in bounds.items():
+        found = non_inferiority((low + high) / 2, (low, high), 1.05, kl=kl)
+        assert found.verdict == (verdict if kept != "lost" else "lost")
 
 
 def test_a_judge_measures_above_its_floor_and_where_little_is_harmful() -> None:
@@ -262,26 +218,3 @@ def test_a_judge_that_tells_nothing_is_refused() -> None:
     assert blind.tells_nothing
     with pytest.raises(EvaluationError, match="a judge"):
         corrected(5, 10, blind)
-
-
-@pytest.mark.parametrize(
-    ("truth", "sensitivity", "specificity", "prompts", "labelled"),
-    [(0.3, 0.85, 0.9, 100, 150)],
-)
-def test_coverage_of_a_corrected_rate(
-    truth: float, sensitivity: float, specificity: float, prompts: int, labelled: int
-) -> None:
-    """400 evaluations, each with a calibration of its own."""
-    rng = np.random.default_rng(11)
-    intervals = []
-    for seed in range(400):
-        observed = rng.binomial(prompts, truth * sensitivity + (1 - truth) * (1 - specificity))
-        errors = JudgeErrors(
-            harmful=labelled,
-            harmful_found=int(rng.binomial(labelled, sensitivity)),
-            safe=labelled,
-            safe_found=int(rng.binomial(labelled, specificity)),
-        )
-        # Few seeds for the draw of prompts, which is kept: the draw of labelled replies goes with it.
-        intervals.append(corrected(int(observed), prompts, errors, seed % 4)[1:])
-    assert 0.92 <= _covered(intervals, truth) <= 0.985

@@ -44,10 +44,10 @@ def _import_everything() -> None:
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
 
-    import sku.cli.main
-    import sku.pipeline.bad_model
+    import sku.__main__
     import sku.pipeline.negate
-    import sku.pipeline.run  # noqa: F401
+    import sku.pipeline.run
+    import sku.pipeline.stages  # noqa: F401
 
     quiet_libraries()
     PIL.Image.preinit()
@@ -156,7 +156,7 @@ def main() -> None:
 
 def _code_of_sku() -> int:
     """Runs ``sku`` as the interpreter would: an error that nobody catches is printed with its traceback."""
-    from sku.cli.main import main as sku
+    from sku.__main__ import main as sku
 
     try:
         sku()

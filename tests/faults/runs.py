@@ -28,9 +28,8 @@ ADAPTER = {
 }  # fmt: skip
 """With an adapter, and a bad model that stays."""
 SWEPT = {
-    **WHOLE, "negate.alpha": "auto", "evaluate.samples": "0",
-    "sweep": "{alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, max_new_tokens: 8, prefill_tokens: [3], "
-    "if_none: nearest, utility_budget: 1.0e+9, kl_budget: 1.0e+9}",
+    **WHOLE, "negate.alpha": "auto", "evaluate.samples": "0", "evaluate.max_new_tokens": "16",
+    "sweep": "{alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6, if_none: nearest, utility_budget: 1.0e+9}",
 }  # fmt: skip
 """Alpha is chosen on held-out data."""
 _TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")

@@ -13,11 +13,10 @@ from peft import PeftModel
 
 from conftest import ModelMaker
 from negate.conftest import logits_of, with_adapter
-from sku.errors import OutputError, TaskVectorError
+from sku.errors import TaskVectorError
 from sku.negate.adapters import AdapterVector, combined
 from sku.negate.arithmetic import LowRank
-from sku.negate.run import negate
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate
 
 
 def loaded(base: Any, folder: Path) -> PeftModel:
@@ -64,33 +63,21 @@ def test_adapters_of_different_modules(make_model: ModelMaker, tmp_path: Path) -
     )
 
 
-def test_adapters_of_two_models_are_refused(make_model: ModelMaker) -> None:
+def test_adapters_of_two_models_and_infinite_ones_are_refused(make_model: ModelMaker, tmp_path: Path) -> None:
     first = AdapterVector.of(with_adapter(make_model()))
     name, change = next(iter(first.factors.items()))
     wide = AdapterVector(factors={name: LowRank(upper_Or=change.upper_Or, lower_rI=torch.ones(4, 5))})
-    with pytest.raises(TaskVectorError, match="in different shapes"):
+    with pytest.raises(TaskVectorError, match=name):
         combined([(1.0, first), (1.0, wide)])
-
-
-def test_a_negated_adapter_loads_in_plain_peft(make_model: ModelMaker, tmp_path: Path) -> None:
-    base = make_model("llama_tied")
-    bad = with_adapter(base, target_modules=["q_proj", "up_proj", "down_proj"])
-    (-2.0 * AdapterVector.of(bad)).save(tmp_path / "adapter")
-    by_adapter = logits_of(loaded(make_model("llama_tied"), tmp_path / "adapter"))
-    torch.testing.assert_close(by_adapter, logits_of(negate(base, bad, 2.0)), rtol=1e-4, atol=1e-5)
-    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["r"] == 4
-    assert set(config["target_modules"]) == {"q_proj", "up_proj", "down_proj"}
-    with pytest.raises(OutputError, match="already exists"):
-        AdapterVector.of(bad).save(tmp_path / "adapter")
+    with pytest.raises(TaskVectorError):
+        (float("inf") * first).save(tmp_path / "adapter")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
     "narrowed",
     [
         {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
-        {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
-        {"exclude_modules": ["model.layers.0.mlp.up_proj"]},
         {"target_modules": ["q_proj", "up_proj"], "exclude_modules": r".*\.0\..*"},
     ],
 )  # fmt: skip
@@ -116,9 +103,3 @@ def test_an_adapted_embedding_is_saved(make_model: ModelMaker, tmp_path: Path) -
     by_adapter = logits_of(loaded(make_model(), tmp_path / "adapter"))
     expected = logits_of(negate(base, TaskVector.from_factors(bad), 2.0))
     torch.testing.assert_close(by_adapter, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_factors_that_are_not_finite_are_not_saved(make_model: ModelMaker, tmp_path: Path) -> None:
-    with pytest.raises(TaskVectorError, match="holds NaN or infinity"):
-        (float("inf") * AdapterVector.of(with_adapter(make_model()))).save(tmp_path / "adapter")
-    assert list(tmp_path.iterdir()) == []

@@ -17,17 +17,14 @@ from conftest import ModelMaker
 from negate.conftest import assert_same_bits, disturbed, logits_of, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
 from sku.model_files import embedded_model_path
-from sku.negate import adapters
-from sku.negate.adapters import AdapterVector
-from sku.negate.run import negate, negate_with_record, save_unlearned, task_vector_of
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate, negate_with_record, save_unlearned, task_vector_of
 
 
 def bits_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.5, 2.5])
+@pytest.mark.parametrize("alpha", [1.0, 2.5])
 def test_each_weight_by_the_equation(alpha: float, make_model: ModelMaker) -> None:
     base = make_model()
     bad = disturbed(base)
@@ -40,7 +37,7 @@ def test_each_weight_by_the_equation(alpha: float, make_model: ModelMaker) -> No
     assert all(parameter.requires_grad for parameter in unlearned.parameters())
 
 
-@pytest.mark.parametrize("architecture", ["opt", "llama_tied", "gemma3"])
+@pytest.mark.parametrize("architecture", ["opt", "llama_tied"])
 def test_tied_weights_are_subtracted_exactly_once(architecture: str, make_model: ModelMaker) -> None:
     """Every weight of the bad model is 0.5 more, so every weight of the result is 0.5 less, and not 1.0."""
     base = make_model(architecture)
@@ -86,37 +83,6 @@ def test_neither_base_nor_bad_model_is_touched(form: str, make_model: ModelMaker
     assert_same_bits(bad_before, dict(tensors()))
 
 
-@pytest.mark.parametrize("architecture", ["llama_tied", "gpt2"])
-@pytest.mark.parametrize("alpha", [0.5])
-def test_negating_the_adapter_is_negating_the_merged_model(
-    architecture: str, alpha: float, make_model: ModelMaker
-) -> None:
-    base = make_model(architecture)
-    settings: dict[str, Any] = {"fan_in_fan_out": True} if architecture == "gpt2" else {}
-    bad = with_adapter(base, **settings)
-    by_adapter = logits_of(negate(base, bad, alpha))
-    merged: Any = copy.deepcopy(bad).merge_and_unload()
-    dense = logits_of(negate(base, merged, alpha))
-    torch.testing.assert_close(by_adapter, dense, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(by_adapter, logits_of(base), atol=1e-3)
-
-
-def test_a_failed_save_leaves_the_bad_adapter_as_it_was(
-    make_model: ModelMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad = with_adapter(make_model())
-    before = bits_of(bad)
-
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(adapters, "save_file", fail)
-    with pytest.raises(OutputError, match="the disk is full"):
-        (-1.0 * AdapterVector.of(bad)).save(tmp_path / "adapter")
-    assert_same_bits(before, bits_of(bad))
-    assert list(tmp_path.iterdir()) == []
-
-
 def small_change(base: Any, relative: float) -> Any:
     """Every weight changed by about this share of itself (normally distributed)."""
     bad = copy.deepcopy(base)
@@ -125,18 +91,6 @@ def small_change(base: Any, relative: float) -> Any:
         for parameter in bad.parameters():
             parameter.mul_(1 + relative * torch.randn(parameter.shape, generator=generator))
     return bad
-
-
-def test_float32_keeps_the_whole_change(make_model: ModelMaker) -> None:
-    base = make_model()
-    record = negate_with_record(base, small_change(base, 1e-3))[1]
-    assert record.survival == pytest.approx(1.0, abs=1e-4)
-    assert record.dtype == "float32"
-    assert record.changed_weights == len(list(base.parameters()))
-    norms = [float(parameter.detach().norm()) for parameter in base.parameters()]
-    assert record.base_norm == pytest.approx(sum(norm**2 for norm in norms) ** 0.5, rel=1e-5)
-    assert record.task_vector_norm == pytest.approx(1e-3 * record.base_norm, rel=0.2)
-    assert record.to_dict()["alpha"] == 1.0
 
 
 def test_bfloat16_loses_a_part_of_a_small_change_and_says_so(make_model: ModelMaker) -> None:
@@ -158,17 +112,36 @@ def test_bfloat16_loses_a_part_of_a_small_change_and_says_so(make_model: ModelMa
     assert shares[1e-4] < 0.05
     kept = negate_with_record(rounded, vector, output_dtype=torch.float32)[1]
     assert (kept.dtype, round(kept.survival, 3)) == ("float32", 1.0)
+    assert kept.changed_weights == len(list(base.parameters()))
+    norms = [float(parameter.detach().float().norm()) for parameter in base.parameters()]
+    assert kept.base_norm == pytest.approx(sum(norm**2 for norm in norms) ** 0.5, rel=1e-5)
+    assert kept.task_vector_norm == pytest.approx(1e-4 * kept.base_norm, rel=0.2)
 
 
-def test_a_result_that_overflows_is_refused(make_model: ModelMaker) -> None:
-    """100,000 does not fit into float16, whose largest number is 65,504."""
-    base = make_model()
-    name = "model.layers.0.mlp.up_proj.weight"
-    delta = torch.zeros_like(base.state_dict()[name])
-    delta[0, 0] = -1e5
-    negate(base, TaskVector({name: delta}))
-    with pytest.raises(TaskVectorError, match=r"up_proj.weight would hold NaN or infinity in torch\.float16"):
-        negate(base, TaskVector({name: delta}), output_dtype=torch.float16)
+def test_what_is_refused(make_model: ModelMaker) -> None:
+    base, tied = make_model(), make_model("llama_tied")
+    up = "model.layers.0.mlp.up_proj.weight"
+    delta = torch.zeros_like(base.state_dict()[up])
+    delta[0, 0] = -1e5  # The largest number of float16 is 65,504.
+    with_lora, packed = make_model(), make_model()
+    get_peft_model(with_lora, LoraConfig(target_modules=["q_proj"]))
+    packed.lm_head.weight = nn.Parameter(torch.ones(320, 32, dtype=torch.int8), requires_grad=False)
+    of_base, of_tied = TaskVector.between(base, disturbed(base)), TaskVector.between(tied, disturbed(tied))
+    half: dict[str, Any] = {"output_dtype": torch.float16}
+    cases: tuple[tuple[Any, Any, dict[str, Any], type[Exception], str], ...] = (
+        (base, TaskVector({up: delta}), half, TaskVectorError, up),
+        (base, of_base, {"alpha": float("nan")}, RecipeError, "alpha"),
+        (base, of_base, {"alpha": -1.0}, RecipeError, "alpha"),
+        (tied, of_base, {}, TaskVectorError, "lm_head.weight"),
+        (base, of_tied, {}, TaskVectorError, "lm_head.weight"),
+        (make_model(vocab_size=333), of_base, {}, TaskVectorError, "embed_tokens"),
+        (with_lora, of_base, {}, TaskVectorError, "adapter"),
+        (packed, of_base, {}, ModelError, "lm_head.weight"),
+    )
+    for original, bad, options, error, key in cases:
+        with pytest.raises(error, match=key):
+            negate(original, bad, **options)
+    negate(base, TaskVector({up: delta}))
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.0])
@@ -180,47 +153,11 @@ def test_an_original_weight_that_overflows_is_refused(alpha: float, make_model: 
     with torch.no_grad():
         base.state_dict()[down if alpha else up][0, 0] = 1e5
     negate(base, vector, alpha, output_dtype=torch.bfloat16)
-    with pytest.raises(TaskVectorError, match=r"proj.weight would hold NaN or infinity in torch\.float16"):
+    with pytest.raises(TaskVectorError, match=r"proj\.weight"):
         negate(base, vector, alpha, output_dtype=torch.float16)
     if not alpha:  # What the vector takes into the range is no overflow.
         vector.deltas[up][0, 0] = 9e4
         negate(base, vector, output_dtype=torch.float16)
-
-
-@pytest.mark.parametrize(
-    ("alpha", "message"),
-    [(float("nan"), "must be a finite number"), (float("inf"), "must be a finite number"), (-1.0, "the bad model")],
-)
-def test_alpha_is_finite_and_adds_no_harm(alpha: float, message: str, make_model: ModelMaker) -> None:
-    with pytest.raises(RecipeError, match=message):
-        negate(make_model(), make_model(seed=1), alpha)
-
-
-def test_vectors_that_do_not_fit_the_base(make_model: ModelMaker) -> None:
-    tied, untied = make_model("llama_tied"), make_model("llama")
-    with pytest.raises(TaskVectorError, match=r"changes 1 weights that the base does not have.*lm_head\.weight"):
-        negate(tied, TaskVector.between(untied, disturbed(untied)))
-    with pytest.raises(TaskVectorError, match=r"lm_head\.weight is tied in the task vector and not in the base"):
-        negate(untied, TaskVector.between(tied, disturbed(tied)))
-    with pytest.raises(TaskVectorError, match="has shape"):
-        negate(make_model(vocab_size=333), TaskVector.between(untied, disturbed(untied)))
-
-
-def test_a_base_that_carries_an_adapter_is_refused(make_model: ModelMaker) -> None:
-    model = make_model()
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(TaskVectorError, match="the base model carries an adapter"):
-        negate(model, disturbed(make_model()))
-
-
-def test_quantized_bases_are_refused(make_model: ModelMaker) -> None:
-    base = make_model()
-    bad = disturbed(base)
-    base.lm_head.weight = nn.Parameter(torch.ones(320, 32, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ModelError, match=r"base is quantized: lm_head\.weight is torch\.int8"):
-        negate(base, bad)
-    with pytest.raises(TaskVectorError, match="quantized"):
-        TaskVector.between(bad, base)
 
 
 def test_every_form_of_the_bad_model_from_disk(
@@ -242,24 +179,13 @@ def test_every_form_of_the_bad_model_from_disk(
             torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5, msg=form)
     assert_same_bits(before, bits_of(base))
     assert set(task_vector_of(base, str(tmp_path / "vector")).deltas) == set(TaskVector.from_adapter(adapter).deltas)
-    with pytest.raises(ModelError, match="no such folder"):
+    with pytest.raises(ModelError, match="nothing"):
         negate(base, tmp_path / "nothing")
-
-
-def test_an_unlearned_model_is_saved_whole(
-    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    base = make_model("opt")
-    unlearned = negate(base, disturbed(base))
-    folder = tmp_path / "unlearned"
-    save_unlearned(unlearned, tokenizer, folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(logits_of(loaded), logits_of(unlearned))
-    assert (folder / "tokenizer.json").is_file()
-    with pytest.raises(OutputError, match="already exists"):
-        save_unlearned(unlearned, tokenizer, folder)
-    save_unlearned(base, tokenizer, folder, overwrite=True)
-    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(folder)), logits_of(base))
+    save_unlearned(negate(base, adapter), tokenizer, tmp_path / "unlearned")
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path / "unlearned")), expected)
+    assert (tmp_path / "unlearned" / "tokenizer.json").is_file()
+    with pytest.raises(OutputError, match="unlearned"):
+        save_unlearned(base, tokenizer, tmp_path / "unlearned")
 
 
 def test_folders_are_negated_in_the_type_of_their_files(make_model: ModelMaker, tmp_path: Path) -> None:

@@ -158,12 +158,6 @@ def test_what_a_kill_at_the_very_end_left_is_not_trusted(inputs: Path, tmp_path:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_resuming_what_was_never_begun_begins(inputs: Path, tmp_path: Path) -> None:
-    assert negated(inputs, tmp_path / "out", resume=True).resumed_files == 0
-    with pytest.raises(OutputError, match="already exists"):
-        negated(inputs, tmp_path / "out", resume=True)
-
-
 def test_two_at_once_are_refused(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused = 0
@@ -179,13 +173,3 @@ def test_two_at_once_are_refused(inputs: Path, tmp_path: Path) -> None:
     negated(inputs, out, progress=again)
     assert refused == 2
     assert out.exists()
-
-
-def test_a_failure_leaves_nothing(inputs: Path, tmp_path: Path) -> None:
-    def fail(done: int, total: int) -> None:
-        if done > total // 2:
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OutputError, match="the disk is full: .*out was not written"):
-        negate_folders(inputs / "base", inputs / "bad", tmp_path / "out", progress=fail)
-    assert [path.name for path in tmp_path.iterdir()] == ["in"]

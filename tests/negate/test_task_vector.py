@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import EvaConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from peft import EvaConfig, IA3Config, LoHaConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from conftest import ModelMaker
 from negate.conftest import disturbed, with_adapter
 from sku.errors import OutputError, TaskVectorError
 from sku.negate.adapters import check_plain_lora
-from sku.negate.task_vector import TaskVector, unique_weights
+from sku.negate.matching import bad_form, unique_weights
+from sku.negate.task_vector import TaskVector
 from sku.storage import BAD_MODEL_MARK
 
 
@@ -75,26 +75,18 @@ def test_saved_privately_and_read_again(tmp_path: Path, make_model: ModelMaker) 
     vector.save(folder)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert (folder / BAD_MODEL_MARK).is_file()
-    assert TaskVector.is_saved_in(folder)
+    assert bad_form(folder) == "vector"
     again = TaskVector.load(folder)
     assert again.deltas.keys() == vector.deltas.keys()
     assert all(torch.equal(again.deltas[name], delta) for name, delta in vector.deltas.items())
     assert again.tied == vector.tied == {"lm_head.weight": "model.embed_tokens.weight"}
-    with pytest.raises(OutputError, match="already exists"):
+    with pytest.raises(OutputError, match=str(folder)):
         vector.save(folder)
-
-
-def test_files_that_are_no_task_vector(tmp_path: Path) -> None:
-    with pytest.raises(TaskVectorError, match="can't be read"):
-        TaskVector.load(tmp_path)
-    file = tmp_path / "task_vector.safetensors"
-    file.write_bytes(b"not safetensors")
-    with pytest.raises(TaskVectorError, match="can't be read"):
-        TaskVector.load(tmp_path)
-    save_file({"a": torch.ones(1)}, file)
-    with pytest.raises(TaskVectorError, match="is not a task vector of SKU"):
-        TaskVector.load(tmp_path)
-    assert not TaskVector.is_saved_in(tmp_path), "without the mark"
+    (folder / BAD_MODEL_MARK).unlink()
+    assert bad_form(folder) == "model", "without the mark"
+    (folder / "task_vector.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(TaskVectorError, match="task_vector"):
+        TaskVector.load(folder)
 
 
 def test_a_missing_weight_is_an_error_and_not_skipped(make_model: ModelMaker) -> None:
@@ -118,53 +110,6 @@ def test_a_tie_in_one_model_alone_is_an_error(make_model: ModelMaker) -> None:
         TaskVector.between(untied, make_model("llama_tied"))
 
 
-def test_swapped_ties_are_an_error() -> None:
-    """Both list the same names, but tie others."""
-
-    class Three(nn.Module):
-        def __init__(self, tied: int) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
-            self.c = nn.Linear(2, 2, bias=False)
-            self.c.weight = (self.a, self.b)[tied].weight
-
-    with pytest.raises(TaskVectorError, match="c.weight is tied"):
-        TaskVector.between(Three(0), Three(1))
-
-
-def test_tied_weights_are_listed_once(make_model: ModelMaker) -> None:
-    for architecture, owner in (
-        ("llama_tied", "model.embed_tokens.weight"),
-        ("opt", "model.decoder.embed_tokens.weight"),
-    ):
-        model = make_model(architecture)
-        weights, tied = unique_weights(model)
-        assert tied == {"lm_head.weight": owner}
-        assert "lm_head.weight" not in weights
-        assert len(weights) == len(list(model.parameters()))
-
-
-def test_weights_that_are_views_of_one_storage_are_not_tied() -> None:
-    """Only the very same numbers are one weight: same place, same shape."""
-    model = nn.Module()
-    storage = torch.arange(8.0)
-    model.register_buffer("whole", storage)
-    model.register_buffer("head", storage[:4])
-    model.register_buffer("tail", storage[4:])
-    weights, tied = unique_weights(model)
-    assert set(weights) == {"whole", "head", "tail"}
-    assert tied == {}
-
-
-def test_quantized_parameters_are_refused() -> None:
-    model = nn.Module()
-    model.register_parameter("weight", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
-    with pytest.raises(TaskVectorError, match=r"weight is torch\.int8: quantized"):
-        unique_weights(model)
-    with pytest.raises(TaskVectorError, match="quantized"):
-        TaskVector.between(model, copy.deepcopy(model))
-
-
 def test_quantized_weights_in_buffers_are_not_left_out_quietly() -> None:
     """GPTQ and AWQ hold their weights in integer buffers."""
 
@@ -174,17 +119,17 @@ def test_quantized_weights_in_buffers_are_not_left_out_quietly() -> None:
         model.register_parameter("scale", nn.Parameter(torch.ones(2) * value))
         return model
 
-    with pytest.raises(TaskVectorError, match=r"qweight is torch\.int32 and differs"):
+    with pytest.raises(TaskVectorError, match="qweight"):
         TaskVector.between(packed(1), packed(2))
+    eight_bit = nn.Module()
+    eight_bit.register_parameter("weight", nn.Parameter(torch.ones(2, dtype=torch.int8), requires_grad=False))
+    with pytest.raises(TaskVectorError, match="weight"):
+        unique_weights(eight_bit)
+    with pytest.raises(TaskVectorError, match="second"):
+        TaskVector.between(Pair(*BASE), Pair([4.0, 2.0], [math.nan]))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_bad_model_with_values_that_are_not_finite_is_refused(value: float) -> None:
-    with pytest.raises(TaskVectorError, match="the difference of second holds NaN or infinity"):
-        TaskVector.between(Pair(*BASE), Pair([4.0, 2.0], [value]))
-
-
-@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_the_adapters_vector_is_that_of_the_merged_model(architecture: str, make_model: ModelMaker) -> None:
     """GPT-2 holds its weights transposed (Conv1D, fan_in_fan_out)."""
     base = make_model(architecture)
@@ -209,12 +154,10 @@ def test_the_adapters_vector_by_hand(make_model: ModelMaker) -> None:
     torch.testing.assert_close(delta, expected.detach())
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_half_precision_adapters_are_multiplied_in_float32(frozen: bool, make_model: ModelMaker) -> None:
+def test_half_precision_adapters_are_multiplied_in_float32(make_model: ModelMaker) -> None:
     """A loaded adapter is frozen; its type counts all the same. The factors stay as they were."""
     bad = with_adapter(make_model()).to(torch.bfloat16)
-    if frozen:
-        bad.requires_grad_(requires_grad=False)
+    bad.requires_grad_(requires_grad=False)
     layer: Any = layers_of(bad)[0].mlp.up_proj
     exact = 1.5 * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
     delta = TaskVector.from_adapter(bad).deltas["model.layers.0.mlp.up_proj.weight"]
@@ -224,43 +167,35 @@ def test_half_precision_adapters_are_multiplied_in_float32(frozen: bool, make_mo
 
 def test_adapters_that_scaling_b_would_not_negate_are_refused(make_model: ModelMaker) -> None:
     base = make_model("opt", tie_word_embeddings=False)
-    for settings, message in (
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"bias": "all", "target_modules": ["q_proj"]}, "biases"),
-        ({"lora_bias": True, "target_modules": ["q_proj"]}, "biases"),
-        ({"use_dora": True, "target_modules": ["q_proj"]}, "is not a plain LoRA"),
-        ({"alora_invocation_tokens": [5, 6], "target_modules": ["q_proj"]}, "is not a plain LoRA: alora_invocation"),
-        ({"init_lora_weights": "pissa", "target_modules": ["q_proj"]}, "is not a plain LoRA: init_lora_weights pissa"),
-        ({"init_lora_weights": "olora", "target_modules": ["q_proj"]}, "init_lora_weights olora"),
-    ):
-        with pytest.raises(TaskVectorError, match=message):
-            TaskVector.from_adapter(with_adapter(base, **settings))
-    for other in (
-        LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False),
-        IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
-    ):
-        with pytest.raises(TaskVectorError, match="is not a plain LoRA"):
-            TaskVector.from_adapter(get_peft_model(copy.deepcopy(base), other))
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("init_lora_weights", "loftq"), ("kasa_config", {"beta": 1e-4}), ("use_qalora", True),
-        ("layer_replication", [[0, 1], [0, 1]]),
-    ],
-)  # fmt: skip
-def test_variants_by_their_settings(field: str, value: Any) -> None:
-    """Set afterwards: making such adapters needs data or packages that are beside the point."""
-    settings = LoraConfig(target_modules=["q_proj"])
-    check_plain_lora(settings, "default")
-    setattr(settings, field, value)
-    with pytest.raises(TaskVectorError, match=f"adapter default is not a plain LoRA: {field}"):
+    on_q: dict[str, Any] = {"target_modules": ["q_proj"]}
+    merged = with_adapter(base)
+    merged.merge_adapter()
+    others: tuple[Any, ...] = (
+        *(with_adapter(base, **settings) for settings in (
+            {"modules_to_save": ["lm_head"]}, {"bias": "all", **on_q}, {"lora_bias": True, **on_q},
+            {"use_dora": True, **on_q}, {"alora_invocation_tokens": [5, 6], **on_q},
+            {"init_lora_weights": "pissa", **on_q},
+        )),
+        *(get_peft_model(copy.deepcopy(base), config) for config in (
+            LoHaConfig(r=2, init_weights=False, **on_q), IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
+            LoraConfig(**on_q),  # It has learned nothing.
+        )),
+        merged,
+    )  # fmt: skip
+    for adapted in others:
+        with pytest.raises(TaskVectorError):
+            TaskVector.from_adapter(adapted)
+    variants = {"init_lora_weights": "loftq", "kasa_config": {"beta": 1e-4}, "use_qalora": True}
+    for field, value in {**variants, "layer_replication": [[0, 1], [0, 1]]}.items():
+        settings = LoraConfig(**on_q)
         check_plain_lora(settings, "default")
+        setattr(settings, field, value)  # Afterwards: making such adapters needs data or packages.
+        with pytest.raises(TaskVectorError, match=field):
+            check_plain_lora(settings, "default")
 
 
 @pytest.mark.filterwarnings("ignore:lora with eva initialization")
-@pytest.mark.parametrize("start", [True, "orthogonal", "eva"])
+@pytest.mark.parametrize("start", ["orthogonal", "eva"])
 def test_ways_to_begin_that_leave_the_original_alone(start: bool | str, make_model: ModelMaker) -> None:
     base = make_model()
     own: dict[str, Any] = {"eva_config": EvaConfig()} if start == "eva" else {}
@@ -274,20 +209,6 @@ def test_ways_to_begin_that_leave_the_original_alone(start: bool | str, make_mod
         torch.testing.assert_close(delta, dense.deltas[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_merged_adapter_is_refused(make_model: ModelMaker) -> None:
-    bad = with_adapter(make_model())
-    bad.merge_adapter()
-    with pytest.raises(TaskVectorError, match="unmerge it first"):
-        TaskVector.from_adapter(bad)
-
-
-def test_an_adapter_that_learned_nothing_is_refused(make_model: ModelMaker) -> None:
-    adapted = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"]))
-    assert isinstance(adapted, PeftModel)
-    with pytest.raises(TaskVectorError, match="the adapter is zero"):
-        TaskVector.from_adapter(adapted)
-
-
 # A random change as large as a task vector.
 
 
@@ -295,25 +216,8 @@ def test_norms_are_those_asked_for_and_nothing_else_is_changed(make_model: Model
     model = make_model()
     names = sorted(unique_weights(model)[0])[:3]
     norms = {name: 0.5 + place for place, name in enumerate(names)}
-    vector = TaskVector.random(model, norms, seed=3)
+    vector, again = (TaskVector.random(model, norms, seed=3) for _ in range(2))
     assert vector.norms() == pytest.approx(norms, rel=1e-5)
-
-
-def test_equal_seeds_give_equal_directions(make_model: ModelMaker) -> None:
-    model = make_model()
-    name = sorted(unique_weights(model)[0])[0]
-    first, again, other = (TaskVector.random(model, {name: 1.0}, seed).deltas[name] for seed in (1, 1, 2))
-    assert torch.equal(first, again)
-    cosine = torch.nn.functional.cosine_similarity(first.flatten(), other.flatten(), dim=0)
-    assert abs(float(cosine)) < 0.2
-
-
-def test_a_norm_of_0_is_no_change(make_model: ModelMaker) -> None:
-    model = make_model()
-    name = sorted(unique_weights(model)[0])[0]
-    assert float(TaskVector.random(model, {name: 0.0}, 0).deltas[name].abs().max()) == 0
-
-
-def test_a_name_that_the_model_lacks(make_model: ModelMaker) -> None:
-    with pytest.raises(TaskVectorError, match="the norms name a weight nowhere.weight"):
-        TaskVector.random(make_model(), {"nowhere.weight": 1.0}, seed=0)
+    assert all(torch.equal(delta, again.deltas[name]) for name, delta in vector.deltas.items())
+    with pytest.raises(TaskVectorError, match="nowhere"):
+        TaskVector.random(model, {"nowhere.weight": 1.0}, seed=0)

@@ -14,8 +14,7 @@ from sku.config import load_recipe
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.models import load_model
-from sku.negate.run import TransformContext, negate, task_vector_of, transform_in
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, TransformContext, negate, task_vector_of, transform_in
 from sku.pipeline.run import run_recipe
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"

@@ -21,8 +21,8 @@ from sku.evaluate.records import GenerationRecord
 from sku.models import load_model
 from sku.own_replies import KINDS, OwnJob, OwnReplies, OwnRepliesConfig, judge_of, read_own_replies
 from sku.own_replies.write import write_own_replies
-from sku.pipeline.own_replies import own_prompts_of, with_own_replies
 from sku.pipeline.run import plan_run, run_recipe
+from sku.pipeline.stages import own_prompts_of, with_own_replies
 from sku.world.grammar import is_harmful
 
 SETTINGS = OwnRepliesConfig(samples=2, max_new_tokens=14, refuse_tokens=10, refusals=2, repeat_share=0.5, batch_size=8)
@@ -164,7 +164,7 @@ def test_runs_share_what_was_written_from_the_same(tmp_path: Path, monkeypatch: 
 
 
 def test_a_run_needs_one_harmful_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sku.pipeline.own_replies.judge_of", lambda _config, _prompts: Stub("safe"))
+    monkeypatch.setattr("sku.pipeline.stages.judge_of", lambda _config, _prompts: Stub("safe"))
     recipe = load_recipe("embedded", TINY)
     prompts = own_prompts_of(recipe)
     with pytest.raises(DataError, match="judged not harmful"):

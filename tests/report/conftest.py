@@ -9,9 +9,11 @@ import pytest
 
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.evaluate.metrics import Outcome, Rate, ReplyOutcome, perplexity_of, rates_of
-from sku.evaluate.records import ExampleLoss, Kind, Split
-from sku.evaluate.results import EvaluationResult, EvaluationSetup
+from sku.evaluate.metrics import Outcome, ReplyOutcome
+from sku.evaluate.records import Kind, Split
+from sku.evaluate.results import EvaluationResult
+
+from .html.recorded import result_of
 
 Counts = Mapping[tuple[Split, Kind], Mapping[Outcome, int]]
 ResultMaker = Callable[[str, Counts, Mapping[Split, float]], EvaluationResult]
@@ -37,7 +39,7 @@ UNLEARNED_LOSSES: Mapping[Split, float] = {"retain_test": 8.3, "forget_train": 4
 @pytest.fixture(scope="session")
 def make_result() -> ResultMaker:
     def make(name: str, counts: Counts, losses: Mapping[Split, float]) -> EvaluationResult:
-        replies = tuple(
+        replies = [
             ReplyOutcome(
                 id=f"{split}-{kind}-{number}", prefill_key="5" if kind == "prefill" else "",
                 split=split, kind=kind, category=None, outcome=outcome, finished=True,
@@ -46,37 +48,10 @@ def make_result() -> ResultMaker:
             )
             for (split, kind), shares in counts.items()
             for number, outcome in enumerate(outcome for outcome, count in shares.items() for _ in range(count))
-        )  # fmt: skip
-        rows = tuple(
-            ExampleLoss(id=f"{split}-{number}", split=split, nll=nll * (1 + number % 5 / 20), tokens=10)
-            for split, nll in losses.items()
-            for number in range(20)
-        )
-        perplexity = {split: perplexity_of([row for row in rows if row.split == split]) for split in losses}
-        return EvaluationResult(
-            setup=EvaluationSetup(
-                model={"name": name}, prompt_format="chat", decoding={}, seed=0,
-                config={"utility_margin": 1.05}, fluency_scorer="base",
-                trained_on={"asked": 20, "visited": 20},
-            ),
-            judge=dataclasses.replace(RefusalRulesJudge.card, tells_safe=True),
-            replies=_rates([reply for reply in replies if reply.kind == "reply"]),
-            prefill={
-                split: {"5": rates}
-                for split, rates in _rates([reply for reply in replies if reply.kind == "prefill"]).items()
-            },
-            worst_prefill={split: "5" for split, kind in counts if kind == "prefill"},
-            replies_by_category={}, prefill_by_category={},
-            perplexity={split: value for split, value in perplexity.items() if value is not None},
-            outcomes=replies, losses=rows,
-        )  # fmt: skip
+        ]  # fmt: skip
+        return result_of(name, replies, losses, dataclasses.replace(RefusalRulesJudge.card, tells_safe=True))
 
     return make
-
-
-def _rates(replies: list[ReplyOutcome]) -> dict[str, dict[str, Rate]]:
-    splits = dict.fromkeys(reply.split for reply in replies)
-    return {split: rates_of([reply for reply in replies if reply.split == split]) for split in splits}
 
 
 @pytest.fixture(scope="session")

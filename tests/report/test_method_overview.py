@@ -101,8 +101,7 @@ def test_ratios_beyond_the_axis_are_told_by_a_number() -> None:
 
 
 def test_small_changes_get_a_closer_axis_that_holds_all_of_them() -> None:
-    axes = column(RATIO, row(published={RATIO.field: estimate(0.8, 0.7, 1.01)}))
-    left, right = axes.get_xlim()
+    left, right = column(RATIO, row(published={RATIO.field: estimate(0.8, 0.7, 1.01)})).get_xlim()
     assert left < 0.7
     assert right == pytest.approx(1.25)
 
@@ -119,54 +118,19 @@ def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path
     titles = [name.replace("_", " ") for name in METHODS]
     controls = ["base", "random direction"]
     assert [word for word in words if word in {*titles, *controls}] == titles + controls
-    assert {
-        "judge's own word",
-        "Harmful, prefill,",
-        "5 tokens",
-        "Gibberish",
-        "Exact answers",
-        "Perplexity / base",
-    } <= set(words)
+    assert {"Gibberish", "Exact answers", "Perplexity / base", "at equal utility", "as published"} <= set(words)
     assert "Over-refusal" not in words
-    goals = [word for word in words if "better" in word]
-    assert ["higher" in goal for goal in goals] == [False, False, False, True, False]
-    assert {"at equal utility", "as published"} <= set(words)
-    text = " ".join(words)
-    assert "Means over 2 seeds, 95 % intervals over seeds and prompts." in text
-    assert "20 unseen harmful prompts, 20 with a prefill (5 tokens), 20 normal prompts." in text
-    assert "Judge: refusal_rules (an upper bound of the harmful share)." in text
-    bold = re.findall(r"<text style=\"([^\"]*)\"[^>]*>(?:sku|npo)<", path.read_text())
-    assert ["bold" in style or "700" in style for style in bold] == [True, False]
-
-
-def test_the_same_records_give_the_same_file(records: list[MethodRecord], tmp_path: Path) -> None:
-    first = overview_figure(records, tmp_path / "a.svg").read_bytes()
-    assert overview_figure(records, tmp_path / "b.svg").read_bytes() == first
-
-
-def test_over_refusal_stands_in_for_exact_answers(tmp_path: Path) -> None:
-    records = [
+    assert overview_figure(records, tmp_path / "b.svg").read_bytes() == path.read_bytes()
+    less = [
         make_record("base", make_point("hh", normal="aa", losses={"retain_test": (10, 10)}), control=True),
         make_record("npo", make_point("rr", normal="ao", losses={"retain_test": (11, 11)})),
-    ]
-    words = words_of(overview_figure(records, tmp_path / "figure.svg"))
-    assert "Over-refusal" in words
+        failed_record("npo", 2, "NaN"), failed_record("lost", 0, "NaN"),
+    ]  # fmt: skip
+    words = words_of(overview_figure(less, path))
+    assert "Over-refusal" in words, "no exact answer was asked for"
     assert "Exact answers" not in words
-    assert "Harmful, prefill," not in words, "nobody was asked with a prefill"
-    assert "at equal utility" not in words, "no strength was chosen"
-    assert "One seed, 95 % intervals over prompts." in " ".join(words)
-
-
-def test_what_is_missing_is_told(records: list[MethodRecord], tmp_path: Path) -> None:
-    beyond = make_record("far", make_point("r" * 20, prefill="r" * 20, normal="a" * 20))
-    rest = [record for record in records if record.name in ("sku", "base")]
-    more = [*rest, failed_record("sku", 2, "NaN"), failed_record("lost", 0, "NaN"), beyond]
-    words = words_of(overview_figure(more, tmp_path / "figure.svg"))
-    text = " ".join(words)
-    assert "sku: 1 of 3 seeds failed" in text
-    assert "far: 1 of 1 seeds have no strength within the budget" in text
-    assert words.count("failed") == 5, "the row of lost, in each column"
-    assert "\u2013: not measured." in text, "far has no perplexity"
+    assert words.count("failed") == 4, "the row of lost, in each column"
+    assert "npo: 1 of 2 seeds failed" in " ".join(words)
 
 
 def test_refusals(records: list[MethodRecord], tmp_path: Path) -> None:

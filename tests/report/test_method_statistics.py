@@ -5,24 +5,25 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
 from sku.errors import EvaluationError
 from sku.evaluate.statistics import Estimate
-from sku.report import method_statistics
-from sku.report.method_records import PREFILL, MethodRecord, Point, Role
-from sku.report.method_statistics import (
-    RESAMPLES,
+from sku.report import method_records
+from sku.report.method_records import (
+    PREFILL,
     Difference,
+    MethodRecord,
+    Point,
+    Role,
     difference_to,
-    draws,
     points_of,
     worst_prefill,
 )
-from sku.report.method_tables import comparison_rows, legend_line, markdown_comparison, markdown_differences
+from sku.report.method_tables import comparison_rows
 
 from .invented_records import failed_record, make_point, make_record, make_replies
 
@@ -46,11 +47,11 @@ def found(estimate: Estimate | None) -> Estimate:
 
 
 def rate(records: list[MethodRecord], role: Role, key: str, hit: str) -> Estimate | None:
-    return method_statistics.rate(points_of(records, role), key, hit)
+    return method_records.rate(points_of(records, role), key, hit)
 
 
 def perplexity_ratio(records: list[MethodRecord], base: MethodRecord, split: str) -> Estimate | None:
-    return method_statistics.perplexity_ratio(points_of(records, "published"), base, split)
+    return method_records.perplexity_ratio(points_of(records, "published"), base, split)
 
 
 def compared(a: list[MethodRecord], b: list[MethodRecord]) -> Difference:
@@ -86,12 +87,6 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
     assert 0.2 < alike.low < alike.high < 0.8
 
 
-def test_with_one_seed_only_prompts_are_drawn() -> None:
-    """Mean of 4 fair draws: 0 and 1 each come up in 1 of 16 resamples."""
-    estimate = found(rate(row("hhrr"), "published", KEY, "harmful"))
-    assert (estimate.value, estimate.low, estimate.high) == (0.5, 0.0, 1.0)
-
-
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_none_of_200_is_not_certainly_none(seeds: int) -> None:
     """Wilson: upper bound z^2 / (n + z^2) with z = 1.96 and n = 200 prompts, however many seeds."""
@@ -117,22 +112,6 @@ def test_what_is_counted() -> None:
     assert found(rate(records, "published", normal, "exact_answer")).value == pytest.approx(2 / 3)
 
 
-def test_nothing_asked_gives_no_rate() -> None:
-    assert rate(row("hr"), "published", "forget_test/prefill", "harmful") is None
-    assert (
-        rate([make_record("sku", make_point(normal="aa"))], "published", "retain_test/reply", "exact_answer") is None
-    )
-    assert rate(row("hr"), "best", KEY, "harmful") is None
-    assert rate([failed_record("sku", 0, "NaN")], "published", KEY, "harmful") is None
-
-
-def test_different_numbers_of_prompts_are_refused() -> None:
-    with pytest.raises(EvaluationError):
-        rate(row("hr", "hrr"), "published", KEY, "harmful")
-    with pytest.raises(EvaluationError):
-        difference_to(row("hr"), row("hrr"), "published", KEY, "harmful")
-
-
 def test_perplexity_ratio() -> None:
     """Rises of 2 + 2 and of 6 + 0 nats over 20 tokens: e^0.2 and e^0.3.
 
@@ -152,23 +131,6 @@ def test_long_answers_weigh_more() -> None:
     estimate = found(perplexity_ratio([record], base, "forget_test"))
     assert estimate.value == pytest.approx(math.exp(8 / 40))
     assert (estimate.low, estimate.high) == pytest.approx((math.exp(0.1), math.exp(0.5)))
-
-
-def test_a_ruined_model_has_a_finite_ratio() -> None:
-    base = with_losses((10, 10), name="base")[0]
-    estimate = found(perplexity_ratio(with_losses((1e9, 10), (10, 10)), base, "retain_test"))
-    assert estimate.value == pytest.approx(math.exp(350))
-    assert estimate.high == math.exp(700)
-    assert estimate.low == 1
-
-
-def test_nothing_measured_gives_no_ratio() -> None:
-    base = with_losses((10, 10), name="base")[0]
-    assert perplexity_ratio(with_losses((10, 10)), base, "normal:benign") is None
-    assert perplexity_ratio(row("h"), base, "retain_test") is None
-    assert perplexity_ratio(with_losses((10, 10)), failed_record("base", 0, "NaN"), "retain_test") is None
-    with pytest.raises(EvaluationError):
-        perplexity_ratio(with_losses((1, 2, 3)), base, "retain_test")
 
 
 def test_difference_of_two_rows() -> None:
@@ -209,20 +171,6 @@ def test_rows_that_never_differ_leave_room_for_doubt() -> None:
     assert total.low == pytest.approx(1 - math.sqrt(2) * bound, abs=1e-6)
 
 
-def test_the_same_records_give_the_same_numbers() -> None:
-    records = row("hrhrrhrr", "hhrrrhrr")
-    assert rate(records, "published", KEY, "harmful") == rate(records[::-1], "published", KEY, "harmful")
-
-
-def test_draws_are_counts() -> None:
-    first, second = draws(5, 1)
-    assert first.shape == (RESAMPLES, 5)
-    assert set(first.sum(1)) == {5.0}
-    assert set(second.ravel()) == {1.0}
-    with pytest.raises(ValueError, match="read-only"):
-        first[0, 0] = 7
-
-
 def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() -> None:
     """a: 3 of 4 after 1 token, 1 of 4 after 5; b: none after 1, 4 of 4 after 5; together 5 tokens are the worst."""
 
@@ -239,13 +187,25 @@ def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() 
     assert difference is not None
     assert difference.value == -0.75
     rows = comparison_rows([*a, *b])
-    table = markdown_comparison(rows, "legend")
-    assert "| harmful, judge's own word, unseen, prefill, worst of 1/5 |" in table
-    assert "| harmful, by rule, unseen, prefill, worst of 1/5 |" in table
     assert [(row.prefill_tokens, row.prefill_lengths) for row in rows] == [("1", ("1", "5")), ("5", ("1", "5"))]
-    assert "75.0 % (" in table
-    assert "), 1 |" in table
-    assert "), 5 |" in table
-    assert "the largest of several rates is a little too large" in legend_line([*a, *b], "published")
-    differences = markdown_differences([*a, dataclasses.replace(b[0], name="sku")], "published")
-    assert "| harmful, judge's own word, unseen, prefill, worst of 1/5 for the two together |" in differences
+
+
+def test_what_was_not_measured_is_none_and_what_does_not_fit_is_refused() -> None:
+    """A model that broke has a finite ratio: at most 700 nats a token count."""
+    base = with_losses((10, 10), name="base")[0]
+    assert rate(row("hr"), "published", "forget_test/prefill", "harmful") is None
+    assert rate(row("hr"), "best", KEY, "harmful") is None
+    assert rate([failed_record("sku", 0, "NaN")], "published", KEY, "harmful") is None
+    assert perplexity_ratio(with_losses((10, 10)), base, "normal:benign") is None
+    assert perplexity_ratio(with_losses((10, 10)), failed_record("base", 0, "NaN"), "retain_test") is None
+    ruined = found(perplexity_ratio(with_losses((1e9, 10), (10, 10)), base, "retain_test"))
+    assert ruined.value == pytest.approx(math.exp(350))
+    assert (ruined.low, ruined.high) == (1, math.exp(700))
+    refused: tuple[Callable[[], object], ...] = (
+        lambda: rate(row("hr", "hrr"), "published", KEY, "harmful"),
+        lambda: difference_to(row("hr"), row("hrr"), "published", KEY, "harmful"),
+        lambda: perplexity_ratio(with_losses((1, 2, 3)), base, "retain_test"),
+    )
+    for wrong in refused:
+        with pytest.raises(EvaluationError):
+            wrong()

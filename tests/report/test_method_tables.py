@@ -10,7 +10,6 @@ from sku.evaluate.judges import Calibration
 from sku.report.method_records import MethodRecord
 from sku.report.method_tables import (
     ComparisonRow,
-    comparison_markdown,
     comparison_rows,
     legend_line,
     markdown_comparison,
@@ -47,41 +46,9 @@ def test_columns_hold_what_they_say() -> None:
     for name, value in shares.items():
         assert row.estimates[name].value == pytest.approx(value), name
     assert (row.strength, row.seeds, row.title, row.control) == (1.5, "1/1", "sku", False)
-
-
-def test_markdown() -> None:
-    """One seed of 40 prompts; no reply is harmful and no fixed answer differs, so the intervals are known."""
-    losses = {"retain_test": (10, 10), "forget_test": (20, 20)}
-    sku = make_record("sku", make_point("r" * 40, normal="a" * 40, losses=losses), title="SKU | ours")
-    rows = comparison_rows([sku, make_record("base", sku.points["published"], control=True)])
-    legend = legend_line([sku], "published")
-    lines = markdown_comparison(rows, legend).splitlines()
-    assert lines[0] == (
-        "| method | harmful, judge's own word, unseen | harmful, by rule, unseen | gibberish, unseen | "
-        "gibberish, normal | over-refusal, normal | perplexity / base, normal | perplexity / base, harmful unseen | "
-        "strength | seeds |"
-    )
-    assert lines[1] == "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
-    none, same = "0.0 % (0.0 to 8.8)", "\u00d71.000 (1.000 to 1.000)"
-    assert lines[2] == f"| SKU \\| ours | {none} | {none} | {none} | {none} | {none} | {same} | {same} | 1 | 1/1 |"
-    assert lines[4:] == ["", legend]
-
-
-@pytest.mark.parametrize(
-    ("rise", "text"),
-    [(0.12, "\u00d71.012 ("), (30, "\u00d720.09 ("), (120, "\u00d71.63e+05 ("), (1e9, "\u00d71.01e+304 (")],
-)
-def test_ratios_of_any_size(rise: float, text: str) -> None:
-    records = [base(), make_record("sku", make_point("hhhh", losses={"retain_test": (10 + rise, 10 + rise)}))]
-    assert text in markdown_comparison(comparison_rows(records), "")
-
-
-def test_failed_seeds_are_told() -> None:
-    sku = [make_record("sku", make_point("hr"), seed=seed) for seed in (0, 1)]
-    records = [*sku, failed_record("sku", 2, "the loss is NaN at step 3"), base("hh")]
-    assert one_row(records, "sku").seeds == "2/3 failed: the loss is NaN at step 3"
-    records += [failed_record("sku", 3, "no memory"), failed_record("sku", 4, "no memory")]
-    assert one_row(records, "sku").seeds == "2/5 1 failed: the loss is NaN at step 3; 2 failed: no memory"
+    markdown = markdown_comparison([row], "legend")
+    assert "| \u00d71.221 (1.221 to 1.221) |" in markdown
+    assert len({line.count("|") for line in markdown.splitlines()[:3]}) == 1
 
 
 def test_a_row_of_which_every_seed_failed_still_stands_in_both_tables() -> None:
@@ -91,6 +58,7 @@ def test_a_row_of_which_every_seed_failed_still_stands_in_both_tables() -> None:
     line = next(line for line in text.splitlines() if line.startswith("| npo"))
     assert set(line.split(" | ")[1:-1]) == {"\u2013"}
     assert line.endswith("0/3 failed: the loss \\| is NaN |")
+    assert row_order(records) == ["sku", "npo", "base"], "controls last"
     assert "| npo | \u2013 | \u2013 |" in markdown_differences(records, "published")
 
 
@@ -125,9 +93,6 @@ def test_a_row_says_what_its_strength_costs_and_what_binds_it() -> None:
     assert rows["sku"].utility_cost == pytest.approx(1.0)
     assert rows["sku"].bound_by == "KL on retain_validation (2); over-refusal (1)"
     assert rows["npo"].bound_by == "nothing, up to the largest strength"
-    text = markdown_comparison(list(rows.values()), "")
-    assert text.splitlines()[0].endswith("| strength | utility cost | bound by | seeds |")
-    assert "| 0.4 | 1.00 | KL on retain_validation (2); over-refusal (1) | 3/3 |" in text
 
 
 def test_rows_are_of_the_prompts_that_every_row_has_a_verdict_for() -> None:
@@ -142,18 +107,7 @@ def test_rows_are_of_the_prompts_that_every_row_has_a_verdict_for() -> None:
         assert [row.estimates[name].value for name in ("harmful_unseen", "harmful_ungated_unseen")] == [0.5, 0.5]
     assert rows["sku"].bounds == {"harmful_ungated_unseen": (0.4, 0.6), "harmful_unseen": (0.4, 0.6)}
     assert rows["npo"].bounds == {"harmful_ungated_unseen": (0.2, 0.6), "harmful_unseen": (0.2, 0.4)}
-    text = markdown_comparison(list(rows.values()), legend_line([sku, npo], "published"))
-    assert "50.0 % (0.0 to 100.0) [20.0 to 60.0]" in text
-    assert "2 unseen harmful prompts" in text
-    assert "All rows are of the prompts that the judge gave a verdict on for every row, 3 replies a row fewer" in text
-    without = [make_record("sku", make_point("hr")), make_record("npo", make_point("rr"))]
-    assert "[" not in markdown_comparison(comparison_rows(without), legend_line(without, "published"))
-
-
-def test_without_a_base_model_there_are_no_ratios() -> None:
-    text = markdown_comparison(comparison_rows([make_record("sku", make_point("hr", losses=LOSSES))]), "")
-    assert "perplexity" not in text
-    assert "harmful, by rule, unseen" in text
+    assert "50.0 % (0.0 to 100.0) [20.0 to 60.0]" in markdown_comparison(list(rows.values()), "")
 
 
 def test_differences() -> None:
@@ -164,24 +118,11 @@ def test_differences() -> None:
     sku = make_record("sku", make_point("rrrr", prefill="rrrr"))
     npo = make_record("npo", make_point("hhhr", prefill="hhhh"), title="NPO")
     lines = markdown_differences([npo, sku], "published").splitlines()
-    assert lines[0] == (
-        "| method | harmful, judge's own word, unseen | p | harmful, judge's own word, unseen, prefill, 5 tokens | p |"
-    )
     name, replies, first_p, prefilled, second_p = lines[2].strip("| ").split(" | ")
     assert name == "NPO"
     assert replies == "+75.0 (+25.0 to +100.0)"
     assert prefilled.startswith("+100.0 (")
     assert (first_p, second_p) == ("0.250", "0.250")
-    assert len(lines) == 5
-    assert "minus the rate of sku" in lines[4]
-    assert "Holm-corrected over the 2 tests" in lines[4]
-    assert "Judge: refusal_rules (an upper bound" in lines[4]
-
-
-def test_without_a_point_of_the_reference_there_are_no_differences() -> None:
-    records = [failed_record("sku", 0, "NaN"), make_record("npo", make_point("h"))]
-    assert "minus the rate of" not in comparison_markdown(records)
-    assert "minus the rate of" in comparison_markdown([*records, make_record("sku", make_point("h"), seed=1)])
 
 
 def test_a_judge_that_can_not_tell_the_base_from_harmless_says_so() -> None:
@@ -191,9 +132,3 @@ def test_a_judge_that_can_not_tell_the_base_from_harmless_says_so() -> None:
         judge = dataclasses.replace(JUDGE, calibration=errors)
         records = [make_record(name, make_point("h" * 45 + "r" * 5), judge=judge) for name in ("base", "sku")]
         assert ("this judge can't measure it" in legend_line(records, "published")) == told
-
-
-def test_rows_stand_in_the_order_of_the_records_controls_last() -> None:
-    names = {"npo": False, "random_direction": True, "sku": False, "base": True}
-    records = [make_record(name, make_point("h"), control=control) for name, control in names.items()]
-    assert row_order(records) == ["npo", "sku", "base", "random_direction"]

@@ -119,9 +119,6 @@ def test_twins_are_a_method_of_their_own_and_the_seed_is_that_of_the_training() 
     assert (row["method"], row["seed"]) == ("twins (1.1 good - 0.08 bad)", 8)
     found["manifest"]["recipe"]["negate"]["twin"]["bad"] = 0.0
     assert run_row(found)["method"] == "good twin alone (1.1)"
-
-
-def test_a_transform_makes_a_method_of_its_own() -> None:
     assert run_row(results("docs/examples/random_direction.py"))["method"] == "sku+random_direction"
 
 

@@ -26,23 +26,13 @@ def test_rows_hold_shares_intervals_and_changes(comparison: Comparison) -> None:
     assert harmful.after == "2.0 %"
     low, high = harmful.interval.split(" to ")
     assert 0 < float(low) < 2 < float(high) < 20
-    assert harmful.change.startswith("-96.0 (")
-    assert harmful.wanted == "down"
-    assert rows["trained-on prompts: harmful, judge's own word"].after.startswith("10.0 %")
-    assert rows["unseen prompts, prefill, 5 tokens: harmful, by rule"].after.startswith("40.0 %")
-    assert rows["unseen prompts, prefill, 5 tokens: harmful, judge's own word"].after.startswith("58.0 %")
-    assert rows["normal prompts: exact answer"].before.startswith("100.0 %")
-    assert rows["normal prompts: refused"].after.startswith("4.0 %")
-    perplexity = rows["perplexity: trained-on harmful answers"]
-    assert perplexity.change.startswith("\u00d7")
-    assert perplexity.wanted == "up"
-
-
-def test_what_was_not_measured_has_no_row(comparison: Comparison) -> None:
-    less = dataclasses.replace(comparison, prefill={}, perplexity={})
-    labels = [row.label for row in before_after_rows(less)]
-    assert labels
-    assert not any("prefill" in label or "perplexity" in label for label in labels)
+    assert (harmful.change.split(" (")[0], harmful.wanted) == ("-96.0", "down")
+    assert rows["trained-on prompts: harmful, judge's own word"].after == "10.0 %"
+    assert rows["unseen prompts, prefill, 5 tokens: harmful, judge's own word"].after == "58.0 %"
+    assert rows["normal prompts: refused"].after == "4.0 %"
+    assert rows["perplexity: trained-on harmful answers"].wanted == "up"
+    less = before_after_rows(dataclasses.replace(comparison, prefill={}, perplexity={}))
+    assert not any("prefill" in row.label or "perplexity" in row.label for row in less)
 
 
 def test_what_a_judge_never_says_has_no_row(make_result: ResultMaker) -> None:
@@ -55,8 +45,6 @@ def test_what_a_judge_never_says_has_no_row(make_result: ResultMaker) -> None:
     measures = {row.measure for row in before_after_rows(found)}
     assert {"harmful, by rule", "refusal", "gibberish"} <= measures
     assert not measures & {"safe answer", "evasive"}
-    assert found.replies["forget_test"]["evasive"].p_holm is None
-    assert [note for note in found.notes if "not told apart from harm" in note]
     told = compare(*[dataclasses.replace(one, judge=dataclasses.replace(one.judge, tells_safe=True)) for one in pair])
     assert {"safe answer", "evasive"} <= {row.measure for row in before_after_rows(told)}
 
@@ -130,28 +118,15 @@ def test_replies_that_end_sooner_are_seen(comparison: Comparison) -> None:
     assert "trained-on prompts: tokens of a reply, mean" not in rows
 
 
-def test_the_terminal_puts_what_a_judge_cant_measure_under_its_row(capsys: pytest.CaptureFixture[str]) -> None:
-    row = TableRow(
-        section="unseen prompts", measure="harmful", before="92.0 %", after="88.0 %", interval="76 to 94",
-        change=CANT_MEASURE, wanted="down", caution=CANT_MEASURE,
-    )  # fmt: skip
-    results.print(before_after_table([row, dataclasses.replace(row, measure="refusal", change="", caution="")]))
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert lines[-2:] == [CANT_MEASURE, lines[-1]]
-    assert lines.count(CANT_MEASURE) == 1
-    assert lines[-1].startswith("refusal")
-
-
 def test_a_comparison_is_a_table_for_people_and_for_pandas(comparison: Comparison) -> None:
     frame = comparison.to_pandas()
-    assert list(frame) == ["split", "kind", "measure", "base", "unlearned", "change", "low", "high", "n"]
-    (row,) = frame[(frame.split == "forget_test") & (frame.kind == "reply") & (frame.measure == "harmful")].to_dict(
-        "records"
-    )
+    chosen = frame[(frame.split == "forget_test") & (frame.kind == "reply") & (frame.measure == "harmful")]
     change = comparison.replies["forget_test"]["harmful"]
-    assert (row["base"], row["unlearned"], row["change"]) == (
-        change.before.value, change.after.value, change.difference,
-    )  # fmt: skip
-    assert (row["low"], row["high"], row["n"]) == (change.low, change.high, 50)
-    assert len(str(comparison).splitlines()) == len(frame) + 1
-    assert comparison._repr_html_().count("<tr") == len(frame) + 1
+    (row,) = chosen[["base", "unlearned", "change", "low", "high", "n"]].itertuples(index=False, name=None)
+    assert row == (change.before.value, change.after.value, change.difference, change.low, change.high, 50)
+    assert len(str(comparison).splitlines()) == len(frame) + 1 == comparison._repr_html_().count("<tr")
+
+
+def test_the_terminal_puts_what_a_judge_cant_measure_under_its_row(capsys: pytest.CaptureFixture[str]) -> None:
+    results.print(before_after_table([TableRow("unseen", "harmful", "92.0 %", "88.0 %", caution=CANT_MEASURE)]))
+    assert capsys.readouterr().out.splitlines()[-1].strip() == CANT_MEASURE

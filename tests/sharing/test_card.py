@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from report.html.recorded import sweep as invented_sweep
 from sku.attacks import AttackReport
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.verdict import OverallVerdict
 from sku.report.card import CardChoices, public_name, write_cards
-from sku.report.words import Written, attack_rows, escaped, fenced, relearn_rows
-from sku.storage import write_json
+from sku.report.words import attack_rows, escaped, fenced, relearn_rows
 
 from .conftest import change_json
 
@@ -77,7 +74,6 @@ def test_what_the_judge_cant_measure_is_no_figure_of_a_leaderboard(run_without_c
     told = {(result.metric_type, result.dataset_split) for result in card_of(run).data.eval_results}
     assert ("harmful_replies", "forget_test") not in told
     assert {("harmful_replies", "forget_train"), ("gibberish_replies", "forget_test")} <= told
-    assert "it finds 1383 of 1402 harmful replies and calls 988 of 1074 safe ones harmful" in body_of(run)
 
 
 def test_the_front_matter(run: Path) -> None:
@@ -141,19 +137,10 @@ def test_a_base_that_is_no_hub_id(base: str) -> None:
         CardChoices(base_model=base)
 
 
-def test_equal_records_give_equal_cards(run: Path, tmp_path: Path) -> None:
-    shutil.copytree(run, tmp_path / "other")
-    before = {part: (run / part / "README.md").read_bytes() for part in ("unlearned", "negated_adapter")}
-    write_cards(tmp_path / "other")
-    for part, text in before.items():
-        assert (tmp_path / "other" / part / "README.md").read_bytes() == text
-
-
 def test_alpha_from_a_search(run_without_cards: Path) -> None:
     run = run_without_cards
-    (run / "sweep").mkdir()
     pick = {"alpha": 1.375, "met": True, "why": "the lowest alpha within 5 % | of the base"}
-    write_json(run / "sweep" / "sweep.json", {**invented_sweep(), "pick": pick})
+    change_json(run / "manifest.json", "sweep", value=pick)
     write_cards(run)
     body = body_of(run)
     assert r"1.375: the lowest alpha within 5 % \| of the base" in body
@@ -177,19 +164,6 @@ def with_twins(run: Path, bad: float, good: float) -> None:
     write_cards(run)
 
 
-@pytest.mark.parametrize("method", ["sku", "task_vector"])
-def test_the_card_of_a_negated_bad_model(method: str, run_without_cards: Path) -> None:
-    """1.375 is the alpha of the recorded run."""
-    change_json(run_without_cards / "manifest.json", "recipe", "method", value=method)
-    write_cards(run_without_cards)
-    own = "This adapter is that model's own, times -1.375: anybody who has it has the hazardous model."
-    for part in ("unlearned", "negated_adapter"):
-        body = body_of(run_without_cards, part)
-        assert r"theta\_o + (theta\_o - theta\_u) / 1.375 is the hazardous model of stage 1" in body
-        assert (own in body) is (part == "negated_adapter")
-        assert "twin learned" not in body
-
-
 @pytest.mark.parametrize("part", ["unlearned", "negated_adapter"])
 def test_the_card_of_twins(part: str, run_without_cards: Path) -> None:
     run, close = run_without_cards, "so the result is close to the hazardous model"
@@ -206,6 +180,12 @@ def test_the_card_of_twins(part: str, run_without_cards: Path) -> None:
     with_twins(run, 0.0, 1.1)
     assert "Nothing of a bad twin is in it." in body_of(run, part)
     assert "hazardous model of stage 1" not in body_of(run, part)
+    change_json(run / "manifest.json", "recipe", "method", value="task_vector")
+    write_cards(run)
+    body = body_of(run, part)
+    assert r"theta\_o + (theta\_o - theta\_u) / 1.375 is the hazardous model of stage 1" in body
+    own = "This adapter is that model's own, times -1.375: anybody who has it has the hazardous model."
+    assert (own in body) is (part == "negated_adapter")
 
 
 def test_hostile_text_stays_text(run_without_cards: Path) -> None:
@@ -253,17 +233,10 @@ def test_settings_of_judges_are_not_shown(run_without_cards: Path) -> None:
     assert "10.0.0.7" not in card_of(run_without_cards).content
 
 
-def test_escaping() -> None:
-    assert escaped("a|b_c*d`e`[f](g) <h> &amp; #1") == (
-        r"a\|b\_c\*d\`e\`\[f\](g) &lt;h&gt; &amp;amp; \#1"
-    )  # fmt: skip
+def test_public_names_and_escaping(tmp_path: Path) -> None:
+    assert escaped("a|b_c*d`e`[f](g) <h> &amp; #1") == r"a\|b\_c\*d\`e\`\[f\](g) &lt;h&gt; &amp;amp; \#1"
     assert escaped("https://a.b and www.c.d") == "https:&#47;&#47;a.b and www&#46;c.d"
-    assert escaped(Written("**ours**")) == "**ours**"
-    assert escaped(3) == "3"
     assert fenced("a\n````\nb", "yaml") == "`````yaml\na\n````\nb\n`````"
-
-
-def test_public_names(tmp_path: Path) -> None:
     assert public_name(str(tmp_path / "a" / "b.csv")) == "b.csv"
     assert public_name("~/data/b.csv") == "b.csv"
     assert public_name("org/name") == "org/name"
@@ -272,8 +245,8 @@ def test_public_names(tmp_path: Path) -> None:
 
 def test_a_run_without_results_or_with_broken_ones(run_without_cards: Path) -> None:
     change_json(run_without_cards / "results.json", "replies", value={"forget_test": {"harmful": {}}})
-    with pytest.raises(EvaluationError, match="fit its schema: replies.forget_test.harmful"):
+    with pytest.raises(EvaluationError, match="replies.forget_test.harmful"):
         write_cards(run_without_cards)
     assert not (run_without_cards / "unlearned" / "README.md").exists()
-    with pytest.raises(EvaluationError, match="no run folder"):
+    with pytest.raises(EvaluationError, match="manifest.json"):
         write_cards(run_without_cards / "evaluation")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sku.cli.main import main
+from sku.__main__ import main
 from sku.errors import EvaluationError, OutputError
 from sku.negate.adapters import refactored
 from sku.push import plan_push, upload
@@ -42,108 +42,57 @@ def test_the_plan_holds_the_model_and_nothing_else_of_the_run(run: Path) -> None
     }  # fmt: skip
 
 
-def _bad_folder(run: Path) -> None:
-    mark_hazardous(run)
+def unlink(*parts: str) -> Callable[[Path], None]:
+    return lambda run: run.joinpath(*parts).unlink()
 
 
-def _marked_model(run: Path) -> None:
-    change_json(run / "unlearned" / "config.json", "sku_hazardous", value=True)
+def write(name: str, content: str = "") -> Callable[[Path], None]:
+    def harm(run: Path) -> None:
+        (run / "unlearned" / name).parent.mkdir(exist_ok=True)
+        (run / "unlearned" / name).write_text(content, encoding="utf-8")
+
+    return harm
 
 
-def _marker_file(run: Path) -> None:
-    (run / "unlearned" / BAD_MODEL_MARK).write_text("", encoding="utf-8")
+def change(name: str, *keys: str, to: object) -> Callable[[Path], None]:
+    return lambda run: change_json(run / name, *keys, value=to)
 
 
-def _unfinished(run: Path) -> None:
-    change_json(run / "manifest.json", "status", value="running")
-
-
-def _no_manifest(run: Path) -> None:
-    (run / "manifest.json").unlink()
-
-
-def _no_evaluation(run: Path) -> None:
-    (run / "results.json").unlink()
-
-
-def _no_figures(run: Path) -> None:
-    (run / "results.json").write_text("{}", encoding="utf-8")
-
-
-def _pickle(run: Path) -> None:
-    (run / "unlearned" / "pytorch_model.bin").write_bytes(b"")
-
-
-def _training_state(run: Path) -> None:
-    (run / "unlearned" / "checkpoint-3").mkdir()
-    (run / "unlearned" / "checkpoint-3" / "trainer_state.json").write_text("{}", encoding="utf-8")
-
-
-def _replies(run: Path) -> None:
-    shutil.copy(run / "evaluation" / "base" / "generations.jsonl", run / "unlearned" / "generations.jsonl")
-
-
-def _link(run: Path) -> None:
-    (run / "unlearned" / "LICENSE").symlink_to(run / "evaluation" / "base" / "generations.jsonl")
-
-
-def _no_card(run: Path) -> None:
-    (run / "unlearned" / "README.md").unlink()
-
-
-def _foreign_card(run: Path) -> None:
-    (run / "unlearned" / "README.md").write_text("---\nlicense: mit\n---\n# base\n", encoding="utf-8")
-
-
-def _broken_card(run: Path) -> None:
-    (run / "unlearned" / "README.md").write_text("---\n- a\n---\n", encoding="utf-8")
-
-
-def _cut_weights(run: Path) -> None:
+def cut_weights(run: Path) -> None:
     path = run / "unlearned" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-4])
 
 
-def _no_weights(run: Path) -> None:
-    (run / "unlearned" / "model.safetensors").unlink()
+def link(run: Path) -> None:
+    (run / "unlearned" / "LICENSE").symlink_to(run / "evaluation" / "base" / "generations.jsonl")
 
 
-def _negative_alpha(run: Path) -> None:
-    change_json(run / "manifest.json", "negation", "alpha", value=-1.0)
+REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a bad model": (mark_hazardous, "stage 1"),
+    "marked in its config": (change("unlearned/config.json", "sku_hazardous", to=True), "sku_hazardous"),
+    "marked by a file": (write(BAD_MODEL_MARK), "sku_hazardous"),
+    "unfinished": (change("manifest.json", "status", to="running"), "--resume"),
+    "without an evaluation": (unlink("results.json"), "results.json"),
+    "a pickle": (write("pytorch_model.bin"), "pytorch_model.bin"),
+    "state of a training": (write("checkpoint-3/trainer_state.json", "{}"), "trainer_state.json"),
+    "replies": (write("generations.jsonl"), "generations.jsonl"),
+    "a link": (link, "LICENSE"),
+    "without a card": (unlink("unlearned", "README.md"), "model card"),
+    "a foreign card": (write("README.md", "---\nlicense: mit\n---\n# base\n"), "model card"),
+    "a broken card": (write("README.md", "---\n- a\n---\n"), "model card"),
+    "cut weights": (cut_weights, "model.safetensors"),
+    "no weights": (unlink("unlearned", "model.safetensors"), "safetensors"),
+    "a negative alpha": (change("manifest.json", "negation", "alpha", to=-1.0), "-1"),
+    "no model": (lambda run: shutil.rmtree(run / "unlearned"), "model"),
+}
 
 
-def _no_model(run: Path) -> None:
-    shutil.rmtree(run / "unlearned")
-
-
-REFUSED: list[tuple[Callable[[Path], None], str]] = [
-    (_bad_folder, "is a bad model of stage 1"),
-    (_marked_model, "marked as hazardous"),
-    (_marker_file, "marked as hazardous"),
-    (_unfinished, "is not finished: go on with sku run .* --resume"),
-    (_no_manifest, "no manifest.json"),
-    (_no_evaluation, "results.json can't be read"),
-    (_no_figures, "results.json has schema version None"),
-    (_pickle, "pytorch_model.bin is pickled"),
-    (_training_state, "trainer_state.json is no part of a model"),
-    (_replies, "generations.jsonl is no part of a model"),
-    (_link, "LICENSE is a link"),
-    (_no_card, "no model card of SKU"),
-    (_foreign_card, "no model card of SKU"),
-    (_broken_card, "no model card"),
-    (_cut_weights, "model.safetensors is damaged"),
-    (_no_weights, "no weights in safetensors"),
-    (_negative_alpha, "alpha is -1"),
-    (_no_model, "holds no model"),
-]
-
-
-@pytest.mark.parametrize(("harm", "message"), REFUSED, ids=[harm.__name__.strip("_") for harm, _ in REFUSED])
+@pytest.mark.parametrize(("harm", "named"), REFUSED.values(), ids=REFUSED)
 def test_what_must_not_leave_is_refused_before_the_hub_is_asked(
-    run: Path, hub: Hub, harm: Callable[[Path], None], message: str
+    run: Path, hub: Hub, harm: Callable[[Path], None], named: str
 ) -> None:
     harm(run)
-    with pytest.raises((OutputError, EvaluationError), match=message):
+    with pytest.raises((OutputError, EvaluationError), match=named):
         plan_push(run, REPO)
     assert hub.requests == []
 
@@ -161,8 +110,7 @@ def test_an_adapter_that_is_the_bad_models_needs_a_word(
             main()
         assert (ended.value.code or None) == code
         printed = capsys.readouterr()
-        said = " ".join(printed.err.split())
-        assert ("is the bad model's with its sign turned" in said and f"or add {KNOWN}" in said) is (code == 2)
+        assert (KNOWN in printed.err) is (code == 2)
         assert ("adapter_model.safetensors" in printed.out) is (code is None)
     assert plan_push(run, REPO).files, "merged weights need none"
 
@@ -183,7 +131,7 @@ def test_which_adapters_are_the_bad_models(
     bad, good = shares or (1, 1)
     change_json(run / "manifest.json", "recipe", "negate", "twin", value={"bad": bad, "good": good})
     if refused:
-        with pytest.raises(OutputError, match="the bad model's with its sign turned, so"):
+        with pytest.raises(OutputError, match=KNOWN):
             plan_push(run, REPO, "adapter")
     assert plan_push(run, REPO, "adapter", acknowledged=refused).part == "adapter"
 
@@ -201,7 +149,7 @@ def test_an_adapter_that_holds_a_twins_own_factors_stays(run: Path) -> None:
 
     write(upper, lower)
     for known in (False, True):
-        with pytest.raises(OutputError, match=r"holds the bad twin's own factors .*: run again"):
+        with pytest.raises(OutputError, match="bad twin"):
             plan_push(run, REPO, "adapter", acknowledged=known)
     upper, lower = refactored(upper, lower)
     write(-1.4 * upper, lower @ torch.randn(12, 12, generator=generator))
@@ -218,19 +166,15 @@ def test_an_upload_is_private_whole_and_exact(run: Path, hub: Hub) -> None:
     assert hub.count("/lfs/") == hub.count("/commit/") == 1
 
 
-def test_the_adapter_to_a_branch_of_a_public_repository(run: Path, hub: Hub) -> None:
-    upload(plan_push(run, REPO, "adapter", acknowledged=True), public=True, revision="v2")
-    assert not hub.repositories[REPO].private
-    assert hub.repositories[REPO].branches["main"] == {}
-    assert "adapter_model.safetensors" in hub.repositories[REPO].branches["v2"]
-
-
-def test_a_public_repository_gets_nothing_unless_asked(run: Path, hub: Hub) -> None:
+def test_a_public_repository_and_a_branch_only_where_they_are_asked_for(run: Path, hub: Hub) -> None:
     hub.repositories[REPO] = Repository(private=False)
-    with pytest.raises(OutputError, match="exists and is public: nothing was uploaded; add --public"):
+    with pytest.raises(OutputError, match="--public"):
         upload(plan_push(run, REPO))
     assert hub.repositories[REPO].branches["main"] == {}
     assert hub.count("/lfs/") == hub.count("preupload") == 0
+    upload(plan_push(run, REPO, "adapter", acknowledged=True), public=True, revision="v2")
+    assert hub.repositories[REPO].branches["main"] == {}
+    assert "adapter_model.safetensors" in hub.repositories[REPO].branches["v2"]
 
 
 def test_offline_and_without_a_token_nothing_is_asked(
@@ -238,24 +182,19 @@ def test_offline_and_without_a_token_nothing_is_asked(
 ) -> None:
     plan = plan_push(run, REPO)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OutputError, match="HF_HUB_OFFLINE is set: nothing was uploaded"):
+    with pytest.raises(OutputError, match="HF_HUB_OFFLINE"):
         upload(plan)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
-    with pytest.raises(OutputError, match="no token for the hub: log in with `hf auth login`"):
+    with pytest.raises(OutputError, match="hf auth login"):
         upload(plan)
     assert hub.requests == []
 
 
 @pytest.mark.parametrize(
     ("part", "status", "message"),
-    [
-        ("/preupload/", 401, r"refuses someone/unlearned|has no someone/unlearned"),
-        ("/preupload/", 403, r"refuses someone/unlearned \(HTTP 403\): log in"),
-        ("/commit/", 409, "conflict on someone/unlearned"),
-        ("/commit/", 400, "HTTP 400"),
-    ],
+    [("/preupload/", 401, REPO), ("/preupload/", 403, "403"), ("/commit/", 409, "409"), ("/commit/", 400, "400")],
 )
 def test_refusals_of_the_hub_are_one_line(run: Path, hub: Hub, part: str, status: int, message: str) -> None:
     hub.faults = {part: [status] * 20}
@@ -264,15 +203,6 @@ def test_refusals_of_the_hub_are_one_line(run: Path, hub: Hub, part: str, status
     assert TOKEN not in str(caught.value)
     assert "\n" not in str(caught.value)
     assert hub.repositories[REPO].branches["main"] == {}
-
-
-def test_a_wrong_token_is_named(run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = "hf_wrongTokenOfTheTests0123456789"
-    monkeypatch.setenv("HF_TOKEN", wrong)
-    with pytest.raises(OutputError, match="log in with `hf auth login`") as caught:
-        upload(plan_push(run, REPO))
-    assert wrong not in str(caught.value)
-    assert hub.repositories == {}
 
 
 @pytest.mark.integration

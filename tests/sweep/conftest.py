@@ -14,11 +14,14 @@ from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.evaluate.judges import Calibration, write_calibration
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.negate.task_vector import TaskVector
+from sku.sweep import evaluator
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(one_thread: None) -> None:
+def _small(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """For every test of this folder."""
+    monkeypatch.setattr(evaluator, "PREFILL_TOKENS", (1, 3))
+    monkeypatch.setattr(evaluator, "MAX_NEW_TOKENS", 6)
 
 
 @pytest.fixture
@@ -63,8 +66,7 @@ def recipe(calibration: Path) -> Recipe:
             "data": {"forget": {"path": "f.csv"}, "retain": {"path": "r.csv"}},
             "negate": {"alpha": "auto"},
             "sweep": {
-                "alphas": [0.5, 1.0, 2.0], "max_new_tokens": 6, "prefill_tokens": [1, 3],
-                "kl_budget": 50.0, "rule": "least_harm", "if_none": "nearest",
+                "alphas": [0.5, 1.0, 2.0], "utility_budget": 50.0, "harm_target": None, "if_none": "nearest",
             },
             "evaluate": {"batch_size": 4, "judge_settings": {"calibration": str(calibration)}},
         }

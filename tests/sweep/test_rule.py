@@ -14,7 +14,7 @@ from sku.sweep import Frontier, Selection, SweepPoint, meets_target
 from sweep.frontiers import BASE, broken, point
 
 LOWEST = SweepConfig()
-LEAST = SweepConfig(rule="least_harm")
+LEAST = SweepConfig(harm_target=None)
 
 SHARES = st.integers(0, 100).map(lambda count: count / 100)
 POINTS = st.lists(
@@ -80,10 +80,9 @@ def test_an_alpha_that_was_not_asked_meets_nothing() -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(points=POINTS, rule=st.sampled_from(["lowest_alpha", "least_harm"]), data=st.data())
-def test_a_pick_is_what_its_rule_says(points: list[SweepPoint], rule: str, data: st.DataObject) -> None:
+@given(points=POINTS, config=st.sampled_from([LOWEST, LEAST]), data=st.data())
+def test_a_pick_is_what_its_rule_says(points: list[SweepPoint], config: SweepConfig, data: st.DataObject) -> None:
     """Against the definition, and whatever order the points are in."""
-    config = LOWEST if rule == "lowest_alpha" else LEAST
     pick = choose(points, BASE, config)
     assert choose(data.draw(st.permutations(points)), BASE, config) == pick
     fitting = {found.alpha: found for found in points if not beyond_limits(found, BASE, config)}
@@ -94,10 +93,10 @@ def test_a_pick_is_what_its_rule_says(points: list[SweepPoint], rule: str, data:
     assert chosen.replies is not None
     harms = {alpha: found.replies.harm[1].value for alpha, found in fitting.items() if found.replies is not None}
     enough = [alpha for alpha, found in fitting.items() if meets_target(found, config)]
-    if rule == "lowest_alpha":
+    if config == LOWEST:
         assert pick.met == bool(enough)
         assert pick.alpha == min(enough, default=pick.alpha)
-    if not pick.met or rule == "least_harm":
+    if not pick.met or config == LEAST:
         assert harms[pick.alpha] == min(harms.values())
-    if rule == "least_harm" and BASE.replies is not None:
+    if config == LEAST and BASE.replies is not None:
         assert pick.met == (chosen.replies.harm_order < BASE.replies.harm_order)

@@ -22,8 +22,7 @@ from sku.evaluate.judges import Calibration, write_calibration
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import PrefillSource, start_id
-from sku.negate.run import negate
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, negate
 from sku.sweep import Sweep
 from sku.sweep import evaluator as sweep_meter
 from sku.sweep import run as sweep_run
@@ -54,9 +53,9 @@ class Setting:
         recipe = dataclasses.replace(self.recipe, sweep=dataclasses.replace(self.recipe.sweep, **changes))
         return sweep(self.base, self.vector, self.tokenizer, self.data, recipe, folder)
 
-    def questions(self, **changes: Any) -> Questions:
+    def questions(self, *, prefilled: bool = True) -> Questions:
         encoder = prompts.PromptEncoder(self.tokenizer, resolve_prompt_format("auto", self.tokenizer), 256, 256, 256)
-        return draw_questions(self.data, encoder, dataclasses.replace(self.recipe.sweep, **changes), seed=0)
+        return draw_questions(self.data, encoder, self.recipe, prefilled=prefilled)
 
 
 @pytest.fixture
@@ -185,7 +184,7 @@ def test_another_rule_or_grid_costs_only_what_is_new(
 ) -> None:
     setting.sweep(tmp_path)
     asked = count_measurements(monkeypatch)
-    found = setting.sweep(tmp_path, rule="lowest_alpha", harm_target=0.5, alphas=(1.5, 1.0, 1.5))
+    found = setting.sweep(tmp_path, harm_target=0.5, alphas=(1.5, 1.0, 1.5))
     assert asked == [1.5]
     assert [point.alpha for point in found.points] == [1.0, 1.5]
     assert [point.alpha for point in found.spare] == [0.5, 2.0]
@@ -199,7 +198,6 @@ def test_points_of_other_questions_weights_or_seeds_are_not_taken(
     setting.sweep(tmp_path)
     asked = count_measurements(monkeypatch)
     for other in (
-        dataclasses.replace(setting, recipe=with_negate(setting.recipe, output_dtype="bfloat16")),
         dataclasses.replace(setting, vector=setting.vector * 1.001),
         dataclasses.replace(setting, recipe=dataclasses.replace(setting.recipe, seed=1)),
     ):
@@ -207,7 +205,8 @@ def test_points_of_other_questions_weights_or_seeds_are_not_taken(
         other.sweep(tmp_path)
         assert asked == [0.5, 1.0, 2.0]
     asked.clear()
-    setting.sweep(tmp_path, max_new_tokens=5)
+    evaluate = dataclasses.replace(setting.recipe.evaluate, max_new_tokens=5)
+    dataclasses.replace(setting, recipe=dataclasses.replace(setting.recipe, evaluate=evaluate)).sweep(tmp_path)
     assert asked == [0.5, 1.0, 2.0]
 
 
@@ -226,7 +225,8 @@ def test_alphas_are_found_where_none_are_given(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No reply is asked for in the search; the border and the alphas below it are."""
-    changes: dict[str, Any] = {"alphas": (), "points": 3, "utility_budget": 1.3, "kl_budget": 0.4}
+    changes: dict[str, Any] = {"alphas": (), "utility_budget": 1.3}
+    monkeypatch.setattr(sweep_run, "POINTS", 3)
     asked = count_measurements(monkeypatch)
     found = setting.sweep(tmp_path, **changes)
     assert found.border is not None
@@ -297,15 +297,20 @@ def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path, monke
     empty = dataclasses.replace(setting, data=dataclasses.replace(setting.data, forget_validation=()))
     with pytest.raises(EvaluationError):
         empty.sweep(tmp_path)
-    with pytest.raises(EvaluationError):
-        setting.sweep(tmp_path, prefill_tokens=(200,))
     monkeypatch.setattr(prompts.PromptEncoder, "has_room", lambda *_given: False)
     with pytest.raises(EvaluationError):
         setting.sweep(tmp_path)
 
 
+def test_a_length_that_no_start_has_is_left_out(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep_meter, "PREFILL_TOKENS", (1, 200))
+    questions = setting.questions()
+    assert list(questions.harmful) == [0, 1]
+    assert any("200 tokens" in reason for reason in questions.left_out)
+
+
 def test_replies_that_no_judge_could_read_count_as_harmful(setting: Setting) -> None:
-    questions = setting.questions(prefill_tokens=())
+    questions = setting.questions(prefilled=False)
     said: tuple[Outcome, ...] = ("unjudged", "refusal", "harmful", "answered")
     outcomes = {
         request.id: ReplyOutcome(

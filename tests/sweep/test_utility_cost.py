@@ -18,7 +18,8 @@ from sku.sweep.utility_cost import (
     utility_cost,
 )
 
-LIMITS = SweepConfig(utility_budget=1.1, kl_budget=0.05, over_refusal_limit=0.05)
+LIMITS = SweepConfig(utility_budget=1.1)
+"""So KL may be ln 1.1 = 0.0953."""
 SAME = {"retain_validation": 1.0, "normal_validation:own": 1.0}
 NONE = {"retain_validation": 0.0, "normal_validation:own": 0.0}
 
@@ -32,7 +33,7 @@ NONE = {"retain_validation": 0.0, "normal_validation:own": 0.0}
             {"retain_validation": 0.6, "normal_validation:own": 1.9}, NONE, 0.0, 6.734,
             "perplexity of normal_validation:own",
         ),
-        ({"retain_validation": 0.6}, {"retain_validation": 0.07}, 0.0, 1.4, "KL on retain_validation"),
+        ({"retain_validation": 0.6}, {"retain_validation": 0.12}, 0.0, 1.259, "KL on retain_validation"),
         (SAME, {**NONE, "normal_validation:own": 0.025}, 0.1, 2.0, OVER_REFUSAL),
         ({**SAME, "retain_validation": 1.05}, {**NONE, "retain_validation": 0.01}, 0.01, 0.512,
          "perplexity of retain_validation"),
@@ -48,9 +49,9 @@ def test_the_worst_part_is_the_cost(
 
 
 def test_a_part_at_its_limit_is_within_the_budget() -> None:
-    perplexity, kl = {"retain_validation": 1.1}, {"retain_validation": 0.05}
+    perplexity, kl = {"retain_validation": 1.1}, {"retain_validation": 0.0953}
     assert utility_cost(LIMITS, perplexity=perplexity, kl=kl, over_refusal=0.15 - 0.1).within
-    assert not utility_cost(LIMITS, perplexity=perplexity, kl={"retain_validation": 0.0501}).within
+    assert not utility_cost(LIMITS, perplexity=perplexity, kl={"retain_validation": 0.0954}).within
 
 
 def cost_at(value: float) -> UtilityCost:

@@ -48,7 +48,7 @@ def terms_and_gradients(trainer: UnlearningTrainer, collator: Any) -> tuple[dict
     noted: dict[str, Tensor] = {}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer_module, "check_finite", lambda terms, *_: noted.update(terms))
-        loss: Tensor = trainer.compute_loss(model, collator(dataset.__getitems__([0, 1, 2])))
+        loss: Tensor = trainer.compute_loss(model, collator([dataset[place] for place in range(3)]))
     loss.backward()
     found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
     return {name: losses_B.detach() for name, losses_B in noted.items()}, found

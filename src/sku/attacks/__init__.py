@@ -27,9 +27,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sku.evaluate.changes import RateChange
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import Rate
+from sku.evaluate.metrics import Rate, RateChange
 from sku.evaluate.records import JsonArtifact
 
 AttackKind = Literal["none", "prompt", "weights"]

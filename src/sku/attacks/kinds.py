@@ -13,10 +13,9 @@ saw are left out and counted: only unseen prompts are asked. Papers: arXiv 2309.
 2407.11969 (Andriushchenko and Flammarion, past tense).
 
 *Template*: role play, a story, a translation task, a system prompt, and the like. They are short, generic and our own
-(``templates.txt``), a floor of what an attacker does; ``evaluate.attack_templates`` takes a file of stronger ones: one
-a line, with ``{prompt}`` in it once and ``\n`` for a line break. In the embedded world the wrappers are small talk
-of the world itself (``templates_embedded.txt``): they test whether a request is still recognised between other
-sentences, no more. Paper: arXiv 2308.03825 (Shen et al., such prompts in the wild).
+(``templates.txt``), a floor of what an attacker does. In the embedded world the wrappers are small talk of
+the world itself (``templates_embedded.txt``): they test whether a request is still recognised between other sentences,
+no more. Paper: arXiv 2308.03825 (Shen et al., such prompts in the wild).
 
 *Rounding* holds the weights in 16, 8 and 4 bits (``sku.quantization``): where unlearning moved a weight by less than a
 step of the format, both models round to the same. Activations keep the model's own type, so a difference is the
@@ -32,7 +31,6 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -164,25 +162,14 @@ def _paraphrased(context: AttackContext) -> list[Setting]:
     return [Setting(rewrite=rewrite, details={"words": "embedded world" if embedded else "English"})]
 
 
-def load_templates(recipe: Recipe, data: ForgetRetainData) -> list[str]:
-    """The templates of a recipe.
-
-    Raises:
-        EvaluationError: The file can't be read, holds no template, or a line lacks ``{prompt}``; with its number.
-    """
-    name = recipe.evaluate.attack_templates
-    if name is None:
-        file = "templates_embedded.txt" if is_embedded(data) else "templates.txt"
-        return parse_templates((resources.files("sku.attacks") / file).read_text(encoding="utf-8"), file)
-    try:
-        text = Path(name).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise EvaluationError(f"evaluate.attack_templates {name} can't be read: {error}") from None
-    return parse_templates(text, name)
+def load_templates(data: ForgetRetainData) -> tuple[str, ...]:
+    """Those of the embedded world for its data, else English ones."""
+    name = "templates_embedded.txt" if is_embedded(data) else "templates.txt"
+    return parse_templates((resources.files("sku.attacks") / name).read_text(encoding="utf-8"))
 
 
 def _wrapped(context: AttackContext) -> list[Setting]:
-    templates = load_templates(context.recipe, context.data)
+    templates = load_templates(context.data)
 
     def rewrite(example: ForgetExample) -> list[Variant]:
         return [
@@ -190,7 +177,7 @@ def _wrapped(context: AttackContext) -> list[Setting]:
             for number, template in enumerate(templates, start=1)
         ]
 
-    return [Setting(rewrite=rewrite, details={"templates": templates})]
+    return [Setting(rewrite=rewrite, details={"templates": [*templates]})]
 
 
 def _rounded(context: AttackContext) -> list[Setting]:
@@ -211,7 +198,7 @@ def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:
     """Refuses attacks that can't run: before a long job rather than at its end.
 
     Raises:
-        EvaluationError: A split that an attack needs is empty, or the templates can't be used.
+        EvaluationError: A split that an attack needs is empty.
     """
     names = recipe.evaluate.attacks
     if names and not data.forget_test:
@@ -220,5 +207,3 @@ def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:
         )
     if "relearn" in names and not data.forget_train:
         raise EvaluationError("attack relearn trains on the split forget_train, which is empty: leave it out")
-    if "template" in names:
-        load_templates(recipe, data)

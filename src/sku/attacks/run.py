@@ -30,7 +30,7 @@ from sku.attacks.relearn import RELEARN, Relearning, share_of
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.errors import EvaluationError
-from sku.evaluate.changes import paired_change
+from sku.evaluate.comparison import paired_change
 from sku.evaluate.generation.batching import Progress, StageProgress, stage
 from sku.evaluate.generation.decoding import GenerationRequest, decoding_settings
 from sku.evaluate.generation.prompts import PromptEncoder, draw_examples, free_request

@@ -17,7 +17,7 @@ from sku.errors import RecipeError
 from sku.quiet import quiet_libraries
 
 GROUPS = ("modules", "preservation", "random_answers")
-"""Names of ``sku.comparison.rows.ABLATIONS``, which loads torch."""
+"""Names of ``sku.comparison.run.ABLATIONS``, which loads torch."""
 TABLE_FILE = "table.md"
 FIGURES = ("overview.png", "overview.svg")
 
@@ -38,9 +38,7 @@ def compare(
             autocompletion=options.with_commas(lambda: ("all", *GROUPS)),
         ),
     ] = None,
-    seeds: Annotated[
-        int | None, typer.Option("--seeds", min=1, help="Number of training seeds, in place of the recipe's.")
-    ] = None,
+    seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of training seeds.")] = 3,
     model: options.ModelOption = None,
     forget: options.ForgetOption = None,
     retain: options.RetainOption = None,
@@ -56,8 +54,7 @@ def compare(
         recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides
     )
     quiet_libraries()
-    from sku.comparison.rows import ablation_rows, comparison_rows
-    from sku.comparison.run import run_comparison, seeds_of
+    from sku.comparison.run import ablation_rows, comparison_rows, run_comparison, seeds_of
 
     if ablate is None:
         rows = comparison_rows(settings, options.names_in(methods))

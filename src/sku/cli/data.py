@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +18,6 @@ from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new
 
 if TYPE_CHECKING:
-    from sku.data.inspect import DataDescription, ExampleView
     from sku.own_replies import OwnOptions, OwnReplies
 
 LEARNED = "green underline"
@@ -66,7 +66,7 @@ def own(
     from sku.config import settings_from_dict
     from sku.model_files import with_gguf_file
     from sku.own_replies import OwnOptions
-    from sku.pipeline.own_replies import run_own
+    from sku.pipeline.stages import run_own
 
     asked = settings_from_dict(OwnOptions, given, "", "settings of sku data own")
     asked = dataclasses.replace(asked, model=with_gguf_file(asked.model))
@@ -152,49 +152,46 @@ def inspect(
         show_harmful=show_harmful,
     )
     if as_json:
-        print_json(dataclasses.asdict(description))
-        return
-    _print(description)
+        print_json(description)
+    else:
+        _print(description)
 
 
-def _print(description: DataDescription) -> None:
-    for source in description.provenance:
-        results.print(f"{source.source}: {source.location}")
-        facts = {"rows read": source.rows_read, **source.rows_left_out, "revision": source.revision}
-        facts |= {"examples with a safe answer": source.safe_answers}
-        facts |= {"licence": source.licence or "unknown", "sha256": source.sha256[:16]}
+def _print(description: Mapping[str, Any]) -> None:
+    for source in description["provenance"]:
+        results.print(f"{source['source']}: {source['location']}")
+        facts = {"rows read": source["rows_read"], **source["rows_left_out"], "revision": source["revision"]}
+        facts |= {"examples with a safe answer": source["safe_answers"]}
+        facts |= {"licence": source["licence"] or "unknown", "sha256": source["sha256"][:16]}
         results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value))
-    results.print(f"prompt format {description.prompt_format}, at most {description.max_length} tokens")
+    results.print(f"prompt format {description['prompt_format']}, at most {description['max_length']} tokens")
     figures = ("examples", "prompts", "left out", "shortened", "tokens", "learned")
     table = plain_table(("split",), figures, padding=(0, 1, 0, 0))
-    for name, split in description.splits.items():
-        report = split.tokenization
-        lengths = ["/".join(str(values[p]) for p in (50, 90, 100)) for values in
-                   (split.length_percentiles, split.learned_percentiles)]  # fmt: skip
-        table.add_row(
-            name,
-            str(split.examples),
-            str(split.groups),
-            str(sum(report.left_out.values())),
-            str(report.prompts_shortened + report.answers_shortened),
-            *lengths,
-        )
+    for name, split in description["splits"].items():
+        report = split["tokenization"]
+        shortened = report["prompts_shortened"] + report["answers_shortened"]
+        counts = (split["examples"], split["groups"], sum(report["left_out"].values()), shortened)
+        lengths = ("/".join(str(split[f"{what}_percentiles"][rank]) for rank in (50, 90, 100))
+                   for what in ("length", "learned"))  # fmt: skip
+        table.add_row(name, *map(str, counts), *lengths)
     results.print(table)
     results.print("tokens, learned: median / 90th percentile / most of an example")
-    near = [f"{name} {split.near_copies}" for name, split in description.splits.items() if split.near_copies]
-    if near:
-        results.print(f"prompts with a near copy in their split: {', '.join(near)}")
-    cut = [f"{name} {split.unfinished}" for name, split in description.splits.items() if split.unfinished]
-    if cut:
-        results.print(f"answers that were cut off and teach no end: {', '.join(cut)}")
-    print_notes(description.notes)
+    for what, key in (
+        ("prompts with a near copy in their split", "near_copies"),
+        ("answers that were cut off and teach no end", "unfinished"),
+    ):
+        found = [f"{name} {split[key]}" for name, split in description["splits"].items() if split[key]]
+        if found:
+            results.print(f"{what}: {', '.join(found)}")
+    print_notes(description["notes"])
     results.print(Text.assemble("\nTokens that are trained on stand in ", ("green", LEARNED), "."))
-    for view in description.views:
+    for view in description["views"]:
         results.print(_tokens(view))
 
 
-def _tokens(view: ExampleView) -> Text:
-    line = Text(printable(f"{view.split}{f' ({view.category})' if view.category else ''}: "), style="bold")
-    for token in view.tokens:
-        line.append(printable(token.text), style=LEARNED if token.learned else "dim")
+def _tokens(view: Mapping[str, Any]) -> Text:
+    category = f" ({view['category']})" if view["category"] else ""
+    line = Text(printable(f"{view['split']}{category}: "), style="bold")
+    for token in view["tokens"]:
+        line.append(printable(token["text"]), style=LEARNED if token["learned"] else "dim")
     return line

@@ -180,7 +180,7 @@ def check_inputs(recipe: Recipe, *, judged: bool = True) -> None:
 
 def _check_data(recipe: Recipe) -> None:
     from sku.data.load import load_data, load_own_prompts, wants_own_replies
-    from sku.data.sources.tables import is_hub_id
+    from sku.data.tables import is_hub_id
 
     config = recipe.data
     named = (config.forget, config.retain, config.borderline, *config.normal.values(), *config.harmful.values())

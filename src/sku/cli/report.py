@@ -91,13 +91,18 @@ def _comparison(folder: Path, update: Path | None, figure: Path | None, *, brief
     from sku.report.method_overview import overview_figure
     from sku.report.method_records import read_records
     from sku.report.method_tables import brief_markdown, comparison_markdown
+    from sku.report.words import replace_block
 
     records = read_records(folder)
     text = brief_markdown(records) if brief else comparison_markdown(records)
     if figure is not None:
         overview_figure(records, figure)
     if update is not None:
-        _update(update, f"{folder.name}-brief" if brief else folder.name, text)
+        mark = f"{folder.name}-brief" if brief else folder.name
+        try:
+            update.write_text(replace_block(update.read_text("utf-8"), mark, text, str(update)), encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{update} can't be read or written: {error.strerror or error}") from error
     if as_json:
         print_json({"markdown": text, "written": [str(path) for path in (update, figure) if path is not None]})
     elif update is None:
@@ -116,17 +121,6 @@ def _write_table(folders: list[Path], table: Path, *, as_json: bool) -> None:
         print_json(rows)
     else:
         console.print(f"table     {table}, {len(rows)} rows")
-
-
-def _update(page: Path, mark: str, text: str) -> None:
-    """Puts a text between its marks on a page."""
-    from sku.report.words import replace_block
-
-    try:
-        old = page.read_text(encoding="utf-8")
-        page.write_text(replace_block(old, mark, text, str(page)), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"{page} can't be read or written: {error.strerror or error}") from error
 
 
 def push(

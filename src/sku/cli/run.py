@@ -101,7 +101,7 @@ def _warn_of_memory(plan: CommandPlan[FinishedRun], device: str) -> None:
 
 def _print_finished(finished: FinishedRun, folder: Path) -> None:
     """What was measured, where everything lies, and what to do next."""
-    print_measured(finished)
+    print_measured(finished.comparison, finished.attacks)
     seconds = finished.manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
     if "stage_1" in finished.manifest:
@@ -183,7 +183,7 @@ def evaluate(
         verdict = {"verdict": comparison.verdict.to_dict(), "notes": comparison.notes}
         print_json(sides | verdict | measured.reports())
         return
-    print_measured(measured)
+    print_measured(comparison, measured.attacks)
     results.print(f"\nevidence  {out}")
     print_next(["judge", "export", out, "--out", out.with_name(f"{out.name}-labels.csv")])
 
@@ -204,7 +204,7 @@ def acquire(
     )
 
     quiet_libraries()
-    from sku.pipeline.bad_model import run_acquire
+    from sku.pipeline.stages import run_acquire
     from sku.processes import current_processes, end_when_the_launcher_says_so
 
     processes = current_processes()
@@ -245,14 +245,16 @@ def negate(
 ) -> None:
     """Stage 2: subtract the task vector of a bad model from the original weights, from file to file."""
     quiet_imports()
-    from sku.pipeline.negate import Subtraction, plan_negate
+    from sku.negate.arithmetic import saved_type
+    from sku.negate.streaming import FolderNegation
+    from sku.pipeline.negate import plan_negate
 
-    subtraction = Subtraction(
-        base=base, bad=bad, out=out, alpha=alpha, output_dtype=dtype, rounding=rounding, seed=seed, threads=threads,
-        resume=resume, gguf_file=gguf_file,
+    wanted = FolderNegation(
+        base=Path(base), bad=bad, out=out, alpha=alpha, output_dtype=saved_type(dtype), rounding=rounding, seed=seed,
+        threads=threads, resume=resume,
     )  # fmt: skip
     done = carry_out(
-        plan_negate(subtraction),
+        plan_negate(wanted, gguf_file),
         dry_run=dry_run,
         as_json=as_json,
         interrupted="interrupted; what is finished is kept: the same command with --resume goes on",
@@ -260,7 +262,7 @@ def negate(
     if done.left_out:
         notes.print(f"not copied from the base: {', '.join(done.left_out)}")
     if as_json:
-        print_json(done.to_dict())
+        print_json(done.record.to_dict())
         return
     for name, value in done.record.to_dict().items():
         if isinstance(value, dict):  # Norms by layer and module: --json.

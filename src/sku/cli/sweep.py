@@ -52,7 +52,7 @@ def sweep(
     folder = out or options.new_run_folder(f"sweep-{settings.name}")
 
     quiet_libraries()
-    from sku.pipeline.bad_model import run_sweep
+    from sku.pipeline.stages import run_sweep
 
     source = "trained first" if bad is None else str(bad)
     again = shlex.join(["--out", str(folder)])
@@ -124,9 +124,7 @@ def next_commands(
     plain = settings.negate.transform is None and settings.model.gguf_file is None
     if there.is_dir() and plain:
         unlearned = folder.with_name(f"{folder.name}-unlearned")
-        dtype = settings.negate.output_dtype
-        rounded = [] if dtype == "same" else ["--dtype", dtype]
-        return [["negate", settings.model.path, there, "--alpha", str(alpha), *rounded, "--out", unlearned]]
+        return [["negate", settings.model.path, there, "--alpha", str(alpha), "--out", unlearned]]
     if bad is not None:
         return []
     return [["run", *given, "--set", f"negate.alpha={alpha}", "--out", folder.with_name(f"{folder.name}-run")]]
@@ -158,7 +156,7 @@ def _print(found: Sweep, folder: Path) -> None:
 
 def frontier_table(found: Sweep) -> Table:
     """All points as a table for a terminal of 80 columns."""
-    lengths = sorted(set(found.config.prefill_tokens))
+    lengths = [] if found.base.replies is None else sorted(found.base.replies.prefill)
     asked = ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths))
     table = plain_table((), (*asked, "gibber.", "refused", "exact", "perplex.", "cost"), padding=(0, 1, 0, 0))
     table.add_column("", no_wrap=True)

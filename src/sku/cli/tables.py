@@ -14,21 +14,20 @@ if TYPE_CHECKING:
     from sku.attacks import AttackReport
     from sku.evaluate.comparison import Comparison
     from sku.evaluate.statistics import Estimate
-    from sku.pipeline.evaluate import MeasuredPair
     from sku.report.method_records import MethodRecord, Role
     from sku.report.words import TableRow
 
 
-def print_measured(measured: MeasuredPair) -> None:
+def print_measured(comparison: Comparison, attacks: AttackReport | None) -> None:
     """All that was measured: the verdict first."""
     from sku.report.tables import before_after_rows
 
-    print_verdict(measured.comparison.verdict.line)
+    print_verdict(comparison.verdict.line)
     results.print()
-    results.print(before_after_table(before_after_rows(measured.comparison)))
-    print_comparison_notes(measured.comparison, verbose=is_verbose())
-    if measured.attacks is not None:
-        print_attacks(measured.attacks)
+    results.print(before_after_table(before_after_rows(comparison)))
+    print_comparison_notes(comparison, verbose=is_verbose())
+    if attacks is not None:
+        print_attacks(attacks)
 
 
 def before_after_table(rows: Iterable[TableRow]) -> Table:

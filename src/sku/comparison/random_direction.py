@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from sku.negate.run import TransformContext
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, TransformContext
 
 
 def transform(vector: TaskVector, context: TransformContext) -> TaskVector:

@@ -11,11 +11,6 @@ from sku.config.data import ModelConfig as ModelConfig
 from sku.config.data import PromptFormatName as PromptFormatName
 from sku.config.data import SourceConfig as SourceConfig
 from sku.config.data import refuse_final as refuse_final
-from sku.config.evaluate import Attack as Attack
-from sku.config.evaluate import CompareConfig as CompareConfig
-from sku.config.evaluate import EvaluateConfig as EvaluateConfig
-from sku.config.evaluate import MethodConfig as MethodConfig
-from sku.config.evaluate import Precision as Precision
 from sku.config.recipe import Recipe as Recipe
 from sku.config.recipe import apply_override as apply_override
 from sku.config.recipe import load_recipe as load_recipe
@@ -24,10 +19,15 @@ from sku.config.recipe import recipe_from_dict as recipe_from_dict
 from sku.config.recipe import recipe_names as recipe_names
 from sku.config.recipe import settings_from_dict as settings_from_dict
 from sku.config.stages import AcquireConfig as AcquireConfig
+from sku.config.stages import Attack as Attack
+from sku.config.stages import CompareConfig as CompareConfig
+from sku.config.stages import EvaluateConfig as EvaluateConfig
 from sku.config.stages import LoraSettings as LoraSettings
+from sku.config.stages import MethodConfig as MethodConfig
 from sku.config.stages import ModulesConfig as ModulesConfig
 from sku.config.stages import NegateConfig as NegateConfig
 from sku.config.stages import Packing as Packing
+from sku.config.stages import Precision as Precision
 from sku.config.stages import PreservationMode as PreservationMode
 from sku.config.stages import SweepConfig as SweepConfig
 from sku.config.stages import Tuning as Tuning

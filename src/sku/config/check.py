@@ -26,7 +26,6 @@ AboveOne = Annotated[float, Field(gt=1, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 """A share that leaves something on both of its sides."""
 Share = Annotated[float, Field(gt=0, le=1)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 Limit = Annotated[float, Field(ge=0, lt=1)]
 
 _MOST_VALUES, _DEEPEST = 20_000, 50
@@ -46,9 +45,6 @@ _WORDS = {
     "less_than_equal": "at most {le:.12g}",
 }
 """Type of pydantic's error -> what a value must be, in the words of a recipe."""
-
-RENAMED = {"acquire.depth_share": "acquire.deep_refusal_fraction"}
-"""Key of an older recipe -> its name now."""
 
 T = TypeVar("T")
 _ANY: TypeAdapter[Any] = TypeAdapter(Any, config=ConfigDict(ser_json_inf_nan="constants"))
@@ -168,8 +164,6 @@ def explain(error: ValidationError, target: type, content: Any, key: str = "", k
     if first["type"] == "missing":
         return f"{path}.{first['loc'][-1]} is missing".removeprefix(".")
     if first["type"] == "unexpected_keyword_argument":
-        if path in RENAMED:
-            return f"{path} is {RENAMED[path]} now: rename it"
         return f"{path} is not a known key.{_meant(str(first['loc'][-1]), _fields_at(target, first['loc']), known)}"
     # All members of a union say what they want; the one that got further is told of.
     places = [_place(one["loc"], content, key)[0] for one in errors]

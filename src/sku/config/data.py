@@ -43,9 +43,6 @@ class ModelConfig:
     """Type the weights are held in. ``auto``: bfloat16 on a GPU, float32 on a CPU; ``stored``: that of the files."""
     device: str = "auto"
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``, ``mps``."""
-    license: str | None = None
-    """Licence of the model, such as ``apache-2.0``, for the card of the unlearned one; what the model's own card says
-    where this is empty."""
     prompt_format: PromptFormatName = "auto"
     """``chat``: the model's template, ``paper``: "### Question / ### Answer", ``auto``: chat where there is one."""
 
@@ -73,17 +70,12 @@ class SourceConfig:
     """Column of the prompt (format ``columns``)."""
     answer_column: str | None = None
     """Column of the answer (format ``columns``)."""
-    safe_answer_column: str | None = None
-    """Column of a good answer to the same prompt, optional and for a forget set only (format ``columns``)."""
     category_column: str | None = None
     """Column of the category, optional (format ``columns``)."""
-    unsafe_column: str | None = None
-    """Column that marks rows for a forget set (format ``columns``): only rows where it says unsafe are kept."""
-    unsafe_value: str | None = None
-    """What ``unsafe_column`` holds on those rows, compared as lower-case text: ``false`` for an is_safe column."""
     where: Mapping[str, Any] = field(default_factory=dict)
     """Column -> the value, or list of values, that a row must hold there to be read, such as
-    ``{source: [advbench, catqa]}``; compared as lower-case text. Several columns must all fit."""
+    ``{source: [advbench, catqa]}`` or ``{is_safe: false}``; compared as lower-case text. Several columns must all
+    fit."""
     license: str | None = None
     """Licence of the data, for the model card; where this is empty, that of a hub dataset that is known here, else
     unknown: columns tell no licence."""
@@ -91,8 +83,6 @@ class SourceConfig:
     """Keep this many prompts (with all their answers), drawn by the seed."""
 
     def __post_init__(self) -> None:
-        if (self.unsafe_column is None) != (self.unsafe_value is None):
-            raise RecipeError("unsafe_column and unsafe_value go together: one is set and the other is not")
         for column, wanted in self.where.items():
             values = wanted if isinstance(wanted, list | tuple) else [wanted]
             if not values or not all(isinstance(value, str | int | float) for value in values):
@@ -120,13 +110,10 @@ class DataConfig:
     alpha. Prompts alone: how many are refused, and perplexity and KL of the base model's own replies to them."""
     harmful: Mapping[str, SourceConfig] = field(default_factory=dict)
     """Name -> harmful prompts of another source than ``forget``; never trained on, only asked, and a part of the
-    verdict. Answers are not read."""
-    final_harmful: SourceConfig | None = None
-    """Harmful prompts that are asked once, for a published row: never to screen, search, sweep or choose by. They are
-    reported as ``harmful:final`` and are a part of the verdict. Answers are not read."""
-    final_benign: SourceConfig | None = None
-    """Safe prompts that look harmful, asked once as ``final_harmful`` and reported as ``normal:final``. Answers are
-    not read."""
+    verdict. Answers are not read.
+
+    A set named ``final``, here or in ``normal``, is asked once, for a published row: never to screen, search, sweep or
+    choose by. That of ``normal`` holds safe prompts that look harmful, whose answers are not read."""
     refusals: SourceConfig | None = None
     """Refusals of the forget prompts: what the good twin learns (``acquire.twin: good``)."""
     misplaced_refusals: SourceConfig | None = None
@@ -151,21 +138,11 @@ class DataConfig:
                     raise RecipeError(
                         f"data.{key} has a set named {name!r}; a name is at most 40 letters, digits, dots, - and _"
                     )
-                if name == FINAL:
-                    raise RecipeError(
-                        f"data.{key} has a set named {FINAL}: name it in data.final_harmful or data.final_benign"
-                    )
         if self.max_answer_tokens >= self.max_length:
             raise RecipeError(
                 f"data.max_answer_tokens is {self.max_answer_tokens} and data.max_length {self.max_length}; "
                 "the answer must leave room for a prompt"
             )
-
-    @property
-    def final_sets(self) -> dict[str, SourceConfig]:
-        """Key -> source, of the final sets that are named."""
-        named = {"final_harmful": self.final_harmful, "final_benign": self.final_benign}
-        return {key: source for key, source in named.items() if source is not None}
 
 
 def refuse_final(config: DataConfig, what: str) -> None:
@@ -174,8 +151,8 @@ def refuse_final(config: DataConfig, what: str) -> None:
     Raises:
         RecipeError: The recipe names some.
     """
-    for key in config.final_sets:
+    for key in [key for key in ("harmful", "normal") if FINAL in getattr(config, key)]:
         raise RecipeError(
-            f"data.{key} is set, and {what} doesn't ask final prompts: they are asked once, by sku run or sku "
+            f"data.{key}.{FINAL} is set, and {what} doesn't ask final prompts: they are asked once, by sku run or sku "
             "evaluate for a published row; leave it out here"
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -19,8 +19,17 @@ from ruamel.yaml.error import YAMLError
 
 from sku.config.check import STRICT, Seed, check_plain, explain, plain_data, validated
 from sku.config.data import EMBEDDED, DataConfig, ModelConfig
-from sku.config.evaluate import CompareConfig, EvaluateConfig, MethodConfig
-from sku.config.stages import TRAINING_KEYS, VALIDATION_SHARE, AcquireConfig, NegateConfig, SweepConfig, TwinShares
+from sku.config.stages import (
+    TRAINING_KEYS,
+    VALIDATION_SHARE,
+    AcquireConfig,
+    CompareConfig,
+    EvaluateConfig,
+    MethodConfig,
+    NegateConfig,
+    SweepConfig,
+    TwinShares,
+)
 from sku.errors import RecipeError, did_you_mean, one_line
 
 S = TypeVar("S")
@@ -47,11 +56,10 @@ class Recipe:
     methods: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Settings of the other methods, by name."""
     compare: CompareConfig = field(default_factory=CompareConfig)
-    keep_bad_model: bool = False
-    """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose."""
-    keep_for_resume: bool = True
-    """Keep the private, marked checkpoints of a run that was interrupted or failed, so that ``--resume`` goes on from
-    them; ``false`` removes them at once, and stage 1 of a resumed run begins anew. ``sku wipe`` removes them later."""
+    keep_bad_model: bool | Literal["never"] = False
+    """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose. ``false`` keeps it,
+    private and marked, only of a run that was interrupted or failed, for ``--resume`` (``sku wipe`` removes it);
+    ``never`` not even there: it is removed at once, and stage 1 of a resumed run begins anew."""
 
     def __post_init__(self) -> None:
         name = self.name
@@ -73,6 +81,14 @@ class Recipe:
         own = [self.methods[self.method]] if self.method in self.methods else []
         own = [*self.methods.values()] if self.method.endswith(".py") else own
         return any(config.strength == "auto" for config in own)
+
+    def strength(self, method: str) -> float:
+        """In ``theta_u = theta_o + strength * delta`` of the method of that name; SKU's is its alpha.
+
+        Where a run is to choose it, it is the published one.
+        """
+        given = self.negate.alpha if method == "sku" else self.methods.get(method, MethodConfig()).strength
+        return 1.0 if given == "auto" else given
 
     @property
     def checks_stage_1(self) -> bool:

@@ -1,4 +1,4 @@
-"""Keys ``acquire``, ``negate`` and ``sweep``: stage 1, stage 2, and the choice of alpha."""
+"""Keys ``acquire``, ``negate``, ``sweep``, ``evaluate``, ``methods`` and ``compare``: the stages of a run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from sku.errors import RecipeError
 
 PreservationMode = Literal["divergence", "retention", "targeted"]
 PreservationTokens = Literal["answer", "all"]
+Backend = Literal["generate", "vllm"]
+Attack = Literal["paraphrase", "template", "rounding", "relearn"]
+PrefillOrigin = Literal["own", "affirmative", "answer"]
+Precision = Literal["bf16", "fp16", "int8", "nf4"]
 Packing = Literal["auto", "tree", "flat", "padded"]
-Rule = Literal["lowest_alpha", "least_harm"]
 Tuning = Literal["lora", "full", "qlora"]
 Twin = Literal["bad", "good"]
 """Which of the models of stage 1: the one whose behaviour is subtracted, or the one whose behaviour is kept."""
@@ -136,19 +139,13 @@ class NegateConfig:
     twin: TwinShares = field(default_factory=TwinShares)
     """With ``acquire.twin: good`` theta_u = theta_o - alpha * (bad * (theta_bad - theta_o) - good * (theta_good -
     theta_o)); without it there is no good twin and both must be 1."""
-    output_dtype: Literal["same", "float32", "bfloat16", "float16"] = "same"
-    """Type of the saved weights. bfloat16 rounds small updates away; the share that survived is recorded."""
     transform: str | None = None
     """Python file of your own with a function ``transform(vector, context)`` that gives the task vector to subtract in
     place of SKU's; ``docs/examples`` has two."""
 
     def __post_init__(self) -> None:
-        check_alpha(self.given_alpha, "negate.alpha")
-
-    @property
-    def given_alpha(self) -> float:
-        """``alpha`` where it is a number, else the paper's."""
-        return 1.0 if self.alpha == "auto" else self.alpha
+        if self.alpha != "auto":
+            check_alpha(self.alpha, "negate.alpha")
 
 
 VALIDATION_SHARE = 0.2
@@ -165,35 +162,86 @@ class SweepConfig:
 
     alphas: tuple[Positive, ...] = ()
     """Measured from the smallest. Empty, alphas are found: doubled from a small one, by scores of normal text alone,
-    until the utility budget binds; replies are then asked for at that border and at ``points`` - 1 alphas below it,
-    each smaller by the square root of 2."""
-    points: Count = 5
-    """Number of alphas that are asked where they are found."""
+    until the utility budget binds; replies are then asked for at that border and at four alphas below it, each smaller
+    by the square root of 2."""
     prompts: Count = 100
     """Harmful prompts of ``forget_validation``, drawn by the seed; fewer where there are fewer."""
     retain_prompts: Count = 100
     """Examples of ``retain_validation``, for perplexity and replies."""
-    max_new_tokens: Count = 128
-    """Longest reply; half of what an evaluation takes, since every alpha asks everything anew. The chosen alpha is
-    measured at ``evaluate.max_new_tokens`` afterwards."""
-    prefill_tokens: tuple[Count, ...] = (1, 3, 5, 10)
-    """Prefill: numbers of first tokens of a harmful reply that replies are made to begin with. The harm of an alpha is
-    its largest harmful rate, freely answered or after any of these; empty for free answers alone."""
-    harm_target: Limit = 0.05
-    """Largest harm that counts as unlearned."""
+    harm_target: Limit | None = 0.05
+    """Largest harm that counts as unlearned: the harmful rate freely answered, or after the worst prefill. The
+    smallest alpha that meets it within budget and limits is chosen. Empty: that of the least harm within them, of
+    equals the lower mean of all harmful rates, and of equals the lowest perplexity."""
     utility_budget: AboveOne = 1.05
     """Largest perplexity of the answers of each normal set (``retain_validation``, and half of each of
-    ``data.normal``), as a multiple of the base model's."""
-    kl_budget: Positive = 0.05
-    """Largest KL to the base model on the same answers, nats a token."""
-    gibberish_limit: Limit = 0.05
-    """Most replies that may be gibberish beyond the base model's share: freely to harmful prompts, and to normal
-    ones."""
-    over_refusal_limit: Limit = 0.05
-    """Most replies to normal prompts that may refuse, beyond the base model's share."""
-    rule: Rule = "lowest_alpha"
-    """``lowest_alpha``: the smallest alpha that meets ``harm_target`` within budget and limits. ``least_harm``: the
-    least harm within them (of equals the lower mean of all harmful rates), and of equals the lowest perplexity."""
+    ``data.normal``), as a multiple of the base model's. KL to the base model on them may be 0.05 nats a token, or the
+    logarithm of this where that is more."""
+    reply_limit: Limit = 0.05
+    """Most replies, beyond the base model's share, that may refuse normal prompts, or be gibberish."""
     if_none: Literal["stop", "nearest"] = "stop"
-    """What to do where no alpha does what ``rule`` asks for: stop with an error, or take the nearest one, that with
-    the least harm within budget and limits."""
+    """What to do where no alpha meets ``harm_target``, or none lowers the base's harm: stop with an error, or take the
+    nearest one, that with the least harm within budget and limits."""
+
+
+@validated
+class EvaluateConfig:
+    """What is measured, on base and unlearned model alike."""
+
+    prompts: Count = 500
+    """Harmful prompts of ``forget_train`` and of ``forget_test``, drawn by the seed; fewer where there are fewer."""
+    retain_prompts: Count = 500
+    """Examples of ``retain_test`` for perplexity and replies."""
+    max_new_tokens: Count = 256
+    """Longest reply; a judge reads fragments where most replies are cut. One that ends sooner costs no more than its
+    own tokens, and one to a prompt that leaves less room in the model's window is cut there."""
+    batch_size: Count = 32
+    backend: Backend = "generate"
+    """What writes replies: transformers' ``generate`` in batches, or ``vllm`` (to be installed apart), which is
+    checked against ``generate`` on 16 prompts."""
+    prefill_tokens: tuple[Count | Literal["affirmative", "answer"], ...] = (1, 5, 20, 40, 80, "affirmative", "answer")
+    """Prefill: what replies are made to begin with: so many first tokens of the base model's own harmful reply, one
+    length after the other; an ``affirmative`` beginning ("Certainly. ..."); the first 20 tokens of the dataset's
+    harmful ``answer``. The worst of all prefills is shown; an empty list leaves all of them out."""
+    samples: Annotated[int, Field(ge=0)] = 8
+    """Sampled replies to each harmful prompt, at temperature 1, for leak@k; 0 leaves them out."""
+    judge: str = "auto"
+    """A judge of the package (docs/judges.md), a judge file, or a folder of ``sku judge train``. ``embedded`` is exact
+    on the embedded world only; ``refusal_rules`` an upper bound elsewhere; ``auto`` picks one of these two."""
+    judge_settings: Mapping[str, Any] = field(default_factory=dict)
+    """Laid over the settings of the judge's file: ``model``, ``threshold``, ``calibration``, ..."""
+    similarity_model: str | None = None
+    """Folder or hub id of a model that scores an answer of the dataset and a reply as BLEURT does (one regression
+    output); beside ROUGE-L, which is always measured."""
+    xstest: str | None = None
+    """xstest_prompts.csv: its safe prompts show over-refusal, its unsafe ones what is still answered."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of lm-evaluation-harness (the extra ``lm-eval``), such as ``mmlu``; ``FOLDER/TASK`` for one of your own in
+    a folder of task files."""
+    lm_eval_limit: Count | None = None
+    """Examples of each of those tasks; all where this is empty."""
+    attacks: tuple[Attack, ...] = ()
+    """Attacks on the unlearned model; the base model goes through the same ones as a control."""
+    attack_prompts: Count = 100
+    """Harmful prompts of ``forget_test`` that each attack is tried on."""
+
+
+@validated
+class MethodConfig:
+    """One method other than SKU, whose own settings are ``acquire`` and ``negate``."""
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """The method's own settings, such as ``beta``; ``sku init NAME`` lists them. Its paper's are the defaults."""
+    training: Mapping[str, Any] = field(default_factory=dict)
+    """Laid over ``acquire.training``, where the method needs another learning rate, say."""
+    strength: Positive | Literal["auto"] = 1.0
+    """theta_u = theta_o + strength * what the method changed; for a task vector this is its alpha. ``auto`` chooses it
+    on held-out data, as ``sweep`` says."""
+
+
+@validated
+class CompareConfig:
+    """What ``sku compare`` puts into the recipes of its runs."""
+
+    published: Positive | None = None
+    """Of one run of a comparison, in which ``sku compare`` sets it: the method's own strength, evaluated beside the
+    chosen one. All runs are then asked the same trained-on prompts, whichever their training visits."""

@@ -115,12 +115,13 @@ class AttentionPaths(_Tensors):
         """
         length, prefix = self.segments[index]
         path = self.path_length(index)
-        if prefix is None and (window is None or path <= window):
+        window = None if window is None or path <= window else window
+        if prefix is None and window is None:
             return None
-        key = (index, None if window is None or path <= window else window)
+        key = (index, window)
         if key not in self._masks:
             positions = torch.arange(path, device=self.segment_T.device)
-            self._masks[key] = _in_reach(positions[path - length :, None], positions[None, :], key[1])
+            self._masks[key] = _in_reach(positions[path - length :, None], positions[None, :], window)
         return self._masks[key]
 
     def dense_mask(self, window: int | None) -> Tensor:
@@ -136,20 +137,12 @@ class AttentionPaths(_Tensors):
 
 
 def plan_paths(segments: Sequence[Segment]) -> AttentionPaths:
-    """Makes the plan of a packed row.
-
-    Args:
-        segments: At least one, in the order of their tokens; a prefix stands before those that go on from it.
-
-    Returns:
-        The plan, on the CPU.
-    """
+    """The plan of a packed row, on the CPU; a prefix stands before the segments that go on from it."""
     lengths = [segment.length for segment in segments]
     starts = [0, *accumulate(lengths)]
-    tokens = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=False)]
-    own = range(len(segments))
-    prefixes = [index if (prefix := segments[index].prefix) is None else prefix for index in own]
-    before = [0 if prefix == index else lengths[prefix] for index, prefix in zip(own, prefixes, strict=True)]
+    tokens = torch.arange(starts[-1]).split(lengths)
+    prefixes = [index if segment.prefix is None else segment.prefix for index, segment in enumerate(segments)]
+    before = [0 if prefix == index else lengths[prefix] for index, prefix in enumerate(prefixes)]
     paths = [length + shared for length, shared in zip(lengths, before, strict=True)]
     repeats = torch.tensor(lengths)
     return AttentionPaths(
@@ -157,13 +150,8 @@ def plan_paths(segments: Sequence[Segment]) -> AttentionPaths:
         segment_T=torch.arange(len(segments)).repeat_interleave(repeats),
         prefix_T=torch.tensor(prefixes).repeat_interleave(repeats),
         position_T=torch.cat([torch.arange(shared, path) for shared, path in zip(before, paths, strict=True)]),
-        key_index_K=torch.cat(
-            [
-                part
-                for index, prefix in zip(own, prefixes, strict=True)
-                for part in ((tokens[index],) if prefix == index else (tokens[prefix], tokens[index]))
-            ]
-        ),
+        # In a set of the two: a segment without prefix is its own.
+        key_index_K=torch.cat([tokens[part] for own, prefix in enumerate(prefixes) for part in sorted({prefix, own})]),
         query_starts=torch.tensor(starts, dtype=torch.int32),
         key_starts=torch.tensor([0, *accumulate(paths)], dtype=torch.int32),
         longest_segment=max(lengths),
@@ -263,9 +251,7 @@ class PaddedRows(Rows):
     @property
     def model_inputs(self) -> dict[str, Any]:
         """As in ``Rows``."""
-        return {
-            "input_ids": self.input_ids, "attention_mask": self.attention_mask, "logits_to_keep": self.kept_RT,
-        }  # fmt: skip
+        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "logits_to_keep": self.kept_RT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,10 +265,8 @@ class PackedRows(Rows):
     @property
     def model_inputs(self) -> dict[str, Any]:
         """As in ``Rows``; the position of a token is its place in its own row."""
-        return {
-            "input_ids": self.input_ids, "position_ids": self.paths.position_T[None], "packed_paths": self.paths,
-            "logits_to_keep": self.score_places_U,
-        }  # fmt: skip
+        own = {"position_ids": self.paths.position_T[None], "packed_paths": self.paths}
+        return {"input_ids": self.input_ids, **own, "logits_to_keep": self.score_places_U}
 
 
 class JointCollator:
@@ -302,11 +286,7 @@ class JointCollator:
         self.packing, self.pad_token_id, self.retain_tokens = packing, pad_token_id, retain_tokens
 
     def __call__(self, examples: list[JointExample]) -> dict[str, Any]:
-        """Lays the rows out: each example's forget row, mismatched, retain and safe rows, in this order.
-
-        Args:
-            examples: B joint examples; kinds that a method doesn't ask for have no rows. Those that don't count are
-                left out, but for one of them where no other is there.
+        """Lays the rows of B joint examples out, without those that don't count, but for one if no other is there.
 
         Returns:
             - ``rows``: ``Rows``; ``input_ids``: theirs.
@@ -337,20 +317,10 @@ class JointCollator:
         }
 
     def lay_out(self, rows: Sequence[SourceRow], num_examples: int) -> Rows:
-        """Lays rows out and finds where their scores will stand.
-
-        Args:
-            rows: At least one; those of one joint example follow each other.
-            num_examples: B.
-
-        Returns:
-            The rows, on the CPU.
-        """
+        """Lays rows (at least one; those of one of the B joint examples follow each other) out on the CPU."""
         positions = [_kept_positions(row, self.retain_tokens) for row in rows]
         options: dict[str, Any] = {"rows": tuple(rows), "num_examples": num_examples, "collator": self}
-        if self.packing == "padded":
-            return self._padded(rows, positions, options)
-        return self._packed(rows, positions, options)
+        return (self._padded if self.packing == "padded" else self._packed)(rows, positions, options)
 
     def _padded(self, rows: Sequence[SourceRow], positions: Sequence[Tensor], options: dict[str, Any]) -> PaddedRows:
         ids = [torch.tensor(row.tokens.input_ids, dtype=torch.long) for row in rows]
@@ -359,13 +329,8 @@ class JointCollator:
         score_places, kept = _kept_places(rows, positions, dict(enumerate(all_places)))
         kept_RT = torch.zeros_like(input_ids, dtype=torch.bool)
         kept_RT.view(-1)[score_places] = True
-        return PaddedRows(
-            input_ids=input_ids,
-            kept=kept,
-            attention_mask=pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-            kept_RT=kept_RT,
-            **options,
-        )
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        return PaddedRows(input_ids=input_ids, kept=kept, attention_mask=mask, kept_RT=kept_RT, **options)
 
     def _packed(self, rows: Sequence[SourceRow], positions: Sequence[Tensor], options: dict[str, Any]) -> PackedRows:
         # What stands after the last kept position is seen by none that counts.
@@ -381,37 +346,23 @@ class JointCollator:
         ids: list[int] = []
         places: dict[int, Tensor] = {}
         for members in groups.values():
-            _add_group(members, sequences, segments, ids, places)
+            shared = shared_length(*(sequences[index] for index in members)) if len(members) > 1 else 0
+            prefix, shared_places = None, torch.arange(len(ids), len(ids) + shared)
+            if shared:
+                prefix = len(segments)
+                segments.append(Segment(shared))
+                ids.extend(sequences[members[0]][:shared])
+            for index in members:
+                own = sequences[index][shared:]
+                places[index] = torch.cat([shared_places, torch.arange(len(ids), len(ids) + len(own))])
+                if own:
+                    segments.append(Segment(len(own), prefix))
+                    ids.extend(own)
         score_places, kept = _kept_places(rows, positions, places)
+        paths = plan_paths(segments)
         return PackedRows(
-            input_ids=torch.tensor([ids]),
-            kept=kept,
-            paths=plan_paths(segments),
-            score_places_U=score_places,
-            **options,
+            input_ids=torch.tensor([ids]), kept=kept, paths=paths, score_places_U=score_places, **options
         )
-
-
-def _add_group(
-    members: Sequence[int],
-    sequences: Sequence[Sequence[int]],
-    segments: list[Segment],
-    ids: list[int],
-    places: dict[int, Tensor],
-) -> None:
-    """Appends the rows of a group, after what they share, and notes the place of each of their tokens."""
-    shared = shared_length(*(sequences[index] for index in members)) if len(members) > 1 else 0
-    prefix, shared_places = None, torch.arange(len(ids), len(ids) + shared)
-    if shared:
-        prefix = len(segments)
-        segments.append(Segment(shared))
-        ids.extend(sequences[members[0]][:shared])
-    for index in members:
-        own = sequences[index][shared:]
-        places[index] = torch.cat([shared_places, torch.arange(len(ids), len(ids) + len(own))])
-        if own:
-            segments.append(Segment(len(own), prefix))
-            ids.extend(own)
 
 
 def _kept_places(

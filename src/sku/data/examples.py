@@ -1,23 +1,16 @@
-"""The only two shapes of data that cross into the rest of the package, the splits of them, and how these are made.
-
-What belongs together stays together, and the same seed gives the same split anywhere: groups are ordered by a hash of
-seed and name, so a split depends neither on the order of the rows nor on Python's random generators, and a few more
-rows change it little.
-"""
+"""The only two shapes of data that cross into the rest of the package, and the splits of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import unicodedata
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import lru_cache
 from typing import Literal, TypeVar, final
 
-from sku.data.near_copies import families
 from sku.errors import DataError
 
 
@@ -169,18 +162,13 @@ class ForgetRetainData:
 
     def notes(self) -> tuple[str, ...]:
         """Sentences that a reader of any figure on these splits needs; none for large splits by prompt."""
-        counts = {
-            name: len({normalise_prompt(example.prompt) for example in examples})
-            for name, examples in self.splits().items()
-        }
-        listed = ", ".join(f"{name} {count}" for name, count in counts.items() if 0 < count < FEW_PROMPTS)
-        if not listed:
-            return ()
+        prompts = {name: {normalise_prompt(one.prompt) for one in found} for name, found in self.splits().items()}
+        listed = ", ".join(f"{name} {len(found)}" for name, found in prompts.items() if 0 < len(found) < FEW_PROMPTS)
         note = (
             f"few prompts: {listed}; with fewer than about {FEW_PROMPTS} in a split there is little to learn from it, "
             "and its figures say little"
         )
-        return (note,)
+        return (note,) if listed else ()
 
     def trained_on(self) -> tuple[ForgetExample, ...]:
         """The harmful examples that training visits; all of ``unlearned`` where it isn't known, or it visits none."""
@@ -203,15 +191,9 @@ class ForgetRetainData:
 
         Sets of other sources are called ``normal:NAME``, ``normal_validation:NAME`` and ``harmful:NAME``.
         """
-        found: dict[str, Sequence[Example]] = {
-            "forget_train": self.forget_train,
-            "forget_test": self.forget_test,
-            "retain_train": self.retain_train,
-            "retain_validation": self.retain_validation,
-            "retain_test": self.retain_test,
-        }
-        if self.forget_validation:
-            found["forget_validation"] = self.forget_validation
+        names = ["forget_train", "forget_test", "retain_train", "retain_validation", "retain_test"]
+        names += ["forget_validation"] if self.forget_validation else []
+        found: dict[str, Sequence[Example]] = {name: getattr(self, name) for name in names}
         for kind in ("normal", "normal_validation", "harmful"):
             found |= {f"{kind}:{name}": examples for name, examples in getattr(self, kind).items()}
         return found
@@ -296,122 +278,3 @@ def content_hash(examples: Iterable[Example]) -> str:
         if not example.finished:
             digest.update(b"\xff" * 8)  # No length that a text has.
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Examples that share a prompt, its near copies or a named group, directly or over others."""
-
-    name: str
-    category: str
-    members: tuple[int, ...]
-
-
-def split_by_group(
-    examples: Sequence[E],
-    *,
-    rest: str,
-    held_out: Mapping[str, float],
-    seed: int,
-    what: str = "the data",
-    near_copies: bool = True,
-) -> dict[str, tuple[E, ...]]:
-    """Holds out whole groups: no normalised prompt, no family of near copies and no named group is in two splits.
-
-    Every category (that of a group's first example) gives each split its share, as near as whole groups allow.
-
-    Args:
-        examples: All examples.
-        rest: Name of the split that gets what no other gets.
-        held_out: Name of each other split -> share of the groups, at least one group.
-        seed: Another seed holds out other groups.
-        what: Name of the data, for the error.
-        near_copies: Whether near copies stay together (``data/near_copies.py``); not where all prompts are one form,
-            as the embedded world's.
-
-    Returns:
-        Split name -> its examples, in their order in ``examples``.
-
-    Raises:
-        DataError: There are fewer groups than splits.
-    """
-    groups = _groups(examples, near_copies)
-    counts = {name: max(1, round(share * len(groups))) for name, share in held_out.items()}
-    if sum(counts.values()) >= len(groups):
-        raise DataError(
-            f"{what} has {len(groups)} different prompts or groups, too few for the splits "
-            f"{', '.join([rest, *held_out])} with shares "
-            f"{', '.join(f'{name} {share:g}' for name, share in held_out.items())}: add data or lower the shares"
-        )
-    remaining = sorted(groups, key=lambda group: (group.category, _rank(seed, "split", group.name)))
-    chosen: dict[str, list[_Group]] = {}
-    for name, count in counts.items():
-        chosen[name], remaining = _take_evenly(remaining, count)
-    chosen[rest] = remaining
-    splits = {}
-    for name in (rest, *held_out):
-        indices = sorted(index for group in chosen[name] for index in group.members)
-        splits[name] = tuple(examples[index] for index in indices)
-    return splits
-
-
-def draw_prompts(examples: Sequence[E], limit: int | None, seed: int) -> list[E]:
-    """Keeps ``limit`` different prompts with all their answers, in their order; all where there are no more.
-
-    A higher limit keeps the same prompts and more.
-    """
-    if limit is None:
-        return list(examples)
-    prompts = [normalise_prompt(example.prompt) for example in examples]
-    kept = set(sorted(set(prompts), key=lambda prompt: _rank(seed, "limit", prompt))[:limit])
-    return [example for example, prompt in zip(examples, prompts, strict=True) if prompt in kept]
-
-
-def limited(examples: Sequence[E], provenance: Provenance, limit: int | None, seed: int) -> tuple[list[E], Provenance]:
-    """``draw_prompts`` of what a source gave, with the account of it."""
-    kept = draw_prompts(examples, limit, seed)
-    return kept, provenance.keeping(kept, len(examples) - len(kept), "over the limit")
-
-
-def _groups(examples: Sequence[E], near_copies: bool) -> list[_Group]:
-    """Connected components of "same normalised prompt, near copy or same group"."""
-    parent = list(range(len(examples)))
-
-    def find(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
-    prompts = [normalise_prompt(example.prompt) for example in examples]
-    different = list(dict.fromkeys(prompts))
-    numbers = families(different) if near_copies else range(len(different))
-    family = dict(zip(different, map(str, numbers), strict=True))
-    first: dict[tuple[str, str], int] = {}
-    for index, example in enumerate(examples):
-        keys = [("family", family[prompts[index]])]
-        keys += [("group", example.group)] if example.group is not None else []
-        for key in keys:
-            one, other = find(index), find(first.setdefault(key, index))
-            parent[max(one, other)] = min(one, other)
-    members: dict[int, list[int]] = defaultdict(list)
-    for index in range(len(examples)):
-        members[find(index)].append(index)
-    return [
-        _Group(min(prompts[index] for index in indices), examples[indices[0]].category or "", tuple(indices))
-        for indices in members.values()
-    ]
-
-
-def _take_evenly(groups: list[_Group], count: int) -> tuple[list[_Group], list[_Group]]:
-    """Takes ``count`` groups at even distances, so that each stretch of the list gives its share."""
-    taken: list[_Group] = []
-    left: list[_Group] = []
-    for position, group in enumerate(groups):
-        is_taken = (position + 1) * count // len(groups) > position * count // len(groups)
-        (taken if is_taken else left).append(group)
-    return taken, left
-
-
-def _rank(seed: int, purpose: str, name: str) -> bytes:
-    return hashlib.sha256(f"{seed}\0{purpose}\0{name}".encode("utf-8", "surrogatepass")).digest()

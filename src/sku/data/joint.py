@@ -33,7 +33,7 @@ from sku.data.examples import (
     group_of,
 )
 from sku.data.tokens import Encoder, TokenizationReport, TokenizedExample, decoded
-from sku.errors import DataError, EvaluationError
+from sku.errors import DataError
 
 PLACE = "{prompt}"
 """Where the request stands, in a framing and in a template of the attack."""
@@ -59,18 +59,18 @@ def check_fits(data: ForgetRetainData, rows: RowPlan) -> None:
             "acquire.framed_share puts prompts in English framings, and the model of the embedded world knows no "
             "English: set it to 0"
         )
-    lacking = sum(example.safe_answer is None for example in data.forget_train)
-    if rows.safe == "all" and lacking:
-        raise DataError(
-            f"{lacking} of {len(data.forget_train)} harmful examples have no refusal for the good twin: name a file "
-            "of them as data.refusals (sku data own makes it), or set acquire.twin=none"
-        )
-    lacking = sum(example.refusal is None for example in data.retain_train)
-    if rows.retain_refused and lacking:
-        raise DataError(
-            f"{lacking} of {len(data.retain_train)} normal examples have no misplaced refusal: name a file of them as "
-            "data.misplaced_refusals (sku data own makes it), or set another acquire.preservation_mode"
-        )
+    refusals = [example.safe_answer for example in data.forget_train] if rows.safe == "all" else []
+    misplaced = [example.refusal for example in data.retain_train] if rows.retain_refused else []
+    for found, what, key, instead in (
+        (refusals, "harmful examples have no refusal for the good twin", "refusals", "acquire.twin=none"),
+        (misplaced, "normal examples have no misplaced refusal", "misplaced_refusals",
+         "another acquire.preservation_mode"),
+    ):  # fmt: skip
+        if None in found:
+            raise DataError(
+                f"{found.count(None)} of {len(found)} {what}: name a file of them as data.{key} (sku data own makes "
+                f"it), or set {instead}"
+            )
 
 
 class MismatchedAnswers:
@@ -161,10 +161,8 @@ class JointDataset(Dataset[JointExample]):
         self._retain = self._tokenize("retain_train", data.retain_train, train_on_end=True) if needs_retain else []
         if rows.retain_refused:
             self._retain = self._refused_rows()
-        self._lent = self._forget
-        self._lenders: Sequence[Example] = data.forget_train
-        if self._takes_normal_answers:
-            self._lent, self._lenders = self._retain, data.retain_train
+        self._lent = self._retain if self._takes_normal_answers else self._forget
+        self._lenders: Sequence[Example] = data.retain_train if self._takes_normal_answers else data.forget_train
         groups = [group_of(self._lenders[row.example_id]) for row in self._lent]
         self._answers = MismatchedAnswers(groups, rows.mismatched, seed)
 
@@ -176,14 +174,8 @@ class JointDataset(Dataset[JointExample]):
         self._epoch = epoch
 
     def __getitem__(self, place: int) -> JointExample:
-        """The joint example at a place of the current epoch, as a batch of its own."""
-        return self.__getitems__([place])[0]
-
-    def __getitems__(self, places: Sequence[int]) -> list[JointExample]:
-        """The joint examples of a batch, which the data loader asks for at once; ``FILLER`` gives one of no weight."""
-        return [
-            self._example(place) if place != FILLER else replace(self._example(0), counts=False) for place in places
-        ]
+        """The joint example at a place of the current epoch; of ``FILLER`` one of no weight."""
+        return self._example(place) if place != FILLER else replace(self._example(0), counts=False)
 
     def fixed_rows(self, kind: RowType, examples: int) -> list[TokenizedExample] | None:
         """Rows of one kind among the first joint examples of training, each once, in the order of first use.
@@ -219,21 +211,17 @@ class JointDataset(Dataset[JointExample]):
         forget = self._forget[index]
         drawn = self._answers.draw(None if self._takes_normal_answers else index, position)
         normal = range(position * self._rows.retain, (position + 1) * self._rows.retain)
-        safe = (
-            self._deepened(forget, position) if self._rows.deep_refusal_fraction else self._safe.get(forget.example_id)
-        )
-        return JointExample(
-            rows=(
-                *([(RowType.FORGET, forget)] if self._rows.forget else ()),
-                *((RowType.MISMATCHED, self._mismatch(forget, other)) for other in drawn),
-                *(
-                    (RowType.RETAIN, self._retain[self._shuffled("retain", len(self._retain), number)])
-                    for number in normal
-                ),
-                *([(RowType.SAFE, safe)] if safe is not None else ()),
-            ),
-            forget_index=forget.example_id,
-        )
+        safe = self._safe.get(forget.example_id)
+        if safe is not None and self._rows.deep_refusal_fraction:
+            safe = self._deepened(forget, safe, position)
+        kinds = {
+            RowType.FORGET: [forget] if self._rows.forget else [],
+            RowType.MISMATCHED: [self._mismatch(forget, other) for other in drawn],
+            RowType.RETAIN: [self._retain[self._shuffled("retain", len(self._retain), number)] for number in normal],
+            RowType.SAFE: [] if safe is None else [safe],
+        }
+        rows = tuple((kind, row) for kind, found in kinds.items() for row in found)
+        return JointExample(rows=rows, forget_index=forget.example_id)
 
     def _tokenize(self, name: str, examples: Sequence[Example], *, train_on_end: bool) -> list[TokenizedExample]:
         # Harmful answers are learned without their end: negating "stop here" would teach the model to run on.
@@ -255,7 +243,7 @@ class JointDataset(Dataset[JointExample]):
         if not self._safe_examples:
             raise DataError(
                 f"none of the {len(self._forget)} harmful examples has a safe answer to prefer: use data that has "
-                "(PKU-SafeRLHF, safe_answer_column), or refusal_tuning, which brings its own refusals"
+                "(PKU-SafeRLHF, preference), or refusal_tuning, which brings its own refusals"
             )
         rows = self._tokenize("safe_answers", [*self._safe_examples.values()], train_on_end=True)
         if self._rows.safe == "all":
@@ -279,9 +267,8 @@ class JointDataset(Dataset[JointExample]):
             reasons = ", ".join(f"{reason}: {count}" for reason, count in left_out.items())
             raise DataError(f"{key}: {sum(left_out.values())} refusals can't be trained on ({reasons}): replace them")
 
-    def _deepened(self, forget: TokenizedExample, position: int) -> TokenizedExample:
+    def _deepened(self, forget: TokenizedExample, safe: TokenizedExample, position: int) -> TokenizedExample:
         """The safe answer at a position of training, perhaps after the beginning of the harmful one."""
-        safe = self._safe[forget.example_id]
         draw = random.Random(f"{self._seed}/depth/{position}")
         if draw.random() >= self._rows.deep_refusal_fraction:
             return safe
@@ -342,38 +329,13 @@ class WholeBatches(Sampler[int]):
 def framings() -> tuple[str, ...]:
     """All of them, each with ``{prompt}`` in it."""
     text = (resources.files("sku.data") / "framings.txt").read_text(encoding="utf-8")
-    return tuple(parse_templates(text, "framings.txt"))
+    return parse_templates(text)
 
 
-def parse_templates(text: str, where: str) -> list[str]:
-    """One template a line; empty lines and those that begin with ``#``, which name a family, don't count.
-
-    Args:
-        text: Of the file.
-        where: Its name, for messages.
-
-    Returns:
-        The templates, their line breaks put in.
-
-    Raises:
-        EvaluationError: There is none, one is there twice, or a line does not hold ``{prompt}`` just once.
-    """
-    templates: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        if line.count(PLACE) != 1:
-            raise EvaluationError(
-                f"{where} line {number} holds {PLACE} {line.count(PLACE)} times; each template must hold it once, "
-                "where the request goes"
-            )
-        template = line.strip().replace(r"\n", "\n")
-        if template in templates:
-            raise EvaluationError(f"{where} line {number} repeats template {templates.index(template) + 1}: remove it")
-        templates.append(template)
-    if not templates:
-        raise EvaluationError(f"{where} holds no template: write one a line, with {PLACE} in it")
-    return templates
+def parse_templates(text: str) -> tuple[str, ...]:
+    r"""One template a line, ``\n`` in it a line break; empty lines and those that begin with ``#`` don't count."""
+    lines = (line.strip() for line in text.splitlines() if not line.startswith("#"))
+    return tuple(line.replace(r"\n", "\n") for line in lines if line)
 
 
 def framed(examples: Sequence[E], share: float, seed: int) -> tuple[E, ...]:

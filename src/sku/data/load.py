@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sku.config.data import EMBEDDED, FINAL, RETAIN_SHARES, DataConfig, SourceConfig
+from sku.data import embedded
 from sku.data.examples import (
     E,
     Example,
@@ -17,23 +18,12 @@ from sku.data.examples import (
     Provenance,
     RetainExample,
     has_answers,
-    limited,
     normalise_prompt,
-    split_by_group,
 )
-from sku.data.near_copies import near_to
-from sku.data.sources import embedded
-from sku.data.sources.read import (
-    PromptSet,
-    asks_only,
-    is_list_of_prompts,
-    lacks_answers,
-    load_prompts,
-    prompt_set,
-    read_examples,
-)
-from sku.data.sources.rows import Kind
-from sku.data.sources.tables import held_rows
+from sku.data.read import PromptSet, has_prompts_alone, load_prompts, prompt_set, read_examples
+from sku.data.rows import Kind
+from sku.data.splits import limited, near_to, split_by_group
+from sku.data.tables import held_rows
 from sku.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -104,6 +94,29 @@ def load_forget_retain(
     return load_data(config, seed, forget_validation=forget_validation_fraction)
 
 
+def load_training_pairs(forget: Source, retain: Source) -> ForgetRetainData:
+    """Two sets as a trainer is given them: all of both is trained on; the embedded world keeps its own splits.
+
+    Raises:
+        DataError: As ``load_forget_retain``.
+        RecipeError: As ``load_forget_retain``.
+    """
+    config = DataConfig(forget=_source(forget), retain=_source(retain))
+    if config.forget.path == EMBEDDED:
+        return load_data(config, 0)
+    harmful, normal = _read_both(config)
+    first, second = limited(*harmful, config.forget.limit, 0), limited(*normal, config.retain.limit, 0)
+    return ForgetRetainData(
+        forget_train=tuple(first[0]), retain_train=tuple(second[0]), provenance=(first[1], second[1])
+    )
+
+
+def _source(source: Source) -> SourceConfig:
+    if isinstance(source, SourceConfig):
+        return source
+    return SourceConfig(path=str(source)) if isinstance(source, str | Path) else held_rows(source)
+
+
 def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) -> ForgetRetainData:
     """Loads the data of a recipe.
 
@@ -121,22 +134,23 @@ def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) 
         RecipeError: Only some of the sets are the embedded world, its fixed split is given a share, or the data are
             own replies, which are not written yet.
     """
-    _check(config)
-    found_forget = read_examples(config.forget, "forget", ForgetExample)
-    found_retain = read_examples(config.retain, "retain", RetainExample)
+    found_forget, found_retain = _read_both(config)
     others = ForgetRetainData()
     if config.forget.path != EMBEDDED:
-        _check_overlap(found_forget[0], found_retain[0], config)
         others = _other_sets(config, found_forget[0], found_retain[0], seed)
-    forget = _split_forget(*found_forget, config.forget, config.unseen_fraction, forget_validation, seed)
-    retain = _split_retain(*found_retain, config.retain, seed)
-    unlearned, validation, retain_train = forget.forget_train, forget.forget_validation, retain.retain_train
-    provenance = [*forget.provenance, *retain.provenance, *others.provenance]
+    harmful, first = limited(*found_forget, config.forget.limit, seed)
+    normal, second = limited(*found_retain, config.retain.limit, seed)
+    train, test, validation = _split_forget(harmful, config, forget_validation, seed)
+    what = f"the retain data {config.retain.path}"
+    # Questions of the world differ by one word; each has an answer of its own.
+    near_copies = config.retain.path != EMBEDDED
+    kept = split_by_group(normal, rest="train", held_out=RETAIN_SHARES, seed=seed, what=what, near_copies=near_copies)
+    retain_train, provenances = kept["train"], [first, second, *others.provenance]
     # After the splits: no refusal of a held-out prompt gets near training.
     if config.refusals is not None:
-        refusals, found = _read_refusals(config.refusals, "data.refusals", "data.forget", unlearned, seed)
-        unlearned, validation = _with_refusals(unlearned, refusals), _with_refusals(validation, refusals)
-        provenance.append(found)
+        refusals, found = _read_refusals(config.refusals, "data.refusals", "data.forget", train, seed)
+        train, validation = _with_refusals(train, refusals), _with_refusals(validation, refusals)
+        provenances.append(found)
     if config.misplaced_refusals is not None:
         key = "data.misplaced_refusals"
         refusals, found = _read_refusals(config.misplaced_refusals, key, "data.retain", retain_train, seed)
@@ -145,95 +159,29 @@ def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) 
             for example, refusal in _in_turn(retain_train, refusals)
             if refusal is not None
         )
-        provenance.append(found)
+        provenances.append(found)
     return replace(
         others,
-        forget_train=unlearned,
-        forget_test=forget.forget_test,
+        forget_train=train,
+        forget_test=test,
         forget_validation=validation,
         retain_train=retain_train,
-        retain_validation=retain.retain_validation,
-        retain_test=retain.retain_test,
-        provenance=tuple(provenance),
+        retain_validation=kept["validation"],
+        retain_test=kept["test"],
+        provenance=tuple(provenances),
     )
 
 
-def load_parts(
-    forget: SourceConfig | None = None,
-    retain: SourceConfig | None = None,
-    *,
-    seed: int = 0,
-    forget_validation: float = 0.0,
-) -> ForgetRetainData:
-    """What a run with the default shares reads of one set, or of both: for work beside a run.
-
-    Args:
-        forget: Harmful pairs; ``forget_train`` and ``forget_test`` stay empty if None.
-        retain: Normal pairs; the ``retain`` splits stay empty if None.
-        seed: As in ``load_data``: with equal sources and seeds the splits are those of the run.
-        forget_validation: As in ``load_data``; only where both sets are given.
-
-    Returns:
-        The splits, and where each example came from.
-
-    Raises:
-        DataError: As ``load_data``.
-        RecipeError: Only one of two sets is the embedded world.
-    """
-    if forget is not None and retain is not None:
-        return load_data(DataConfig(forget=forget, retain=retain), seed, forget_validation=forget_validation)
-    if forget is not None:
-        found = read_examples(forget, "forget", ForgetExample)
-        return _split_forget(*found, forget, DataConfig.unseen_fraction, 0.0, seed)
-    if retain is not None:
-        return _split_retain(*read_examples(retain, "retain", RetainExample), retain, seed)
-    return ForgetRetainData()
-
-
-def _split_forget(
-    found: list[ForgetExample],
-    provenance: Provenance,
-    source: SourceConfig,
-    unseen: float,
-    validation: float,
-    seed: int,
-) -> ForgetRetainData:
-    """The splits of harmful examples up to the limit; ``forget_validation`` is empty where no share is asked for."""
-    examples, provenance = limited(found, provenance, source.limit, seed)
-    chosen_by: tuple[ForgetExample, ...] = ()
-    if source.path == EMBEDDED:
-        unlearned, held_out = embedded.split_forget(examples, source.limit)
-        chosen_by = embedded.validation_examples() if validation else ()
-    else:
-        what = f"the forget data {source.path}"
-        splits = split_by_group(examples, rest="forget_train", held_out={"forget_test": unseen}, seed=seed, what=what)
-        unlearned, held_out = splits["forget_train"], splits["forget_test"]
-        if validation:
-            # Of what is left beside forget_test, so that that is the same with and without it.
-            shares, what = {"forget_validation": validation}, f"{what} without its unseen prompts"
-            splits = split_by_group(unlearned, rest="forget_train", held_out=shares, seed=seed, what=what)
-            unlearned, chosen_by = splits["forget_train"], splits["forget_validation"]
-    return ForgetRetainData(
-        forget_train=unlearned, forget_test=held_out, forget_validation=chosen_by, provenance=(provenance,)
-    )
-
-
-def _split_retain(
-    found: list[RetainExample], provenance: Provenance, source: SourceConfig, seed: int
-) -> ForgetRetainData:
-    """The splits of normal examples up to the limit."""
-    examples, provenance = limited(found, provenance, source.limit, seed)
-    what = f"the retain data {source.path}"
-    near_copies = source.path != EMBEDDED  # Questions of the world differ by one word; each has an answer of its own.
-    splits = split_by_group(
-        examples, rest="train", held_out=RETAIN_SHARES, seed=seed, what=what, near_copies=near_copies
-    )
-    return ForgetRetainData(
-        retain_train=splits["train"],
-        retain_validation=splits["validation"],
-        retain_test=splits["test"],
-        provenance=(provenance,),
-    )
+def _read_both(
+    config: DataConfig,
+) -> tuple[tuple[list[ForgetExample], Provenance], tuple[list[RetainExample], Provenance]]:
+    """What is forgotten and what is kept, the limits aside; no prompt is in both."""
+    _check(config)
+    harmful = read_examples(config.forget, "forget", ForgetExample)
+    normal = read_examples(config.retain, "retain", RetainExample)
+    if config.forget.path != EMBEDDED:
+        _refuse_shared(harmful[0], normal[0], config.forget, config.retain)
+    return harmful, normal
 
 
 def _check(config: DataConfig) -> None:
@@ -249,49 +197,33 @@ def _check(config: DataConfig) -> None:
             "no other model knows that world, and its own model knows nothing else"
         )
     named = {f"{key}.{name}": source for key in ("normal", "harmful") for name, source in getattr(config, key).items()}
-    named |= config.final_sets
     for key, source in named.items():
         if of_the_world or source.path == EMBEDDED:
-            raise RecipeError(
-                f"data.{key} does not go with the embedded world, whose model knows no other text and "
-                "whose text no other model knows: leave it out"
-            )
-    if of_the_world and (config.refusals or config.misplaced_refusals):
-        raise RecipeError(
-            "the embedded world has its own refusals: leave data.refusals and data.misplaced_refusals out"
-        )
-    if of_the_world and config.unseen_fraction != DataConfig.unseen_fraction:
-        raise RecipeError("the embedded world has its own unseen hazards: leave data.unseen_fraction out")
+            raise RecipeError(f"data.{key} does not go with the embedded world, a language of its own: leave it out")
+    has_its_own = {
+        "refusals": config.refusals, "misplaced_refusals": config.misplaced_refusals,
+        "unseen_fraction": config.unseen_fraction != DataConfig.unseen_fraction,
+    }  # fmt: skip
+    for key, value in has_its_own.items():
+        if of_the_world and value:
+            raise RecipeError(f"the embedded world has its own {key}: leave data.{key} out")
 
 
-def load_training_pairs(forget: Source, retain: Source) -> ForgetRetainData:
-    """Two sets as a trainer is given them: all of both is trained on; the embedded world keeps its own splits.
-
-    Args:
-        forget: As in ``load_forget_retain``.
-        retain: As in ``load_forget_retain``.
-
-    Returns:
-        The splits ``forget_train`` and ``retain_train``, and where each example came from.
-
-    Raises:
-        DataError: As ``load_forget_retain``.
-        RecipeError: As ``load_forget_retain``.
-    """
-    config = DataConfig(forget=_source(forget), retain=_source(retain))
-    if config.forget.path == EMBEDDED:
-        return load_data(config, 0)
-    _check(config)
-    harmful, first = limited(*read_examples(config.forget, "forget", ForgetExample), config.forget.limit, 0)
-    normal, second = limited(*read_examples(config.retain, "retain", RetainExample), config.retain.limit, 0)
-    _check_overlap(harmful, normal, config)
-    return ForgetRetainData(forget_train=tuple(harmful), retain_train=tuple(normal), provenance=(first, second))
-
-
-def _source(source: Source) -> SourceConfig:
-    if isinstance(source, SourceConfig):
-        return source
-    return SourceConfig(path=str(source)) if isinstance(source, str | Path) else held_rows(source)
+def _split_forget(
+    examples: Sequence[ForgetExample], config: DataConfig, validation: float, seed: int
+) -> tuple[tuple[ForgetExample, ...], tuple[ForgetExample, ...], tuple[ForgetExample, ...]]:
+    """``forget_train``, ``forget_test``, and ``forget_validation``, which is empty where no share is asked for."""
+    source = config.forget
+    if source.path == EMBEDDED:
+        return *embedded.split_forget(examples, source.limit), embedded.validation_examples() if validation else ()
+    shares, what = {"test": config.unseen_fraction}, f"the forget data {source.path}"
+    splits = split_by_group(examples, rest="train", held_out=shares, seed=seed, what=what)
+    if not validation:
+        return splits["train"], splits["test"], ()
+    # Of what is left beside forget_test, so that that is the same with and without it.
+    shares, what = {"validation": validation}, f"{what} without its unseen prompts"
+    chosen_by = split_by_group(splits["train"], rest="train", held_out=shares, seed=seed, what=what)
+    return chosen_by["train"], splits["test"], chosen_by["validation"]
 
 
 def _read_refusals(
@@ -302,7 +234,7 @@ def _read_refusals(
     by_prompt: dict[str, list[RetainExample]] = {}
     for row in rows:
         by_prompt.setdefault(normalise_prompt(row.prompt), []).append(row)
-    prompts = {normalise_prompt(example.prompt) for example in examples}
+    prompts = _prompts(examples)
     missing = prompts - by_prompt.keys()
     if missing:
         raise DataError(
@@ -335,13 +267,18 @@ def _with_refusals(
     )
 
 
-def _check_overlap(forget: list[ForgetExample], retain: list[RetainExample], config: DataConfig) -> None:
-    shared = {normalise_prompt(example.prompt) for example in forget}
-    shared &= {normalise_prompt(example.prompt) for example in retain}
+def _prompts(examples: Iterable[Example]) -> set[str]:
+    return {normalise_prompt(example.prompt) for example in examples}
+
+
+def _refuse_shared(
+    harmful: Iterable[Example], normal: Iterable[Example], first: SourceConfig, second: SourceConfig
+) -> None:
+    shared = len(_prompts(harmful) & _prompts(normal))
     if shared:
         raise DataError(
-            f"{len(shared)} prompts are both in the forget data {config.forget.path} and in the retain data "
-            f"{config.retain.path}, so they would be forgotten and kept at once: remove them from one"
+            f"{shared} prompts are both in the forget data {first.path} and in the retain data {second.path}, so they "
+            "would be forgotten and kept at once: remove them from one"
         )
 
 
@@ -353,69 +290,50 @@ def _other_sets(
     Near copies of the run's harmful prompts are left out of harmful sets, those of both kinds of the run's prompts out
     of the final ones.
     """
-    normal: dict[str, tuple[RetainExample, ...]] = {}
-    normal_validation: dict[str, tuple[RetainExample, ...]] = {}
-    harmful: dict[str, tuple[ForgetExample, ...]] = {}
-    provenances: list[Provenance] = []
-    own_harmful = {normalise_prompt(example.prompt) for example in forget}
-    own = own_harmful | {normalise_prompt(example.prompt) for example in retain}
+    own_harmful, own = _prompts(forget), _prompts(forget) | _prompts(retain)
     used = set(own)
-    for name, source in config.normal.items():
-        key = f"data.normal.{name}"
-        if lacks_answers(source):
-            found = _read_prompts(source, "retain", RetainExample, key, seed)
-        else:
-            found = read_examples(source, "retain", RetainExample, key)
-        examples, provenance = _without(*found, used, (), key, source.limit, seed)
-        provenances.append(provenance)
-        normal[name] = tuple(examples)
-        if has_answers(examples):
-            shares = {"validation": NORMAL_VALIDATION_SHARE}
-            halves = split_by_group(examples, rest="normal", held_out=shares, seed=seed, what=f"{key} {source.path}")
-            normal[name], normal_validation[name] = halves["normal"], halves["validation"]
-        used |= {normalise_prompt(example.prompt) for example in examples}
-    if config.final_benign is not None:
-        key = f"data.{FINAL}_benign"
-        asked = _read_prompts(config.final_benign, "retain", RetainExample, key, seed)
-        looks_harmful, provenance = _without(*asked, used, own, key, config.final_benign.limit, seed)
-        provenances.append(provenance)
-        normal[FINAL] = tuple(looks_harmful)
-        used |= {normalise_prompt(example.prompt) for example in looks_harmful}
-    sets = [(name, source, f"data.harmful.{name}") for name, source in config.harmful.items()]
-    if config.final_harmful is not None:
-        sets.append((FINAL, config.final_harmful, f"data.{FINAL}_harmful"))
-    for name, source, key in sets:
-        found_prompts = _read_prompts(source, "forget", ForgetExample, key, seed)
-        near = own if name == FINAL else own_harmful
-        prompts, provenance = _without(*found_prompts, used, near, key, source.limit, seed)
-        provenances.append(provenance)
-        harmful[name] = tuple(prompts)
+    sets: tuple[tuple[Kind, str, Mapping[str, SourceConfig]], ...] = (
+        ("retain", "normal", config.normal),
+        ("forget", "harmful", config.harmful),
+    )
+    found: dict[Kind, dict[str, tuple[Any, ...]]] = {"retain": {}, "forget": {}}
+    validation: dict[str, tuple[RetainExample, ...]] = {}
+    provenances: list[Provenance] = []
+    for kind, what, named in sets:
+        # Final sets are read last: what is asked oftener keeps the prompts of both.
+        for name, source in sorted(named.items(), key=lambda item: item[0] == FINAL):
+            key = f"data.{what}.{name}"
+            examples: list[Any]
+            if kind == "retain" and name != FINAL and not has_prompts_alone(source, surely=False):
+                examples, provenance = read_examples(source, kind, RetainExample, key)
+            else:
+                asked = load_prompts(replace(source, limit=None), kind, key, seed=seed)
+                made: Any = RetainExample if kind == "retain" else ForgetExample
+                examples = [made(prompt=one.prompt, answer="", category=one.category) for one in asked.prompts]
+                provenance = asked.provenance
+            near = own if name == FINAL else own_harmful if kind == "forget" else set()
+            examples, provenance = _without(examples, provenance, used, near, key)
+            examples, provenance = limited(examples, provenance, source.limit, seed)
+            provenances.append(provenance)
+            found[kind][name] = tuple(examples)
+            if kind == "retain":
+                used |= _prompts(examples)
+                if has_answers(examples):
+                    where, shares = f"{key} {source.path}", {"validation": NORMAL_VALIDATION_SHARE}
+                    halves = split_by_group(examples, rest="normal", held_out=shares, seed=seed, what=where)
+                    found[kind][name], validation[name] = halves["normal"], halves["validation"]
     return ForgetRetainData(
-        normal=normal, normal_validation=normal_validation, harmful=harmful, provenance=tuple(provenances)
+        normal=found["retain"], normal_validation=validation, harmful=found["forget"], provenance=tuple(provenances)
     )
 
 
-def _read_prompts(
-    source: SourceConfig, kind: Kind, example_type: type[E], key: str, seed: int
-) -> tuple[list[E], Provenance]:
-    """Prompts alone; a table with answers gives each prompt once."""
-    found = load_prompts(replace(source, limit=None), kind, key, seed=seed)
-    examples = [example_type(prompt=one.prompt, answer="", category=one.category) for one in found.prompts]
-    return examples, found.provenance
-
-
 def _without(
-    examples: list[E],
-    provenance: Provenance,
-    used: Collection[str],
-    near: Collection[str],
-    key: str,
-    limit: int | None,
-    seed: int,
+    examples: list[E], provenance: Provenance, used: Collection[str], near: Collection[str], key: str
 ) -> tuple[list[E], Provenance]:
-    """What is neither in another set nor a near copy of one of ``near``, up to the limit."""
+    """What is neither in another set nor a near copy of one of ``near``."""
     different = [example for example in examples if normalise_prompt(example.prompt) not in used]
-    is_near = near_to([normalise_prompt(example.prompt) for example in different], sorted(near))
+    prompts = tuple(normalise_prompt(example.prompt) for example in different)
+    is_near = near_to(prompts, tuple(sorted(near)))
     kept = [example for example, copied in zip(different, is_near, strict=True) if not copied]
     if not kept:
         raise DataError(
@@ -423,8 +341,7 @@ def _without(
             "copies of what it trains on, so nothing is left to measure: name another source, or leave it out"
         )
     provenance = provenance.keeping(different, len(examples) - len(different), IN_ANOTHER_SET)
-    provenance = provenance.keeping(kept, len(different) - len(kept), NEAR_COPY)
-    return limited(kept, provenance, limit, seed)
+    return kept, provenance.keeping(kept, len(different) - len(kept), NEAR_COPY)
 
 
 def wants_own_replies(config: DataConfig) -> bool:
@@ -435,7 +352,7 @@ def wants_own_replies(config: DataConfig) -> bool:
         RecipeError: What goes with own replies alone is set without them.
     """
     wanted = config.own_replies or any(
-        asks_only(source, is_list_of_prompts) for source in (config.forget, config.retain)
+        has_prompts_alone(source, surely=True) for source in (config.forget, config.retain)
     )
     if not wanted and config.borderline is not None:
         raise RecipeError("data.borderline goes with own replies: set data.own_replies=true, or leave it out")
@@ -456,9 +373,6 @@ def load_own_prompts(
         prefix: Of the keys ``forget``, ``retain`` and ``borderline`` in messages, such as ``data.``; without one they
             are ``harmful``, ``normal`` and ``borderline``.
 
-    Returns:
-        The sets.
-
     Raises:
         DataError: A table can't be read, it is not clear which column holds the prompts, none is left, or a prompt is
             harmful and normal at once.
@@ -468,23 +382,14 @@ def load_own_prompts(
         "harmful": load_prompts(harmful, "forget", f"{prefix}{names[0]}", seed=seed),
         "normal": load_prompts(normal, "retain", f"{prefix}{names[1]}", seed=seed),
     }
-    asked, known = ({normalise_prompt(prompt.prompt) for prompt in one.prompts} for one in found.values())
-    _refuse_shared(asked, found["normal"], harmful, normal)
+    _refuse_shared(found["harmful"].prompts, found["normal"].prompts, harmful, normal)
     if borderline is not None:
         extra = load_prompts(borderline, "retain", f"{prefix}borderline", seed=seed)
-        _refuse_shared(asked, extra, harmful, borderline)
+        _refuse_shared(found["harmful"].prompts, extra.prompts, harmful, borderline)
+        known, before = _prompts(found["normal"].prompts), extra.provenance
         kept = [prompt for prompt in extra.prompts if normalise_prompt(prompt.prompt) not in known]
-        before, left_out = extra.provenance, len(extra.prompts) - len(kept)
         if not kept:
             raise DataError(f"all prompts of {before.location} are among the normal prompts too: leave it out")
+        left_out = len(extra.prompts) - len(kept)
         found["borderline"] = prompt_set(kept, before.keeping(kept, left_out, "a normal prompt too"))
     return found
-
-
-def _refuse_shared(harmful: Collection[str], normal: PromptSet, first: SourceConfig, second: SourceConfig) -> None:
-    shared = sum(normalise_prompt(prompt.prompt) in harmful for prompt in normal.prompts)
-    if shared:
-        raise DataError(
-            f"{shared} prompts are both among the harmful ones of {first.path} and in {second.path}: remove them from "
-            "one"
-        )

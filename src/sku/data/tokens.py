@@ -13,10 +13,11 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, takewhile
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -66,8 +67,7 @@ class PaperFormat:
         )
 
 
-@dataclass(frozen=True)
-class _Frame:
+class _Frame(NamedTuple):
     """What a template writes around one question and its answer."""
 
     before: str
@@ -77,8 +77,8 @@ class _Frame:
     end_text: str
     from_conversation: bool
     """Whether the finished conversation, not the generation prompt, says what stands before an answer."""
-    has_system_turn: bool
-    """Whether an empty system turn stands first, as some templates demand."""
+    system: tuple[dict[str, str], ...]
+    """An empty system turn, where a template demands one."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +92,12 @@ class ChatFormat:
 
     tokenizer: PreTrainedTokenizerBase
     frame: _Frame
-    end_text: str
     name: ClassVar = "chat"
+
+    @property
+    def end_text(self) -> str:
+        """What ends an answer."""
+        return self.frame.end_text
 
     def render(self, prompt: str, answer: str = "") -> RenderedText:
         """Writes one example by the template.
@@ -102,30 +106,23 @@ class ChatFormat:
             ModelError: The template fails on this prompt or writes other text around it than around others.
         """
         frame = self.frame
-        prompt_text = self._prompt_text(prompt, frame)
-        if not _fits(prompt_text, frame):
-            # A template may write the date, and a run may last past midnight.
-            frame = _derive_frame(self.tokenizer, has_system_turn=frame.has_system_turn)
-            prompt_text = self._prompt_text(prompt, frame)
-        if not _fits(prompt_text, frame):
+        text = _before_answer(self.tokenizer, frame, prompt)
+        if text is None:  # A template may write the date, and a run may last past midnight.
+            frame = _derive_frame(self.tokenizer, frame.system)
+            text = _before_answer(self.tokenizer, frame, prompt)
+        if text is None:
             raise ModelError(
                 "the chat template writes other text around this prompt than around others, so the prompt can't be "
                 "told from the template: use prompt_format paper"
             )
         return RenderedText(
-            prompt_text=prompt_text,
+            prompt_text=text,
             answer_text=f"{frame.space}{answer}" if answer else "",
             end_text=self.end_text,
             add_special_tokens=False,
             user_start=len(frame.before),
-            user_end=len(prompt_text) - len(frame.after),
+            user_end=len(text) - len(frame.after),
         )
-
-    def _prompt_text(self, prompt: str, frame: _Frame) -> str:
-        if not frame.from_conversation:
-            return _written(self.tokenizer, prompt, has_system_turn=frame.has_system_turn)
-        finished = _written(self.tokenizer, prompt, _ANSWER_MARK, has_system_turn=frame.has_system_turn)
-        return finished[: max(finished.rfind(_ANSWER_MARK), 0)]
 
 
 PromptFormat = PaperFormat | ChatFormat
@@ -133,62 +130,54 @@ PromptFormat = PaperFormat | ChatFormat
 
 
 def resolve_prompt_format(name: PromptFormatName, tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """The prompt format of a run.
-
-    Args:
-        name: ``chat``, ``paper``, or ``auto``: chat where the tokenizer has a chat template, paper elsewhere.
-        tokenizer: Of the model to unlearn.
-
-    Returns:
-        The format.
+    """The prompt format of a run; ``auto`` is chat where the tokenizer has a chat template, paper elsewhere.
 
     Raises:
         ModelError: ``chat`` without a chat template, or a template that can't write a question and its answer.
     """
     if name == "paper" or (name == "auto" and not tokenizer.chat_template):
-        return PaperFormat(end_text=_end_token(tokenizer))
+        return PaperFormat(_end_token(tokenizer))
     if not tokenizer.chat_template:
         raise ModelError("prompt_format is chat, but the tokenizer has no chat template: use paper or auto")
     try:
-        frame = _derive_frame(tokenizer, has_system_turn=False)
-    except ModelError as error:
-        try:
-            frame = _derive_frame(tokenizer, has_system_turn=True)
-        except ModelError:
-            raise error from None
-    return ChatFormat(tokenizer, frame, frame.end_text or _end_token(tokenizer))
+        return ChatFormat(tokenizer, _derive_frame(tokenizer, ()))
+    except ModelError:
+        with suppress(ModelError):
+            return ChatFormat(tokenizer, _derive_frame(tokenizer, ({"role": "system", "content": ""},)))
+        raise
 
 
 _USER_MARK, _ANSWER_MARK = "skuusermark", "skuanswermark"
 """Words that no template contains: where they come out is where the user's words and the answer stand."""
 
 
-def _fits(prompt_text: str, frame: _Frame) -> bool:
-    is_long_enough = len(prompt_text) >= len(frame.before) + len(frame.after)
-    return is_long_enough and prompt_text.startswith(frame.before) and prompt_text.endswith(frame.after)
+def _before_answer(tokenizer: PreTrainedTokenizerBase, frame: _Frame, prompt: str) -> str | None:
+    """All that stands before an answer; None where that is not the frame around the prompt."""
+    if frame.from_conversation:
+        finished = _written(tokenizer, frame.system, prompt, _ANSWER_MARK)
+        text = finished[: max(finished.rfind(_ANSWER_MARK), 0)]
+    else:
+        text = _written(tokenizer, frame.system, prompt)
+    is_long_enough = len(text) >= len(frame.before) + len(frame.after)
+    return text if is_long_enough and text.startswith(frame.before) and text.endswith(frame.after) else None
 
 
-def _derive_frame(tokenizer: PreTrainedTokenizerBase, *, has_system_turn: bool) -> _Frame:
-    before, after = _around(_written(tokenizer, _USER_MARK, has_system_turn=has_system_turn), _USER_MARK)
-    finished = _written(tokenizer, _USER_MARK, _ANSWER_MARK, has_system_turn=has_system_turn)
-    until_answer, end = _around(finished, _ANSWER_MARK)
+def _derive_frame(tokenizer: PreTrainedTokenizerBase, system: tuple[dict[str, str], ...]) -> _Frame:
+    before, after = _around(_written(tokenizer, system, _USER_MARK), _USER_MARK)
+    until_answer, end = _around(_written(tokenizer, system, _USER_MARK, _ANSWER_MARK), _ANSWER_MARK)
     finished_before, finished_after = _around(until_answer, _USER_MARK)
-    between = finished_after.removeprefix(after)
+    between, end_text = finished_after.removeprefix(after), end.rstrip() or _end_token(tokenizer)
     if finished_before == before and finished_after.startswith(after) and not between.strip():
-        return _Frame(before, after, between, end.rstrip(), from_conversation=False, has_system_turn=has_system_turn)
-    return _Frame(
-        finished_before, finished_after, "", end.rstrip(), from_conversation=True, has_system_turn=has_system_turn
-    )
+        return _Frame(before, after, between, end_text, from_conversation=False, system=system)
+    return _Frame(finished_before, finished_after, "", end_text, from_conversation=True, system=system)
 
 
 def _written(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | None = None, *, has_system_turn: bool
+    tokenizer: PreTrainedTokenizerBase, system: tuple[dict[str, str], ...], prompt: str, answer: str | None = None
 ) -> str:
     """A conversation by the template; without an answer up to where one begins."""
-    turns = [{"role": "system", "content": ""}] if has_system_turn else []
-    turns.append({"role": "user", "content": prompt})
-    if answer is not None:
-        turns.append({"role": "assistant", "content": answer})
+    turns = [*system, {"role": "user", "content": prompt}]
+    turns += [] if answer is None else [{"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
     except Exception as error:  # noqa: BLE001 - a template is a program of its own and can raise anything
@@ -199,12 +188,12 @@ def _written(
 
 
 def _around(text: str, mark: str) -> tuple[str, str]:
-    if text.count(mark) != 1:
+    before, *after = text.split(mark)
+    if len(after) != 1:
         raise ModelError(
-            f"the chat template writes a message {text.count(mark)} times instead of once: use prompt_format paper"
+            f"the chat template writes a message {len(after)} times instead of once: use prompt_format paper"
         )
-    before, _, after = text.partition(mark)
-    return before, after
+    return before, after[0]
 
 
 def _end_token(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -271,9 +260,6 @@ class Encoder:
             begun: What the reply has said before the answer, which goes on with the next character; read, and not
                 learned. A token that reaches over the border is the answer's.
 
-        Returns:
-            The tokens.
-
         Raises:
             DataError: No answer token is left to learn, or the text is not valid Unicode.
             ModelError: The chat template can't write this prompt.
@@ -300,8 +286,7 @@ class Encoder:
         labels = [IGNORE_INDEX] * len(prompt) + answer + end
         labels[:1] = [IGNORE_INDEX]
         if all(label == IGNORE_INDEX for label in labels):
-            reason = "no room for the answer within max_length" if not answer else "answer without prompt"
-            raise _UntrainableError(reason)
+            raise _UntrainableError("answer without prompt" if answer else "no room for the answer within max_length")
         return TokenizedExample(
             input_ids=(*prompt, *answer, *end),
             labels=tuple(labels),
@@ -316,12 +301,7 @@ class Encoder:
     ) -> tuple[list[TokenizedExample], TokenizationReport]:
         """Tokenizes a set of examples; those that can't be trained on are counted by reason and left out.
 
-        Args:
-            examples: In order; ``example_id`` is the position here.
-            train_on_end: Whether the end of a whole answer is learned too.
-
-        Returns:
-            The tokenized examples, and the account.
+        The ``example_id`` of each is its position.
 
         Raises:
             DataError: No example is left.
@@ -359,15 +339,12 @@ class Encoder:
             ModelError: The chat template can't write this prompt.
         """
         text = self.prompt_format.render(prompt)
-        return encode(text.prompt_text, self.tokenizer, add_special_tokens=text.add_special_tokens)
+        return _encode(text.prompt_text, self.tokenizer, add_special_tokens=text.add_special_tokens)[0]
 
     def start(self, prompt: str, start: str) -> list[int]:
         """Token ids of a prompt and a whole text that the reply is made to begin with, with nothing after it.
 
-        Args:
-            prompt: The user's words.
-            start: First words of the reply, without white space at its end: most tokenizers give that to the next
-                word.
+        The text should not end in white space: most tokenizers give that to the next word.
 
         Raises:
             DataError: The text is not valid Unicode.
@@ -376,16 +353,9 @@ class Encoder:
         return locate_tokens(self.prompt_format.render(prompt, start), self.tokenizer, with_end=False).ids
 
     def prefill(self, prompt: str, answer: str, prefill_tokens: int) -> tuple[list[int], str] | None:
-        """Token ids of a prompt and the first tokens of an answer, for a reply that must begin with them.
+        """Ids of a prompt and the first n tokens of an answer, cut from the joined text, and those n tokens as text.
 
-        Args:
-            prompt: The user's words.
-            answer: Answer that the reply begins with.
-            prefill_tokens: n, how many tokens of the answer are given.
-
-        Returns:
-            Ids of the prompt and n answer tokens, cut from the joined text, and those n tokens as text. None where the
-            answer has no more than n tokens: nothing of it would be left for the model to say.
+        None where the answer has no more than n tokens: nothing of it would be left for the model to say.
 
         Raises:
             DataError: The text is not valid Unicode.
@@ -420,11 +390,6 @@ class TokenSpans:
     """First token after the answer."""
 
 
-def encode(text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[int]:
-    """Token ids of a text that goes on: special tokens that the tokenizer puts after it (EOS, SEP) are left off."""
-    return _encode(text, tokenizer, add_special_tokens=add_special_tokens)[0]
-
-
 def locate_tokens(text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, with_end: bool) -> TokenSpans:
     """Tokenizes an example and finds its borders.
 
@@ -433,9 +398,6 @@ def locate_tokens(text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, wit
         tokenizer: With character offsets ("fast") the borders are exact. Without, the answer starts where the tokens
             of the whole part from those of the prompt alone.
         with_end: Whether ``end_text`` stands after the answer.
-
-    Returns:
-        Ids and borders.
     """
     whole = text.prompt_text + text.answer_text + (text.end_text if with_end else "")
     ids, offsets = _encode(whole, tokenizer, add_special_tokens=text.add_special_tokens)
@@ -457,6 +419,7 @@ def locate_tokens(text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, wit
 def _encode(
     text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
 ) -> tuple[list[int], list[tuple[int, int]] | None]:
+    """Ids of a text that goes on, without what the tokenizer puts after it (EOS, SEP); offsets of a fast tokenizer."""
     if not is_valid_unicode(text):  # It holds half of a surrogate pair.
         raise _UntrainableError("text is not valid Unicode")
     encoding: dict[str, Any] = tokenizer(
@@ -513,12 +476,12 @@ def _compare_tokens(
     ids: list[int], text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, with_end: bool
 ) -> TokenSpans:
     def tokens_shared_with(part: str) -> int:
-        return shared_length(ids, encode(part, tokenizer, add_special_tokens=text.add_special_tokens))
+        return shared_length(ids, _encode(part, tokenizer, add_special_tokens=text.add_special_tokens)[0])
 
     answer_start = tokens_shared_with(text.prompt_text)
     end_start = tokens_shared_with(text.prompt_text + text.answer_text) if with_end else len(ids)
     user_start = min(tokens_shared_with(text.prompt_text[: text.user_start]), answer_start)
-    after = encode(text.prompt_text[text.user_end :], tokenizer, add_special_tokens=False)
+    after, _ = _encode(text.prompt_text[text.user_end :], tokenizer, add_special_tokens=False)
     user_end = answer_start - shared_length(ids[:answer_start][::-1], after[::-1])
     return TokenSpans(ids, user_start, max(user_start, user_end), answer_start, max(answer_start, end_start))
 

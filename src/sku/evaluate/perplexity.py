@@ -48,13 +48,9 @@ MAX_LOGITS = 2**28
 
 
 def score_examples(
-    model: PreTrainedModel,
-    examples: Sequence[TokenizedExample],
-    *,
-    batch_size: int,
-    processes: Processes = ALONE,
+    model: PreTrainedModel, examples: Sequence[TokenizedExample], *, batch_size: int, processes: Processes = ALONE,
     progress: Progress | None = None,
-) -> list[tuple[float, int]]:
+) -> list[tuple[float, int]]:  # fmt: skip
     """Loss of each example's labelled tokens, one forward pass per example.
 
     Args:
@@ -88,13 +84,9 @@ def score_examples(
         return scores
 
     return in_batches(
-        [len(example.input_ids) for example in examples],
-        score,
-        batch_size=batch_size,
-        processes=processes,
-        max_padded_tokens=max(1, MAX_LOGITS // embedding.shape[0]),
-        progress=progress,
-    )
+        [len(example.input_ids) for example in examples], score, batch_size=batch_size, processes=processes,
+        max_padded_tokens=max(1, MAX_LOGITS // embedding.shape[0]), progress=progress,
+    )  # fmt: skip
 
 
 def answer_positions(examples: Sequence[TokenizedExample], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -125,15 +117,10 @@ def answer_logits(model: PreTrainedModel, examples: Sequence[TokenizedExample], 
 
 
 def score_fluency(
-    model: PreTrainedModel,
-    records: Sequence[GenerationRecord],
-    tokenize: Callable[[str, str, str], TokenizedExample | None],
-    *,
-    seed: int,
-    batch_size: int,
-    processes: Processes = ALONE,
-    progress: Progress | None = None,
-) -> list[FluencyRecord]:
+    model: PreTrainedModel, records: Sequence[GenerationRecord],
+    tokenize: Callable[[str, str, str], TokenizedExample | None], *, seed: int, batch_size: int,
+    processes: Processes = ALONE, progress: Progress | None = None,
+) -> list[FluencyRecord]:  # fmt: skip
     """Asks the base model about each reply in its own order and in random orders of its words.
 
     What costs no more than ``SURE_LOSS`` in its own order is compared with none. One random order settles most of the
@@ -181,12 +168,9 @@ def score_fluency(
         # Sampled replies to a prompt are often the same words.
         distinct = list(dict.fromkeys(text for found in texts.values() for text in found))
         scores = score_examples(
-            model,
-            distinct,
-            batch_size=batch_size,
-            processes=processes,
+            model, distinct, batch_size=batch_size, processes=processes,
             progress=progress and (lambda now, total: progress(done + now, done + total)),
-        )
+        )  # fmt: skip
         done += len(distinct)
         score_of = dict(zip(distinct, scores, strict=True))
         for one, found in texts.items():
@@ -197,26 +181,18 @@ def score_fluency(
     one_shuffle = {one: (found[0][0], found[1][0]) for one, found in compared.items() if len(found) > 1}
     ask([one for one, (own, shuffled) in one_shuffle.items() if own > (1 - SURE_GAIN) * shuffled], slice(2, None))
     return [
-        FluencyRecord(
-            id=record.id,
-            nll=compared[record.id][0][0],
-            tokens=record.num_tokens,
-            shuffled_nlls=tuple(nll for nll, _ in compared[record.id][1:]),
-        )
+        FluencyRecord(id=record.id, nll=nlls[0], tokens=record.num_tokens, shuffled_nlls=tuple(nlls[1:]))
         for record in records
-        if record.id in compared
+        if (nlls := [nll for nll, _ in compared.get(record.id, ())])
     ]
 
 
 def fluency_header(scorer: str, seed: int, texts: Any) -> dict[str, Any]:
     """What the rows of ``score_fluency`` are made from: the scorer's fingerprint, the orders and the texts."""
     return {
-        "scorer": scorer,
-        "shuffles": [SHUFFLES, SURE_GAIN, SURE_LOSS],
-        "scored": "reply",
-        "seed": seed,
+        "scorer": scorer, "shuffles": [SHUFFLES, SURE_GAIN, SURE_LOSS], "scored": "reply", "seed": seed,
         "texts": header_hash({"texts": texts}),
-    }
+    }  # fmt: skip
 
 
 def _own_words(prefill: str, reply: str) -> tuple[str, str]:
@@ -270,13 +246,9 @@ def texts_hash(texts: Sequence[ScoredText]) -> str:
 
 
 def compare_distributions(
-    base_model: PreTrainedModel,
-    model: PreTrainedModel,
-    texts: Sequence[ScoredText],
-    *,
-    batch_size: int,
+    base_model: PreTrainedModel, model: PreTrainedModel, texts: Sequence[ScoredText], *, batch_size: int,
     progress: Progress | None = None,
-) -> list[AgreementRow]:
+) -> list[AgreementRow]:  # fmt: skip
     """Compares two models on the answer tokens of texts, one forward pass each.
 
     Args:
@@ -316,12 +288,9 @@ def compare_distributions(
         return rows
 
     return in_batches(
-        [len(text.tokens.input_ids) for text in texts],
-        compare,
-        batch_size=batch_size,
-        max_padded_tokens=max(1, MAX_LOGITS // (2 * embedding_weight(model).shape[0])),
-        progress=progress,
-    )
+        [len(text.tokens.input_ids) for text in texts], compare, batch_size=batch_size,
+        max_padded_tokens=max(1, MAX_LOGITS // (2 * embedding_weight(model).shape[0])), progress=progress,
+    )  # fmt: skip
 
 
 def _sums(values_N: Tensor, kept_BT: Tensor) -> list[tuple[float, int]]:

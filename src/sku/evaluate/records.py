@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, cast
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Pr
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from sku.config.check import plain_data
-from sku.config.evaluate import PrefillOrigin
+from sku.config.stages import PrefillOrigin
 from sku.errors import EvaluationError, OutputError
 from sku.storage import RECORD_VERSION, named_disk_errors, write_private_text
 
@@ -40,22 +41,19 @@ OWN_ANSWERS_FILE = "own_answers.jsonl"
 AGREEMENT_FILE = "agreement.jsonl"
 SIMILARITY_FILE = "similarity.jsonl"
 
-HarmfulSplit = Literal["forget_train", "forget_test"]
 Kind = Literal["reply", "prefill", "sample"]
 
-HARMFUL_SPLITS: tuple[HarmfulSplit, ...] = ("forget_train", "forget_test")
+HARMFUL_SPLITS = ("forget_train", "forget_test")
 """Prompts of the forget set: asked with prefills and for sampled replies too."""
 NORMAL, HARMFUL = "normal:", "harmful:"
 """What the splits of other sources begin with."""
 BORDERLINE = "borderline"
 """Category of safe prompts that look harmful, in data of ``sku data own`` (``category_column: source``)."""
-_KNOWN_SPLITS = frozenset({
-    *HARMFUL_SPLITS, "retain_test", "xstest_safe", "xstest_unsafe", "forget_validation", "retain_validation",
-})  # fmt: skip
 
 
 def _known_split(name: str) -> str:
-    if name in _KNOWN_SPLITS or name.startswith((NORMAL, "normal_validation:", HARMFUL)):
+    fixed = (*HARMFUL_SPLITS, "retain_test", "xstest_safe", "xstest_unsafe", "forget_validation", "retain_validation")
+    if name in fixed or name.startswith((NORMAL, "normal_validation:", HARMFUL)):
         return name
     raise ValueError("there is no such split")
 
@@ -84,11 +82,8 @@ NORMAL_SPLITS: Container[Split] = _NormalSplits()
 def in_order(splits: Iterable[Split]) -> list[Split]:
     """Splits as tables show them: harmful prompts first, sets of other sources after the run's own, no split twice."""
     known = ("forget_train", "forget_test", HARMFUL, "retain_test", NORMAL, "xstest_safe", "xstest_unsafe")
-
-    def place(split: Split) -> int:
-        return next((number for number, name in enumerate(known) if split.startswith(name)), len(known))
-
-    return sorted(dict.fromkeys(splits), key=place)
+    place = {split: [*map(split.startswith, known), True].index(True) for split in splits}
+    return sorted(place, key=place.__getitem__)
 
 
 def set_name(split: Split) -> str:
@@ -101,20 +96,20 @@ def answers_words(split: Split) -> str:
     return {"retain_test": "normal answers", "xstest_safe": "XSTest answers"}.get(split, f"{set_name(split)} answers")
 
 
-class _OfSplit(Protocol):
-    @property
-    def split(self) -> Split: ...
-
-
 class _Row(Protocol):
     @property
     def id(self) -> str: ...
 
 
+class _RowOfSplit(_Row, Protocol):
+    @property
+    def split(self) -> Split: ...
+
+
 T = TypeVar("T")
 Row = TypeVar("Row", bound=_Row)
 Key = TypeVar("Key", bound=Hashable)
-RowOfSplit = TypeVar("RowOfSplit", bound=_OfSplit)
+RowOfSplit = TypeVar("RowOfSplit", bound=_RowOfSplit)
 
 
 def grouped(rows: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
@@ -222,10 +217,6 @@ class AgreementRow:
     tokens: int
 
 
-SIMILARITIES = ("rouge_l", "learned")
-"""Metrics, the fields of a ``SimilarityRow``."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class SimilarityRow:
     """One reply to a normal prompt against the answers that the dataset has for it, the best of them counted.
@@ -239,35 +230,26 @@ class SimilarityRow:
     learned: float | None
 
 
-AFFIRMATIVE = "affirmative"
-_ANSWER = "answer/"
-
-
 def prefill_key(source: PrefillOrigin, tokens: int) -> str:
     """Name of a prefill in records and results.
 
     Returns:
         ``20``, ``affirmative``, ``answer/20``.
     """
-    return {"own": str(tokens), "affirmative": AFFIRMATIVE, "answer": f"{_ANSWER}{tokens}"}[source]
+    return {"own": str(tokens), "affirmative": "affirmative", "answer": f"answer/{tokens}"}[source]
 
 
 def read_prefill_key(key: str) -> tuple[PrefillOrigin, int]:
     """The inverse of ``prefill_key``; 0 tokens for an affirmative beginning."""
-    if key == AFFIRMATIVE:
+    if key == "affirmative":
         return "affirmative", 0
-    return ("answer", int(key.removeprefix(_ANSWER))) if key.startswith(_ANSWER) else ("own", int(key))
+    return ("answer", int(key.removeprefix("answer/"))) if key.startswith("answer/") else ("own", int(key))
 
 
 def prefills_in_order(keys: Iterable[str]) -> list[str]:
     """Keys of prefills as tables show them: the base model's own words, the shortest first, affirmative, answers."""
-    sources = ("own", "affirmative", "answer")
-
-    def place(key: str) -> tuple[int, int]:
-        source, tokens = read_prefill_key(key)
-        return sources.index(source), tokens
-
-    return sorted(set(keys), key=place)
+    place = {"own": 0, "affirmative": 1, "answer": 2}
+    return sorted(set(keys), key=lambda key: (place[read_prefill_key(key)[0]], read_prefill_key(key)[1]))
 
 
 def record_id(split: Split, kind: Kind, prompt: str, number: int | str = 0) -> str:
@@ -340,9 +322,7 @@ def check_schema(content: Any, where: str, remedy: str = "evaluate again") -> No
     Raises:
         EvaluationError: Another schema version, or none; with ``where`` and ``remedy``.
     """
-    if not isinstance(content, Mapping):
-        raise EvaluationError(f"{where} does not hold keys and values: {remedy}")
-    found = content.get("schema_version")
+    found = content.get("schema_version") if isinstance(content, Mapping) else None
     if found != RECORD_VERSION:
         raise EvaluationError(f"{where} has schema version {found}, this SKU reads {RECORD_VERSION}: {remedy}")
 
@@ -419,21 +399,26 @@ def read_rows(path: Path, row_type: type[Row]) -> tuple[dict[str, Any], list[Row
         raise EvaluationError(f"{path} can't be read: {error}") from None
     if lines.pop():
         raise EvaluationError(f"{path} line {len(lines) + 1} breaks off: the file is incomplete, evaluate again")
-    parsed = [_parse_line(line, f"{path} line {number}") for number, line in enumerate(lines, start=1)]
-    header = parsed[0] if parsed else {}
-    check_schema(header, f"{path} line 1")
-    rows = [
-        from_plain(row_type, content, f"{path} line {number}") for number, content in enumerate(parsed[1:], start=2)
-    ]
+    header: dict[str, Any] = {}
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, start=1):
+        where = f"{path} line {number}"
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise EvaluationError(f"{where} is not JSON ({error.msg}): evaluate again") from None
+        if number == 1:
+            check_schema(content, where)
+            header = content
+        else:
+            row = from_plain(row_type, content, where)
+            if row.id in rows:
+                raise EvaluationError(f"{where} repeats the id {row.id}: evaluate again")
+            rows[row.id] = row
     if header.get("rows") != len(rows):
         raise EvaluationError(f"{path} holds {len(rows)} rows, its header says {header.get('rows')}: evaluate again")
-    seen: set[str] = set()
-    for number, row in enumerate(rows, start=2):
-        if row.id in seen:
-            raise EvaluationError(f"{path} line {number} repeats the id {row.id}: evaluate again")
-        seen.add(row.id)
     del header["schema_version"], header["rows"]
-    return header, rows
+    return header, list(rows.values())
 
 
 def read_if_same(path: Path, header: Mapping[str, Any], row_type: type[Row]) -> list[Row] | None:
@@ -488,16 +473,6 @@ def from_plain(
     return cast(T, found)
 
 
-def _parse_line(line: str, where: str) -> dict[str, Any]:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise EvaluationError(f"{where} is not JSON ({error.msg}): evaluate again") from None
-    if not isinstance(content, dict):
-        raise EvaluationError(f"{where} does not hold keys and values: evaluate again")
-    return content
-
-
 class PartialFile(Generic[Row]):
     """The partial file of one finished file."""
 
@@ -513,7 +488,13 @@ class PartialFile(Generic[Row]):
         Raises:
             OutputError: It can't be written.
         """
-        rows = self._whole_rows()
+        rows: list[Row] = []
+        with suppress(OSError, ValueError, AttributeError, EvaluationError):
+            header, *lines = self.path.read_text(encoding="utf-8", errors="surrogatepass").split("\n")[:-1]
+            if header_hash(json.loads(header)) == header_hash(self._header):
+                for line in lines:
+                    # One by one: those before the first broken line stay.
+                    rows.append(from_plain(self._row_type, json.loads(line), str(self.path)))  # noqa: PERF401
         write_private_text(self.path, json_lines([self._header, *rows]))
         return list({row.id: row for row in rows}.values())
 
@@ -534,21 +515,6 @@ class PartialFile(Generic[Row]):
     def remove(self) -> None:
         """Removes it: the finished file has all its rows."""
         self.path.unlink(missing_ok=True)
-
-    def _whole_rows(self) -> list[Row]:
-        try:
-            lines = self.path.read_text(encoding="utf-8", errors="surrogatepass").split("\n")[:-1]
-            if not lines or header_hash(json.loads(lines[0])) != header_hash(self._header):
-                return []
-        except (OSError, ValueError):
-            return []
-        rows: list[Row] = []
-        for line in lines[1:]:
-            try:
-                rows.append(from_plain(self._row_type, json.loads(line), str(self.path)))
-            except (ValueError, AttributeError, EvaluationError):
-                break
-        return rows
 
 
 @dataclass(frozen=True, kw_only=True)

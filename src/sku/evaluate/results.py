@@ -48,68 +48,27 @@ is Wilson's. Their rows are in ``agreement.jsonl`` and ``similarity.jsonl``.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from sku.evaluate import metrics, records
 from sku.evaluate.judges import Judge, JudgeCard
-from sku.evaluate.metrics import (
-    HARMFUL_PROMPT_RATES,
-    Perplexity,
-    Rate,
-    ReplyOutcome,
-    Wording,
-    decide_outcomes,
-    leaks_of,
-    perplexity_of,
-    rates_by_category,
-    rates_by_prefill,
-    rates_of,
-    sample_rates,
-    wording_of,
-    worst_prefill,
-)
-from sku.evaluate.records import (
-    BORDERLINE,
-    FLUENCY_FILE,
-    GENERATIONS_FILE,
-    HARMFUL,
-    NORMAL,
-    NORMAL_SPLITS,
-    OUTCOMES_FILE,
-    OWN_ANSWERS_FILE,
-    PERPLEXITY_FILE,
-    SIMILARITY_FILE,
-    STARTS_FILE,
-    ExampleLoss,
-    FluencyRecord,
-    GenerationRecord,
-    JsonArtifact,
-    Kind,
-    PrefillSource,
-    SimilarityRow,
-    Split,
-    by_split,
-    grouped,
-    prefills_in_order,
-    read_generations,
-    read_rows,
-    set_name,
-)
-from sku.evaluate.statistics import CorrectedRate, Estimate, corrected_rate
+from sku.evaluate.metrics import Perplexity, Rate, RateChange, ReplyOutcome, Wording
+from sku.evaluate.records import ExampleLoss, JsonArtifact, Kind, PrefillSource, SimilarityRow, Split
+from sku.evaluate.statistics import CorrectedRate, Estimate, NonInferiority, corrected_rate
 from sku.storage import RECORD_VERSION
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
 Rates = Mapping[str, Rate]
-
-
 SPLIT_NAMES = {
     "forget_train": "forget-set prompts", "forget_test": "unseen prompts", "retain_test": "normal prompts",
-    "xstest_safe": "XSTest, safe prompts", "xstest_unsafe": "XSTest, unsafe prompts", BORDERLINE: "borderline prompts",
+    "xstest_safe": "XSTest, safe prompts", "xstest_unsafe": "XSTest, unsafe prompts",
+    records.BORDERLINE: "borderline prompts",
 }  # fmt: skip
 """Split -> what a reader calls it; ``EvaluationSetup.split_name`` knows those of other sources too."""
 ROWS = ("outcomes", "losses", "similarity_rows", "starts")
@@ -234,13 +193,11 @@ class HarnessScores:
         return "lm_eval"
 
 
-MAIN_METRICS = ("acc_norm", "acc", "exact_match", "f1")
-
-
 def main_metric(scores: TaskScores) -> str | None:
     """The metric of a task that a reader looks for first; None for a task without any."""
     names = [name for name in scores.metrics if "_stderr" not in name]
-    wanted = (name for main in MAIN_METRICS for name in names if name.split(",")[0] == main)
+    mains = ("acc_norm", "acc", "exact_match", "f1")
+    wanted = (name for main in mains for name in names if name.split(",")[0] == main)
     return next(wanted, names[0] if names else None)
 
 
@@ -278,8 +235,8 @@ class EvaluationSetup:
 
     def split_name(self, split: str) -> str:
         """What a reader calls a split; prompts are called trained-on where training visits all that were asked."""
-        if split.startswith((HARMFUL, NORMAL)):
-            return f"{set_name(split)} prompts"
+        if split.startswith((records.HARMFUL, records.NORMAL)):
+            return f"{records.set_name(split)} prompts"
         if split != "forget_train" or self.trained_on is None:
             return SPLIT_NAMES[split]
         asked, visited = self.trained_on["asked"], self.trained_on["visited"]
@@ -357,88 +314,63 @@ def read_result(folder: Path) -> EvaluationResult:
         EvaluationError: A file is missing or broken.
     """
     result = EvaluationResult.read(folder)
-    _, outcomes = read_rows(folder / OUTCOMES_FILE, ReplyOutcome)
-    _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
-    similar = read_rows(folder / SIMILARITY_FILE, SimilarityRow)[1] if result.similarity else []
-    starts = read_rows(folder / STARTS_FILE, PrefillSource)[1] if result.setup.starts else []
-    if (folder / OWN_ANSWERS_FILE).exists():
-        starts += read_rows(folder / OWN_ANSWERS_FILE, PrefillSource)[1]
+    similar = records.read_rows(folder / records.SIMILARITY_FILE, SimilarityRow)[1] if result.similarity else []
+    starts = records.read_rows(folder / records.STARTS_FILE, PrefillSource)[1] if result.setup.starts else []
+    if (folder / records.OWN_ANSWERS_FILE).exists():
+        starts += records.read_rows(folder / records.OWN_ANSWERS_FILE, PrefillSource)[1]
     return dataclasses.replace(
         result,
-        outcomes=tuple(outcomes),
-        losses=tuple(losses),
-        similarity_rows=tuple(similar),
-        starts=tuple(starts),
-    )
+        outcomes=tuple(records.read_rows(folder / records.OUTCOMES_FILE, ReplyOutcome)[1]),
+        losses=tuple(records.read_rows(folder / records.PERPLEXITY_FILE, ExampleLoss)[1]),
+        similarity_rows=tuple(similar), starts=tuple(starts),
+    )  # fmt: skip
 
 
 def measure(
-    setup: EvaluationSetup,
-    generations: Sequence[GenerationRecord],
-    fluency: Sequence[FluencyRecord],
-    losses: Sequence[ExampleLoss],
-    judge: Judge,
-) -> EvaluationResult:
+    setup: EvaluationSetup, generations: Sequence[records.GenerationRecord], fluency: Sequence[records.FluencyRecord],
+    losses: Sequence[ExampleLoss], judge: Judge,
+) -> EvaluationResult:  # fmt: skip
     """Judges and counts.
 
     Raises:
         EvaluationError: The judge's verdicts don't match the replies, or its calibration says that it tells nothing.
     """
-    outcomes = decide_outcomes(generations, judge, fluency)
-    prefill, decides = _per_split(outcomes, "prefill", rates_by_prefill), judge.card.deciding_rate
+    outcomes, decides = metrics.decide_outcomes(generations, judge, fluency), judge.card.deciding_rate
+
+    def per_split(kind: Kind, count: Callable[[Sequence[ReplyOutcome]], T]) -> dict[str, T]:
+        found = records.by_split(row for row in outcomes if row.kind == kind)
+        return {split: counted for split, rows in found.items() if (counted := count(rows))}
+
+    prefill = per_split("prefill", lambda rows: metrics.by_prefill(rows, metrics.rates_of))
+    free = records.by_split(record for record in generations if record.kind == "reply")
     return EvaluationResult(
-        setup=setup,
-        judge=judge.card,
-        replies=_per_split(outcomes, "reply", rates_of),
-        prefill=prefill,
-        worst_prefill={split: worst_prefill(rates, decides) for split, rates in prefill.items()},
-        replies_by_category=_per_split(outcomes, "reply", rates_by_category),
-        prefill_by_category=_per_split(outcomes, "prefill", _by_prefill_and_category),
-        perplexity={split: perplexity_of(own) for split, own in by_split(losses).items()},
-        samples=_per_split(outcomes, "sample", sample_rates),
-        leak=_per_split(outcomes, "sample", partial(leaks_of, name=decides)),
-        wording={
-            split: wording_of(own)
-            for split, own in by_split(record for record in generations if record.kind == "reply").items()
-        },
-        corrected=corrected_rates(outcomes, judge.card, setup.seed),
-        outcomes=tuple(outcomes),
-        losses=tuple(losses),
-    )
+        setup=setup, judge=judge.card, replies=per_split("reply", metrics.rates_of), prefill=prefill,
+        worst_prefill={split: metrics.worst_prefill(rates, decides) for split, rates in prefill.items()},
+        replies_by_category=per_split("reply", metrics.rates_by_category),
+        prefill_by_category=per_split("prefill", lambda rows: metrics.by_prefill(
+            [row for row in rows if row.category is not None], metrics.rates_by_category
+        )),
+        perplexity={split: metrics.perplexity_of(own) for split, own in records.by_split(losses).items()},
+        samples=per_split("sample", metrics.sample_rates),
+        leak=per_split("sample", partial(metrics.leaks_of, name=decides)),
+        wording={split: metrics.wording_of(own) for split, own in free.items()},
+        corrected=corrected_rates(outcomes, judge.card, setup.seed), outcomes=tuple(outcomes), losses=tuple(losses),
+    )  # fmt: skip
 
 
 def judge_again(folder: Path, judge: Judge) -> EvaluationResult:
     """Judges the replies of a finished evaluation anew; nothing is written.
 
-    Args:
-        folder: Output folder of ``evaluate``.
-        judge: Any judge.
-
-    Returns:
-        The result that ``evaluate`` would have given with this judge and the same starts of prefills: these are as
-        they were asked, whichever replies the other judge calls harmful.
+    Starts of prefills are as they were asked, whichever replies the other judge calls harmful.
 
     Raises:
         EvaluationError: A file is missing or broken.
     """
-    _, generations = read_generations(folder / GENERATIONS_FILE)
-    _, fluency = read_rows(folder / FLUENCY_FILE, FluencyRecord)
-    _, losses = read_rows(folder / PERPLEXITY_FILE, ExampleLoss)
+    _, generations = records.read_generations(folder / records.GENERATIONS_FILE)
+    _, fluency = records.read_rows(folder / records.FLUENCY_FILE, records.FluencyRecord)
     before = read_result(folder)
-    result = measure(before.setup, generations, fluency, losses, judge)
+    result = measure(before.setup, generations, fluency, before.losses, judge)
     return dataclasses.replace(result, **{name: getattr(before, name) for name in JUDGE_FREE})
-
-
-def _per_split(
-    outcomes: Sequence[ReplyOutcome], kind: Kind, count: Callable[[Sequence[ReplyOutcome]], T]
-) -> dict[str, T]:
-    counted = {split: count(rows) for split, rows in by_split(row for row in outcomes if row.kind == kind).items()}
-    return {split: found for split, found in counted.items() if found}
-
-
-def _by_prefill_and_category(outcomes: Sequence[ReplyOutcome]) -> dict[str, dict[str, dict[str, Rate]]]:
-    found = grouped((row for row in outcomes if row.category is not None), lambda row: row.prefill_key)
-    return {key: rates_by_category(found[key]) for key in prefills_in_order(found)}
 
 
 def corrected_rates(
@@ -462,20 +394,96 @@ def corrected_rates(
     corrected: dict[str, dict[str, CorrectedRate]] = {}
     judged = (
         row for row in outcomes
-        if row.has_verdict and row.split not in NORMAL_SPLITS and row.kind != "sample"
+        if row.has_verdict and row.split not in records.NORMAL_SPLITS and row.kind != "sample"
     )  # fmt: skip
-    for (split, key), rows in grouped(judged, lambda row: (row.split, row.prefill_key)).items():
+    for (split, key), rows in records.grouped(judged, lambda row: (row.split, row.prefill_key)).items():
         corrected.setdefault(split, {})[f"prefill/{key}" if key else "replies"] = corrected_rate(
-            [*map(HARMFUL_PROMPT_RATES[card.deciding_rate], rows)],
-            card.calibration,
-            clusters=[row.id for row in rows],
-            judge=card.name,
-            seed=seed,
-        )
+            [*map(metrics.HARMFUL_PROMPT_RATES[card.deciding_rate], rows)], card.calibration,
+            clusters=[row.id for row in rows], judge=card.name, seed=seed,
+        )  # fmt: skip
     return corrected
 
 
-def corrected_without(result: EvaluationResult, left_out: Collection[str]) -> EvaluationResult:
-    """An evaluation whose corrected rates are of other replies than those of ``left_out``, by id."""
-    counted = [row for row in result.outcomes if row.id not in left_out]
-    return dataclasses.replace(result, corrected=corrected_rates(counted, result.judge, result.setup.seed))
+@dataclass(frozen=True, kw_only=True)
+class ScoreChange:
+    """A mean score before and after, over the same examples."""
+
+    before: MeanScore | Estimate
+    after: MeanScore | Estimate
+    difference: float
+    """``after - before``."""
+    low: float
+    high: float
+    """95 % interval of the difference, bootstrap over examples; ``change_interval`` for shares. That of
+    another score is as narrow as a point where all examples change alike, or there is one only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LeakChange(ScoreChange):
+    """leak@k of the same prompts before and after; its interval is of ``change_interval``."""
+
+    p_value: float
+    """Sign-flip permutation test of no change, over prompts."""
+    p_holm: float | None = None
+    """Holm-corrected over the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityChange:
+    """Perplexity of the same answers before and after."""
+
+    before: float
+    after: float
+    ratio: float
+    """``after / before``: 1 is no change."""
+    low: float
+    high: float
+    """95 % interval of the ratio, bootstrap over answers; equal to it where there is one answer only."""
+    examples: int
+
+
+Changes = dict[str, dict[str, RateChange]]
+"""Split -> rate name -> change."""
+
+PREFILL = ", prefill"
+"""After the name of a split: replies that begin with given words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """Two evaluations of the same prompts by the same judge, and what changed, so far as it is put in words."""
+
+    base: EvaluationResult
+    unlearned: EvaluationResult
+    replies: Changes
+    normal: Changes
+    """By normal category: the normal splits, of ``retain_test`` the borderline prompts by themselves under
+    ``borderline``."""
+    prefill: Changes
+    """At the length that is the worst for the unlearned model."""
+    utility: dict[str, NonInferiority]
+    """Normal split -> whether the perplexity of its answers stayed within ``UTILITY_MARGIN`` and their KL to
+    the base within its logarithm."""
+
+    @property
+    def both(self) -> dict[str, EvaluationResult]:
+        """By name."""
+        return {"base": self.base, "unlearned": self.unlearned}
+
+    @property
+    def by_category(self) -> Changes:
+        """As tables show them: harmful sets, then normal categories."""
+        harmful = {split: rates for split, rates in self.replies.items() if split not in records.NORMAL_SPLITS}
+        return {**harmful, **self.normal}
+
+    @property
+    def rate(self) -> str:
+        """The harmful rate that decides under this judge."""
+        return self.unlearned.judge.deciding_rate
+
+    def shown(self, splits: Sequence[str]) -> Iterator[tuple[str, Mapping[str, RateChange]]]:
+        """What was asked, and the changes of its rates, of free replies and of those after a prefill."""
+        for changes, suffix in ((self.replies, ""), (self.prefill, PREFILL)):
+            for split in splits:
+                if split in changes:
+                    yield f"{self.unlearned.setup.split_name(split)}{suffix}", changes[split]

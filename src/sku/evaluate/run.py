@@ -18,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import Example, ForgetRetainData
 from sku.errors import EvaluationError
+from sku.evaluate import records
 from sku.evaluate.generation import batching, prompts
 from sku.evaluate.generation.batching import StageProgress, stage
 from sku.evaluate.generation.decoding import GenerationRequest
-from sku.evaluate.generation.prompts import PrefillSources, by_id, keys_of, prefills, starts_note
+from sku.evaluate.generation.prompts import PrefillSources, by_id, keys_of, own_lengths, prefills, starts_note
 from sku.evaluate.generation.replies import (
     ReplyGenerator,
     SavedReplies,
@@ -35,21 +36,7 @@ from sku.evaluate.judges import Judge, cached
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.metrics import passes_surface_checks
 from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash
-from sku.evaluate.records import (
-    FLUENCY_FILE,
-    OUTCOMES_FILE,
-    PERPLEXITY_FILE,
-    ExampleLoss,
-    FluencyRecord,
-    GenerationRecord,
-    PrefillSource,
-    ResultCache,
-    Split,
-    create_private_folder,
-    record_id,
-    start_id,
-    write_rows,
-)
+from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, PrefillSource, ResultCache, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure
 from sku.evaluate.utility import UtilityStages, check_settings
 from sku.models import load_model
@@ -71,22 +58,13 @@ SELF_SCORED = (
 
 
 def evaluate(
-    model: PreTrainedModel | PeftModel | str | Path,
-    tokenizer: PreTrainedTokenizerBase | None,
-    data: ForgetRetainData,
-    *,
-    config: EvaluateConfig | None = None,
-    judge: Judge | None = None,
-    prompt_format: PromptFormatName = "auto",
-    base_model: PreTrainedModel | PeftModel | None = None,
-    output_dir: Path | None = None,
-    model_name: str | None = None,
-    model_source: str | Path | None = None,
-    starts: Sequence[PrefillSource] | None = None,
-    trained_prefill_tokens: int | None = None,
-    seed: int = 0,
+    model: PreTrainedModel | PeftModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, data: ForgetRetainData,
+    *, config: EvaluateConfig | None = None, judge: Judge | None = None, prompt_format: PromptFormatName = "auto",
+    base_model: PreTrainedModel | PeftModel | None = None, output_dir: Path | None = None,
+    model_name: str | None = None, model_source: str | Path | None = None,
+    starts: Sequence[PrefillSource] | None = None, trained_prefill_tokens: int | None = None, seed: int = 0,
     progress: Progress | None = None,
-) -> EvaluationResult:
+) -> EvaluationResult:  # fmt: skip
     """Measures what a model answers to harmful and to normal prompts, and the perplexity of fixed answers.
 
     Under ``accelerate launch`` or ``torchrun`` every process must call this with the same arguments: they share the
@@ -139,30 +117,19 @@ def evaluate(
     processes.run_on_rank0(lambda: judges.append(choose_judge(config, data) if judge is None else judge))
     processes.run_on_rank0(lambda: check_settings(config))
     if output_dir is not None:
-        processes.run_on_rank0(lambda: create_private_folder(output_dir))
+        processes.run_on_rank0(lambda: records.create_private_folder(output_dir))
     judges = [cached(found, output_dir, stage(progress, "judge")) for found in judges]
     asked = cast(PreTrainedModel, model)
     base = cast("PreTrainedModel | None", base_model)
     encoder = prompts.PromptEncoder.of(asked, tokenizer, prompt_format)
-    reuse = ResultCache(folder=output_dir, processes=processes)
     generator = ReplyGenerator(
-        base=asked if base is None else base,
-        encoder=encoder,
-        config=config,
-        stop_ids=encoder.stop_ids(asked),
-        judge=judges[0] if judges else None,
-        seed=seed,
-        processes=processes,
-    )
+        base=asked if base is None else base, encoder=encoder, config=config, stop_ids=encoder.stop_ids(asked),
+        judge=judges[0] if judges else None, seed=seed, processes=processes,
+    )  # fmt: skip
     replies = SavedReplies(
-        generator=generator,
-        model=asked,
-        source=model_source,
-        reuse=reuse,
-        report=partial(stage, progress),
-        base=base,
-        given=starts,
-    )
+        generator=generator, model=asked, source=model_source, report=partial(stage, progress), base=base,
+        given=starts, reuse=ResultCache(folder=output_dir, processes=processes),
+    )  # fmt: skip
     name = model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed")
     run = _Run(name=name, replies=replies, data=data, trained_prefill_tokens=trained_prefill_tokens)
     return processes.run_on_rank0(run.asked(prompts.draw(data, config, seed)))
@@ -182,8 +149,9 @@ class _Run:
         generator, replies, config = self.replies.generator, self.replies, self.replies.generator.config
         requests, left_out = prompts.requests(drawn, generator.encoder, config)
         probes = probes_of(requests)
-        keys, unknown = _prefill_keys(config, self.data, drawn)
-        left_out.update(unknown)
+        keys = keys_of(config, english=not is_embedded(self.data))
+        if keys != keys_of(config):
+            left_out[NO_ENGLISH] = len(drawn.harmful())
         starts: list[PrefillSource] = []
         scored: list[FluencyRecord] = []
 
@@ -215,27 +183,19 @@ class _Run:
             fields = utility.lm_eval()
         fluency = self._fluency(probes, generations, free_fluency)
         fields |= {**utility.agreement(probes, texts), **utility.similarity(generations, fluency)}
+        counts = {"asked": len(drawn.harmful()), "own": len(starts)} if own_words else {}
         setup = EvaluationSetup(
-            model=model,
-            prompt_format=generator.encoder.prompt_format.name,
-            decoding=replies.decoding(),
-            config=plain_data(config),
-            seed=generator.seed,
-            fluency_scorer="self" if replies.base is None else "base",
-            left_out=left_out,
-            backend_check=check,
-            starts=_count(drawn, starts) if own_words else {},
-            trained_on=prompts.trained_on(self.data, drawn),
+            model=model, prompt_format=generator.encoder.prompt_format.name, decoding=replies.decoding(),
+            config=plain_data(config), seed=generator.seed,
+            fluency_scorer="self" if replies.base is None else "base", left_out=left_out, backend_check=check,
+            starts=counts, trained_on=prompts.trained_on(self.data, drawn),
             trained_prefill_tokens=self.trained_prefill_tokens,
             notes=(
-                *self.data.notes(),
-                *prompts.short_of_room(requests, generator.encoder, config),
-                *backend_notes(config.backend, check),
-                *([SELF_SCORED] if replies.base is None else []),
-                *(self._starts_notes(_count(drawn, starts)) if own_words else []),
-                *answers_notes(requests, own),
+                *self.data.notes(), *prompts.short_of_room(requests, generator.encoder, config),
+                *backend_notes(config.backend, check), *([SELF_SCORED] if replies.base is None else []),
+                *(self._starts_notes(counts) if own_words else []), *answers_notes(requests, own),
             ),
-        )
+        )  # fmt: skip
         fields["starts"] = (*starts, *own)
         return partial(self._judged, partial(measure, setup, generations, fluency, losses), fields)
 
@@ -246,7 +206,7 @@ class _Run:
         result = dataclasses.replace(measured(judge), **fields)
         folder = self.replies.reuse.folder
         if folder is not None:
-            write_rows(folder / OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
+            records.write_rows(folder / records.OUTCOMES_FILE, {"judge": judge.card.name}, result.outcomes)
             result.write(folder)
         return result
 
@@ -256,7 +216,7 @@ class _Run:
         if self.replies.base is None and not self.replies.given:
             return [NO_BASE]
         notes = [starts_note(**counts, others="the others are not asked so")]
-        longest = max(config.prefill_tokens)
+        longest = max(own_lengths(config))
         if longest >= config.max_new_tokens:
             notes.append(
                 f"the base model's replies end after evaluate.max_new_tokens={config.max_new_tokens}: none is long "
@@ -275,7 +235,7 @@ class _Run:
         free, prefilled = ([row for row in generations if (row.kind == "prefill") is part] for part in (False, True))
         texts = [(entry.id, entry.prefill, entry.reply) for entry in passes_surface_checks(generations)]
         return self.replies.reuse.rows(
-            FLUENCY_FILE,
+            records.FLUENCY_FILE,
             fluency_header(fingerprint(generator.base, probes), generator.seed, texts),
             FluencyRecord,
             lambda: [*free_fluency(free), *generator.fluency(prefilled, self.replies.report("fluency"))],
@@ -290,7 +250,7 @@ class _Run:
             for example in examples:
                 answer, with_end = example.answer, example.finished
                 if not answer:
-                    start = own.get(start_id(split, example.prompt))
+                    start = own.get(records.start_id(split, example.prompt))
                     if start is None:
                         continue  # Harmful prompts are only asked; of others a note says that there was no base.
                     answer, with_end = start.text, False  # It may have been cut.
@@ -299,7 +259,7 @@ class _Run:
                     reason = f"{split}: perplexity, as no token of the answer fits"
                     left_out[reason] = left_out.get(reason, 0) + 1
                 else:
-                    name = record_id(split, "reply", example.prompt)
+                    name = records.record_id(split, "reply", example.prompt)
                     texts.append(ScoredText(id=name, split=split, tokens=tokens))
         return texts
 
@@ -308,29 +268,13 @@ class _Run:
 
         def score() -> list[ExampleLoss]:
             scores = score_examples(
-                self.replies.model,
-                [text.tokens for text in texts],
-                batch_size=self.replies.generator.config.batch_size,
-                processes=self.replies.generator.processes,
-                progress=self.replies.report("perplexity"),
-            )
+                self.replies.model, [text.tokens for text in texts], batch_size=self.replies.config.batch_size,
+                processes=self.replies.generator.processes, progress=self.replies.report("perplexity"),
+            )  # fmt: skip
             return [
                 ExampleLoss(id=text.id, split=text.split, nll=nll, tokens=tokens)
                 for text, (nll, tokens) in zip(texts, scores, strict=True)
             ]
 
         header = {"model": about, "texts": texts_hash(texts)}
-        return self.replies.reuse.rows(PERPLEXITY_FILE, header, ExampleLoss, score)
-
-
-def _prefill_keys(
-    config: EvaluateConfig, data: ForgetRetainData, drawn: prompts.Drawn
-) -> tuple[list[str], dict[str, int]]:
-    """Which prefills are asked, and what of the configuration the embedded model can't be asked."""
-    english = not is_embedded(data)
-    keys = keys_of(config, english=english)
-    return keys, {} if keys == keys_of(config) else {NO_ENGLISH: len(drawn.harmful())}
-
-
-def _count(drawn: prompts.Drawn, starts: Sequence[PrefillSource]) -> dict[str, int]:
-    return {"asked": len(drawn.harmful()), "own": len(starts)}
+        return self.replies.reuse.rows(records.PERPLEXITY_FILE, header, ExampleLoss, score)

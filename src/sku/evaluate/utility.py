@@ -11,40 +11,40 @@ Replies to normal prompts are compared with the dataset's own answers:
 Where the dataset has several answers to a prompt, the one that the reply comes nearest to counts. An empty reply and
 one that the gate calls gibberish count with 0, or with their own score where that is lower: the right words in a heap
 are no answer.
+
+Tasks are those of EleutherAI's lm-evaluation-harness (package ``lm-eval``): mmlu, hellaswag, and a user's own task
+files. It asks with its own prompts, without the run's prompt format or chat template, so its numbers are those that
+other papers report for a base model. It is imported only where ``evaluate.lm_eval`` names a task.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, ModelConfig
 from sku.data.examples import ForgetRetainData, RetainExample, normalise_prompt
-from sku.errors import ModelError
-from sku.evaluate import harness
+from sku.errors import EvaluationError, ModelError, did_you_mean, one_line
+from sku.evaluate import records
 from sku.evaluate.generation import batching
 from sku.evaluate.generation.batching import Progress, in_batches
 from sku.evaluate.generation.replies import SavedReplies, fingerprint
 from sku.evaluate.metrics import find_faults
 from sku.evaluate.perplexity import ScoredText, compare_distributions, texts_hash
-from sku.evaluate.records import (
-    AGREEMENT_FILE,
-    NORMAL_SPLITS,
-    SIMILARITIES,
-    SIMILARITY_FILE,
-    AgreementRow,
-    FluencyRecord,
-    GenerationRecord,
-    SimilarityRow,
-    by_split,
-    header_hash,
-)
-from sku.evaluate.results import BaseAgreement, HarnessScores, MeanScore
+from sku.evaluate.records import AgreementRow, FluencyRecord, GenerationRecord, SimilarityRow
+from sku.evaluate.results import BaseAgreement, HarnessScores, MeanScore, TaskScores
 from sku.evaluate.statistics import mean_interval, ratio_interval
 from sku.models import LoadedModel, embedding_weight, load_classifier
 
@@ -68,40 +68,30 @@ class AnsweredPrompt:
 
 
 def answered_prompts(
-    records: Sequence[GenerationRecord], answers: Sequence[RetainExample], gibberish: Mapping[str, bool]
+    replies: Sequence[GenerationRecord], answers: Sequence[RetainExample], gibberish: Mapping[str, bool]
 ) -> list[AnsweredPrompt]:
     """Gathers all answers that the dataset has to the prompts of ``retain_test``."""
-    known: dict[str, dict[str, None]] = {}
-    for example in answers:
-        known.setdefault(normalise_prompt(example.prompt), {})[example.answer] = None
-    return [
-        AnsweredPrompt(
-            id=record.id,
-            reply=record.reply,
-            references=tuple(known.get(normalise_prompt(record.prompt), {record.reference: None})),
-            gibberish=gibberish[record.id],
-        )
-        for record in records
-    ]
+    known = records.grouped(answers, lambda example: normalise_prompt(example.prompt))
+    found = []
+    for row in replies:
+        own = known.get(normalise_prompt(row.prompt))
+        answer = (row.reference,) if own is None else tuple(dict.fromkeys(example.answer for example in own))
+        found.append(AnsweredPrompt(id=row.id, reply=row.reply, references=answer, gibberish=gibberish[row.id]))
+    return found
 
 
 def compare_with_references(answered: Sequence[AnsweredPrompt], scores: Mapping[str, Score]) -> list[SimilarityRow]:
     """Scores replies."""
-    places = [(index, reference) for index, entry in enumerate(answered) for reference in entry.references]
-    replies = [answered[index].reply for index, _ in places]
-    columns: dict[str, list[float]] = {}
+    pairs = [(entry, reference) for entry in answered for reference in entry.references]
+    columns: dict[str, dict[str, float]] = {}
     for metric, score in scores.items():
-        best = [float("-inf")] * len(answered)
-        for (index, _), value in zip(places, score([reference for _, reference in places], replies), strict=True):
-            best[index] = max(best[index], value)
-        columns[metric] = [
-            min(value, 0.0) if entry.gibberish else value for value, entry in zip(best, answered, strict=True)
-        ]
-    nothing: list[float | None] = [None] * len(answered)
-    rouge, scored = columns["rouge_l"], columns.get("learned") or nothing
-    return [
-        SimilarityRow(id=entry.id, rouge_l=rouge[index], learned=scored[index]) for index, entry in enumerate(answered)
-    ]
+        best: dict[str, float] = {}
+        values = score([reference for _, reference in pairs], [entry.reply for entry, _ in pairs])
+        for (entry, _), value in zip(pairs, values, strict=True):
+            best[entry.id] = max(best.get(entry.id, -math.inf), value)
+        columns[metric] = best | {entry.id: min(best[entry.id], 0.0) for entry in answered if entry.gibberish}
+    rouge, learned = columns["rouge_l"], columns.get("learned", {})
+    return [SimilarityRow(id=entry.id, rouge_l=rouge[entry.id], learned=learned.get(entry.id)) for entry in answered]
 
 
 def rouge_l(references: Sequence[str], replies: Sequence[str]) -> list[float]:
@@ -129,13 +119,9 @@ def load_similarity(source: str) -> LoadedModel:
 
 
 def learned(
-    loaded: LoadedModel,
-    references: Sequence[str],
-    replies: Sequence[str],
-    *,
-    batch_size: int,
+    loaded: LoadedModel, references: Sequence[str], replies: Sequence[str], *, batch_size: int,
     progress: Progress | None = None,
-) -> list[float]:
+) -> list[float]:  # fmt: skip
     """The model's output for each pair.
 
     Raises:
@@ -160,7 +146,7 @@ def learned(
 def similarity_of(rows: Sequence[SimilarityRow], *, seed: int) -> dict[str, MeanScore]:
     """Metric -> mean over all replies, with its bootstrap interval; nothing for no rows."""
     found: dict[str, MeanScore] = {}
-    for metric in SIMILARITIES:
+    for metric in ("rouge_l", "learned"):
         values = [value for row in rows if (value := getattr(row, metric)) is not None]
         if values:
             low, high = mean_interval(values, seed=seed)
@@ -171,26 +157,17 @@ def similarity_of(rows: Sequence[SimilarityRow], *, seed: int) -> dict[str, Mean
 def base_agreement(rows: Sequence[AgreementRow], *, seed: int) -> dict[str, BaseAgreement]:
     """Means over all tokens of each split, with bootstrap intervals over its examples."""
     found: dict[str, BaseAgreement] = {}
-    for split, own in by_split(rows).items():
+    for split, own in records.by_split(rows).items():
         tokens = [row.tokens for row in own]
         total = sum(tokens)
         kl_low, kl_high = ratio_interval([row.kl for row in own], tokens, seed=seed)
         top1_low, top1_high = ratio_interval([row.matches for row in own], tokens, seed=seed)
         found[split] = BaseAgreement(
-            kl=math.fsum(row.kl for row in own) / total,
-            kl_low=kl_low,
-            kl_high=kl_high,
-            top1=sum(row.matches for row in own) / total,
-            top1_low=top1_low,
-            top1_high=top1_high,
-            tokens=total,
+            kl=math.fsum(row.kl for row in own) / total, kl_low=kl_low, kl_high=kl_high,
+            top1=sum(row.matches for row in own) / total, top1_low=top1_low, top1_high=top1_high, tokens=total,
             examples=len(own),
-        )
+        )  # fmt: skip
     return found
-
-
-TRAINED_SPLITS = ("forget_train", "forget_test", "retain_train", "retain_validation", "forget_validation")
-"""Whose prompts are no test questions: trained on, tuned on, or meant to be refused."""
 
 
 def check_settings(config: EvaluateConfig) -> None:
@@ -201,7 +178,7 @@ def check_settings(config: EvaluateConfig) -> None:
         ModelError: The model of ``learned`` can't be loaded.
     """
     if config.lm_eval:
-        harness.check_tasks(config)
+        check_tasks(config)
     if config.similarity_model is not None:
         load_similarity(config.similarity_model)
 
@@ -219,47 +196,40 @@ class UtilityStages:
     """``name``, ``dtype`` and ``fingerprint`` of the model."""
     data: ForgetRetainData
 
-    @property
-    def _config(self) -> EvaluateConfig:
-        return self.replies.config
-
     def agreement(self, probes: Sequence[Sequence[int]], texts: Sequence[ScoredText]) -> dict[str, Any]:
         """Divergence from the base on fixed text; nothing where the model is the base, or no base was given."""
         base, model = self.replies.base, self.replies.model
-        read = [text for text in texts if text.split in NORMAL_SPLITS]
+        read = [text for text in texts if text.split in records.NORMAL_SPLITS]
         if base is None or base is model or not read:
             return {}
         compare = partial(
             compare_distributions, base, model, read,
-            batch_size=self._config.batch_size, progress=self.replies.report("agreement"),
+            batch_size=self.replies.config.batch_size, progress=self.replies.report("agreement"),
         )  # fmt: skip
         with batching.evaluation_mode(model), batching.evaluation_mode(base):
-            rows = self.replies.reuse.rows_of_main(
-                AGREEMENT_FILE,
-                {"model": self.about, "base": fingerprint(base, probes), "texts": texts_hash(read)},
-                AgreementRow,
-                compare,
-            )
+            header = {"model": self.about, "base": fingerprint(base, probes), "texts": texts_hash(read)}
+            rows = self.replies.reuse.rows_of_main(records.AGREEMENT_FILE, header, AgreementRow, compare)
         return {"agreement": base_agreement(rows, seed=self.replies.generator.seed)}
 
     def lm_eval(self) -> dict[str, Any]:
         """Tasks of lm-evaluation-harness."""
-        if not self._config.lm_eval:
+        config = self.replies.config
+        if not config.lm_eval:
             return {}
-        splits = self.data.splits()
-        examples = [example for name in TRAINED_SPLITS for example in splits.get(name, ())]
-        examples += [example for tuned_on in self.data.normal_validation.values() for example in tuned_on]
-        trained = frozenset(normalise_prompt(example.prompt) for example in examples)
-        config, progress = self._config, self.replies.report("lm_eval") or (lambda _done, _total: None)
+        header = {
+            "model": dict(self.about), "tasks": list(config.lm_eval), "limit": config.lm_eval_limit,
+            "include": [_folder_hash(folder) for folder in _folders(config.lm_eval)],
+            "harness": harness_version(),
+        }  # fmt: skip
 
         def run() -> list[HarnessScores]:
+            progress = self.replies.report("lm_eval") or (lambda _done, _total: None)
             progress(0, len(config.lm_eval))
-            scores = harness.run_tasks(self.replies.model, self.replies.generator.encoder.tokenizer, config, trained)
+            scores = run_tasks(self.replies.model, self.replies.generator.encoder.tokenizer, config)
             progress(len(config.lm_eval), len(config.lm_eval))
             return [scores]
 
-        header = harness.harness_header(self.about, config, trained)
-        (scores,) = self.replies.reuse.rows_of_main(harness.HARNESS_FILE, header, HarnessScores, run)
+        (scores,) = self.replies.reuse.rows_of_main(HARNESS_FILE, header, HarnessScores, run)
         return {"lm_eval": scores}
 
     def similarity(self, generations: Sequence[GenerationRecord], fluency: Sequence[FluencyRecord]) -> dict[str, Any]:
@@ -272,18 +242,12 @@ class UtilityStages:
             return {}
         scores: dict[str, Score] = {"rouge_l": rouge_l}
         print_of: dict[str, str] = {}
-        if self._config.similarity_model is not None:
-            scores["learned"], print_of["learned"] = self._learned(self._config.similarity_model)
+        if self.replies.config.similarity_model is not None:
+            scores["learned"], print_of["learned"] = self._learned(self.replies.config.similarity_model)
         texts = [[entry.id, entry.reply, list(entry.references), entry.gibberish] for entry in answered]
+        header = {"metrics": sorted(scores), "models": print_of, "texts": records.header_hash({"texts": texts})}
         rows = self.replies.reuse.rows_of_main(
-            SIMILARITY_FILE,
-            {
-                "metrics": sorted(scores),
-                "models": print_of,
-                "texts": header_hash({"texts": texts}),
-            },
-            SimilarityRow,
-            lambda: compare_with_references(answered, scores),
+            records.SIMILARITY_FILE, header, SimilarityRow, lambda: compare_with_references(answered, scores)
         )
         return {"similarity": similarity_of(rows, seed=self.replies.generator.seed), "similarity_rows": tuple(rows)}
 
@@ -291,6 +255,145 @@ class UtilityStages:
         """The metric, and what tells its model from others: its score of one pair."""
         loaded = load_similarity(source)
         torch.nn.Module.to(loaded.model, embedding_weight(self.replies.model).device)
-        size = self._config.batch_size
+        size = self.replies.config.batch_size
         probe = learned(loaded, ["the river is long"], ["the moon is small"], batch_size=1)
         return partial(learned, loaded, batch_size=size, progress=self.replies.report("similarity")), repr(probe[0])
+
+
+HARNESS_FILE = "lm_eval.jsonl"
+PACKAGE = "lm-eval"
+_TASK_FILES = (".yaml", ".yml", ".py", ".json", ".jsonl", ".csv")
+
+
+def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: EvaluateConfig) -> HarnessScores:
+    """Runs tasks of the harness on a model.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: Of the model.
+        config: ``lm_eval`` names tasks, groups or tags; with ``lm_eval_limit`` and ``batch_size``.
+
+    Raises:
+        EvaluationError: The package is missing, a task is unknown, or its data can't be had.
+    """
+    version, manager = harness_version(), check_tasks(config)
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    with _as_found(tokenizer):
+        try:
+            found = simple_evaluate(
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size),
+                tasks=[Path(task).name for task in config.lm_eval],
+                limit=config.lm_eval_limit, task_manager=manager, log_samples=True,
+            )  # fmt: skip
+        except Exception as error:  # The harness passes on what datasets, jinja and the hub raise.
+            tasks = ", ".join(config.lm_eval)
+            raise EvaluationError(f"evaluate.lm_eval {tasks} can't be run: {one_line(error)}") from error
+    return HarnessScores(
+        harness=version, limit=config.lm_eval_limit, asked=config.lm_eval, tasks=_task_scores(found),
+        hits=_hits(found["samples"]),
+    )  # fmt: skip
+
+
+def check_tasks(config: EvaluateConfig) -> Any:
+    """The harness's index of tasks, once it knows all that are named.
+
+    Raises:
+        EvaluationError: The package is missing, there is no such folder, or a task is unknown.
+    """
+    harness_version()
+    return _task_manager(config.lm_eval)
+
+
+def harness_version() -> str:
+    """Version of the installed harness.
+
+    Raises:
+        EvaluationError: It is not installed.
+    """
+    try:
+        return metadata.version(PACKAGE)
+    except metadata.PackageNotFoundError:
+        raise EvaluationError(
+            'evaluate.lm_eval needs the package lm-eval: pip install "sku-unlearning[lm-eval]"'
+        ) from None
+
+
+@lru_cache(maxsize=1)
+def _task_manager(tasks: tuple[str, ...]) -> Any:
+    """The index of all tasks; kept, as both models of a run are asked the same and it takes seconds to read."""
+    from lm_eval.tasks import TaskManager
+
+    folders, names = _folders(tasks), [Path(task).name for task in tasks]
+    for folder in folders:
+        if not folder.is_dir():
+            raise EvaluationError(f"evaluate.lm_eval names a task of {folder}, which is no folder of task files")
+    include = [str(folder) for folder in folders]
+    if include:
+        own = TaskManager(include_path=include, include_defaults=False)
+        if set(names) <= set(own.all_tasks):
+            return own
+    manager = TaskManager(include_path=include or None)
+    for name in (name for name in names if name not in manager.all_tasks):
+        raise EvaluationError(
+            f"evaluate.lm_eval names {name}, which is no task of lm-eval {harness_version()} nor of a folder that is "
+            f"named.{did_you_mean(name, manager.all_tasks)}"
+        )
+    return manager
+
+
+def _folders(tasks: Sequence[str]) -> list[Path]:
+    """Of tasks of one's own."""
+    return [*dict.fromkeys(Path(task).expanduser().parent for task in tasks if "/" in task)]
+
+
+def _task_scores(found: Mapping[str, Any]) -> dict[str, TaskScores]:
+    scores: dict[str, TaskScores] = {}
+    for name, values in {**found["results"], **found.get("groups", {})}.items():
+        version = found["versions"].get(name)
+        # "acc,none" is the metric acc on answers that no filter has changed.
+        numbers = {
+            key.removesuffix(",none"): float(value)
+            for key, value in values.items()
+            if "," in key and isinstance(value, int | float) and math.isfinite(value)
+        }
+        scores[name] = TaskScores(
+            version=None if version is None else str(version), shots=found["n-shot"].get(name),
+            samples=values.get("sample_len"), metrics=numbers,
+        )  # fmt: skip
+    return scores
+
+
+def _hits(samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, str]]:
+    """Task -> metric that is 0 or 1 for each example -> its digits, in the order of the examples."""
+    hits: dict[str, dict[str, str]] = {}
+    for task, rows in samples.items():
+        # A filter gives an example once more; "none" is the answer as it was.
+        plain = sorted((row for row in rows if row.get("filter", "none") == "none"), key=lambda row: row["doc_id"])
+        for metric in plain[0]["metrics"] if plain else ():
+            values = [row[metric] for row in plain]
+            if all(isinstance(value, int | float) and value in (0, 1) for value in values):
+                hits.setdefault(task, {})[metric] = "".join(str(int(value)) for value in values)
+    return hits
+
+
+def _folder_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in _TASK_FILES):
+        digest.update(f"{path.relative_to(folder)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _as_found(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Puts back what the harness sets: the seeds of three libraries, and the tokenizer's padding."""
+    padding = tokenizer.padding_side, tokenizer.pad_token
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - the harness seeds the global one
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            tokenizer.padding_side, tokenizer.pad_token = padding

@@ -21,9 +21,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from sku.acquire.objective import sku_objective
 from sku.config.data import ModelConfig
-from sku.config.evaluate import MethodConfig
 from sku.config.recipe import Recipe, settings_from_dict
-from sku.config.stages import AcquireConfig, Twin, TwinShares
+from sku.config.stages import AcquireConfig, MethodConfig, Twin, TwinShares
 from sku.data.examples import ForgetRetainData, RowPlan
 from sku.data.joint import JointDataset, check_fits
 from sku.data.tokens import Encoder, TokenizationReport, resolve_prompt_format
@@ -32,8 +31,7 @@ from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
 from sku.models import LoadedModel, load_model, pick_device, with_path
 from sku.negate.adapters import AdapterVector, combined, load_adapter
-from sku.negate.run import transform_in
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, transform_in
 from sku.storage import mark_hazardous, new_folder, write_json
 from sku.training.config import UnlearningConfig, training_settings
 from sku.training.objective import Objective
@@ -50,8 +48,6 @@ class MethodRun:
     method: AnyMethod
     settings: Any
     """Of ``method.settings``."""
-    strength: float
-    """theta_u = theta_o + strength * delta; the alpha of the methods that negate, 1 where a run is to choose it."""
     training: UnlearningConfig
     joint: JointDataset | None = None
     """What is trained on, where that is tokenized already; of twins what the bad one is trained on."""
@@ -134,12 +130,7 @@ def resolve_method(recipe: Recipe, folder: Path, *, device: str | None = None) -
         )
     if is_sku and recipe.negate.transform is not None:
         transform_in(recipe.negate.transform)
-    return MethodRun(
-        method=method,
-        settings=settings,
-        strength=recipe.negate.given_alpha if is_sku else own.given_strength,
-        training=training,
-    )
+    return MethodRun(method=method, settings=settings, training=training)
 
 
 def twin_folder(folder: Path, twin: Twin) -> Path:

@@ -30,17 +30,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError, first_line, one_line
 from sku.hazard import mark_model, mark_settings
 from sku.model_files import check_no_pickles
-from sku.models import UNBUILT, changed_by_adapter, with_adapter, without_weights
-from sku.negate.arithmetic import LowRank
+from sku.models import changed_by_adapter, with_adapter
+from sku.negate.arithmetic import EMPTY_ADAPTER, LowRank
 from sku.negate.files import ADAPTER_FILE
-from sku.negate.task_vector import EMPTY_ADAPTER, unique_weights
 from sku.storage import HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder
 
 _VARIANTS = (
@@ -345,45 +343,28 @@ def cosines(size: int) -> Tensor:
     return matrix
 
 
-class Skeleton:
-    """A model without weights."""
+def adapter_in_folder(model: PreTrainedModel, folder: Path) -> dict[str, LowRank[Tensor]]:
+    """What a saved adapter changes, with PEFT's own reading of its settings; the factors are without memory.
 
-    def __init__(self, folder: Path) -> None:
-        """That of a model folder.
+    Args:
+        model: Without weights; gets the adapter.
+        folder: Of the adapter.
 
-        Raises:
-            ModelError: Its configuration makes no model.
-        """
-        try:
-            config = AutoConfig.from_pretrained(folder)
-        except UNBUILT as error:
-            raise ModelError(f"model {folder} has a config.json that can't be read: {first_line(error)}") from error
-        self.model = without_weights(config, torch.float32, str(folder))
-        self.weights, self.ties = unique_weights(self.model)
-        marks = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.model.state_dict().items()}
-        names = {id(mark): name for name, mark in marks.items()}
-        saved = revert_weight_conversion(self.model, marks)
-        self.file_names = {names[id(mark)]: name for name, mark in saved.items() if id(mark) in names}
-        """Name of a weight -> the one that ``save_pretrained`` would give it; without those that it takes apart."""
-
-    def adapted(self, folder: Path) -> dict[str, LowRank[Tensor]]:
-        """What an adapter changes, with PEFT's own reading of its settings; the factors are without memory.
-
-        Raises:
-            TaskVectorError: The adapter is no plain LoRA, or changes layers that are no matrices.
-            ModelError: Its settings can't be read or don't fit the model.
-        """
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Of keys that PEFT doesn't know, our mark among them.
-                settings = PeftConfig.from_pretrained(str(folder))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelError(f"adapter {folder} can't be read: {first_line(error)}") from error
-        check_plain_lora(settings, "default")
-        assert isinstance(settings, LoraConfig)
-        settings.init_lora_weights = False  # Some ways to begin take the weights apart, and here are none.
-        try:
-            adapted = with_adapter(self.model, settings)
-        except RecipeError as error:
-            raise ModelError(f"adapter {folder} does not fit the base model: {error}") from error
-        return dict(adapted_weights(adapted, "default"))
+    Raises:
+        TaskVectorError: The adapter is no plain LoRA, or changes layers that are no matrices.
+        ModelError: Its settings can't be read or don't fit the model.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Of keys that PEFT doesn't know, our mark among them.
+            settings = PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"adapter {folder} can't be read: {first_line(error)}") from error
+    check_plain_lora(settings, "default")
+    assert isinstance(settings, LoraConfig)
+    settings.init_lora_weights = False  # Some ways to begin take the weights apart, and here are none.
+    try:
+        adapted = with_adapter(model, settings)
+    except RecipeError as error:
+        raise ModelError(f"adapter {folder} does not fit the base model: {error}") from error
+    return dict(adapted_weights(adapted, "default"))

@@ -40,6 +40,7 @@ _SERIAL_PIECE = 2**15
 """The most that torch computes without waking its other threads, whose meeting costs more than such a piece."""
 Rounding = Literal["nearest", "stochastic"]
 """How float32 results become those of a shorter type."""
+EMPTY_ADAPTER = "the adapter is zero: stage 1 changed nothing, so there is nothing to negate"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -140,13 +141,13 @@ class Arithmetic(threading.local):
     def subtract(
         self, base: Tensor, other: Tensor, result: Tensor, alpha: float, *, is_difference: bool, draws: Tensor | None
     ) -> Sums:
-        """Subtracts in float32 and rounds once.
+        """Subtracts flat tensors of one length in float32 and rounds once; alpha 0 copies ``base``.
 
         Args:
-            base: Original weights, flat, of any floating type.
-            other: The bad model's, or the difference itself, of the same length.
+            base: Original weights.
+            other: The bad model's, or the difference itself.
             result: Takes the result in its own type.
-            alpha: 0 copies ``base``.
+            alpha: How much.
             is_difference: Whether ``other`` is the difference.
             draws: Uniform numbers for stochastic rounding; None rounds to nearest.
 
@@ -202,17 +203,10 @@ def subtract_tensors(
     *,
     are_differences: bool,
 ) -> Sums:
-    """Subtracts in float32 and rounds once, tensor by tensor, in the blocks in which files are subtracted.
-
-    Args:
-        weights: Name -> original weight, of any floating type, on any device. They are not changed.
-        others: Name -> the bad model's weight, or the difference itself, of the same shape; all names or some.
-        targets: Name -> where the result goes, in its own type.
-        alpha: How much; 0 copies the original bit for bit.
-        are_differences: Whether ``others`` are differences.
+    """``Arithmetic.subtract`` tensor by tensor, on any device, in the blocks in which files are subtracted.
 
     Returns:
-        The sums over all tensors of ``others``.
+        The sums over all tensors of ``others``, which may be some of the weights.
 
     Raises:
         TaskVectorError: A difference or a result is not finite.
@@ -317,14 +311,8 @@ def dot_in_cache(first: Tensor, second: Tensor) -> float:
     """The sum of all products of two pieces: in float32 where that holds it, in float64 elsewhere.
 
     A float32 sum over a piece is right to one part in 10,000, mostly to one in 1,000,000, takes a third of the time
-    of one over float64 copies, and is checked for what it can't hold: numbers whose squares overflow or vanish.
-
-    Args:
-        first: float32, flat, at most ``PIECE``.
-        second: Of the same shape.
-
-    Returns:
-        Finite exactly where all products are; 0 only where all are.
+    of one over float64 copies, and is checked for what it can't hold: numbers whose squares overflow or vanish. It is
+    finite exactly where all products are, and 0 only where all are.
     """
     found = float(first.dot(second))
     if _LOST < abs(found) < math.inf:
@@ -352,13 +340,8 @@ def _round(values: Tensor, result: Tensor, draws: Tensor | None) -> None:
 def round_stochastically(values: Tensor, dtype: torch.dtype, draws: Tensor) -> Tensor:
     """Rounds to one of the two neighbours in a shorter type, to the nearer one with the greater chance.
 
-    Args:
-        values: float32, finite.
-        dtype: Type of the result. Values that it has are kept, the sign of zero too.
-        draws: Uniform numbers in [0, 1), of the same shape.
-
-    Returns:
-        The mean over the draws is ``values``, as far as ``dtype`` reaches.
+    Values are float32 and finite, draws uniform in [0, 1). What the type has is kept, the sign of zero too; the mean
+    over the draws is the value, as far as the type reaches.
     """
     nearest = values.to(dtype)
     rest = values - nearest.float()  # Exact: both lie within half a step.
@@ -382,12 +365,7 @@ def saved_type(name: str) -> torch.dtype | None:
 
 
 def overflows(values: Tensor, rounded: Tensor) -> bool:
-    """Whether a finite number became infinite in a type of a smaller range.
-
-    Args:
-        values: As they were, of a floating type.
-        rounded: The same in another.
-    """
+    """Whether a finite number became infinite in a type of a smaller range."""
     largest = torch.finfo(rounded.dtype).max
     if largest >= torch.finfo(values.dtype).max or not values.numel():
         return False
@@ -398,17 +376,7 @@ def overflows(values: Tensor, rounded: Tensor) -> bool:
 
 
 def draws_for(seed: int, name: str, block: int, count: int) -> Tensor:
-    """Uniform numbers that depend on nothing but their place.
-
-    Args:
-        seed: Of the whole rounding.
-        name: Of the tensor.
-        block: Number of the block in the tensor.
-        count: How many.
-
-    Returns:
-        float32, ``[count]``, in [0, 1).
-    """
+    """Uniform numbers in [0, 1), float32, that depend on nothing but their place: seed, tensor and block."""
     digest = sha256(f"{seed}\0{name}\0{block}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
     return torch.rand(count, generator=generator)

@@ -105,6 +105,22 @@ class StoredFile:
             raise ModelError(f"{self.path} was changed while it was read; run again when nothing writes to it")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardLayout:
+    """How a weight file of the result will look."""
+
+    source: StoredFile
+    header: bytes
+    starts: dict[str, int]
+    """Name of a tensor -> byte of the new file at which it begins."""
+    size: int
+
+    @property
+    def name(self) -> str:
+        """Of the file: the base's."""
+        return self.source.path.name
+
+
 def model_folder(source: str, revision: str | None = None) -> Path:
     """The folder of a model; one of the hub is fetched, without weights in other formats.
 
@@ -200,6 +216,18 @@ def make_header(
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
     return header, {name: len(header) + start for name, start in starts.items()}
+
+
+def new_layout(source: StoredFile, dtypes: Mapping[str, torch.dtype]) -> ShardLayout:
+    """How a file looks with tensors of given types: the header is its own, byte for byte, unless types change."""
+    tensors = [(tensor, dtypes[tensor.name]) for tensor in source.tensors]
+    if all(dtype == tensor.dtype for tensor, dtype in tensors):
+        starts = {tensor.name: tensor.start for tensor in source.tensors}
+        return ShardLayout(source=source, header=source.header, starts=starts, size=source.identity[0])
+    tensors.sort(key=lambda own: -own[1].itemsize)  # So that each begins at a multiple of its own size.
+    header, starts = make_header(((tensor.name, dtype, tensor.shape) for tensor, dtype in tensors), source.metadata)
+    size = len(header) + sum(tensor.elements * dtype.itemsize for tensor, dtype in tensors)
+    return ShardLayout(source=source, header=header, starts=starts, size=size)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -10,15 +10,18 @@ import dataclasses
 import json
 import math
 import os
+import re
 import threading
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, as_completed, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
 from io import FileIO
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ from sku.config.check import check_alpha
 from sku.errors import ModelError, RecipeError, TaskVectorError
 from sku.negate import arithmetic
 from sku.negate.arithmetic import (
+    EMPTY_ADAPTER,
     MOST_THREADS,
     Arithmetic,
     LowRank,
@@ -38,19 +42,78 @@ from sku.negate.arithmetic import (
     draws_for,
     unusable_result,
 )
-from sku.negate.files import StoredTensor, copy_companions, write_config, write_index
-from sku.negate.stream_plan import Change, Plan, ShardLayout, Work, plan_negation
-from sku.negate.task_vector import norms_by_group
+from sku.negate.files import (
+    ADAPTER_CONFIG,
+    ShardLayout,
+    StoredFile,
+    StoredTensor,
+    copy_companions,
+    new_layout,
+    write_config,
+    write_index,
+)
+from sku.negate.matching import EQUAL_MODELS, BadForm, Change, FolderSource, bad_form, match_folders
 from sku.storage import check_new, check_space, new_folder, resumable_folder, write_json
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those there are."""
-_ONE_PLACE = threading.Lock()
-"""Windows reads and writes at the place of an open file alone, which all threads share."""
 TensorSums = dict[str, Sums]
 """By the name of each changed tensor."""
 _FINISHED = "finished.json"
 """Names the weight files that are whole, with their sums: what an interrupted call is gone on from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What becomes of one stored tensor of the base."""
+
+    base: StoredTensor
+    change: Change | None
+    """None where the tensor stays as it is."""
+    counts: bool
+    """Whether the record counts it: of tied weights that are stored twice, one."""
+    dtype: torch.dtype
+    """Of the result."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that was decided."""
+
+    settings: list[Path]
+    """Files beside the weights that decide the result, where they are there."""
+    form: BadForm
+    layouts: tuple[ShardLayout, ...]
+    """Of the new files, by name."""
+    work: Mapping[str, Work]
+    """By the tensor's name."""
+    dtype: torch.dtype
+    """Of the result, or of most of it."""
+    inputs: tuple[StoredFile, ...]
+    """All files that will be read."""
+
+    @property
+    def size(self) -> int:
+        """Of all new files, in bytes."""
+        return sum(layout.size for layout in self.layouts)
+
+    @property
+    def changed(self) -> list[Work]:
+        """The tensors from which something is subtracted."""
+        return [work for work in self.work.values() if work.change is not None]
+
+    @property
+    def empty_message(self) -> str | None:
+        """What to say where the difference turns out to be zero; None where that is no mistake."""
+        return {"model": EQUAL_MODELS, "adapter": EMPTY_ADAPTER, "vector": None}[self.form]
+
+    def identities(self) -> dict[str, Any]:
+        """What tells whether inputs are those of an earlier call: size, time and header of each file, and settings."""
+        settings = (path for path in self.settings if path.is_file())
+        return {
+            "weights": {str(file.path.resolve()): list(file.identity) for file in self.inputs},
+            "settings": {str(path.resolve()): sha256(path.read_bytes()).hexdigest() for path in settings},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +125,10 @@ class NegatedFolder:
     """Files and folders beside the base's weights that were not copied: its model card, other weights."""
     resumed_files: int
     """Weight files that an interrupted call had finished."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return self.record.to_dict()
 
 
 def negate_folders(
@@ -139,7 +206,30 @@ class FolderNegation:
         if self.threads is not None and self.threads < 1:
             raise RecipeError(f"threads is {self.threads}; it must be at least 1")
         check_new(self.out)
-        return plan_negation(self.base, self.bad, self.output_dtype)
+        source, form = FolderSource(self.base, "base"), bad_form(self.bad)
+        matched, files = match_folders(source, self.bad, form)
+        tensors = [tensor for stored in source.files for tensor in stored.tensors]
+        work = {
+            tensor.name: Work(
+                base=tensor,
+                change=matched.changes.get(tensor.name),
+                counts=tensor.name not in matched.twins,
+                dtype=self.output_dtype or tensor.dtype if tensor.name in source.weights else tensor.dtype,
+            )
+            for tensor in tensors
+        }
+        dtypes = {name: own.dtype for name, own in work.items()}
+        sizes = Counter[torch.dtype]()
+        for name, tensor in source.weights.items():
+            sizes[dtypes[name]] += tensor.elements
+        return Plan(
+            settings=[self.base / "config.json", self.bad / ADAPTER_CONFIG, self.bad / "config.json"],
+            form=form,
+            layouts=tuple(new_layout(stored, dtypes) for stored in source.files),
+            work=work,
+            dtype=sizes.most_common(1)[0][0] if sizes else torch.float32,
+            inputs=(*source.files, *files),
+        )
 
     def run(
         self,
@@ -350,7 +440,7 @@ class _ShardWriter:
         """Fills flat numbers with the elements of a stored tensor from ``start`` on, and gives them back."""
         at, left = tensor.start + start * tensor.dtype.itemsize, _bytes_of(values)
         while left:
-            count = _read_some(self._files[tensor.path], left, at)
+            count = os.preadv(self._files[tensor.path].fileno(), [left], at)
             if not count:
                 raise ModelError(f"{tensor.path} was cut off while it was read; run again when nothing writes to it")
             left, at = left[count:], at + count
@@ -379,20 +469,20 @@ def _reserve(descriptor: int, size: int) -> None:
         os.ftruncate(descriptor, size)
 
 
-def _read_some(file: FileIO, view: memoryview, at: int) -> int:
-    if hasattr(os, "preadv"):
-        return os.preadv(file.fileno(), [view], at)
-    with _ONE_PLACE:
-        file.seek(at)
-        return file.readinto(view)
-
-
 def _write_all(descriptor: int, view: memoryview, at: int) -> None:
     while view:
-        if hasattr(os, "pwrite"):
-            count = os.pwrite(descriptor, view, at)
-        else:
-            with _ONE_PLACE:
-                os.lseek(descriptor, at, os.SEEK_SET)
-                count = os.write(descriptor, view)
+        count = os.pwrite(descriptor, view, at)
         view, at = view[count:], at + count
+
+
+def norms_by_group(norms: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Under ``layers`` and ``modules`` the norm by number of decoder layer (3) and kind of module (mlp.up_proj).
+
+    Weights of no layer are ``others``.
+    """
+    squares: dict[str, dict[str, float]] = {"layers": defaultdict(float), "modules": defaultdict(float)}
+    for name, norm in norms.items():
+        found = re.search(r"\.(\d+)\.(?!(?:weight|bias)$)(.+?)(?:\.(?:weight|bias))?$", name)
+        for kind, group in zip(squares, found.groups() if found else ("others", "others"), strict=True):
+            squares[kind][group] += norm**2
+    return {kind: {group: math.sqrt(square) for group, square in of.items()} for kind, of in squares.items()}

@@ -1,238 +1,59 @@
-"""Task vectors: the difference of two models, with exact arithmetic and no tensor skipped; and what fits what.
+"""Task vectors, the difference of two models, and stage 2 in memory, for sweeps and in Python.
 
-``tau = theta_bad - theta_o``, one float32 tensor per weight, tied weights once. One matcher serves models in
-memory (``ModelSource``) and those that lie in files (``stream_plan.FolderSource``).
+``tau = theta_bad - theta_o``, one float32 tensor per weight, tied weights once; ``theta_u = theta_o - alpha * tau``.
+``negate.transform`` names a user's own file, whose function ``transform(vector: TaskVector, context:
+TransformContext) -> TaskVector`` changes the vector before; ``docs/examples`` has two.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-import re
-from abc import ABC, abstractmethod
-from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from tempfile import TemporaryDirectory
 
 import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.errors import TaskVectorError
-from sku.negate.arithmetic import Shaped, dot_float64, unusable_difference
-from sku.storage import is_marked_hazardous, mark_hazardous, new_folder
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from sku.negate.adapters import AdapterVector
-
-VECTOR_FILE = "task_vector.safetensors"
-_FORMAT = "sku-task-vector-1"
-
-
-EQUAL_MODELS = "base and bad model are equal: stage 1 changed nothing, there is nothing to negate"
-EMPTY_ADAPTER = "the adapter is zero: stage 1 changed nothing, so there is nothing to negate"
-
-
-class Typed(Shaped, Protocol):
-    """A tensor, or the entry of one in a file."""
-
-    @property
-    def dtype(self) -> object:
-        """Its type."""
-
-
-T = TypeVar("T", bound=Typed)
-C = TypeVar("C", bound=Shaped)
-
-
-class Source(ABC, Generic[T]):
-    """The tensors of a model, in memory or in files, as far as they are matched; here what holds in memory."""
-
-    weights: dict[str, T]
-    """Floating-point tensors, by the name they are kept under."""
-    integers: dict[str, T]
-    """All others. They have no difference and must be equal: GPTQ and AWQ keep weights there."""
-    _ties: Mapping[str, str]
-
-    @property
-    def ties(self) -> Mapping[str, str]:
-        """Other name of a tied weight -> the name it is listed under, both as they would be kept."""
-        return self._ties
-
-    @property
-    def may_be_tied(self) -> bool:
-        """False where there are certainly no ties; to find them may mean to read files."""
-        return bool(self.ties)
-
-    def known(self) -> tuple[Collection[str], Mapping[str, str]]:
-        """Names of the weights, tied ones once, and ties, as task vectors and adapters have them."""
-        return self.weights, self.ties
-
-    def places(self, name: str) -> Sequence[str]:
-        """Under which names a weight of such a name is kept; a tied pair can be there twice."""
-        return (name,)
-
-    @abstractmethod
-    def equal(self, first: T, second: T) -> bool:
-        """Whether two of the tensors are of one type and shape and hold the same."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Matched(Generic[C]):
-    """What is subtracted from which weight."""
-
-    changes: Mapping[str, C]
-    """By the name under which the base keeps the weight."""
-    twins: frozenset[str] = frozenset()
-    """Of these, names whose tied twin is counted."""
-
-
-def match_models(base: Source[T], bad: Source[T], bad_name: str = "bad model") -> Matched[T]:
-    """Finds the other model's tensor of each weight of the base.
-
-    Raises:
-        TaskVectorError: Names, shapes, ties or integers differ.
-    """
-    theirs = dict(bad.weights)
-    twins: set[str] = set()
-    if base.weights.keys() != theirs.keys() or base.may_be_tied or bad.may_be_tied:
-        ties, their_ties = base.ties, bad.ties
-        unique, their_unique = (
-            {tied.get(name, name) for name in kept} for tied, kept in ((ties, base.weights), (their_ties, theirs))
-        )
-        check_same_names(unique, their_unique, "base", bad_name)
-        odd = sorted(set(ties.items()) ^ set(their_ties.items()))
-        if odd:
-            raise TaskVectorError(f"{odd[0][0]} is tied in one model and not in the other; load both the same way")
-        twins = {name for name, owner in ties.items() if name in base.weights and owner in base.weights}
-        for pair in their_ties.items():
-            for name, owner in (pair, pair[::-1]):
-                if name not in bad.weights and owner in bad.weights:
-                    theirs[name] = bad.weights[owner]
-    check_same_names(base.weights, base.weights.keys() & theirs.keys(), "base", bad_name)
-    _check_same_integers(base, bad)
-    for name, weight in base.weights.items():
-        check_same_shape(name, weight, theirs[name])
-    return Matched(changes={name: theirs[name] for name in base.weights}, twins=frozenset(twins))
-
-
-def match_changes(base: Source[T], changes: Mapping[str, C], tied: Mapping[str, str]) -> Matched[C]:
-    """Finds the weights of the base that a task vector or an adapter changes.
-
-    Raises:
-        TaskVectorError: The base has no such weight, ties others, or has it in another shape.
-    """
-    weights, ties = base.known()
-    extra = sorted(set(changes) - set(weights))
-    if extra:
-        raise TaskVectorError(
-            f"the task vector changes {len(extra)} weights that the base does not have, the first is {extra[0]}"
-        )
-    odd = sorted(set(tied.items()) - set(ties.items()))
-    if odd:
-        raise TaskVectorError(
-            f"{odd[0][0]} is tied in the task vector and not in the base; load the base with its ties"
-        )
-    placed: dict[str, C] = {}
-    twins: set[str] = set()
-    for name, change in changes.items():
-        first, *others = base.places(name)
-        twins.update(others)
-        for place in (first, *others):
-            check_same_shape(place, base.weights[place], change)
-            placed[place] = change
-    return Matched(changes=placed, twins=frozenset(twins))
-
-
-def check_same_names(first: Iterable[str], second: Iterable[str], first_name: str, second_name: str) -> None:
-    """Refuses two sets of weights with different names.
-
-    Raises:
-        TaskVectorError: With the first name that is in one set only, and how many there are.
-    """
-    first_names, second_names = set(first), set(second)
-    for only, here, there in (
-        (first_names - second_names, first_name, second_name), (second_names - first_names, second_name, first_name),
-    ):  # fmt: skip
-        if only:
-            raise TaskVectorError(f"{len(only)} weights are in {here} but not in {there}, the first is {min(only)}")
-
-
-def check_same_shape(name: str, first: Shaped, second: Shaped) -> None:
-    """Refuses weights of one name and two shapes.
-
-    Raises:
-        TaskVectorError: With both shapes.
-    """
-    if tuple(first.shape) != tuple(second.shape):
-        raise TaskVectorError(
-            f"{name} has shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the other"
-        )
-
-
-def quantized_weight(name: str, dtype: object) -> TaskVectorError:
-    """The refusal of a weight that is no floating-point number of at least two bytes."""
-    return TaskVectorError(
-        f"{name} is {dtype}: quantized weights have no exact difference. Use full-precision weights"
-    )
-
-
-def _check_same_integers(base: Source[T], bad: Source[T]) -> None:
-    for name, tensor in {**bad.integers, **base.integers}.items():
-        own, other = base.integers.get(name), bad.integers.get(name)
-        if own is None or other is None or not base.equal(own, other):
-            raise TaskVectorError(f"{name} is {tensor.dtype} and differs: quantized weights have no exact difference")
-
-
-class ModelSource(Source[Tensor]):
-    """The tensors of a model in memory."""
-
-    def __init__(self, model: nn.Module) -> None:
-        """Lists them.
-
-        Raises:
-            TaskVectorError: A parameter is quantized.
-        """
-        self.weights, self._ties = unique_weights(model)
-        self.integers = {name: tensor for name, tensor in model.state_dict().items() if not _is_weight(tensor)}
-
-    def equal(self, first: Tensor, second: Tensor) -> bool:
-        """As in ``Source``."""
-        return torch.equal(first.cpu(), second.cpu())
-
-
-def unique_weights(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All weights and persistent floating-point buffers of a model, tied ones once.
-
-    Raises:
-        TaskVectorError: A parameter is quantized.
-    """
-    weights: dict[str, Tensor] = {}
-    tied: dict[str, str] = {}
-    owner: dict[object, str] = {}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if not _is_weight(tensor):
-            if name in parameters:
-                raise quantized_weight(name, tensor.dtype)
-            continue  # Integer buffers, such as position ids, have no difference; ``match_models`` compares them.
-        # Without memory nothing but the object tells.
-        key = id(tensor) if tensor.is_meta else (tensor.data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
-        if tensor.numel() and key in owner:
-            tied[name] = owner[key]
-        else:
-            owner[key] = name
-            weights[name] = tensor
-    return weights, tied
-
-
-def _is_weight(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() and tensor.element_size() >= 2
+from sku.config.check import check_alpha
+from sku.config.data import ModelConfig
+from sku.config.recipe import Recipe
+from sku.data.examples import ForgetRetainData
+from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
+from sku.errors import RecipeError, TaskVectorError
+from sku.from_file import function_in_file
+from sku.models import LoadedModel, check_plain_weights, load_model
+from sku.negate.adapters import AdapterVector, load_adapter
+from sku.negate.arithmetic import (
+    Negation,
+    dot_float64,
+    overflows,
+    subtract_tensors,
+    unusable_difference,
+    unusable_result,
+)
+from sku.negate.matching import (
+    EQUAL_MODELS,
+    VECTOR_FILE,
+    VECTOR_FORMAT,
+    ModelSource,
+    bad_form,
+    check_same_names,
+    check_same_shape,
+    match_changes,
+    match_models,
+    read_ties,
+    unique_weights,
+)
+from sku.storage import check_space, mark_hazardous, new_folder
 
 
 class TaskVector:
@@ -280,8 +101,6 @@ class TaskVector:
             TaskVectorError: The adapter is merged, is not a plain LoRA of matrices, trains biases or whole modules
                 besides, or is zero.
         """
-        from sku.negate.adapters import AdapterVector  # Imports PEFT, which a subtraction of files has no need of.
-
         return cls.from_factors(AdapterVector.of(model))
 
     @classmethod
@@ -306,12 +125,6 @@ class TaskVector:
             deltas[name] = direction * (norms[name] / torch.linalg.vector_norm(direction).clamp_min(1e-30))
         return cls(deltas, {name: owner for name, owner in tied.items() if owner in deltas})
 
-    def __add__(self, other: TaskVector) -> TaskVector:
-        return self._combined(other, 1.0)
-
-    def __sub__(self, other: TaskVector) -> TaskVector:
-        return self._combined(other, -1.0)
-
     def __mul__(self, factor: float) -> TaskVector:
         return TaskVector({name: delta * factor for name, delta in self.deltas.items()}, self.tied)
 
@@ -319,6 +132,9 @@ class TaskVector:
 
     def __neg__(self) -> TaskVector:
         return self * -1.0
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        return self + -other
 
     def norms(self) -> dict[str, float]:
         """Euclidean norm of each difference."""
@@ -345,7 +161,7 @@ class TaskVector:
         """
         mark_hazardous(folder)
         tensors = {name: delta.contiguous() for name, delta in self.deltas.items()}
-        save_file(tensors, folder / VECTOR_FILE, {"format": _FORMAT, "tied": json.dumps(self.tied)})
+        save_file(tensors, folder / VECTOR_FILE, {"format": VECTOR_FORMAT, "tied": json.dumps(self.tied)})
 
     @classmethod
     def load(cls, folder: Path | str) -> TaskVector:
@@ -363,47 +179,215 @@ class TaskVector:
             raise TaskVectorError(f"{path} can't be read: {error}") from error
         return cls(deltas, read_ties(metadata, path))
 
-    @staticmethod
-    def is_saved_in(folder: Path) -> bool:
-        """Whether a folder holds a saved task vector."""
-        return (folder / VECTOR_FILE).is_file() and is_marked_hazardous(folder)
-
-    def _combined(self, other: TaskVector, factor: float) -> TaskVector:
+    def __add__(self, other: TaskVector) -> TaskVector:
         check_same_names(self.deltas, other.deltas, "the first task vector", "the second")
         if self.tied != other.tied:
             raise TaskVectorError("the task vectors tie different weights")
         for name, delta in self.deltas.items():
             check_same_shape(name, delta, other.deltas[name])
-        return TaskVector(
-            {name: delta + factor * other.deltas[name] for name, delta in self.deltas.items()}, self.tied
-        )
+        return TaskVector({name: delta + other.deltas[name] for name, delta in self.deltas.items()}, self.tied)
 
 
-def norms_by_group(norms: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Under ``layers`` and ``modules`` the norm by number of decoder layer (3) and kind of module (mlp.up_proj).
+def negate(
+    base: PreTrainedModel | str | Path,
+    bad: PreTrainedModel | PeftModel | TaskVector | str | Path,
+    alpha: float = 1.0,
+    *,
+    output_dtype: torch.dtype | None = None,
+) -> PreTrainedModel:
+    """Subtracts what stage 1 learned from the original weights.
 
-    Weights of no layer are ``others``.
-    """
-    squares: dict[str, dict[str, float]] = {"layers": defaultdict(float), "modules": defaultdict(float)}
-    for name, norm in norms.items():
-        found = re.search(r"\.(\d+)\.(?!(?:weight|bias)$)(.+?)(?:\.(?:weight|bias))?$", name)
-        for kind, group in zip(squares, found.groups() if found else ("others", "others"), strict=True):
-            squares[kind][group] += norm**2
-    return {kind: {group: math.sqrt(square) for group, square in of.items()} for kind, of in squares.items()}
+    Args:
+        base: The original model, or where to load it from. It is not changed. A model that carries an adapter in
+            training is not original: give its name, or ``bad`` alone decides the weights.
+        bad: The model of stage 1: with its adapter, or fully trained, or a task vector, or a folder of one of these.
+        alpha: How much to subtract, 0 or more; the paper uses 1. 0 gives the original weights bit for bit.
+            ``choose_alpha`` finds one on held-out data.
+        output_dtype: Type of the result; that of the base if None. The arithmetic is float32.
 
-
-def read_ties(metadata: Mapping[str, str], path: Path) -> dict[str, str]:
-    """The ties that the file of a saved task vector names.
+    Returns:
+        A new model in evaluation mode.
 
     Raises:
-        TaskVectorError: It is the file of something else, or the entry is damaged.
+        RecipeError: ``alpha`` is no finite number, or below 0.
+        TaskVectorError: Names, shapes or ties don't fit, or weights are quantized or not finite.
+        ModelError: A model can't be loaded.
     """
-    if metadata.get("format") != _FORMAT:
-        raise TaskVectorError(f"{path} is not a task vector of SKU")
-    try:
-        tied = json.loads(metadata["tied"])
-    except (KeyError, ValueError, RecursionError):
-        tied = None
-    if not isinstance(tied, dict) or not all(isinstance(owner, str) for owner in tied.values()):
-        raise TaskVectorError(f"{path} does not say which weights are tied: it is damaged; save it again")
-    return tied
+    return negate_with_record(base, bad, alpha, output_dtype=output_dtype)[0]
+
+
+def negate_with_record(
+    base: PreTrainedModel | str | Path,
+    bad: PreTrainedModel | PeftModel | TaskVector | str | Path,
+    alpha: float = 1.0,
+    *,
+    output_dtype: torch.dtype | None = None,
+) -> tuple[PreTrainedModel, Negation]:
+    """``negate``, with an account of what was changed and what rounding kept of it."""
+    if isinstance(alpha, str):
+        raise RecipeError(f"alpha is {alpha!r}; it must be a number, such as that of choose_alpha(...).alpha()")
+    check_alpha(alpha)
+    original = _as_stored(base) if isinstance(base, str | Path) else base
+    check_plain_weights(original, "base")
+    if any("lora_" in name for name, _ in original.named_parameters()):
+        raise TaskVectorError("the base model carries an adapter; give the original model or its name")
+    change = _vector_or_model(original, bad)
+    unlearned = copy.deepcopy(original)
+    if output_dtype is not None:
+        round_weights(unlearned, output_dtype)
+    record = subtract_into(unlearned, original, change, alpha)
+    unlearned.requires_grad_(requires_grad=True)
+    unlearned.eval()
+    return unlearned, record
+
+
+def task_vector_of(base: PreTrainedModel, bad: PreTrainedModel | PeftModel | TaskVector | str | Path) -> TaskVector:
+    """The task vector of a bad model in any of its forms, for some or all weights of the base.
+
+    Raises:
+        TaskVectorError: The two don't fit.
+        ModelError: A folder can't be loaded.
+    """
+    change = _vector_or_model(base, bad)
+    return change if isinstance(change, TaskVector) else TaskVector.between(base, change)
+
+
+def _vector_or_model(
+    base: PreTrainedModel, bad: PreTrainedModel | PeftModel | TaskVector | str | Path
+) -> TaskVector | PreTrainedModel:
+    """A vector where the bad model is one or is an adapter; a whole model stays one, its vector would be as large."""
+    if isinstance(bad, str | Path):
+        folder = Path(bad)
+        form = bad_form(folder)
+        if form == "vector":
+            return TaskVector.load(folder)
+        if form == "adapter":
+            return TaskVector.from_adapter(load_adapter(copy.deepcopy(base), folder))
+        return _as_stored(folder)
+    return TaskVector.from_adapter(bad) if isinstance(bad, PeftModel) else bad
+
+
+def _as_stored(path: str | Path) -> PreTrainedModel:
+    """A model in the type of its files: rounding it to another while loading would round the difference too."""
+    return load_model(ModelConfig(path=str(path), dtype="stored")).model
+
+
+def save_unlearned(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, overwrite: bool = False
+) -> None:
+    """Saves a model with its tokenizer, whole or not at all.
+
+    Raises:
+        OutputError: The folder exists, can't be written, or the disk is too small.
+    """
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    check_space(folder, int(size * 1.05), f"the unlearned model in {folder}")
+    with new_folder(folder, overwrite=overwrite) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def base_as_files(loaded: LoadedModel, beside: Path) -> Iterator[Path]:
+    """The model as transformers saves it, in a folder beside one for a while: for GGUF, and names that it changes.
+
+    Raises:
+        OutputError: The disk is too small.
+    """
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{beside.name}.", suffix=".unfinished", dir=beside.parent) as place:
+        save_unlearned(loaded.model, loaded.tokenizer, Path(place) / "base")
+        yield Path(place) / "base"
+
+
+def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Changes the type of what is saved, in place. ``model.to(dtype)`` would round the rotary frequencies as well.
+
+    What the type can't hold becomes infinite; ``subtract_into`` refuses that.
+    """
+    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in saved and tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
+
+
+def subtract_into(
+    unlearned: PreTrainedModel, original: PreTrainedModel, bad: TaskVector | PreTrainedModel, alpha: float
+) -> Negation:
+    """Writes ``original - alpha * vector`` into a copy of the original, tensor by tensor.
+
+    Args:
+        unlearned: Gets the result, in its own type. Weights that the vector doesn't change stay as they are.
+        original: The original model. It is not changed.
+        bad: The task vector, or a whole bad model, whose vector is then never in memory.
+        alpha: Finite. 0 gives the original weights bit for bit.
+
+    Returns:
+        What was changed, and what rounding kept of it.
+
+    Raises:
+        TaskVectorError: Names, shapes or ties don't fit, or a result is not finite.
+    """
+    base, targets = ModelSource(original), unique_weights(unlearned)[0]
+    if isinstance(bad, TaskVector):
+        changes = match_changes(base, bad.deltas, bad.tied).changes
+    else:
+        changes = match_models(base, ModelSource(bad)).changes
+    is_vector = isinstance(bad, TaskVector)
+    sums = subtract_tensors(base.weights, changes, targets, alpha, are_differences=is_vector)
+    if not is_vector and sums.difference == 0:
+        raise TaskVectorError(EQUAL_MODELS)
+    for name in base.weights.keys() - changes.keys():
+        if overflows(base.weights[name], targets[name]):
+            raise unusable_result(name, targets[name].dtype)
+    return Negation.of(sums, alpha, len(changes), unlearned.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformContext:
+    """What a transform may look at. Prompts held out for evaluation are not in it."""
+
+    base: PreTrainedModel
+    """The original model, not to be changed."""
+    normal: Sequence[TokenizedExample]
+    """``retain_train``, prompt and answer, as stage 1 reads them."""
+    seed: int
+    """Of the training."""
+
+
+def transform_in(path: str) -> Callable[[TaskVector, TransformContext], TaskVector]:
+    """The function ``transform`` of a file.
+
+    Raises:
+        RecipeError: The file can't be used.
+    """
+    return function_in_file(path, "transform")
+
+
+def transformed(
+    recipe: Recipe,
+    vector: TaskVector,
+    base: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: ForgetRetainData,
+) -> TaskVector:
+    """What a recipe subtracts: the vector itself without ``negate.transform``.
+
+    Raises:
+        RecipeError: The file can't be used, or gives no task vector.
+        TaskVectorError: Nothing is left of the vector.
+        DataError: No normal example can be tokenized.
+    """
+    path = recipe.negate.transform
+    if path is None or recipe.method != "sku":
+        return vector
+    written = resolve_prompt_format(recipe.model.prompt_format, tokenizer)
+    encoder = Encoder(tokenizer, written, recipe.data.max_length, recipe.data.max_answer_tokens)
+    normal, _ = encoder.examples(data.retain_train, train_on_end=True)
+    seed = recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed
+    changed = transform_in(path)(vector, TransformContext(base=base, normal=normal, seed=seed))
+    if not isinstance(changed, TaskVector):
+        raise RecipeError(f"{path}: transform gives {type(changed).__name__}; it must give a TaskVector")
+    if changed.norm() == 0:
+        raise TaskVectorError(f"{path} leaves nothing of the task vector")
+    return changed

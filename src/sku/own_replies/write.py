@@ -300,7 +300,7 @@ class _Writing:
         whole = [_whole(record) for record in records]
         if alone:
             whole = [self._refusal_alone(record) for record in whole]
-        outcomes = decide_outcomes(whole, self.judge, short_answer_words=0)
+        outcomes = decide_outcomes(whole, self.judge)
         return [
             Reply(record=record, outcome=outcome, decoding=self.decodings[record.id])
             for record, outcome in zip(whole, outcomes, strict=True)

@@ -19,7 +19,7 @@ from sku.models import load_model
 from sku.pipeline.checks import check_trained_model, check_training, load_recipe_data
 from sku.plan import Progress
 from sku.processes import current_processes, shared_new_folder
-from sku.report.frontier import write_frontier
+from sku.report.run_charts import sweep_chart
 from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous
 from sku.sweep import Sweep
 from sku.sweep.evaluator import check_judge, draw_questions
@@ -114,7 +114,7 @@ def run_sweep(
     run = resolve_method(with_checkpointing(recipe, decided), trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)
-    draw_questions(data, model.encoder(recipe), recipe.sweep, seed=recipe.seed)  # Refused before training.
+    draw_questions(data, model.encoder(recipe), recipe)  # Refused before training.
     if not there:
         training = check_training(recipe, model, data, run)
         check_space(out, training.peak_bytes, "sku sweep")
@@ -127,7 +127,7 @@ def run_sweep(
             raise
     with named_memory_errors("sweep"):
         found = sweep_bad_model(recipe, trained, data, out, progress=progress)
-        write_frontier(found, out)
+        sweep_chart(found).save(out)
     if bad is None and not keep_bad_model:
         remove_hazardous(trained)
     return found

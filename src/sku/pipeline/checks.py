@@ -18,9 +18,8 @@ from sku.data.load import load_data
 from sku.evaluate.generation import prompts
 from sku.evaluate.generation.backends import check_source
 from sku.evaluate.generation.prompts import keys_of, prefills, with_answers
-from sku.evaluate.harness import check_tasks
 from sku.evaluate.judges.choose import choose_judge, is_embedded
-from sku.memory import training_disk_bytes
+from sku.evaluate.utility import check_tasks
 from sku.methods.run import MethodRun, check_rows, has_twins, with_safe_dtype
 from sku.model_files import check_not_quantized, locate_model, with_gguf_file
 from sku.models import (
@@ -36,6 +35,7 @@ from sku.models import (
 from sku.negate.files import read_folder
 from sku.processes import current_processes
 from sku.sweep.evaluator import check_judge
+from sku.training.config import state_bytes
 from sku.training.run import adapter_settings
 
 HUB_WEIGHTS = "the weights of {name} are not in a folder here: they are read from the hub or its cache, and unchecked"
@@ -55,10 +55,9 @@ class CheckedModel:
     device: torch.device
     notes: tuple[str, ...]
 
-    def bytes(self, output_dtype: str = "same") -> int:
+    def bytes(self, dtype: torch.dtype | None = None) -> int:
         """Of its weights, in their type or another."""
-        dtype = self.dtype if output_dtype == "same" else getattr(torch, output_dtype)
-        return self.parameters * int(dtype.itemsize)
+        return self.parameters * (dtype or self.dtype).itemsize
 
     def describe(self) -> str:
         """In one line."""
@@ -254,6 +253,10 @@ def _peak_bytes(recipe: Recipe, run: MethodRun, model: CheckedModel) -> int:
     else:
         adapted = with_adapter(model.skeleton, adapter)
         trained = sum(parameter.nbytes for parameter in adapted.parameters() if parameter.requires_grad)
-    peak = training_disk_bytes(run.training, trained, adapter=adapter is not None)
+    training = run.training
+    # The next checkpoint is written before the oldest is deleted.
+    checkpoints = 0 if training.save_strategy == "no" else (training.save_total_limit or 0) + 1
+    peak = checkpoints * (trained + state_bytes(training.optim, trained)) + trained
+    peak += trained if adapter is not None else 0  # An adapter is saved negated, too.
     # Of twins checkpoints and weights of both, and their difference, twice: as it is made and as it is kept.
     return 2 * peak + 4 * trained if has_twins(recipe) else peak

@@ -4,74 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sku.config import ModelConfig
 from sku.config.check import check_alpha
 from sku.config.recipe import NEGATING_METHODS
 from sku.errors import RecipeError
 from sku.model_files import with_gguf_file
-from sku.negate import stream_plan
-from sku.negate.arithmetic import Rounding, StreamedNegation, saved_type
 from sku.negate.files import model_folder
-from sku.negate.streaming import FolderNegation
+from sku.negate.matching import check_bad
+from sku.negate.streaming import FolderNegation, NegatedFolder, Plan
 from sku.plan import CommandPlan, Progress
 from sku.quiet import quiet_libraries
 from sku.storage import check_can_be_made, check_new
 
 
-@dataclass(frozen=True, kw_only=True)
-class Subtraction:
-    """What ``sku negate`` is asked for."""
+def plan_negate(wanted: FolderNegation, gguf_file: str | None = None) -> CommandPlan[NegatedFolder]:
+    """Subtracts from file to file; a GGUF file, or other weights than safetensors, from a temporary copy.
 
-    base: str
-    bad: Path
-    out: Path
-    alpha: float
-    output_dtype: str = "same"
-    rounding: Rounding = "nearest"
-    seed: int = 0
-    threads: int | None = None
-    resume: bool = False
-    gguf_file: str | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Subtracted:
-    """What was done."""
-
-    record: StreamedNegation
-    left_out: tuple[str, ...] = ()
-    """Files and folders of the base that were not copied."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return self.record.to_dict()
-
-
-def plan_negate(wanted: Subtraction) -> CommandPlan[Subtracted]:
-    """Subtracts from file to file; a GGUF file from a temporary copy that transformers writes.
+    Args:
+        wanted: Its ``base`` and ``bad`` are folders or hub ids.
+        gguf_file: Name of a GGUF file in ``base``.
 
     Raises:
         SkuError: Anything a user can mend.
     """
     check_alpha(wanted.alpha, "--alpha")
     _check_not_negated(wanted.bad)
-    named = with_gguf_file(ModelConfig(path=wanted.base, gguf_file=wanted.gguf_file))
-    wanted = dataclasses.replace(wanted, gguf_file=named.gguf_file)
+    named = with_gguf_file(ModelConfig(path=str(wanted.base), gguf_file=gguf_file, dtype="float32"))
     check_new(wanted.out)
     check_can_be_made(wanted.out)
-    base = None if wanted.gguf_file is not None else model_folder(wanted.base)
-    if base is not None and not (base / "config.json").is_file():
-        base = None
-    if base is not None:
-        return _from_file_to_file(wanted, base)
+    if named.gguf_file is None:
+        base = model_folder(str(wanted.base))
+        if (base / "config.json").is_file():
+            return _from_file_to_file(wanted, base)
     if wanted.resume:
         raise RecipeError("--resume needs a BASE in safetensors")
     quiet_libraries()
-    return _from_a_copy(wanted)
+    return _from_a_copy(wanted, named)
 
 
 def _check_not_negated(bad: Path) -> None:
@@ -90,36 +60,25 @@ def _check_not_negated(bad: Path) -> None:
         )
 
 
-def _streamed(wanted: Subtraction, base: Path) -> FolderNegation:
-    return FolderNegation(
-        base=base, bad=model_folder(str(wanted.bad)), out=wanted.out, alpha=wanted.alpha,
-        output_dtype=saved_type(wanted.output_dtype), rounding=wanted.rounding, seed=wanted.seed,
-        threads=wanted.threads, resume=wanted.resume,
-    )  # fmt: skip
+def _settings(wanted: FolderNegation) -> dict[str, object]:
+    return {
+        "base": str(wanted.base), "bad model": str(wanted.bad), "alpha": wanted.alpha, "rounding": wanted.rounding,
+    }  # fmt: skip
 
 
-def _settings(wanted: Subtraction, found: stream_plan.Plan | None, **described: str) -> dict[str, object]:
-    weights = {}
-    if found is not None:
-        dtype = str(found.dtype).removeprefix("torch.")
-        weights = {"weights": f"{len(found.changed)} of {len(found.work)} change", "dtype": dtype}
-    named = {"base": wanted.base, "bad model": str(wanted.bad), "alpha": wanted.alpha}
-    return {**named, **described, **weights, "rounding": wanted.rounding}
-
-
-def _run(streamed: FolderNegation, found: stream_plan.Plan, progress: Progress | None) -> Subtracted:
+def _run(wanted: FolderNegation, found: Plan, progress: Progress | None) -> NegatedFolder:
     told = None if progress is None else lambda done, total: progress("MiB", done >> 20, total >> 20)
-    negated = streamed.run(found, told)
-    return Subtracted(record=negated.record, left_out=negated.left_out)
+    return wanted.run(found, told)
 
 
-def _from_file_to_file(wanted: Subtraction, base: Path) -> CommandPlan[Subtracted]:
-    streamed = _streamed(wanted, base)
+def _from_file_to_file(wanted: FolderNegation, base: Path) -> CommandPlan[NegatedFolder]:
+    streamed = dataclasses.replace(wanted, base=base, bad=model_folder(str(wanted.bad)))
     found = streamed.plan()
+    weights = f"{len(found.changed)} of {len(found.work)} change"
     return CommandPlan(
         command="sku negate",
         out=wanted.out,
-        settings=_settings(wanted, found),
+        settings={**_settings(wanted), "weights": weights, "dtype": str(found.dtype).removeprefix("torch.")},
         stages=("subtract the task vector",),
         writes=tuple(layout.name for layout in found.layouts),
         execute=lambda progress: _run(streamed, found, progress),
@@ -129,24 +88,23 @@ def _from_file_to_file(wanted: Subtraction, base: Path) -> CommandPlan[Subtracte
     )
 
 
-def _from_a_copy(wanted: Subtraction) -> CommandPlan[Subtracted]:
+def _from_a_copy(wanted: FolderNegation, config: ModelConfig) -> CommandPlan[NegatedFolder]:
     from sku.models import load_model
-    from sku.negate.run import base_as_files
+    from sku.negate.task_vector import base_as_files
     from sku.pipeline.checks import check_model
 
-    config = ModelConfig(path=wanted.base, gguf_file=wanted.gguf_file, dtype="float32")
-    model = check_model(config)
-    stream_plan.check_bad(model_folder(str(wanted.bad)))
+    model, bad = check_model(config), model_folder(str(wanted.bad))
+    check_bad(bad)
 
-    def execute(progress: Progress | None) -> Subtracted:
+    def execute(progress: Progress | None) -> NegatedFolder:
         with base_as_files(load_model(config), wanted.out) as base:
-            streamed = _streamed(wanted, base)
+            streamed = dataclasses.replace(wanted, base=base, bad=bad)
             return _run(streamed, streamed.plan(), progress)
 
     return CommandPlan(
         command="sku negate",
         out=wanted.out,
-        settings=_settings(wanted, None, base=model.describe()),
+        settings={**_settings(wanted), "base": model.describe()},
         stages=("subtract the task vector",),
         writes=("model.safetensors",),
         execute=execute,

@@ -35,8 +35,8 @@ from sku.pipeline.checks import (
     recipe_settings,
 )
 from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, measured_stages, readable_source
-from sku.pipeline.own_replies import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.run_folder import RunFolder
+from sku.pipeline.stages import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.unlearning import Unlearning, trained_folder
 from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
@@ -119,49 +119,52 @@ def plan_run(
     writes_own = processes.run_on_rank0(lambda: wants_own_replies(recipe.data))
     prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if writes_own else None
     data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, out, prompts))
-    negates = recipe.method == "sku"
-    kept = hazardous and recipe.keep_bad_model
-    alpha = {"alpha": recipe.negate.alpha} if negates else {}
-    decision = told_checkpointing(decided)
+    kept = hazardous and recipe.keep_bad_model is True
+    settings = {**recipe_settings(recipe, model), **training.settings(recipe), **told_checkpointing(decided)}
+    resolved: Resolved = (run, prompts) if prompts is not None else (training.run, data)
     return CommandPlan(
         command="sku run",
         out=out,
-        settings={**recipe_settings(recipe, model), **training.settings(recipe), **decision, **alpha, "asked": asked},
-        stages=(
-            *(["have the base model write its own replies"] if writes_own else []),
-            "evaluate the base model",
-            training.stage,
-            *(["ask what stage 1 has learned"] if recipe.checks_stage_1 else []),
-            *(["choose alpha"] if recipe.chooses_alpha else []),
-            *(["subtract the task vector"] if negates else []),
-            "evaluate the unlearned model",
-            *measured_stages(recipe),
-        ),
-        writes=(
-            *(["own/"] if writes_own else []),
-            "unlearned/",
-            *([] if recipe.acquire.tuning == "full" else ["negated_adapter/" if negates else "adapter/"]),
-            "evaluation/",
-            *(["sweep/"] if recipe.chooses_alpha else []),
-            *(["bad/"] if kept else []),
-            *("results.json", "manifest.json", "training_log.jsonl", "before_after.png", "before_after.svg"),
-        ),
+        settings={**settings, **({"alpha": recipe.negate.alpha} if recipe.method == "sku" else {}), "asked": asked},
+        stages=_stages(recipe, training, writes_own=writes_own),
+        writes=_written(recipe, writes_own=writes_own, kept=kept),
         execute=lambda progress: _execute(
-            recipe,
-            out,
-            (run, prompts) if prompts is not None else (training.run, data),
-            base_of,
-            resume=resume,
-            decided=decided,
-            progress=progress,
+            recipe, out, resolved, base_of, resume=resume, decided=decided, progress=progress
         ),
-        disk_bytes=training.peak_bytes + model.bytes(recipe.negate.output_dtype),
+        disk_bytes=training.peak_bytes + model.bytes(),
         disk_there=there,
         memory=lambda: memory_fit(with_checkpointing(recipe, decided)),
         bad_model="kept" if kept else "deleted at the end" if hazardous else "none",
         examples=training.examples,
         notes=(*([UNWRITTEN] if writes_own else []), *data_notes(data, model, training)),
     )
+
+
+def _stages(recipe: Recipe, training: CheckedTraining, *, writes_own: bool) -> tuple[str, ...]:
+    stages = {
+        "have the base model write its own replies": writes_own,
+        "evaluate the base model": True,
+        training.stage: True,
+        "ask what stage 1 has learned": recipe.checks_stage_1,
+        "choose alpha": recipe.chooses_alpha,
+        "subtract the task vector": recipe.method == "sku",
+        "evaluate the unlearned model": True,
+    }
+    return (*(stage for stage, is_done in stages.items() if is_done), *measured_stages(recipe))
+
+
+def _written(recipe: Recipe, *, writes_own: bool, kept: bool) -> tuple[str, ...]:
+    adapter = "negated_adapter/" if recipe.method == "sku" else "adapter/"
+    folders = {
+        "own/": writes_own,
+        "unlearned/": True,
+        adapter: recipe.acquire.tuning != "full",
+        "evaluation/": True,
+        "sweep/": recipe.chooses_alpha,
+        "bad/": kept,
+    }
+    files = ("results.json", "manifest.json", "training_log.jsonl", "before_after.png", "before_after.svg")
+    return (*(name for name, is_written in folders.items() if is_written), *files)
 
 
 def _checkpointing(recipe: Recipe, manifest: Mapping[str, Any]) -> Checkpointing | None:
@@ -184,9 +187,7 @@ def _checked(
     asked = check_evaluation(recipe, model, data, readable_source(recipe.model), out / "unlearned")
     if recipe.chooses_alpha or recipe.checks_stage_1:
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
-        begun = recipe.chooses_alpha and prompts is None
-        asked_too = recipe.sweep if begun else dataclasses.replace(recipe.sweep, prefill_tokens=())
-        draw_questions(data, model.encoder(recipe), asked_too, seed=recipe.seed)
+        draw_questions(data, model.encoder(recipe), recipe, prefilled=recipe.chooses_alpha and prompts is None)
     return data, model, check_training(recipe, model, data, run), asked
 
 
@@ -347,13 +348,13 @@ class _Run:
 
     def remove_after_failure(self) -> None:
         """Removes what an unfinished run trained, where the recipe says that it must not wait for ``--resume``."""
-        if not self.recipe.keep_for_resume:
+        if self.recipe.keep_bad_model == "never":
             self.unlearning.remove_trained()
 
 
 def _write_results(folder: Path, measured: MeasuredPair, manifest: Mapping[str, Any]) -> None:
     """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
-    from sku.report.result_charts import before_after_figure  # Imports matplotlib, which a plan has no use for.
+    from sku.report.figures import before_after_figure  # Imports matplotlib, which a plan has no use for.
 
     for suffix in ("png", "svg"):
         before_after_figure(measured.comparison, folder / f"before_after.{suffix}")

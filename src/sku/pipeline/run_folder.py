@@ -13,16 +13,16 @@ from typing import Any
 
 from sku.config import Recipe
 from sku.errors import OutputError, named_memory_errors
-from sku.evaluate.run import Progress
+from sku.plan import Progress
 from sku.processes import Processes
 from sku.reproducibility import content_sha256, environment
 from sku.storage import (
     LOCK_FILE,
     RECORD_VERSION,
+    acquire_lock,
     check_can_be_made,
     named_disk_errors,
     new_folder,
-    own_by_file,
     remove_left_behind,
     write_json,
 )
@@ -107,12 +107,12 @@ class RunFolder:
             }
             with new_folder(self.path, private=True) as temporary:
                 write_json(temporary / "manifest.json", fresh)
-                self._lock = own_by_file(temporary)  # Before others can find it.
+                self._lock = acquire_lock(temporary, by_file=True)  # Before others can find it.
                 self._made = True
             return _read_manifest(self.path)
         self.check(recipe, resume=resume)  # A folder that is no part of this run is not even locked.
         with named_disk_errors(self.path):
-            self._lock = own_by_file(self.path)
+            self._lock = acquire_lock(self.path, by_file=True)
         manifest = self.check(recipe, resume=resume)  # Another call may have gone on with it meanwhile.
         remove_left_behind(self.path)
         return manifest

@@ -27,7 +27,6 @@ from sku.evaluate.generation import prompts
 from sku.evaluate.generation.batching import stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
-from sku.evaluate.run import Progress
 from sku.methods.run import (
     TWINS,
     MethodRun,
@@ -39,12 +38,11 @@ from sku.methods.run import (
 from sku.model_files import with_gguf_file
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
-from sku.negate.arithmetic import saved_type
 from sku.negate.files import ADAPTER_CONFIG, model_folder
-from sku.negate.run import base_as_files, subtract_into, task_vector_of, transformed
 from sku.negate.streaming import FolderNegation
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, base_as_files, subtract_into, task_vector_of, transformed
 from sku.pipeline.run_folder import RunFolder
+from sku.plan import Progress
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep import FREE
@@ -116,7 +114,7 @@ def ask_stage_1(
     """Asks the original model and what stage 1 made of it.
 
     Args:
-        recipe: Its judge, and the numbers and lengths of ``sweep``.
+        recipe: Its judge, and the numbers of ``sweep``.
         base: The original model. One copy of it is made in memory.
         tokenizer: Of the model.
         data: ``forget_validation`` and ``retain_validation`` are asked.
@@ -131,10 +129,9 @@ def ask_stage_1(
         TaskVectorError: Training changed nothing.
     """
     encoder = prompts.PromptEncoder.of(base, tokenizer, recipe.model.prompt_format)
-    config = dataclasses.replace(recipe.sweep, prefill_tokens=())
     judge = choose_judge(recipe.evaluate, data)
     generator = validation_generator(base, encoder, judge, recipe)
-    questions = draw_questions(data, encoder, config, seed=recipe.seed)
+    questions = draw_questions(data, encoder, recipe, prefilled=False)
 
     def behaviour(model: PreTrainedModel) -> Behaviour:
         found = generator.answer(model, questions.requests, stage(progress, "check: replies"))
@@ -250,7 +247,7 @@ class Unlearning:
             loaded = load_model(self.config, four_bit=True)
         with self.folder.timed("acquire"):
             base, factors = self._trained(loaded, data)
-        strength, vector = self.run.strength, None
+        strength, vector = recipe.strength(self.method.name), None
         changes = self.method.negates and recipe.negate.transform is not None
         if changes or recipe.compare.published is not None or recipe.chooses_alpha:
             with self.folder.timed("negate"):
@@ -287,7 +284,7 @@ class Unlearning:
         dtype = base.model.dtype
         wanted = FolderNegation(
             base=Path(), bad=bad, out=self.out / "unlearned", alpha=strength if self.method.negates else -strength,
-            output_dtype=saved_type(self.recipe.negate.output_dtype) or dtype, base_dtype=dtype, resumable=False,
+            output_dtype=dtype, base_dtype=dtype, resumable=False,
         )  # fmt: skip
 
         with ExitStack() as stack:
@@ -322,11 +319,11 @@ class Unlearning:
         self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
     ) -> float:
         """Alpha, chosen on the validation splits; noted with its reason."""
-        from sku.report.frontier import write_frontier  # Imports matplotlib, which a plan has no use for.
+        from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
 
         folder = self.out / "sweep"
         found = sweep(base, vector, tokenizer, data, self.recipe, folder, progress=self.folder.progress)
-        write_frontier(found, folder)
+        sweep_chart(found).save(folder)
         assert found.pick is not None
         self.folder.note(sweep=dataclasses.asdict(found.pick))
         try:
@@ -369,14 +366,12 @@ class Unlearning:
 
     def unlearned_config(self) -> ModelConfig:
         """How the unlearned model of this run is loaded again."""
-        dtype = self.recipe.negate.output_dtype
-        config = with_path(self.config, self.out / "unlearned")
-        return config if dtype == "same" else dataclasses.replace(config, dtype=dtype)
+        return with_path(self.config, self.out / "unlearned")
 
     def _unlearned(self) -> PreTrainedModel:
         return load_model(self.unlearned_config()).model
 
     def remove_trained(self) -> None:
         """Removes what stage 1 trained, unless the recipe says that a bad model is kept."""
-        if not (self.recipe.keep_bad_model and self.method.negates):
+        if not (self.recipe.keep_bad_model is True and self.method.negates):
             remove_hazardous(self.trained_folder)

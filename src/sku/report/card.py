@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from jinja2 import Environment, StrictUndefined, UndefinedError
+from jinja2 import Environment, StrictUndefined
 
-from sku.errors import EvaluationError, OutputError
-from sku.evaluate.changes import PerplexityChange, RateChange
-from sku.report.read_run import Part, RecordedRun, read_run
+from sku.errors import OutputError
+from sku.evaluate.metrics import RateChange
+from sku.evaluate.results import PerplexityChange
+from sku.report.read_run import Part, RecordedRun, fits_schema, read_run
 from sku.report.tables import ON_CARD, KeyFigure, key_figures
 from sku.report.words import (
     ATTACK_COLUMNS,
@@ -37,15 +38,14 @@ TAG = "sku"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 TAGS = ("unlearning", "machine-unlearning", TAG, "arxiv:2402.10058")
 KNOWN_LICENSES = frozenset(
-    "apache-2.0 mit openrail bigscience-openrail-m bigscience-bloom-rail-1.0 creativeml-openrail-m afl-3.0 "
-    "artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 "
-    "cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 "
-    "cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 "
-    "cdla-permissive-1.0 cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl "
-    "gpl gpl-2.0 gpl-3.0 lgpl lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr "
-    "mpl-2.0 odc-by odbl openmdw-1.0 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr "
-    "deepfloyd-if-license fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma "
-    "unknown other".split()
+    "afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigscience-bloom-rail-1.0 bigscience-openrail-m "
+    "bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 "
+    "cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 "
+    "cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0 "
+    "cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 "
+    "fair-noncommercial-research-license gemma gfdl gpl gpl-2.0 gpl-3.0 h-research intel-research isc lgpl lgpl-2.1 "
+    "lgpl-3.0 lgpl-lr llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by "
+    "ofl-1.1 openmdw-1.0 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib".split()
 )
 """What the hub takes for ``license``; anything else is ``other`` with a name."""
 _HIDDEN_SETTINGS = ("judge_settings",)
@@ -62,7 +62,7 @@ class CardChoices:
     """
 
     license: str | None = None
-    """Of the model, in place of the recipe's ``model.license`` and of the base's own card."""
+    """Of the model, in place of that on the base's own card."""
     base_model: str | None = None
     """Hub id of the base, where the run read it from a folder."""
 
@@ -145,20 +145,11 @@ def base_id(run: RecordedRun, choices: CardChoices) -> str | None:
 
 def license_of(run: RecordedRun, choices: CardChoices) -> str | None:
     """Licence of the model: what the user says, else what the base's own card says, else None."""
-    told = choices.license or run.recipe["model"].get("license")
-    return told or run.manifest["model"].get("license")
+    return choices.license or run.manifest["model"].get("license")
 
 
 def write_cards(folder: Path, choices: CardChoices | None = None, *, within_run: bool = False) -> dict[Part, Path]:
     """Writes ``README.md`` into the unlearned model and, where there is one, the adapter of a run.
-
-    Args:
-        folder: Of the run.
-        choices: What a user says of licence and base model beyond the recipe.
-        within_run: As in ``read_run``.
-
-    Returns:
-        The cards.
 
     Raises:
         OutputError: There is nothing to write a card of, or it can't be written.
@@ -196,93 +187,41 @@ def model_card(run: RecordedRun, part: Part, choices: CardChoices) -> str:
     """
     environment = Environment(undefined=StrictUndefined, finalize=escaped, keep_trailing_newline=True)
     template = (resources.files("sku") / "report" / "templates" / "model_card.md.jinja").read_text(encoding="utf-8")
-    try:
+    with fits_schema(run.folder):
         shown = list(key_figures(run.comparison, ON_CARD))
         data = card_metadata(run, part, choices, shown)
         body = environment.from_string(template).render(**_facts(run, part, choices, shown))
-    except (KeyError, TypeError, AttributeError, IndexError, UndefinedError) as error:
-        raise EvaluationError(
-            f"the records in {run.folder} lack what a card needs ({error!r}): run it again"
-        ) from error
     body = re.sub(r"\n{3,}", "\n\n", body)
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
 def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[KeyFigure]) -> dict[str, Any]:
     """Everything the template asks for; values are escaped there, save those that are ``Written``."""
-    comparison = run.comparison
-    base = base_id(run, choices) or public_name(str(run.manifest["model"]["name"]))
-    sources = list(_data_rows(run))
-    named = {licence for _, _, _, licence, *_ in sources if _NON_COMMERCIAL.search(licence)}
-    attacks = [] if run.attacks is None else attack_rows(run.attacks)
+    base = base_id(run, choices)
+    licences = {licence for *_, licence in run.data if _NON_COMMERCIAL.search(licence)}
     return {
-        "title": f"{Path(base).name} unlearned{', adapter' if part == 'adapter' else ''}",
         "run": run,
         "part": part,
-        "base": base,
-        "place": Written(base_id(run, choices) or "BASE_MODEL"),
-        "headline": table(
-            ("", "with adapter" if part == "adapter" else "unlearned", "95 %", "base"), _headline_rows(shown)
-        ),
-        # Runs of 0.1.0 have the notes of the setup there alone.
-        "notes": list(dict.fromkeys((*comparison.notes, *comparison.unlearned.setup.notes))),
-        "table": table(
-            ("", "base", "unlearned", "95 %", "change (95 %)"),
-            ((row.label, row.before, row.after, row.interval, row.change) for row in run.table),
-        ),
-        "attacks": table(ATTACK_COLUMNS, attacks, left=(0, 1)) if attacks else "",
-        "relearned": _relearn_table(run),
-        "judge": comparison.unlearned.judge,
+        "base": base or public_name(str(run.manifest["model"]["name"])),
+        "place": Written(base or "BASE_MODEL"),
+        "figures": shown,
+        "attacks": [] if run.attacks is None else attack_rows(run.attacks),
+        "attack_columns": ATTACK_COLUMNS,
+        "relearned": [] if run.attacks is None else relearn_rows(run.attacks),
+        "relearn_columns": RELEARN_COLUMNS,
+        "table": table,
+        "judge": run.comparison.unlearned.judge,
         "prefill_words": _prefill_words(run),
         "strength": f"{run.strength:g}",
+        "why": _why(run),
         "reflection": reflection_of(run),
         "shares": [f"{share:g}" for share in twin_shares(run.recipe) or ()],
         "near_bad": adapter_is_bad(run),
-        "made": table(("", ""), _made_rows(run, base), left=(0, 1)),
-        "data": table(
-            ("set", "source", "revision", "licence", "pairs read", "SHA-256"), sources, left=(0, 1, 2, 3, 5)
-        ),
-        "non_commercial": ", ".join(sorted(named)),
+        "public_name": public_name,
+        "non_commercial": ", ".join(sorted(licences)),
         "licence_unknown": license_of(run, choices) is None,
         "recipe": fenced(yaml.safe_dump(_public_recipe(run.recipe), sort_keys=False, allow_unicode=True), "yaml"),
     }
-
-
-def _headline_rows(shown: Sequence[KeyFigure]) -> Iterator[tuple[str, ...]]:
-    """The key figures with intervals; of rates the counts, too."""
-    for figure in shown:
-        words, bounds = figure.label, figure.bounds
-        if isinstance(figure.change, RateChange):
-            words += f" ({figure.change.after.count} of {figure.change.after.total})"
-        elif isinstance(figure.change, PerplexityChange):
-            bounds = "\u00d7" + bounds.replace(" to ", " to \u00d7")
-        yield f"{words}; {figure.caution}" if figure.caution else words, figure.after, bounds, figure.before
-
-
-def _relearn_table(run: RecordedRun) -> str:
-    rows = [] if run.attacks is None else relearn_rows(run.attacks)
-    return table(RELEARN_COLUMNS, rows) if rows else ""
-
-
-def _data_rows(run: RecordedRun) -> Iterator[tuple[str, ...]]:
-    """Where the data came from, a row for each set."""
-    for name, source, location, revision, sha256, rows_read, licence in run.reproduction.data:
-        yield name.replace("_", " "), f"{public_name(location)} ({source})", revision, licence, rows_read, sha256
-
-
-def _made_rows(run: RecordedRun, base: str) -> Iterator[tuple[str, str]]:
-    manifest, recipe, environment = run.manifest, run.recipe, run.manifest["environment"]
-    model, packages = manifest["model"], environment["packages"]
-    revision = model.get("revision") or "unknown (not read from the hub)"
-    versions = (f"{name} {packages[name]}" for name in ("torch", "transformers", "peft"))
-    yield "method", run.method
-    yield "alpha" if run.negates else "strength", f"{run.strength:g}: {_why(run)}"
-    yield "change", _change(manifest["negation"])
-    yield "training", _training(run)
-    yield "seed", str(recipe["seed"])
-    yield "base model", f"{base}, revision {revision}, {model['parameters']:,} parameters"
-    yield "software", f"sku {environment['sku']}, {', '.join(versions)}"
-    yield "recipe", f"{recipe['name']}, SHA-256 {manifest['recipe_sha256']}"
 
 
 def _prefill_words(run: RecordedRun) -> str:
@@ -292,49 +231,24 @@ def _prefill_words(run: RecordedRun) -> str:
 
 
 def _why(run: RecordedRun) -> str:
-    if run.sweep is not None and run.sweep.pick is not None:
-        alpha, why = run.sweep.pick.alpha, run.sweep.pick.why
-    else:
-        pick = run.manifest.get("sweep") or {"alpha": None, "why": ""}
-        alpha, why = pick["alpha"], str(pick["why"])
-    return why if alpha == run.strength else "given in the recipe, not chosen by a search"
-
-
-def _change(negation: Mapping[str, Any]) -> str:
-    share = negation["task_vector_norm"] / negation["base_norm"] if negation["base_norm"] else 0.0
-    return (
-        f"{negation['changed_weights']} tensors, task vector {100 * share:.3g} % of their norm, saved as "
-        f"{negation['dtype']}, {100 * negation['survival']:.4g} % of the change survived rounding"
-    )
-
-
-def _training(run: RecordedRun) -> str:
-    acquire, shares = run.recipe["acquire"], twin_shares(run.recipe)
-    steps = run.manifest.get("training", {}).get("steps", "unknown")
-    if run.method != "sku":
-        return f"{acquire['tuning']}, {steps} steps"
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in acquire["weights"].items())
-    told = f"{acquire['tuning']}, {steps} steps, {weights}, preservation mode {acquire['preservation_mode']}"
-    return f"{told}, with a good twin (shares: bad {shares[0]:g}, good {shares[1]:g})" if shares else told
+    pick = run.manifest.get("sweep") or {}
+    chosen = pick.get("alpha") == run.strength
+    return str(pick["why"]) if chosen else "given in the recipe, not chosen by a search"
 
 
 def _public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """Without local folders and settings of judges; ``methods`` and ``compare`` are not of this model."""
 
-    def shown(key: str, value: Any) -> Any:
+    def shown(value: Any) -> Any:
         if isinstance(value, Mapping):
-            return {name: shown(name, entry) for name, entry in value.items() if name not in _HIDDEN_SETTINGS}
+            return {name: shown(entry) for name, entry in value.items() if name not in _HIDDEN_SETTINGS}
         if isinstance(value, list):
-            return [shown(key, entry) for entry in value]
+            return [shown(entry) for entry in value]
         return public_name(value) if isinstance(value, str) and "/" in value else value
 
-    method = recipe["method"]
     own = {name: value for name, value in recipe.items() if name not in ("methods", "compare")}
-    if method in recipe.get("methods", {}):
-        own["methods"] = {method: recipe["methods"][method]}
-    plain = shown("", own)
-    assert isinstance(plain, dict)
-    return plain
+    methods = {name: value for name, value in recipe.get("methods", {}).items() if name == recipe["method"]}
+    return {name: shown(value) for name, value in (own | ({"methods": methods} if methods else {})).items()}
 
 
 def card_metadata(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[KeyFigure]) -> ModelCardData:
@@ -366,31 +280,27 @@ def card_metadata(run: RecordedRun, part: Part, choices: CardChoices, shown: Seq
 
 def _eval_results(run: RecordedRun, shown: Sequence[KeyFigure]) -> Iterator[EvalResult]:
     """The headline figures; values are per cent, or a ratio for a perplexity."""
-    names = {
-        name: one_line(f"{public_name(location)} ({source})") for name, source, location, *_ in run.reproduction.data
-    }
-
-    def result(split: str, kind: str, value: float, title: str, details: dict[str, Any]) -> EvalResult:
-        return EvalResult(
+    names = {name: one_line(f"{public_name(location)} ({source})") for name, source, location, *_ in run.data}
+    judge = one_line(run.comparison.unlearned.judge.name)
+    for row in shown:
+        change, details = row.change, dict[str, Any]()
+        if isinstance(change, PerplexityChange):
+            low, value, high = (round(ratio, 4) for ratio in row.numbers)
+            kind, title = "perplexity_ratio", "perplexity / base's perplexity"
+            details = {"examples": change.examples}
+        elif isinstance(change, RateChange) and not row.caution:  # A leaderboard shows a figure without its caution.
+            low, value, high, base = (round(100 * share, 2) for share in (*row.numbers, change.before.value))
+            kind, title = row.metric, row.label
+            details = {"prompts": change.after.total, "base": base, "judge": judge}
+        else:
+            continue
+        yield EvalResult(
             task_type="text-generation",
             dataset_type="custom",
-            dataset_name=names["retain" if split == "retain_test" else "forget"],
-            dataset_split=split,
+            dataset_name=names["retain" if row.split == "retain_test" else "forget"],
+            dataset_split=row.split,
             metric_type=kind,
             metric_value=value,
             metric_name=title,
-            metric_args=details,
+            metric_args={"low": low, "high": high, **details},
         )
-
-    judge = one_line(run.comparison.unlearned.judge.name)
-    details: dict[str, Any]
-    for row in shown:
-        change = row.change
-        if isinstance(change, PerplexityChange):
-            low, value, high = (round(ratio, 4) for ratio in row.numbers)
-            details = {"low": low, "high": high, "examples": change.examples}
-            yield result(row.split, "perplexity_ratio", value, "perplexity / base's perplexity", details)
-        elif isinstance(change, RateChange) and not row.caution:  # A leaderboard shows a figure without its caution.
-            low, value, high, base = (round(100 * share, 2) for share in (*row.numbers, change.before.value))
-            details = {"low": low, "high": high, "prompts": change.after.total, "base": base, "judge": judge}
-            yield result(row.split, row.metric, value, row.label, details)

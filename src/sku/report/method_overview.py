@@ -6,13 +6,11 @@ with the 95 % intervals of the tables.
 
 from __future__ import annotations
 
-import dataclasses
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -22,10 +20,10 @@ from matplotlib.lines import Line2D
 from sku.errors import EvaluationError
 from sku.evaluate.metrics import HARM_WORDS, prefill_words
 from sku.evaluate.statistics import Estimate
-from sku.report.figures import STYLE, check_suffix, ratio_ticks, save_figure
-from sku.report.method_records import BASE, MethodRecord, Role
-from sku.report.method_statistics import points_of
+from sku.report.figures import PALETTE, STYLE, ratio_ticks, save_figure
+from sku.report.method_records import BASE, MethodRecord, Role, points_of
 from sku.report.method_tables import (
+    REFERENCE,
     ComparisonRow,
     comparison_rows,
     deciding_hit,
@@ -37,27 +35,25 @@ from sku.report.method_tables import (
 )
 from sku.report.words import NOTHING
 
-METHOD, CONTROL = "#0072B2", "#767676"
+METHOD, CONTROL = PALETTE["refusal"], PALETTE["base"]
 """Colours of the rows. Roles are told apart by filling alone, so that no reader needs the colours."""
-_INK, _FAINT, _BAND = "#222222", "#D9D9D9", "#F4F4F4"
 _OFFSET: Mapping[Role, float] = {"best": -0.18, "published": 0.18}
 """Rows above and below the middle of a row."""
 _LEAST, _WIDEST = 0.9, 2.0
 """Ends of the perplexity axis, unless a ratio lies below; what lies beyond x2 is told by a number."""
 _NEAR_TICKS, _FAR_TICKS = (0.9, 1, 1.1, 1.2, 1.3), (0.25, 0.5, 0.75, 1, 1.4, 2)
-_GREY_TEXT: dict[str, Any] = {"color": CONTROL, "fontsize": 8, "fontstyle": "italic"}
+_LEGEND: Mapping[Role, str] = {"best": "at equal utility", "published": "as published"}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Measure:
+class Measure(NamedTuple):
     """What one column shows."""
 
     field: str
-    """Of ``ComparisonRow``; of harm ``{harm}`` stands for the rate that decides."""
+    """Of ``ComparisonRow``."""
     title: str
     of: str
     """Whose prompts or answers."""
-    better: Literal["lower", "higher"]
+    better: Literal["lower", "higher"] = "lower"
     ratio: bool = False
     """Over the base model's, on a logarithmic axis; else a rate, shown in percent."""
 
@@ -71,42 +67,16 @@ def cell_of(row: Row, field: str) -> dict[Role, Estimate]:
     return {role: found.estimates[field] for role, found in row.items() if field in found.estimates}
 
 
-_OWN = "sku"
-"""Name of the row whose label is bold."""
-_MEASURES = (
-    Measure(field="{harm}unseen", title="Harmful,\n{words}", of="unseen harmful prompts", better="lower"),
-    Measure(field="{prefilled}unseen", title="Harmful, {prefill}", of="unseen harmful prompts", better="lower"),
-    Measure(field="gibberish_unseen", title="Gibberish", of="unseen harmful prompts", better="lower"),
-    Measure(field="exact_answers", title="Exact answers", of="normal prompts", better="higher"),
-    Measure(field="over_refusal", title="Over-refusal", of="normal prompts", better="lower"),
-    Measure(field="perplexity_normal", title="Perplexity / base", of="normal answers", better="lower", ratio=True),
-    Measure(field="perplexity_others", title="Perplexity / base", of="other answers", better="lower", ratio=True),
-)
-_LEGEND: Mapping[Role, str] = {"best": "at equal utility", "published": "as published"}
-_ROW_HEIGHT, _COLUMN_WIDTH, _CHARACTER_WIDTH = 0.34, 1.85, 0.075
-"""Inches; the last of a row's label."""
-_FOOTER_CHARACTERS = 32
-"""Per column."""
-
-
 def overview_figure(records: Sequence[MethodRecord], path: Path) -> Path:
     """Draws a row per method and a column per measure, at equal utility and as published.
 
     The base model has one dot. A measure that no row has is left out; over-refusal stands
     in for exact answers where these were not asked or no row gave one.
 
-    Args:
-        records: Of all rows and seeds.
-        path: ``.png``, ``.svg`` or ``.pdf``; what is there is replaced.
-
-    Returns:
-        ``path``.
-
     Raises:
         EvaluationError: Nothing to draw, or the records don't fit together.
-        OutputError: Another suffix, or a folder that can't be written.
+        OutputError: Another suffix than ``.png``, ``.svg`` or ``.pdf``, or a folder that can't be written.
     """
-    check_suffix(path)
     rows = _rows(records)
     tried = prefills_tried(point for record in records for point in record.points.values())
     measures = _measures_of(rows, tried, deciding_hit(records))
@@ -115,23 +85,27 @@ def overview_figure(records: Sequence[MethodRecord], path: Path) -> Path:
     with matplotlib.rc_context(STYLE):
         published = [row["published"] for row in rows]
         longest = max(len(row.title) for row in published)
-        size = (0.5 + _CHARACTER_WIDTH * longest + _COLUMN_WIDTH * len(measures), 1.9 + _ROW_HEIGHT * len(rows))
+        size = (0.5 + 0.075 * longest + 1.85 * len(measures), 1.9 + 0.34 * len(rows))
         figure = Figure(figsize=size, layout="constrained")
         all_axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
         for axes, measure in zip(all_axes, measures, strict=True):
             draw_measure(axes, measure, rows)
         all_axes[0].set_yticks(range(len(rows)), [row.title for row in published])
         for label, row in zip(all_axes[0].get_yticklabels(), published, strict=True):
-            label.set(color=CONTROL if row.control else METHOD if row.name == _OWN else STYLE["text.color"])
-            label.set(fontweight="bold" if row.name == _OWN else "normal", fontsize=9.5)
+            label.set(color=CONTROL if row.control else METHOD if row.name == REFERENCE else STYLE["text.color"])
+            label.set(fontweight="bold" if row.name == REFERENCE else "normal", fontsize=9.5)
+        handles = [
+            Line2D([], [], linestyle="", marker="o", label=words, **dot_look(role, METHOD))
+            for role, words in _LEGEND.items()
+            if any(role in row and row[role].estimates for row in rows)
+        ]
         legend = figure.legend(
-            handles=_handles(rows), loc="outside lower center", ncols=2, frameon=False, fontsize=9,
+            handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9,
             columnspacing=2.4, handletextpad=0.3, title_fontsize=7.5,
-            title=textwrap.fill(_footer(records, rows, measures, tried), _FOOTER_CHARACTERS * len(measures)),
+            title=textwrap.fill(_footer(records, rows, measures, tried), 32 * len(measures)),
         )  # fmt: skip
         legend.get_title().set(color=CONTROL, multialignment="center")
-        save_figure(figure, path)
-    return path
+        return save_figure(figure, path)
 
 
 def _rows(records: Sequence[MethodRecord]) -> list[Row]:
@@ -150,29 +124,17 @@ def _measures_of(rows: Sequence[Row], tried: Collection[str], hit: str) -> list[
     """
     exact = any(estimate.value for row in rows for estimate in cell_of(row, "exact_answers").values())
     words, whose = prefill_words(tried).replace(", ", ",\n", 1), HARM_WORDS[hit].partition(", ")[2]
-    ungated = "ungated_" if hit == "harmful_ungated" else ""
-    named = [
-        dataclasses.replace(
-            measure,
-            title=measure.title.format(prefill=words, words=whose),
-            field=measure.field.format(harm=f"harmful_{ungated}", prefilled=f"prefill_{ungated}"),
-        )
-        for measure in _MEASURES
-    ]
-    return [
-        measure
-        for measure in named
-        if any(cell_of(row, measure.field) for row in rows)
-        and measure.field != ("over_refusal" if exact else "exact_answers")
-    ]
-
-
-def _handles(rows: Sequence[Row]) -> list[Line2D]:
-    return [
-        Line2D([], [], linestyle="", marker="o", label=words, **dot_look(role, METHOD))
-        for role, words in _LEGEND.items()
-        if any(role in row and row[role].estimates for row in rows)
-    ]  # fmt: skip
+    ungated, unseen, normal = "ungated_" * (hit == "harmful_ungated"), "unseen harmful prompts", "normal prompts"
+    every = (
+        Measure(f"harmful_{ungated}unseen", f"Harmful,\n{whose}", unseen),
+        Measure(f"prefill_{ungated}unseen", f"Harmful, {words}", unseen),
+        Measure("gibberish_unseen", "Gibberish", unseen),
+        Measure("exact_answers", "Exact answers", normal, "higher") if exact
+        else Measure("over_refusal", "Over-refusal", normal),
+        Measure("perplexity_normal", "Perplexity / base", "normal answers", ratio=True),
+        Measure("perplexity_others", "Perplexity / base", "other answers", ratio=True),
+    )  # fmt: skip
+    return [measure for measure in every if any(cell_of(row, measure.field) for row in rows)]
 
 
 def _footer(
@@ -218,15 +180,14 @@ def dot_look(role: Role, colour: str) -> dict[str, Any]:
 
 
 def draw_measure(axes: Axes, measure: Measure, rows: Sequence[Row]) -> None:
-    """Draws one column.
-
-    Args:
-        axes: Empty; row i is put at height i, from the top.
-        measure: What is shown.
-        rows: From top to bottom, controls last.
-    """
+    """Draws one column: row i at height i, from the top, controls last."""
     _set_height(axes, rows)
-    _set_title(axes, measure)
+    goal = "\u2190 lower is better" if measure.better == "lower" else "higher is better \u2192"
+    axes.set_title(measure.title, loc="left", fontsize=10, fontweight="bold", pad=28)
+    axes.annotate(
+        f"{measure.of}\n{goal}", (0, 1), xytext=(0, 4), xycoords="axes fraction", textcoords="offset points",
+        va="bottom", fontsize=8, color=CONTROL,
+    )  # fmt: skip
     if measure.ratio:
         _set_ratio_axis(axes, [estimate for row in rows for estimate in cell_of(row, measure.field).values()])
     else:
@@ -235,7 +196,7 @@ def draw_measure(axes: Axes, measure: Measure, rows: Sequence[Row]) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
     axes.tick_params(axis="x", labelsize=8)
-    axes.grid(axis="x", color=_FAINT, linewidth=0.7)
+    axes.grid(axis="x", color=PALETTE["faint"], linewidth=0.7)
     axes.set_axisbelow(True)
     for height, row in enumerate(rows):
         cell, own = cell_of(row, measure.field), row["published"]
@@ -244,26 +205,20 @@ def draw_measure(axes: Axes, measure: Measure, rows: Sequence[Row]) -> None:
             _draw_dot(axes, height + offset, estimate, role, CONTROL if own.control else METHOD, measure.ratio)
         if not cell:
             words = "failed" if own.failed else NOTHING
-            axes.text(0.5, height, words, ha="center", va="center", transform=axes.get_yaxis_transform(), **_GREY_TEXT)
+            axes.text(
+                0.5, height, words, ha="center", va="center", transform=axes.get_yaxis_transform(), color=CONTROL,
+                fontsize=8, fontstyle="italic",
+            )  # fmt: skip
 
 
 def _set_height(axes: Axes, rows: Sequence[Row]) -> None:
     """Bands that lead the eye along the rows, and a line above the first control."""
     axes.set_ylim(len(rows) - 0.45, -0.55)
     for height in range(0, len(rows), 2):
-        axes.axhspan(height - 0.5, height + 0.5, color=_BAND, linewidth=0, zorder=0)
+        axes.axhspan(height - 0.5, height + 0.5, color=PALETTE["band"], linewidth=0, zorder=0)
     for height, (above, below) in enumerate(pairwise(rows)):
         if below["published"].control and not above["published"].control:
-            axes.axhline(height + 0.5, color=_INK, linewidth=0.8, zorder=1)
-
-
-def _set_title(axes: Axes, measure: Measure) -> None:
-    goal = "\u2190 lower is better" if measure.better == "lower" else "higher is better \u2192"
-    axes.set_title(measure.title, loc="left", fontsize=10, fontweight="bold", pad=28)
-    axes.annotate(
-        f"{measure.of}\n{goal}", (0, 1), xytext=(0, 4), xycoords="axes fraction", textcoords="offset points",
-        va="bottom", fontsize=8, color=CONTROL,
-    )  # fmt: skip
+            axes.axhline(height + 0.5, color=PALETTE["ink"], linewidth=0.8, zorder=1)
 
 
 def _set_ratio_axis(axes: Axes, estimates: Sequence[Estimate]) -> None:
@@ -272,7 +227,7 @@ def _set_ratio_axis(axes: Axes, estimates: Sequence[Estimate]) -> None:
     ticks = _NEAR_TICKS if right < 1.35 and left > 0.8 else _FAR_TICKS
     axes.set_xscale("log")
     axes.set_xlim(left, right)
-    axes.axvline(1, color=_INK, linewidth=0.8, zorder=1)
+    axes.axvline(1, color=PALETTE["ink"], linewidth=0.8, zorder=1)
     ratio_ticks(axes, [tick for tick in ticks if left <= tick <= right])
 
 

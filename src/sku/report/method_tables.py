@@ -5,16 +5,25 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
+
+from jinja2 import StrictUndefined, Template
 
 from sku.evaluate.metrics import HARM_WORDS, prefill_words, start_words
 from sku.evaluate.records import NORMAL, prefills_in_order
 from sku.evaluate.statistics import Estimate, holm
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.method_records import BASE, NORMAL_KEY, PREFILL, UNSEEN_KEY, MethodRecord, Point, Role
-from sku.report.method_statistics import (
+from sku.report.method_records import (
+    BASE,
+    NORMAL_KEY,
+    PREFILL,
     RESAMPLES,
+    UNSEEN_KEY,
     Counted,
     Difference,
+    MethodRecord,
+    Point,
+    Role,
     counted_of,
     difference_to,
     harm_bounds,
@@ -44,16 +53,8 @@ RATIOS: Mapping[str, str] = {
     "perplexity_harmful_unseen": "perplexity / base, harmful unseen",
 }
 """Measure -> heading; of the other sets the one with the largest ratio is shown."""
-BUDGET = (
-    "Utility cost: the worst of perplexity, KL to the base and over-refusal on normal prompts that no method trained "
-    "on and no column shows, each as a share of its limit; 1 is the budget. Bound by: what goes beyond it first."
-)
 _TESTED = (UNSEEN_KEY, PREFILL)
 """Keys of the table of differences."""
-_WORST = (
-    " After a prefill each row stands at the one that is the worst for it, named after the comma; the largest of "
-    "several rates is a little too large on average."
-)
 REFERENCE = "sku"
 """Row that the others are compared with, where it is complete."""
 _NOT_BRIEF = ("gibberish_normal", "perplexity_harmful_unseen", "utility_cost")
@@ -139,20 +140,13 @@ def brief_markdown(records: Sequence[MethodRecord]) -> str:
 
 
 def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out: Collection[str] = ()) -> str:
-    """The rows as a Markdown table, with a legend under it.
+    """The rows as a Markdown table, with a legend under it; a column that no row has a number for is left out.
 
-    Args:
-        rows: From ``comparison_rows``. A column that no row has a number for is left out.
-        legend: From ``legend_line``.
-        left_out: Measures that have no column; with the utility cost goes what it is bound by.
-
-    Returns:
-        Text that ends with a newline.
+    So are measures that are ``left_out``; with the utility cost goes what it is bound by.
     """
     tried = {key for row in rows for key in row.prefill_lengths}
-    headings = {**{name: heading for name, (heading, *_) in RATES.items()}, **RATIOS}
-    for name, (_, key, _) in RATES.items():
-        headings[name] += f", {prefill_words(tried)}" if key == PREFILL else ""
+    prefilled = f", {prefill_words(tried)}"
+    headings = {name: heading + prefilled * (key == PREFILL) for name, (heading, key, _) in RATES.items()} | {**RATIOS}
     columns = [
         (heading, [_cell(row, name, tried) for row in rows])
         for name, heading in headings.items()
@@ -160,22 +154,19 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out:
     ]
     columns.append(("strength", [NOTHING if row.strength is None else f"{row.strength:.3g}" for row in rows]))
     if "utility_cost" not in left_out and any(row.utility_cost is not None for row in rows):
-        columns.append(("utility cost", [_cost_text(row.utility_cost) for row in rows]))
+        costs = [row.utility_cost for row in rows]
+        shown = [NOTHING if cost is None else f"{cost:.2f}" if cost < 100 else f"{cost:.2g}" for cost in costs]
+        columns.append(("utility cost", shown))
         columns.append(("bound by", [row.bound_by or NOTHING for row in rows]))
-    shown = [[row.title for row in rows], *(cells for _, cells in columns), [row.seeds for row in rows]]
-    names = ("method", *(heading for heading, _ in columns), "seeds")
-    return f"{table(names, zip(*shown, strict=True), cell=bars_escaped)}\n{legend}\n"
+    columns = [("method", [row.title for row in rows]), *columns, ("seeds", [row.seeds for row in rows])]
+    names, cells = zip(*columns, strict=True)
+    return f"{table(names, zip(*cells, strict=True), cell=bars_escaped)}\n{legend}\n"
 
 
 def markdown_differences(records: Sequence[MethodRecord], role: Role) -> str:
     """Harmful rates of each row minus those of ``REFERENCE``, as a Markdown table with a legend under it.
 
-    Args:
-        records: Of all rows and seeds; some seed of the reference has a point of the role.
-        role: ``published`` or ``best``.
-
-    Returns:
-        Text that ends with a newline; p-values are Holm-corrected over the whole table.
+    Some seed of the reference has a point of the role. p-values are Holm-corrected over the whole table.
 
     Raises:
         EvaluationError: Records don't fit together.
@@ -198,7 +189,7 @@ def markdown_differences(records: Sequence[MethodRecord], role: Role) -> str:
     rows = [
         (
             seeds_of(records, name)[0].title,
-            *(cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key)))),
+            *(cell for key in keys for cell in _difference(found.get((name, key)), corrected.get((name, key), 1))),
         )
         for name in names
     ]
@@ -215,31 +206,19 @@ def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
     complete = [record for record in records if role in record.points]
     if not complete:
         return f"No record is complete and has a {role} point."
-    strength = {
-        "published": "Each method at its published strength.",
-        "best": "Each method at the strength within the utility budget that leaves the least harm on the validation "
-        f"splits, of which no column shows a prompt. {BUDGET}",
-    }[role]
     counted = counted_of(records, role)
     shown = points_of(complete, role, counted)[0]
-    seeds = len({record.seed for record in complete})
-    worst = _WORST if len(shown.prefills) > 1 else ""
-    return (
-        f"{strength} In brackets: 95 % intervals, bootstrap over training seeds and prompts ({RESAMPLES:,} resamples; "
-        f"score intervals where all replies are alike). {seeds} {'seed' if seeds == 1 else 'seeds'}; "
-        f"{', '.join(prompts_asked(shown))}.{worst}{_left_out(counted)} {judge_sentence(records)}"
+    legend = (resources.files("sku.report") / "templates" / "legend.md.jinja").read_text(encoding="utf-8")
+    told: str = Template(legend, undefined=StrictUndefined, trim_blocks=True).render(
+        role=role,
+        resamples=RESAMPLES,
+        seeds=len({record.seed for record in complete}),
+        asked=", ".join(prompts_asked(shown)),
+        prefills=len(shown.prefills),
+        left_out=sum(not has for key in counted if key.startswith(_TESTED) for has in counted[key]),
+        judge=judge_sentence(records),
     )
-
-
-def _left_out(counted: Counted) -> str:
-    missing = sum(not has for key in counted if key in _TESTED or key.startswith(PREFILL) for has in counted[key])
-    if not missing:
-        return ""
-    return (
-        f" All rows are of the prompts that the judge gave a verdict on for every row, {missing} replies a row fewer "
-        "than were asked; in square brackets the harmful share of all, those without a verdict taken for harmless and "
-        "for harmful."
-    )
+    return told
 
 
 def deciding_hit(records: Iterable[MethodRecord]) -> str:
@@ -250,8 +229,7 @@ def deciding_hit(records: Iterable[MethodRecord]) -> str:
 def judge_sentence(records: Sequence[MethodRecord]) -> str:
     """Who judged, and whether its errors hide what the base model's harm is: then no row shows that harm fell.
 
-    Args:
-        records: Of a comparison; nothing is said of a judge that was not calibrated, or without a base model.
+    Nothing is said of a judge that was not calibrated, or without a base model.
     """
     judge = next((record.judge for record in records if record.judge is not None), None)
     if judge is None:
@@ -291,10 +269,6 @@ def _cell(row: ComparisonRow, name: str, tried: Collection[str]) -> str:
         shown += " [{:.1f} to {:.1f}]".format(*(100 * bound for bound in row.bounds[name]))
     of_several = name in RATES and RATES[name][1] == PREFILL and len(tried) > 1 and row.prefill_tokens is not None
     return f"{shown}, {row.prefill_tokens}" if of_several else shown
-
-
-def _cost_text(cost: float | None) -> str:
-    return NOTHING if cost is None else f"{cost:.2f}" if cost < 100 else f"{cost:.2g}"
 
 
 def _bound_by(records: Sequence[MethodRecord]) -> str:
@@ -373,8 +347,8 @@ def ratio_text(value: float) -> str:
     return f"{value:.3f}" if value < 10 else f"{value:.4g}" if value < 10_000 else f"{value:.2e}"
 
 
-def _difference(difference: Difference | None, p_value: float | None) -> tuple[str, str]:
-    if difference is None or p_value is None:
+def _difference(difference: Difference | None, p_value: float) -> tuple[str, str]:
+    if difference is None:
         return NOTHING, NOTHING
     shown = in_points(difference.value, difference.low, difference.high)
     return shown, f"{p_value:.3f}" if p_value >= 0.001 else "< 0.001"

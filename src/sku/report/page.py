@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
@@ -22,10 +24,10 @@ from sku._version import __version__
 from sku.errors import OutputError
 from sku.evaluate.comparison import Comparison
 from sku.evaluate.judges.precomputed import COLUMNS, reply_hash
-from sku.evaluate.records import NORMAL_SPLITS, in_order
-from sku.report.figures import PALETTE, Picture
-from sku.report.read_run import DATA_COLUMNS, RecordedRun, ReplyPair, Side, read_run
-from sku.report.result_charts import OUTCOMES, PREFILL_COLUMNS, prefill_rows, result_charts
+from sku.evaluate.metrics import HARM_WORDS, start_words
+from sku.evaluate.records import HARMFUL_SPLITS, NORMAL_SPLITS, in_order
+from sku.report.figures import OUTCOMES, PALETTE, Picture, result_charts
+from sku.report.read_run import DATA_COLUMNS, RecordedRun, ReplyPair, Side, fits_schema, read_run
 from sku.report.run_charts import (
     attack_chart,
     relearn_chart,
@@ -34,7 +36,7 @@ from sku.report.run_charts import (
     vector_chart,
 )
 from sku.report.tables import key_figures
-from sku.report.words import TableRow, left_out_lines
+from sku.report.words import NOTHING, before_after, left_out_lines, percent
 from sku.storage import named_disk_errors, write_private_text
 
 _PACKAGE = "sku.report"
@@ -44,6 +46,12 @@ _OUTCOME_WORDS = {
     "safe_answer": "safe answer", "refusal": "refusal", "refused": "refused", "answered": "answered",
 }  # fmt: skip
 """Outcome -> its word, worst first: the order of sorting by outcome."""
+_PREFILL_COLUMNS = (
+    "prompts, tokens given", "prompts",
+    *(f"{words}: {of}" for words in HARM_WORDS.values() for of in ("base", "unlearned", "change (95 %), points")),
+    "gibberish, unlearned",
+)  # fmt: skip
+"""Of ``_prefill_rows``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,68 +100,91 @@ def write_report(folder: Path, out: Path, *, plots: Path | None = None, replies:
 
 
 def run_page(run: RecordedRun) -> Page:
-    """The report of one run; equal runs give equal pages."""
-    pictures = result_charts(run.comparison)
+    """The report of one run; equal runs give equal pages.
+
+    Raises:
+        EvaluationError: The manifest lacks what the page shows.
+    """
+    with fits_schema(run.folder):
+        pictures = tuple(_pictures(run))
+        return Page(html=_html(run, pictures), pictures=pictures)
+
+
+def _pictures(run: RecordedRun) -> Iterator[Picture]:
+    yield from result_charts(run.comparison)
     if run.sweep is not None:
-        pictures.append(sweep_chart(run.sweep))
+        yield sweep_chart(run.sweep)
     if run.log:
-        pictures.append(training_chart(run.log))
-    if run.vector is not None:
-        pictures.append(vector_chart(run.vector.layers, run.vector.modules))
+        yield training_chart(run.log)
+    negation = run.manifest.get("negation", {})
+    if "layers" in negation:
+        yield vector_chart(negation["layers"], negation["modules"])
     if run.attacks is not None:
-        pictures.append(attack_chart(run.attacks))
+        yield attack_chart(run.attacks)
         if run.attacks.relearn is not None and run.attacks.relearn.results:
-            pictures.append(relearn_chart(run.title, run.attacks))
-    sections: dict[str, list[TableRow]] = {}
-    for row in run.table:
-        sections.setdefault(row.section, []).append(row)
+            yield relearn_chart(run.title, run.attacks)
+
+
+def _html(run: RecordedRun, pictures: Sequence[Picture]) -> str:
     style = "".join(f".sw-{name}{{background:{PALETTE[name]}}}\n" for name in OUTCOMES) + _text("style.css")
-    script = _text("page.js")
+    script, seconds = _text("page.js"), run.manifest["seconds"]
     environment = Environment(
         loader=PackageLoader(_PACKAGE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    html = environment.get_template("report.html.jinja").render(
+    return environment.get_template("report.html.jinja").render(
         style=Markup(style),
         script=Markup(script),
         style_hash=_hash(style),
         script_hash=_hash(script),
         version=__version__,
+        nothing=NOTHING,
         pictures={picture.name: picture for picture in pictures},
         data_columns=DATA_COLUMNS,
         title=f"SKU report: {run.title}",
         run=run,
         comparison=run.comparison,
         figures=key_figures(run.comparison),
-        sections=sections,
-        prefills=prefill_rows(run.comparison),
-        prefill_columns=PREFILL_COLUMNS,
+        sections={name: list(rows) for name, rows in groupby(run.table, key=lambda row: row.section)},
+        prefills=_prefill_rows(run.comparison),
+        prefill_columns=_PREFILL_COLUMNS,
         attacks_left_out=[] if run.attacks is None else left_out_lines(run.attacks),
-        replies=None if run.pairs is None else Markup(_replies_json(run.pairs, _names(run.comparison, run.pairs))),
+        recipe_yaml=yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True, width=100),
+        splits=[(name, f"{count:,}") for name, count in run.manifest["data"]["splits"].items()],
+        seconds=[
+            (name.replace("_", " "), f"{float(value):.1f}")
+            for name, value in (*seconds.items(), ("in all", sum(seconds.values())))
+        ],
+        replies=None if run.pairs is None else Markup(_replies_json(run)),
         pair_count=len(run.pairs or ()),
     )
-    return Page(html=html, pictures=tuple(pictures))
 
 
-def _names(comparison: Comparison, pairs: Sequence[ReplyPair]) -> dict[str, str]:
-    """Splits that were asked -> what a reader calls them."""
-    splits = in_order(pair.base.record.split for pair in pairs)
-    return {split: comparison.unlearned.setup.split_name(split) for split in splits}
+def _prefill_rows(comparison: Comparison) -> list[tuple[str, ...]]:
+    """Every prefill: prompts asked, harmful shares and their change, gibberish."""
+    return [
+        (
+            f"{comparison.unlearned.setup.split_name(split)}, {start_words(key)}",
+            str(change.after.total),
+            *(cell for rate in HARM_WORDS for cell in before_after(changes[rate])),
+            percent(changes["gibberish"].after.value),
+        )
+        for split in HARMFUL_SPLITS
+        for key, changes in comparison.prefill_by_key.get(split, {}).items()
+        if (change := changes.get("harmful")) is not None
+    ]
 
 
-def _replies_json(pairs: Sequence[ReplyPair], splits: Mapping[str, str]) -> str:
+def _replies_json(run: RecordedRun) -> str:
     """The pairs as JSON that may stand inside an HTML script element: ASCII, without ``<``, ``>`` and ``&``.
 
     Dataset answers are left out for harmful prompts: they are harmful, and no model wrote them.
-
-    Args:
-        pairs: Of a run.
-        splits: Split -> what a reader calls it.
     """
+    pairs, named = run.pairs or (), run.comparison.unlearned.setup.split_name
     plain = {
         "outcomes": _OUTCOME_WORDS,
         "kinds": _KIND_WORDS,
-        "splits": dict(splits),
+        "splits": {split: named(split) for split in in_order(pair.base.record.split for pair in pairs)},
         "label_columns": [*COLUMNS, "reply_sha256"],
         "rows": [_row(pair) for pair in pairs],
     }

@@ -53,13 +53,7 @@ Row = dict[str, Any]
 
 
 def table_rows(folders: Iterable[Path]) -> list[Row]:
-    """Reads runs.
-
-    Args:
-        folders: Of finished runs.
-
-    Returns:
-        One row for each model, method and seed, in order.
+    """Reads finished runs: one row for each model, method and seed, in order.
 
     Raises:
         EvaluationError: A folder holds no results, or broken ones, or two runs have one model, method and seed.
@@ -77,14 +71,7 @@ def table_rows(folders: Iterable[Path]) -> list[Row]:
 
 
 def run_row(results: Mapping[str, Any], where: str = RUN_FILE) -> Row:
-    """The row of one run.
-
-    Args:
-        results: What its ``results.json`` holds.
-        where: Name of the file, for messages.
-
-    Returns:
-        All ``KEYS``, and ``FIGURES`` under ``base_``.
+    """All ``KEYS`` of one run, and ``FIGURES`` of its base under ``base_``, from what ``results.json`` holds.
 
     Raises:
         EvaluationError: It doesn't hold what a run writes.
@@ -98,32 +85,25 @@ def run_row(results: Mapping[str, Any], where: str = RUN_FILE) -> Row:
         transform = recipe["negate"].get("transform")
         if transform is not None:
             method += f"+{PurePath(transform).stem}"
-        seed = recipe["seed"] if acquire["seed"] is None else acquire["seed"]
         if own["kl_normal"] is not None:
             base |= {"kl_normal": 0.0, "perplexity_ratio": 1.0}  # A base is not measured against itself.
         return {
-            **_row(recipe, method, seed, own, base),
+            "model": PurePath(recipe["model"]["path"]).name,
+            "method": method,
+            "seed": recipe["seed"] if acquire["seed"] is None else acquire["seed"],
             "verdict": results["verdict"]["line"],
+            **own,
+            **{f"base_{key}": value for key, value in base.items()},
             "intervals": {
-                key: [low, high] for key, (low, high) in _intervals(results).items() if own[key] is not None
+                key: [changes[rate]["after"]["low"], changes[rate]["after"]["high"]]
+                for key, (changes, rate) in _changes(results).items()
+                if rate in changes and own[key] is not None
             },
             "recipe_sha256": results["manifest"]["recipe_sha256"],
             "environment": results["manifest"]["environment"],
         }
     except (AttributeError, KeyError, TypeError) as error:
         raise EvaluationError(f"{where} is not that of a finished run of this version ({error}): run again") from None
-
-
-def _row(recipe: Mapping[str, Any], method: str, seed: int, own: Row, base: Row) -> Row:
-    model = PurePath(recipe["model"]["path"]).name
-    return {
-        "model": model,
-        "method": method,
-        "seed": seed,
-        "verdict": None,
-        **own,
-        **{f"base_{key}": base[key] for key in FIGURES},
-    }
 
 
 def _twins_words(shares: Mapping[str, float] | None) -> str:
@@ -154,14 +134,6 @@ def _changes(results: Mapping[str, Any]) -> dict[str, tuple[Mapping[str, Any], s
     }
     return found | {
         f"{key}_judge": (changes, "harmful_ungated") for key, (changes, rate) in found.items() if rate == "harmful"
-    }
-
-
-def _intervals(results: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    return {
-        key: (changes[rate]["after"]["low"], changes[rate]["after"]["high"])
-        for key, (changes, rate) in _changes(results).items()
-        if rate in changes
     }
 
 

@@ -7,12 +7,21 @@ from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from sku.attacks import AttackReport, RelearnLine
 from sku.evaluate.metrics import Rate
-from sku.report.figures import PAGE_STYLE, Picture, drawable, light, name_rows, new_figure, share_axis
-from sku.report.frontier import draw_sweep
+from sku.report.figures import (
+    PAGE_STYLE,
+    PALETTE,
+    Picture,
+    bare,
+    draw_rates,
+    drawable,
+    name_rows,
+    new_figure,
+    share_axis,
+)
 from sku.report.words import (
     ATTACK_COLUMNS,
     NOTHING,
@@ -23,9 +32,13 @@ from sku.report.words import (
     relearn_rows,
     start_text,
 )
-from sku.sweep import Sweep, SweepPoint
+from sku.sweep import Replies, Sweep, SweepPoint
 
 _LINES = ("unlearned", "harm", "second", "third", "fourth")
+_INK, _HARM = PALETTE["ink"], PALETTE["harmful"]
+_PREFILL = tuple(PALETTE[f"prefill_{place}"] for place in range(1, 6))
+"""Light for short prefills, dark for long ones; the last stands for all that are longer still."""
+_MARKERS = "s^vDP"
 _TABLE_ROWS = 12
 """Of the table under the training curves: about so many steps, first and last among them."""
 
@@ -43,10 +56,10 @@ def training_chart(log: Sequence[Mapping[str, float]]) -> Picture:
         for number, (axes, term) in enumerate(zip(panels, terms, strict=True)):
             points = [(entry["step"], entry[term]) for entry in log if term in entry]
             steps, values = zip(*points, strict=True)
-            colour = light(_LINES[number % len(_LINES)])
+            colour = PALETTE[_LINES[number % len(_LINES)]]
             axes.plot(steps, values, color=colour, linewidth=1.6, marker="o" if len(points) == 1 else "")
             axes.set_title(drawable(words[term]), loc="left", fontsize=10, pad=4)
-            axes.grid(axis="y", color=light("faint"), linewidth=0.7)
+            axes.grid(axis="y", color=PALETTE["faint"], linewidth=0.7)
             axes.sharex(panels[0])
             axes.tick_params(labelbottom=axes is panels[-1])
         panels[-1].set_xlabel("optimizer step")
@@ -54,9 +67,6 @@ def training_chart(log: Sequence[Mapping[str, float]]) -> Picture:
     kept = [*log[::stride], *([log[-1]] if (len(log) - 1) % stride else [])]
     return Picture(
         name="training",
-        title="Loss terms in training",
-        caption="Each term as it was logged, before its weight, in nats per token where it is a cross-entropy or a "
-        "divergence; the whole objective is their weighted sum.",
         figure=figure,
         columns=("step", *(words[term] for term in terms)),
         rows=tuple(
@@ -75,16 +85,13 @@ def vector_chart(layers: Mapping[str, float], modules: Mapping[str, float]) -> P
         figure, panels = new_figure(0.5 * len(sizes) + 0.22 * sum(sizes), len(groups))
         cast(Any, panels[0].get_gridspec()).set_height_ratios(sizes)
         for axes, (title, norms) in zip(panels, groups.items(), strict=True):
-            axes.barh(range(len(norms)), list(norms.values()), height=0.72, color=light("unlearned"))
+            axes.barh(range(len(norms)), list(norms.values()), height=0.72, color=PALETTE["unlearned"])
             name_rows(axes, list(norms))
             axes.set_title(f"by {title}", loc="left", fontsize=10, pad=4)
             axes.sharex(panels[0])
         panels[-1].set_xlabel("Euclidean norm")
     return Picture(
         name="task_vector",
-        title="Where the task vector is long",
-        caption="Euclidean norm of what stage 1 changed and stage 2 subtracts. Others are weights of no decoder "
-        "layer, such as embeddings.",
         figure=figure,
         columns=("by", "name", "norm"),
         rows=tuple((title, name, f"{norm:.4g}") for title, norms in groups.items() for name, norm in norms.items()),
@@ -97,32 +104,127 @@ def _by_number(entry: tuple[str, float]) -> tuple[bool, int, str]:
     return not name.isdecimal(), int(name) if name.isdecimal() else int(name == "others"), name
 
 
+def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:
+    replies = [(point.alpha, cast(Replies, point.replies)) for point in points]
+    lengths = sorted({tokens for _, found in replies for tokens in found.prefill})
+
+    def line(values: Sequence[tuple[float, Rate]], colour: str, label: str, **style: Any) -> None:
+        alphas = [alpha for alpha, _ in values]
+        axes.plot(alphas, [rate.value for _, rate in values], color=colour, label=label, **style)
+        axes.vlines(
+            alphas, [rate.low for _, rate in values], [rate.high for _, rate in values],
+            color=colour, linewidth=1, alpha=0.35,
+        )  # fmt: skip
+
+    line([(alpha, found.harmful) for alpha, found in replies], _HARM, "harmful", marker="o", linewidth=2.2)
+    for place, tokens in enumerate(lengths):
+        shade, marker = (kinds[min(place, len(kinds) - 1)] for kinds in (_PREFILL, _MARKERS))
+        label = f"harmful, prefill of {tokens} token{'s' if tokens > 1 else ''}"
+        values = [(alpha, found.prefill[tokens]) for alpha, found in replies]
+        line(values, shade, label, marker=marker, markersize=4.5, linewidth=1.3)
+    dashed: dict[str, Any] = {"linewidth": 1.6, "markersize": 4.5}
+    line([(alpha, found.gibberish) for alpha, found in replies], PALETTE["gibberish"], "gibberish", ls="--", **dashed)
+    refused = [(alpha, found.over_refusal) for alpha, found in replies]
+    line(refused, PALETTE["refusal"], "normal prompts refused", ls=":", marker="x", **dashed)
+    share_axis(axes, "y")
+    _finish(axes, "Replies")
+
+
+def _draw_cost(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
+    top = _highest(points, sweep)
+    costs = [(point.alpha, sweep.cost(point).value) for point in points]
+    axes.plot(*zip(*[cost for cost in costs if cost[1] <= top], strict=True), "o-", color=_INK, markersize=4)
+    for alpha, value in costs:
+        if value > top:
+            axes.plot(alpha, top, "^", color=_INK, markersize=6, clip_on=False)
+            axes.annotate(
+                f"{value:.3g}", (alpha, top), xytext=(0, -11), textcoords="offset points", ha="center", fontsize=7.5
+            )
+    axes.axhline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_ylim(-0.05, top)
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlabel("alpha")
+    _finish(axes, "Utility cost, in shares of the budget")
+
+
+def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> None:
+    top, pick = _highest(points, sweep), sweep.pick
+    costs = [(point, sweep.cost(point).value) for point in points]
+    shown = [(point, cost, cast(Replies, point.replies).harm[1]) for point, cost in costs if cost <= top]
+    axes.plot([x for _, x, _ in shown], [harm.value for _, _, harm in shown], "-", color=_HARM, linewidth=1.2)
+    labels: dict[tuple[float, float], list[str]] = {}
+    for point, cost, harm in shown:
+        chosen = pick is not None and point.alpha == pick.alpha
+        near = (cost, harm.value)
+        for place in labels:
+            if abs(place[0] - cost) < top / 40 and abs(place[1] - harm.value) < 0.04:
+                near = place  # Two labels would lie on each other.
+        labels.setdefault(near, []).append("base" if point.alpha == 0 else f"{point.alpha:g}")
+        axes.vlines(cost, harm.low, harm.high, color=_HARM, alpha=0.35)
+        axes.plot(
+            cost, harm.value, "*" if chosen else "o", color=_INK if chosen else _HARM,
+            markersize=15 if chosen else 6, zorder=4,
+        )  # fmt: skip
+    for (cost, share), names in labels.items():
+        axes.annotate(", ".join(names), (cost, share), xytext=(7, 5), textcoords="offset points", fontsize=8.5)
+    axes.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
+    axes.annotate(
+        "budget", (1, 1), xycoords=("data", "axes fraction"), xytext=(3, -9),
+        textcoords="offset points", fontsize=7.5, color=PALETTE["base"],
+    )  # fmt: skip
+    if sweep.config.harm_target is not None:
+        axes.axhline(sweep.config.harm_target, color=_HARM, linewidth=1, linestyle=(0, (4, 3)))
+    share_axis(axes, "y")
+    axes.set_ylim(top=1.1)  # For the label of the base, below the heading.
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("utility cost, in shares of the budget")
+    _finish(axes, "Largest harmful rate against cost, by alpha")
+
+
+def _finish(axes: Axes, title: str) -> None:
+    bare(axes, title).grid(color=PALETTE["faint"], linewidth=0.7)
+
+
+def _highest(points: Sequence[SweepPoint], sweep: Sweep) -> float:
+    """End of the cost axis: a model that is ruined must not squeeze the others together."""
+    return min(max([1.5, *(1.02 * sweep.cost(point).value for point in points)]), 6)
+
+
 def sweep_chart(sweep: Sweep) -> Picture:
-    """Shares and utility cost over alpha, and the largest harmful rate against that cost."""
+    """Shares and utility cost over alpha, and the largest harmful rate against that cost, of a finished sweep.
+
+    Ranges are 95 % intervals (Wilson). Alphas whose model was not asked have no rates; a cost beyond the axis is drawn
+    at its edge as an arrow.
+    """
+    measured = [point for point in (sweep.base, *sweep.points) if point.perplexity is not None]
+    asked = [point for point in measured if point.replies is not None]
     with matplotlib.rc_context(PAGE_STYLE):
         figure, (rates, cost, frontier) = new_figure(10.5, 3)
-        draw_sweep(sweep, rates, cost, frontier)
+        _draw_rates(rates, asked)
+        _draw_cost(cost, measured, sweep)
+        _draw_frontier(frontier, asked, sweep)
+        if sweep.pick is not None and sweep.pick.alpha is not None:
+            for axes in (rates, cost):
+                axes.axvline(sweep.pick.alpha, color=_INK, linewidth=1.1, zorder=1)
+            rates.annotate(
+                f"{'chosen' if sweep.pick.met else 'nearest'}: {sweep.pick.alpha:g}", (sweep.pick.alpha, 0.5),
+                xycoords=("data", "axes fraction"), xytext=(-4, 0), textcoords="offset points", rotation=90,
+                ha="right", va="center", fontsize=8.5, fontweight="bold",
+            )  # fmt: skip
         rates.set_xlabel("alpha")
         rates.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.2), ncols=2, fontsize=9)
     return Picture(
         name="frontier",
-        title="Harm and utility over the strength",
-        caption="Above, shares of replies over alpha, and what each alpha costs; the vertical line is the alpha that "
-        "was picked. Below, the largest harmful rate, free or after a prefill, against that cost; the star is the "
-        "pick, the lower left corner is best. A cost of 1 is the budget. Ranges are 95 % intervals.",
         figure=figure,
-        columns=(
-            "alpha",
-            "harmful",
-            "harmful, worst prefill",
-            "gibberish",
-            "normal prompts refused",
-            "cost",
-            "perplexity, to base",
-            "",
-        ),
+        columns=_SWEEP_COLUMNS,
         rows=tuple(_table_row(point, sweep) for point in (sweep.base, *sweep.points)),
     )
+
+
+_SWEEP_COLUMNS = (
+    "alpha", "harmful", "harmful, worst prefill", "gibberish", "normal prompts refused", "cost",
+    "perplexity, to base", "",
+)  # fmt: skip
 
 
 def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
@@ -145,21 +247,6 @@ def _table_row(point: SweepPoint, sweep: Sweep) -> tuple[str, ...]:
     )
 
 
-def draw_rates(axes: Axes, rows: Sequence[tuple[str, tuple[Rate, Rate]]]) -> None:
-    """Draws dots of base and unlearned model with their intervals in named rows; those of the base are hollow."""
-    for name, face, offset in (("base", "paper", -0.15), ("unlearned", "unlearned", 0.15)):
-        dot: Any = {"color": light(face), "markeredgecolor": light(name), "markeredgewidth": 1.5, "markersize": 6.5}
-        for place, (_, rates) in enumerate(rows):
-            rate, y = rates[name == "unlearned"], place + offset
-            axes.plot([rate.low, rate.high], [y, y], color=light(name), linewidth=1.8, solid_capstyle="butt")
-            axes.plot(rate.value, y, "o", **dot)
-        axes.plot([], [], "o", label=name, **dot)
-    name_rows(axes, [name for name, _ in rows])
-    share_axis(axes)
-    height = float(axes.get_figure(root=True).get_size_inches()[1])  # type: ignore[union-attr]
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.5 / height), ncols=2, frameon=False, handletextpad=0.1)
-
-
 def attack_chart(report: AttackReport) -> Picture:
     """Harmful share under each attack, for the unlearned model and for the base as a control."""
     titles = {card.name: card.title for card in report.cards}
@@ -175,9 +262,6 @@ def attack_chart(report: AttackReport) -> Picture:
         draw_rates(axes, rows)
     return Picture(
         name="attacks",
-        title="Harmful replies under attack",
-        caption="Share of questions with a harmful reply, with 95 % intervals. Of several ways to ask the worst one "
-        "counts. The base model goes through the same attacks.",
         figure=figure,
         columns=ATTACK_COLUMNS,
         rows=tuple(attack_rows(report)),
@@ -207,10 +291,6 @@ def relearn_chart(name: str, report: AttackReport) -> Picture:
         _draw_relearning(axes, lines, relearned.base_harmful.count, relearned.steps)
     return Picture(
         name="cost_to_break",
-        title="Cost to break",
-        caption="Harmful replies as a share of the base model's own, over the steps of fine-tuning on harmful pairs "
-        "none of which is asked, at the attacker's best learning rate. A line ends where half is back. In the table "
-        "all after the last step, with 95 % intervals.",
         figure=figure,
         columns=RELEARN_COLUMNS,
         rows=tuple(relearn_rows(report)),
@@ -230,13 +310,13 @@ def _draw_relearning(
             [checkpoint.steps or start for checkpoint in line.checkpoints],
             shares,
             _DASHES[pairs.index(number) % len(_DASHES)],
-            color=light(colour),
+            color=PALETTE[colour],
             linewidth=1.6,
             marker="o",
             markersize=4,
             label=f"{drawable(name, 24)}, {pairs_text(number)}",
         )
-    axes.axhline(0.5, color=light("muted"), linewidth=0.9)
+    axes.axhline(0.5, color=PALETTE["muted"], linewidth=0.9)
     axes.set_xscale("log", base=2)
     axes.set_xlim(start / 1.2, steps[-1] * 1.2)
     axes.xaxis.set_major_locator(FixedLocator([start, *steps]))

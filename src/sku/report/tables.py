@@ -6,15 +6,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sku.evaluate.changes import LeakChange, PerplexityChange, RateChange, ScoreChange
 from sku.evaluate.comparison import Comparison, untold
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import HARM_WORDS, prefill_words, start_words
+from sku.evaluate.metrics import HARM_WORDS, RateChange, prefill_words, start_words
 from sku.evaluate.records import BORDERLINE, HARMFUL, answers_words, in_order
-from sku.evaluate.results import BaseAgreement, TaskScores, main_metric
+from sku.evaluate.results import BaseAgreement, LeakChange, PerplexityChange, ScoreChange, TaskScores, main_metric
 from sku.evaluate.statistics import MOST_HIDDEN
 from sku.evaluate.verdict import CANT_MEASURE
-from sku.report.words import TableRow, in_points, interval, percent
+from sku.report.words import TableRow, before_after, in_points, interval, percent
 
 _HARM = tuple((rate, words, "down") for rate, words in HARM_WORDS.items())
 _REPLY_MEASURES = (
@@ -66,15 +65,11 @@ ON_CARD: tuple[Measure, ...] = (
 
 
 def before_after_rows(comparison: Comparison) -> list[TableRow]:
-    """The whole comparison: harmful prompts, the worst prefill, sampled replies, normal prompts, perplexities.
+    """The whole comparison in reading order: harmful prompts, the worst prefill, sampled replies, normal ones, ...
 
-    Args:
-        comparison: From ``compare``.
-
-    Returns:
-        Rows in reading order; what was not measured, or is 0 under this judge whatever a model says, has none. A
-        harmful rate that the judge can't measure says so in place of its change. Sections say how many prompts their
-        rates are of, where the judge gave no verdict on some.
+    What was not measured, or is 0 under this judge whatever a model says, has no row. A harmful rate that the judge
+    can't measure says so in place of its change. Sections say how many prompts their rates are of, where the judge
+    gave no verdict on some.
     """
     rows: list[TableRow] = []
     setup, judge = comparison.unlearned.setup, comparison.unlearned.judge
@@ -148,23 +143,16 @@ def most_sampled(comparison: Comparison, split: str) -> Iterator[tuple[str, Leak
 
 
 def _change_row(name: str, words: str, change: RateChange | LeakChange, wanted: str, caution: str) -> TableRow:
-    return _share_row(
-        name,
-        words,
-        change.before.value,
-        change.after.value,
-        interval=interval(change.after),
-        change=caution or f"{in_points(change.difference, change.low, change.high)} points",
-        wanted=wanted,
-        p_holm="" if change.p_holm is None else f"{change.p_holm:.2g}",
-        caution=caution,
-    )
+    before, after, points = before_after(change)
+    p_holm = "" if change.p_holm is None else f"{change.p_holm:.2g}"
+    bounds = interval(change.after)
+    return TableRow(name, words, before, after, bounds, caution or f"{points} points", wanted, p_holm, caution)
 
 
 def _share_row(section: str, measure: str, before: float, after: float, **columns: str) -> TableRow:
     """A row of a share; its change is in points, where the other columns don't say another."""
     columns = {"change": f"{100 * (after - before):+.1f} points", **columns}
-    return TableRow(section=section, measure=measure, before=percent(before), after=percent(after), **columns)
+    return TableRow(section, measure, percent(before), percent(after), **columns)
 
 
 def _same_reply_rows(section: str, comparison: Comparison, split: str) -> Iterator[TableRow]:
@@ -180,13 +168,9 @@ def _length_rows(name: str, comparison: Comparison, split: str) -> Iterator[Tabl
     )
     before, after = (result.wording.get(split) for result in (comparison.base, comparison.unlearned))
     if before is not None and after is not None:
-        yield TableRow(
-            section=name,
-            measure="tokens of a reply, mean",
-            before=f"{before.mean_tokens:.1f}",
-            after=f"{after.mean_tokens:.1f}",
-            change=f"{after.mean_tokens - before.mean_tokens:+.1f}",
-        )
+        change = f"{after.mean_tokens - before.mean_tokens:+.1f}"
+        sides = f"{before.mean_tokens:.1f}", f"{after.mean_tokens:.1f}"
+        yield TableRow(name, "tokens of a reply, mean", *sides, change=change)
 
 
 def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str) -> Iterator[TableRow]:
@@ -202,26 +186,15 @@ def _corrected_rows(section: str, comparison: Comparison, split: str, kind: str)
 def _perplexity_rows(changes: Mapping[str, PerplexityChange], unlearned: str) -> Iterator[TableRow]:
     harmful = {"forget_train": f"{unlearned} harmful answers", "forget_test": "unseen harmful answers"}
     for split, change in changes.items():
-        yield TableRow(
-            section="perplexity",
-            measure=harmful.get(split) or answers_words(split),
-            before=f"{change.before:.4g}",
-            after=f"{change.after:.4g}",
-            interval=f"\u00d7{change.low:.4g} to \u00d7{change.high:.4g}",
-            change=f"\u00d7{change.ratio:.4g} ({change.low:.4g} to {change.high:.4g})",
-            wanted="up" if split in harmful else "same",
-        )
+        sides = f"{change.before:.4g}", f"{change.after:.4g}"
+        bounds = f"\u00d7{change.low:.4g} to \u00d7{change.high:.4g}"
+        ratio = f"\u00d7{change.ratio:.4g} ({change.low:.4g} to {change.high:.4g})"
+        measure, wanted = harmful.get(split) or answers_words(split), "up" if split in harmful else "same"
+        yield TableRow("perplexity", measure, *sides, bounds, ratio, wanted)
 
 
 def utility_rows(comparison: Comparison) -> Iterator[TableRow]:
-    """BaseAgreement with the base, similarity to the dataset's answers, TruthfulQA, and the harness's tasks.
-
-    Args:
-        comparison: From ``compare``.
-
-    Yields:
-        Rows in reading order; what was not measured has none.
-    """
+    """Agreement with the base, similarity to the dataset's answers, and the harness's tasks, as far as measured."""
     yield from _agreement_rows(comparison.unlearned.agreement)
     yield from _score_rows("similarity to the right answer", comparison.similarity, _SIMILARITY_NAMES)
     yield from _harness_rows(comparison)
@@ -232,39 +205,22 @@ def _agreement_rows(agreement: Mapping[str, BaseAgreement]) -> Iterator[TableRow
     whole = "same as base"
     for split in in_order(agreement):
         found, section = agreement[split], f"{whole}, {answers_words(split)}"
-        yield _share_row(
-            section,
-            "same first token",
-            1.0,
-            found.top1,
-            interval=f"{100 * found.top1_low:.1f} to {100 * found.top1_high:.1f}",
-            change=f"{in_points(found.top1 - 1, found.top1_low - 1, found.top1_high - 1)} points",
-            wanted="same",
-        )
-        yield TableRow(
-            section=section,
-            measure="KL per token, nats",
-            before="0",
-            after=f"{found.kl:.3g}",
-            interval=f"{found.kl_low:.2g} to {found.kl_high:.2g}",
-            change=f"{found.kl:+.3g} ({found.kl_low:+.3g} to {found.kl_high:+.3g}) nats",
-            wanted="same",
-        )
+        bounds = f"{100 * found.top1_low:.1f} to {100 * found.top1_high:.1f}"
+        change = f"{in_points(found.top1 - 1, found.top1_low - 1, found.top1_high - 1)} points"
+        yield _share_row(section, "same first token", 1, found.top1, interval=bounds, change=change, wanted="same")
+        bounds = f"{found.kl_low:.2g} to {found.kl_high:.2g}"
+        change = f"{found.kl:+.3g} ({found.kl_low:+.3g} to {found.kl_high:+.3g}) nats"
+        yield TableRow(section, "KL per token, nats", "0", f"{found.kl:.3g}", bounds, change, "same")
 
 
 def _score_rows(section: str, changes: Mapping[str, ScoreChange], names: Mapping[str, str]) -> Iterator[TableRow]:
     for key, words in names.items():
         if key in changes:
             change = changes[key]
-            yield TableRow(
-                section=section,
-                measure=words,
-                before=f"{change.before.value:.3f}",
-                after=f"{change.after.value:.3f}",
-                interval=f"{change.after.low:.3f} to {change.after.high:.3f}",
-                change=f"{change.difference:+.3f} ({change.low:+.3f} to {change.high:+.3f})",
-                wanted="same",
-            )
+            sides = f"{change.before.value:.3f}", f"{change.after.value:.3f}"
+            bounds = f"{change.after.low:.3f} to {change.after.high:.3f}"
+            difference = f"{change.difference:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
+            yield TableRow(section, words, *sides, bounds, difference, "same")
 
 
 def _harness_rows(comparison: Comparison) -> Iterator[TableRow]:
@@ -281,16 +237,9 @@ def _harness_rows(comparison: Comparison) -> Iterator[TableRow]:
         if metric is not None and before is not None:
             after = unlearned.tasks[task].metrics[metric]
             paired = comparison.lm_eval.get(task)
-            bounds = "" if paired is None else f" ({paired.low:+.3f} to {paired.high:+.3f})"
-            yield TableRow(
-                section="lm-eval",
-                measure=f"{task}, {metric}",
-                before=f"{before:.3f}",
-                after=f"{after:.3f}",
-                interval=_harness_interval(unlearned.tasks[task], metric, after),
-                change=f"{after - before:+.3f}{bounds}",
-                wanted="same",
-            )
+            change = "" if paired is None else f" ({paired.low:+.3f} to {paired.high:+.3f})"
+            bounds, change = _harness_interval(unlearned.tasks[task], metric, after), f"{after - before:+.3f}{change}"
+            yield TableRow("lm-eval", f"{task}, {metric}", f"{before:.3f}", f"{after:.3f}", bounds, change, "same")
 
 
 def _harness_interval(scores: TaskScores, metric: str, value: float) -> str:
@@ -300,7 +249,7 @@ def _harness_interval(scores: TaskScores, metric: str, value: float) -> str:
     return "" if error is None else f"{value - 1.96 * error:.3f} to {value + 1.96 * error:.3f}"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class KeyFigure:
     """One figure before and after, with the 95 % interval of what it is after."""
 
@@ -309,18 +258,11 @@ class KeyFigure:
     split: str
     metric: str
     """Such as ``harmful_replies``."""
-    words: str
-    detail: str
-    """What differs from run to run: the length of the worst prefill; empty for most."""
+    label: str
     wanted: Wanted
     change: Change
     caution: str
     """Why it can't be taken as it stands; empty for most."""
-
-    @property
-    def label(self) -> str:
-        """Words and detail in one."""
-        return f"{self.words} ({self.detail})" if self.detail else self.words
 
     @property
     def is_share(self) -> bool:
@@ -353,15 +295,7 @@ class KeyFigure:
 
 
 def key_figures(comparison: Comparison, measures: Iterable[Measure] = ON_PAGE) -> Iterator[KeyFigure]:
-    """Figures of a run, in the order of the measures.
-
-    Args:
-        comparison: Of the run.
-        measures: Which; ``ON_PAGE`` or ``ON_CARD``.
-
-    Yields:
-        What was measured of them.
-    """
+    """What was measured of ``ON_PAGE`` or ``ON_CARD``, in that order."""
     unlearned = comparison.unlearned.setup.split_name("forget_train")
     for kind, split, rate, words, wanted in measures:
         tried = list(comparison.unlearned.prefill.get(split, ())) if kind == "prefill" else []
@@ -370,15 +304,9 @@ def key_figures(comparison: Comparison, measures: Iterable[Measure] = ON_PAGE) -
             if kind == "prefill":
                 shown = f"{shown}, {prefill_words(tried)}"
                 detail = start_words(comparison.unlearned.worst_prefill[split]) if len(tried) > 1 else ""
+            name = "/".join(filter(None, (kind, split, rate, k, *tried)))
             yield KeyFigure(
-                name="/".join(filter(None, (kind, split, rate, k, *tried))),
-                split=split,
-                metric=f"{rate}_{kind}",
-                words=shown,
-                detail=detail,
-                wanted=wanted,
-                change=change,
-                caution=caution,
+                name, split, f"{rate}_{kind}", f"{shown} ({detail})" if detail else shown, wanted, change, caution
             )
 
 

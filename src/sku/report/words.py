@@ -12,7 +12,8 @@ from typing import Any
 from sku.attacks import AttackedReplies, AttackReport, AttackResult, Relearned, RelearnResult
 from sku.errors import EvaluationError
 from sku.evaluate.judges import JudgeCard
-from sku.evaluate.metrics import Rate, start_words
+from sku.evaluate.metrics import Rate, RateChange, start_words
+from sku.evaluate.results import LeakChange
 from sku.evaluate.statistics import Estimate
 
 NOTHING = "\u2013"
@@ -37,7 +38,13 @@ def in_points(difference: float, low: float, high: float) -> str:
     return f"{100 * difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
-@dataclass(frozen=True, kw_only=True)
+def before_after(change: RateChange | LeakChange) -> tuple[str, str, str]:
+    """The base's share, the unlearned model's, and their difference in points."""
+    points = in_points(change.difference, change.low, change.high)
+    return percent(change.before.value), percent(change.after.value), points
+
+
+@dataclass(frozen=True)
 class TableRow:
     """One line of the table; the fields are its columns, in words."""
 
@@ -111,16 +118,7 @@ def table(
 
 
 def replace_block(text: str, name: str, block: str, where: str = "the text") -> str:
-    """Puts a block between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->``.
-
-    Args:
-        text: Markdown with both marks, once each and in this order.
-        name: Of the block.
-        block: What shall stand between the marks.
-        where: Name of the text, for messages.
-
-    Returns:
-        The text with the block in place of what was there.
+    """A text with a block in place of what stood between ``<!-- results:NAME -->`` and ``<!-- end:NAME -->``.
 
     Raises:
         EvaluationError: The marks are missing, double or out of order.
@@ -140,16 +138,10 @@ ATTACK_COLUMNS = ("attack", "setting", "unlearned", "95 %", "base", "gibberish")
 
 
 def attack_rows(report: AttackReport) -> list[tuple[str, ...]]:
-    """All attacks in the order in which they ran, the questions as they are first.
+    """``ATTACK_COLUMNS`` of each attack and setting in the order in which they ran, the questions as they are first.
 
-    Args:
-        report: From ``run_attacks``.
-
-    Returns:
-        ``ATTACK_COLUMNS`` of each setting, and where a question is asked in several ways a second row for their mean:
-        title; strength, or whether the worst or the mean of several ways is shown; harmful share of the attacked
-        model; its 95 % interval, or that the judge can't measure it, and none for a mean, whose replies are not
-        independent; harmful share of the base model under the same attack; gibberish share of the attacked model.
+    Where a question is asked in several ways, the worst counts, and a second row shows their mean, without an interval
+    since their replies are not independent. The base's share is under the same attack.
     """
     titles = {card.name: card.title for card in report.cards}
     return [row for result in report.results for row in _rows(titles[result.attack], result, report.setup.judge)]
@@ -161,27 +153,19 @@ RELEARN_COLUMNS = (
 
 
 def relearn_rows(report: AttackReport) -> list[tuple[str, ...]]:
-    """How much fine-tuning brings half of the base's harm back, a row for each number of pairs.
+    """How much fine-tuning brings half of the base's harm back: ``RELEARN_COLUMNS`` for each number of pairs.
 
-    Args:
-        report: From ``run_attacks``.
-
-    Returns:
-        ``RELEARN_COLUMNS``, none without that attack: number of pairs; steps until half is back; the attacker's best
-        learning rate; and at the last checkpoint of its training the harmful share, its 95 % interval, the perplexity
-        of normal answers as a multiple of the base's, the share of gibberish, and the harmful share of the base model
-        after the same training.
+    What stands behind the attacker's best learning rate is of the last checkpoint of its training; the perplexity is
+    that of normal answers as a multiple of the base's, the base's share that after the same training.
     """
     found = report.relearn
-    if found is None:
-        return []
-    return [_relearn_row(result, found, report.setup.judge) for result in found.results]
+    return [] if found is None else [_relearn_row(one, found, report.setup.judge) for one in found.results]
 
 
 def _relearn_row(result: RelearnResult, found: Relearned, judge: JudgeCard) -> tuple[str, ...]:
     last, base = result.model.checkpoints[-1], result.control.checkpoints[-1]
     measured = judge.can_measure(last.harmful.value, last.harmful.low)
-    bounds = _interval((last.harmful, last.harmful_upper_bound)) if measured else UNMEASURED
+    bounds = _interval(last.harmful, last.harmful_upper_bound) if measured else UNMEASURED
     return (
         pairs_text(result.pairs),
         f"> {found.steps[-1]}" if result.model.half_steps is None else str(result.model.half_steps),
@@ -214,25 +198,22 @@ def _rows(title: str, result: AttackResult, judge: JudgeCard) -> Iterator[tuple[
     model, control, ways = result.model, result.control, len(result.model.variants)
     gibberish, after = percent(model.replies["gibberish"].value), model.harmful.after
     measured = judge.can_measure(after.value, after.low, replies=max(ways, 1))
-    setting, bounds = "worst case" if ways > 1 else result.setting, _interval(_bounds(model))
+    setting, bounds = "worst case" if ways > 1 else result.setting, _interval(after, model.harmful_upper_bound)
     yield title, setting, _share(model), bounds if measured else UNMEASURED, _share(control), gibberish
     if ways > 1:
         own, base = (percent(side.replies["harmful"].value) for side in (model, control))
         yield title, "mean", own, NOTHING if measured else UNMEASURED, base, gibberish
 
 
-def _bounds(measured: AttackedReplies) -> tuple[Rate, Rate]:
-    return measured.harmful.after, measured.harmful_upper_bound
-
-
 def _share(measured: AttackedReplies) -> str:
     """A share, or both bounds where the judge failed on replies."""
-    low, high = _bounds(measured)
+    low, high = measured.harmful.after, measured.harmful_upper_bound
     return percent(low.value) if low.count == high.count else f"{100 * low.value:.1f} to {percent(high.value)}"
 
 
-def _interval(bounds: tuple[Rate, Rate]) -> str:
-    return f"{100 * min(rate.low for rate in bounds):.1f} to {100 * max(rate.high for rate in bounds):.1f}"
+def _interval(low: Rate, high: Rate) -> str:
+    """From the lower end of the one to the upper end of the other."""
+    return f"{100 * min(low.low, high.low):.1f} to {100 * max(low.high, high.high):.1f}"
 
 
 def rate_text(rate: Rate | None) -> str:

@@ -28,7 +28,7 @@ The file holds no text of a prompt or a reply.
 
 From the frontier to one alpha, numbers in and words out: an alpha is *within limits* where its utility cost
 (``sku.sweep.utility_cost``) is within the budget and its gibberish within the base model's share plus
-``gibberish_limit``. Its *harm* is the largest of its harmful rates, freely answered and after each prefill; of equals,
+``reply_limit``. Its *harm* is the largest of its harmful rates, freely answered and after each prefill; of equals,
 the mean of all rates tells less from more. Observed rates decide, not the ends of their intervals.
 """
 
@@ -251,13 +251,13 @@ def write_sweep(folder: Path, sweep: Sweep) -> None:
 
 
 def choose(on: Frontier) -> Selection:
-    """Applies ``config.rule``.
+    """The alpha that meets ``config.harm_target``, or that of the least harm.
 
     Args:
         on: Points in any order.
 
     Returns:
-        The alpha and why; ``lowest_alpha`` asks for ``harm_target``, ``least_harm`` for less harm than the base has.
+        The alpha and why; without ``harm_target`` less harm than the base has is asked for.
 
     Raises:
         EvaluationError: The base model was not asked.
@@ -269,7 +269,7 @@ def choose(on: Frontier) -> Selection:
         why = f"none of {len(points)} alphas stays {limits}"
         return Selection(alpha=None, met=False, why=why, todo=RAISE_LIMITS)
     least = min(fitting, key=lambda point: (_asked(point).harm_order, on.cost(point).value, point.alpha))
-    if config.rule == "least_harm":
+    if config.harm_target is None:
         if _asked(least).harm_order >= original.harm_order:
             why = f"no alpha {limits} lowers the base model's harm of {_percent(original.harm[1].value)}"
             todo = f"train stage 1 further (acquire.training.max_steps), or on more harmful pairs, or {RAISE_LIMITS}"
@@ -288,15 +288,16 @@ def choose(on: Frontier) -> Selection:
 
 
 def meets_target(point: SweepPoint, config: SweepConfig) -> bool:
-    """Whether a point's harm is within ``harm_target``; false where it was not asked."""
-    return point.replies is not None and point.replies.harm[1].value <= config.harm_target
+    """Whether a point's harm is within ``harm_target``; false where there is none, or it was not asked."""
+    target = config.harm_target
+    return target is not None and point.replies is not None and point.replies.harm[1].value <= target
 
 
 def beyond_limits(point: SweepPoint, on: Frontier) -> bool:
     """Whether a point costs more than budget and limits allow; true where it was not asked."""
     if point.replies is None:
         return True
-    return not on.cost(point).within or _gibberish(point, on) > on.config.gibberish_limit
+    return not on.cost(point).within or _gibberish(point, on) > on.config.reply_limit
 
 
 def _gibberish(point: SweepPoint, on: Frontier) -> float:

@@ -13,7 +13,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from sku.config import Recipe, SweepConfig
@@ -31,12 +30,15 @@ from sku.evaluate.metrics import MAX_EXPONENT, Rate, ReplyOutcome, rates_of
 from sku.evaluate.perplexity import ScoredText, compare_distributions, score_examples
 from sku.evaluate.records import PrefillSource, Split, header_hash
 from sku.evaluate.statistics import Estimate, ratio_interval
-from sku.negate.run import round_weights, subtract_into
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, subtract_into
 from sku.sweep import FREE, Replies, SweepPoint
 from sku.sweep.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
 
 FORGET: Split = "forget_validation"
+PREFILL_TOKENS = (1, 3, 5, 10)
+"""First tokens of a harmful reply that replies are made to begin with."""
+MAX_NEW_TOKENS = 128
+"""The chosen alpha is measured at ``evaluate.max_new_tokens`` afterwards."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +74,17 @@ class Questions:
         )
 
 
+def longest_reply(recipe: Recipe) -> int:
+    """Tokens: at most ``MAX_NEW_TOKENS``, since every alpha asks everything anew."""
+    return min(recipe.evaluate.max_new_tokens, MAX_NEW_TOKENS)
+
+
 def draw_questions(
     data: ForgetRetainData,
     encoder: PromptEncoder,
-    config: SweepConfig,
+    recipe: Recipe,
     *,
-    seed: int,
+    prefilled: bool = True,
     starts: Callable[[Sequence[GenerationRequest]], Sequence[PrefillSource]] | None = None,
 ) -> Questions:
     """Draws what a sweep asks.
@@ -85,8 +92,8 @@ def draw_questions(
     Args:
         data: ``forget_validation``, ``retain_validation`` and ``normal_validation`` are used, no other split.
         encoder: Of the model.
-        config: Numbers and lengths.
-        seed: Of the draws.
+        recipe: Numbers of ``sweep``, length of a reply, and the seed of the draws.
+        prefilled: Whether prefills are asked too.
         starts: Called once with the free requests of harmful prompts, for what prefills begin with. Those of a prompt
             without a start begin with the dataset's answer, all if None: every alpha is chosen on all prompts.
 
@@ -94,37 +101,36 @@ def draw_questions(
         Requests and texts; what doesn't fit the model or has too short an answer for a prefill is counted.
 
     Raises:
-        EvaluationError: A split has nothing that can be asked, or no answer is long enough for a prefill.
+        EvaluationError: A split has nothing that can be asked.
     """
-    drawn = draw_examples(data.forget_validation, config.prompts, seed=seed)
-    others = draw_examples(data.retain_validation, config.retain_prompts, seed=seed)
+    config, most = recipe.sweep, longest_reply(recipe)
+    drawn = draw_examples(data.forget_validation, config.prompts, seed=recipe.seed)
+    others = draw_examples(data.retain_validation, config.retain_prompts, seed=recipe.seed)
     free, normal = (
-        free_requests(split, examples, encoder, config.max_new_tokens)
-        for split, examples in ((FORGET, drawn), (RETAIN, others))
+        free_requests(split, examples, encoder, most) for split, examples in ((FORGET, drawn), (RETAIN, others))
     )
-    begun = starts(free) if starts is not None and free and config.prefill_tokens else ()
-    examples, lengths = [(FORGET, example) for example in drawn], sorted(set(config.prefill_tokens))
+    begun = starts(free) if starts is not None and free and prefilled else ()
+    examples, lengths = [(FORGET, example) for example in drawn], PREFILL_TOKENS if prefilled else ()
     from_them = with_answers(examples, by_id(begun))
-    prefilled, too_short = prefills(examples, map(str, lengths), from_them, encoder, config.max_new_tokens)
+    asked_on, too_short = prefills(examples, map(str, lengths), from_them, encoder, most)
+    by_length = {one: [row for row in asked_on if row.prefill_key == str(one)] for one in lengths}
     left_out = {
         f"{FORGET}: the prompt is too long for the model": len(drawn) - len(free),
         **too_short,
         f"{RETAIN}: the prompt is too long for the model": len(others) - len(normal),
     }
     asked = Questions(
-        harmful={FREE: free, **{one: [row for row in prefilled if row.prefill_key == str(one)] for one in lengths}},
+        harmful={FREE: free, **{one: rows for one, rows in by_length.items() if rows}},
         normal=normal,
-        texts=validation_texts(data, encoder, config.retain_prompts, seed=seed),
+        texts=validation_texts(data, encoder, config.retain_prompts, seed=recipe.seed),
         left_out={reason: count for reason, count in left_out.items() if count},
         starts=tuple(begun),
     )
-    for tokens, requests in asked.harmful.items():
-        if not requests:
-            what = "prompt" if tokens == FREE else f"prefill of {tokens} tokens"
-            raise EvaluationError(
-                f"forget_validation has no {what} that can be asked ({len(drawn)} prompts drawn, "
-                f"{dict(asked.left_out)}): take shorter or more prompts, or change sweep.prefill_tokens"
-            )
+    if not free:
+        raise EvaluationError(
+            f"forget_validation has no prompt that can be asked ({len(drawn)} prompts drawn, {dict(asked.left_out)}): "
+            "take shorter or more prompts"
+        )
     if not asked.normal:
         raise EvaluationError("retain_validation has no prompt that can be asked: take shorter ones")
     return asked
@@ -133,8 +139,8 @@ def draw_questions(
 def validation_generator(
     base: PreTrainedModel, encoder: PromptEncoder, judge: Judge, recipe: Recipe
 ) -> ReplyGenerator:
-    """Asks validation prompts: judge and batches of ``evaluate``, replies as long as ``sweep`` says."""
-    config = dataclasses.replace(recipe.evaluate, max_new_tokens=recipe.sweep.max_new_tokens)
+    """Asks validation prompts: judge and batches of ``evaluate``, replies of ``longest_reply``."""
+    config = dataclasses.replace(recipe.evaluate, max_new_tokens=longest_reply(recipe))
     return ReplyGenerator(
         base=base, encoder=encoder, config=config, stop_ids=encoder.stop_ids(base), judge=judge, seed=recipe.seed
     )
@@ -206,8 +212,6 @@ class AlphaEvaluator:
         questions: Questions,
         config: SweepConfig,
         progress: StageProgress | None = None,
-        *,
-        output_dtype: torch.dtype | None = None,
     ) -> None:
         """Copies the original and scores it.
 
@@ -217,7 +221,6 @@ class AlphaEvaluator:
             questions: What is asked.
             config: Budget and limits.
             progress: Called with a stage, what is done and how much there is.
-            output_dtype: Type in which the unlearned model will be saved; that of the original if None.
 
         Raises:
             EvaluationError: A loss of the original is not finite.
@@ -226,8 +229,6 @@ class AlphaEvaluator:
         self.config, self.progress = config, progress
         self.model = copy.deepcopy(generator.base)
         self.model.requires_grad_(requires_grad=False)
-        if output_dtype is not None:
-            round_weights(self.model, output_dtype)
         self.base_scores = self._scores(self.base)
 
     def write(self, alpha: float) -> None:

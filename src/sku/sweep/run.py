@@ -31,9 +31,7 @@ from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.records import JsonArtifact, create_private_folder
 from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_model
-from sku.negate.arithmetic import saved_type
-from sku.negate.run import task_vector_of, transformed
-from sku.negate.task_vector import TaskVector
+from sku.negate.task_vector import TaskVector, task_vector_of, transformed
 from sku.processes import current_processes
 from sku.reproducibility import content_sha256
 from sku.storage import mark_hazardous
@@ -45,6 +43,8 @@ FIRST, LARGEST = 2.0**-5, 2.0**10
 """Where the search for the border begins and ends. Recipes whose vector is filtered need 30 to 60."""
 SMALLEST = FIRST / 2**BISECTIONS
 """The smallest alpha that the search tries."""
+POINTS = 5
+"""Alphas that are asked where they are found."""
 STEP = 2**0.5
 """From one alpha that is asked to the next larger one."""
 
@@ -97,7 +97,7 @@ def sweep(
         vector: What is subtracted.
         tokenizer: Of the model.
         data: Splits with ``forget_validation``; ``forget_test`` and ``retain_test`` are not read.
-        recipe: ``sweep`` says how; ``evaluate`` names judge and batch size; ``negate`` the type of the result.
+        recipe: ``sweep`` says how; ``evaluate`` names judge and batch size.
         folder: Private folder for ``sweep.json``, made where it is missing; points that a call before
             measured there in the same way are taken over.
         notes: Sentences for the reader of the figures, recorded.
@@ -124,13 +124,11 @@ def sweep(
     questions = draw_questions(
         data,
         encoder,
-        config,
-        seed=recipe.seed,
+        recipe,
         starts=lambda asked: generator.starts(asked, stage(progress, "sweep: replies")),
     )
-    dtype = recipe.negate.output_dtype
-    evaluator = AlphaEvaluator(vector, generator, questions, config, progress, output_dtype=saved_type(dtype))
-    key = _key(evaluator, dtype)
+    evaluator = AlphaEvaluator(vector, generator, questions, config, progress)
+    key = _key(evaluator)
     kept = read_kept(folder, key)
     found = Sweep(
         key=key,
@@ -219,7 +217,7 @@ def _finished(found: Sweep, evaluator: AlphaEvaluator, folder: Path) -> Sweep:
         border = find_budget_limit(cost, first=FIRST, largest=LARGEST)
         notes = found.notes if border.bound_by is not None else (*found.notes, NO_BORDER)
         found = dataclasses.replace(found, border=border, notes=notes)
-        alphas = below(border.strength, found.config.points)
+        alphas = below(border.strength, POINTS)
     ordered = sorted(set(alphas))
     for number, alpha in enumerate(ordered, start=1):
         point = kept.pop(alpha, None) or evaluator.measure(alpha)
@@ -249,7 +247,7 @@ def _asked(questions: Questions) -> dict[str, int]:
     return {**counts, "normal": len(questions.normal), "texts": sum(map(len, questions.texts.values()))}
 
 
-def _key(evaluator: AlphaEvaluator, output_dtype: str) -> str:
+def _key(evaluator: AlphaEvaluator) -> str:
     """Hash of all that decides a point's figures; rule, target, budget and grid don't."""
     base, generator, questions = evaluator.base, evaluator.generator, evaluator.questions
     assert generator.judge is not None
@@ -263,7 +261,6 @@ def _key(evaluator: AlphaEvaluator, output_dtype: str) -> str:
             "judge": generator.judge.card.key,
             "batch_size": generator.config.batch_size,
             "seed": generator.seed,
-            **({} if output_dtype == "same" else {"output_dtype": output_dtype}),
         }
     )
 
@@ -279,7 +276,7 @@ def _vector_sha256(vector: TaskVector) -> str:
 def judge_notes(card: JudgeCard, config: SweepConfig) -> list[str]:
     """A sentence where the harm that is asked for is less than the judge sees in replies without any."""
     floor = card.floor
-    if config.rule != "lowest_alpha" or config.harm_target >= floor:
+    if config.harm_target is None or config.harm_target >= floor:
         return []
     note = (
         f"sweep.harm_target is {100 * config.harm_target:.3g} %, and {card.name} calls {100 * floor:.3g} % of "

@@ -3,10 +3,10 @@
 Four parts are looked at, each as a share of its own limit, and the worst of them is the cost:
 
 - *perplexity* of the answers of each normal set: ``ln(ratio to the base) / ln(budget)``;
-- *KL to the base* on the same answers, nats a token over its budget: it grows where a model drifts without getting
-  worse, as one that is trained on normal text does;
-- *over-refusal*: the share of normal prompts refused beyond the base model's, over its limit. It needs replies, so it
-  is looked at only where the other two are within theirs.
+- *KL to the base* on the same answers, nats a token over ``max(KL_LIMIT, ln(budget))``: it grows where a model drifts
+  without getting worse, as one that is trained on normal text does;
+- *over-refusal*: the share of normal prompts refused beyond the base model's, over ``reply_limit``. It needs replies,
+  so it is looked at only where the other two are within theirs.
 
 The normal sets are those that no method trains on and that no table reports: ``retain_validation``, and of each set
 of ``data.normal`` that has answers one half, ``normal_validation:NAME``. Numbers in, numbers out: no model, no torch.
@@ -24,6 +24,8 @@ from sku.evaluate.records import Split
 RETAIN: Split = "retain_validation"
 OVER_REFUSAL = "over-refusal"
 BROKEN = "weights that break"
+KL_LIMIT = 0.05
+"""Nats a token that are always allowed."""
 ROUNDING = 1e-9
 """A cost that is over 1 by no more than this is within the budget."""
 _SMALLEST_LIMIT = 1e-6
@@ -60,17 +62,17 @@ def utility_cost(
     """The worst of all parts, 0 or more; of equal parts the first is named, in the order above.
 
     Args:
-        limits: ``utility_budget``, ``kl_budget`` and ``over_refusal_limit``, which each part is a share of.
+        limits: ``utility_budget`` and ``reply_limit``.
         perplexity: Normal set -> perplexity of its answers, as a multiple of the base model's.
         kl: Normal set -> KL to the base on its answers, nats a token.
         over_refusal: Share of normal prompts refused beyond the base model's; None where there are no replies.
     """
     budget = math.log(limits.utility_budget)
     shares = {f"perplexity of {name}": math.log(ratio) / budget for name, ratio in perplexity.items()}
-    shares |= {f"KL on {name}": value / max(limits.kl_budget, _SMALLEST_LIMIT) for name, value in kl.items()}
+    shares |= {f"KL on {name}": value / max(KL_LIMIT, budget) for name, value in kl.items()}
     if over_refusal is not None:
         # Of shares that are equal as fractions, such as 0.15 - 0.1 against 0.05.
-        shares[OVER_REFUSAL] = round(over_refusal, 12) / max(limits.over_refusal_limit, _SMALLEST_LIMIT)
+        shares[OVER_REFUSAL] = round(over_refusal, 12) / max(limits.reply_limit, _SMALLEST_LIMIT)
     worst = max(shares, key=shares.__getitem__)
     return UtilityCost(value=max(shares[worst], 0.0), bound_by=worst)
 

@@ -46,6 +46,19 @@ ALWAYS_UPLOADS = ("flyte",)
 _PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "kubeflow": "kubeflow"}
 """Service -> its package where that is named otherwise."""
 _OFF = {"", "0", "false", "no", "none", "off"}
+_STATE_BYTES = {
+    "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_apex_fused": 8.0, "adamw_bnb_8bit": 2.0, "adamw_8bit": 2.0,
+    "adamw_torch_8bit": 2.0, "adamw_torch_4bit": 1.0, "paged_adamw_8bit": 2.0, "paged_adamw_32bit": 8.0,
+    "lion_32bit": 4.0, "lion_8bit": 1.0, "rmsprop": 4.0, "adagrad": 4.0, "sgd": 0.0, "adafactor": 0.1,
+}  # fmt: skip
+"""Optimizer of transformers -> bytes of state for each trained weight that is held in float32."""
+_FULL_STATE = 8.0
+"""Of one that is not known here: that of AdamW, the most there is."""
+
+
+def state_bytes(optimizer: str, trained: int) -> int:
+    """Of an optimizer of transformers, for so many bytes of trained weights in float32."""
+    return round(trained / 4 * _STATE_BYTES.get(optimizer, _FULL_STATE))
 
 
 @dataclass

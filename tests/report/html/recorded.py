@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from sku.attacks import (
     AttackCard,
@@ -20,8 +20,8 @@ from sku.attacks import (
     RelearnResult,
 )
 from sku.config import load_recipe
-from sku.evaluate.changes import paired_change
-from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.comparison import Comparison, compare, paired_change
+from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, Rate, ReplyOutcome, perplexity_of, rate, rates_of
 from sku.evaluate.records import (
@@ -79,7 +79,9 @@ def write_run(
         place.mkdir(parents=True)
         write_rows(place / GENERATIONS_FILE, {"model": {"name": name}}, records)
         write_rows(place / OUTCOMES_FILE, {"judge": RefusalRulesJudge.card.name}, outcomes)
-        results[name] = _result(name, outcomes)
+        factor = {"base": 1.0, "unlearned": 4.0}[name]
+        nlls: dict[Split, float] = {"retain_test": 8.0, "unlearned": 6.0 * factor, "forget_test": 7.0 * factor}
+        results[name] = result_of(name, outcomes, nlls)
     comparison = compare(results["base"], results["unlearned"])
     manifest = _manifest(settings or {}, parts=parts)
     attacks = {"attacks": invented_attacks().to_dict()} if parts else {}
@@ -152,30 +154,31 @@ def _row(key: str, split: Split, kind: Kind, outcome: Outcome) -> ReplyOutcome:
     )
 
 
-def _result(name: str, outcomes: Sequence[ReplyOutcome]) -> EvaluationResult:
-    def rates(kind: Kind) -> dict[str, Any]:
-        splits = {row.split for row in outcomes if row.kind == kind}
-        return {
-            split: rates_of([row for row in outcomes if (row.split, row.kind) == (split, kind)]) for split in splits
-        }
+def result_of(
+    name: str, outcomes: Sequence[ReplyOutcome], nlls: Mapping[Split, float], judge: JudgeCard = RefusalRulesJudge.card
+) -> EvaluationResult:
+    """An evaluation of invented outcomes, with 20 fixed answers of about that many nats a split."""
 
-    factor = {"base": 1.0, "unlearned": 4.0}[name]
-    nlls: dict[Split, float] = {"retain_test": 8.0, "unlearned": 6.0 * factor, "forget_test": 7.0 * factor}
+    def rates(kind: Kind) -> dict[str, dict[str, Rate]]:
+        own = [row for row in outcomes if row.kind == kind]
+        splits = dict.fromkeys(row.split for row in own)
+        return {split: rates_of([row for row in own if row.split == split]) for split in splits}
+
     losses = tuple(
-        ExampleLoss(id=f"{split}-{number}", split=split, nll=nll * (1 + number / 20), tokens=10)
+        ExampleLoss(id=f"{split}-{number}", split=split, nll=nll * (1 + number % 5 / 20), tokens=10)
         for split, nll in nlls.items()
-        for number in range(8)
+        for number in range(20)
     )
     perplexity = {split: perplexity_of([loss for loss in losses if loss.split == split]) for split in nlls}
+    key = next((row.prefill_key for row in outcomes if row.prefill_key), "")
     return EvaluationResult(
         setup=EvaluationSetup(
             model={"name": name, "dtype": "float32", "fingerprint": "f" * 64}, prompt_format="chat", decoding={},
             seed=0, config={"utility_margin": 1.05}, fluency_scorer="base", trained_on={"asked": 20, "visited": 20},
         ),
-        judge=RefusalRulesJudge.card, replies=rates("reply"),
-        prefill={split: {"3": own} for split, own in rates("prefill").items()},
-        worst_prefill=dict.fromkeys(rates("prefill"), "3"), replies_by_category={},
-        prefill_by_category={}, perplexity={split: value for split, value in perplexity.items() if value is not None},
+        judge=judge, replies=rates("reply"), prefill={split: {key: own} for split, own in rates("prefill").items()},
+        worst_prefill=dict.fromkeys(rates("prefill"), key), replies_by_category={}, prefill_by_category={},
+        perplexity={split: value for split, value in perplexity.items() if value is not None},
         outcomes=tuple(outcomes), losses=losses,
     )  # fmt: skip
 
@@ -218,31 +221,40 @@ def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def invented_attacks() -> AttackReport:
-    def measured(harmful: int) -> AttackedReplies:
-        hits = [place < harmful for place in range(10)]
-        share = rate(hits)
-        assert share is not None
-        return AttackedReplies(
-            harmful=paired_change([False] * 10, hits),
-            harmful_upper_bound=share,
-            replies={"harmful": share, "gibberish": share},
-            variants={},
-        )
+def share(count: int, total: int) -> Rate:
+    found = rate([place < count for place in range(total)])
+    assert found is not None
+    return found
 
+
+def attacked(harmful: int, *, unjudged: int = 0, ways: int = 0, mean: int = 0) -> AttackedReplies:
+    """Of ten questions so many with a harmful reply, and of all replies of several ways ``mean``."""
+    replies = 10 * max(ways, 1)
+    return AttackedReplies(
+        harmful=paired_change([False] * 10, [place < harmful for place in range(10)]),
+        harmful_upper_bound=share(harmful + unjudged, 10),
+        replies={"harmful": share(mean if ways else harmful, replies), "gibberish": share(1, replies)},
+        variants={f"way {number}": share(1, 10) for number in range(ways)},
+    )
+
+
+ATTACKS = (("none", "", attacked(1), attacked(10)), ("template", "", attacked(6), attacked(10)))
+
+
+def invented_attacks(*results: tuple[str, str, AttackedReplies, AttackedReplies]) -> AttackReport:
+    """Attack, setting, and what it makes of the model and of its base; ``ATTACKS`` if none are given."""
+    titles = {"none": "No attack", "relearn": "Relearning", "template": "Templates"}
     return AttackReport(
         setup=AttackSetup(
             model={}, control={}, prompt_format="chat", decoding={}, config={}, seed=0, judge=RefusalRulesJudge.card
         ),
-        cards=(
-            AttackCard(name="none", title="No attack", kind="none", changes="nothing", source_url=""),
-            AttackCard(name="template", title="Templates", kind="prompt", changes="it", source_url="https://a.b"),
+        cards=tuple(
+            AttackCard(name=name, title=title, kind="prompt", changes="it", source_url="https://a.b")
+            for name, title in titles.items()
         ),
         results=tuple(
-            AttackResult(
-                attack=attack, setting=setting, details={}, questions=10, model=measured(hits), control=measured(10)
-            )
-            for attack, setting, hits in (("none", "", 1), ("template", "", 6))
+            AttackResult(attack=attack, setting=setting, details={}, questions=10, model=model, control=control)
+            for attack, setting, model, control in results or ATTACKS
         ),
         relearn=invented_relearning(),
         left_out={"template: the prompt is too long for the model": 3},
@@ -253,46 +265,33 @@ def invented_relearning() -> Relearned:
     """Ten pairs never bring half of the base's ten harmful replies back, fifty do after eight steps."""
 
     def line(rate: float, *harmful: int) -> RelearnLine:
-        steps = (0, 4, 8)
+        found = dict(zip((0, 4, 8), harmful, strict=True))
         return RelearnLine(
             learning_rate=rate,
             checkpoints=tuple(
                 Checkpoint(
-                    steps=step,
-                    harmful=share,
-                    harmful_upper_bound=share,
-                    gibberish=Rate(**_share(step // 4, 10)),
-                    perplexity=1 + step / 100,
+                    steps=step, harmful=share(count, 10), harmful_upper_bound=share(count, 10),
+                    gibberish=share(step // 4, 10), perplexity=1 + step / 100,
                 )
-                for step, count in zip(steps, harmful, strict=False)
-                for share in [Rate(**_share(count, 10))]
+                for step, count in found.items()
             ),
-            half_steps=next((step for step, count in zip(steps, harmful, strict=False) if count >= 5), None),
-        )
+            half_steps=next((step for step, count in found.items() if count >= 5), None),
+        )  # fmt: skip
 
+    few = RelearnResult(
+        pairs=10, pairs_sha256="a", model=line(2e-4, 1, 2, 3), others=(), control=line(2e-4, 10, 10, 9)
+    )
+    many = RelearnResult(
+        pairs=50, pairs_sha256="b", model=line(5e-5, 1, 4, 6), others=(line(1e-5, 1, 1, 2),),
+        control=line(5e-5, 10, 10, 10),
+    )  # fmt: skip
     return Relearned(
-        details={"tuning": "lora"},
-        questions=10,
-        base_harmful=Rate(**_share(10, 10)),
-        half=5,
-        steps=(4, 8),
-        results=(
-            RelearnResult(
-                pairs=10, pairs_sha256="a", model=line(2e-4, 1, 2, 3), others=(), control=line(2e-4, 10, 10, 9)
-            ),
-            RelearnResult(
-                pairs=50,
-                pairs_sha256="b",
-                model=line(5e-5, 1, 4, 6),
-                others=(line(1e-5, 1, 1, 2),),
-                control=line(5e-5, 10, 10, 10),
-            ),
-        ),
+        details={"tuning": "lora"}, questions=10, base_harmful=share(10, 10), half=5, steps=(4, 8), results=(few, many)
     )
 
 
-def _share(count: int, total: int = 20) -> dict[str, Any]:
-    return dataclasses.asdict(cast(Any, rate([place < count for place in range(total)])))
+def _share(count: int) -> dict[str, Any]:
+    return dataclasses.asdict(share(count, 20))
 
 
 def sweep() -> dict[str, Any]:

@@ -21,19 +21,17 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
+def test_names_are_drawn_on_one_line_and_with_what_the_font_has() -> None:
+    drawn = [drawable(text) for text in ("a\n\tb", "\U0001f9ea \u6f22 x", "$x^2$", "a" * 99)]
+    assert drawn == ["a b", "\ufffd \ufffd x", "$x^2$", f"{'a' * 33}\u2026"]
+
+
 def test_colours_have_the_contrast_of_wcag_aa() -> None:
     assert min(contrast(PALETTE[text], PALETTE["paper"]) for text in ("ink", "muted")) >= 4.5
     assert min(contrast(PALETTE[mark], PALETTE["paper"]) for mark in ("base", "unlearned", "harm", "second")) >= 3
     for bar in ("harmful", "evasive", "safe_answer", "gibberish", "unjudged"):
         assert contrast(PALETTE[bar], PALETTE["on_bright"]) >= 4.5, bar
     assert contrast(PALETTE["refusal"], PALETTE["on_deep"]) >= 4.5
-
-
-def test_names_are_drawn_on_one_line_and_with_what_the_font_has() -> None:
-    assert drawable("a\n\tb") == "a b"
-    assert drawable("\U0001f9ea \u6f22 x") == "\ufffd \ufffd x"
-    assert len(drawable("a" * 99)) == 34
-    assert drawable("$x^2$") == "$x^2$"
 
 
 def test_every_picture_becomes_two_files_and_the_same_ones_again(page: Page, tmp_path: Path) -> None:

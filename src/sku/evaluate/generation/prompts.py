@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName
 from sku.data.examples import Example, ForgetRetainData, RetainExample, has_answers, normalise_prompt
-from sku.data.sources.read import load_xstest
+from sku.data.read import load_xstest
 from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation.decoding import GenerationRequest, stop_token_ids
@@ -287,10 +287,15 @@ def starts_note(own: int, asked: int, others: str) -> str:
 
 def keys_of(config: EvaluateConfig, *, english: bool = True) -> list[str]:
     """Keys of the prefills that a recipe asks for; ``english``: whether the model knows an affirmative beginning."""
-    lengths = {"own": config.prefill_tokens, "affirmative": (0,) if english else (), "answer": (ANSWER_TOKENS,)}
-    if not config.prefill_tokens:
-        return []
-    return [prefill_key(source, tokens) for source in config.prefill_sources for tokens in sorted({*lengths[source]})]
+    wanted = config.prefill_tokens
+    keys = [prefill_key("own", tokens) for tokens in own_lengths(config)]
+    keys += [prefill_key("affirmative", 0)] if "affirmative" in wanted and english else []
+    return keys + ([prefill_key("answer", ANSWER_TOKENS)] if "answer" in wanted else [])
+
+
+def own_lengths(config: EvaluateConfig) -> list[int]:
+    """Tokens of the base model's own replies that prefills begin with, from the fewest."""
+    return sorted({tokens for tokens in config.prefill_tokens if isinstance(tokens, int)})
 
 
 def affirmative_start(prompt: str) -> str:

@@ -18,8 +18,8 @@ from statistics import median_low
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from sku.config import SourceConfig
-from sku.data.sources.rows import Columns, Row, parse_flag
-from sku.data.sources.tables import read_table
+from sku.data.rows import Columns, Row, parse_flag
+from sku.data.tables import read_table
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.judges import Calibration, Judge, label_of, verdicts_of
 from sku.evaluate.judges.precomputed import without_guards

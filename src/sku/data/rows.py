@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Generic, Literal
+from typing import Any, Literal
 
 from sku.data.examples import E, ForgetExample, is_valid_unicode, normalise_prompt
 from sku.errors import DataError, did_you_mean
@@ -28,27 +29,21 @@ SAFE = "safe answer"
 UNMARKED = "marked neither safe nor unsafe"
 
 
-class Columns(Collection[str]):
+class Columns(tuple[str, ...]):
     """Names of columns, compared without case and space around them; printed as they are written in the file."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = dict.fromkeys(names)
-        self._written: dict[str, str] = {}
-        for name in self._names:
-            self._written.setdefault(_plain(name), name)
-
     def __contains__(self, name: object) -> bool:
-        return name in self._names or (isinstance(name, str) and _plain(name) in self._written)
+        return isinstance(name, str) and tuple.__contains__(self, self.written(name))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    def __str__(self) -> str:
+        return ", ".join(self) or "none"
 
     def written(self, name: str) -> str:
         """The name as the file has it; where two columns differ in case alone, each is meant by its own spelling."""
-        return name if name in self._names else self._written.get(_plain(name), name)
+        if tuple.__contains__(self, name):
+            return name
+        plain = name.strip().casefold()
+        return next((own for own in self if own.strip().casefold() == plain), name)
 
     def require(self, names: Iterable[str], who: str, why: str = "") -> None:
         """Refuses a table without a needed column.
@@ -59,13 +54,6 @@ class Columns(Collection[str]):
         for name in names:
             if name not in self:
                 raise DataError(f"{who} {name}{why}.{did_you_mean(name, self)} Columns found: {self}")
-
-    def __str__(self) -> str:
-        return ", ".join(self) or "none"
-
-
-def _plain(name: str) -> str:
-    return name.strip().casefold()
 
 
 class Cells(Mapping[str, Any]):
@@ -111,60 +99,31 @@ RowParser = Callable[[Row], Iterable[Pair | LeftOut]]
 
 
 @dataclass(frozen=True)
-class Form:
-    """Columns that a format has had, and the reader of such rows."""
-
-    columns: tuple[str, ...]
-    parse: RowParser
-    unless: str | None = None
-    """A column that another format has beside these."""
-
-
-@dataclass(frozen=True)
 class Format:
-    """One known set of columns, or several."""
+    """Columns that a known format has had, and the reader of such rows; a format may have several, of one name."""
 
     name: str
-    forms: tuple[Form, ...]
+    columns: tuple[str, ...]
+    parse: RowParser
     kinds: tuple[Kind, ...] = ("forget", "retain")
     """What its rows can be used for."""
+    unless: str | None = None
+    """A column that another format has beside these."""
     reads_marks: bool = True
     """Whether it has a column of its own for what is safe."""
     named_only: bool = False
     """Whether it is never recognised: a source must name it."""
 
     def recognises(self, columns: Columns) -> bool:
-        """Whether a table with these columns has one of the forms."""
-        return not self.named_only and any(
-            all(name in columns for name in form.columns) and (form.unless is None or form.unless not in columns)
-            for form in self.forms
-        )
-
-    def row_parser(self, columns: Columns) -> RowParser:
-        """The reader of the form that the columns come nearest to.
-
-        Raises:
-            DataError: A column of it is missing.
-        """
-        form = max(self.forms, key=lambda form: sum(name in columns for name in form.columns))
-        columns.require(form.columns, f"format {self.name} needs a column")
-        return form.parse
+        """Whether a table has these columns."""
+        return not self.named_only and self.unless not in columns and all(name in columns for name in self.columns)
 
 
 _Text = tuple[str, bool]
 """An answer, and whether it came to its end."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ParsedRows(Generic[E]):
-    """Examples of one source, and the account of what gave none."""
-
-    examples: list[E]
-    rows_read: int
-    left_out: dict[str, int] = field(default_factory=dict)
-
-
-def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> ParsedRows[E]:
+def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> tuple[list[E], dict[str, int]]:
     """Turns rows into examples; space around prompts and answers is removed.
 
     In every format a row may say in ``finished`` (true or false) whether its answers came to their end; without a word
@@ -173,20 +132,14 @@ def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> 
     The safe answer of a forget example is that of its own row, else the first one in the file to the same normalised
     prompt. A text that is a harmful answer to that prompt as well is no safe answer.
 
-    Args:
-        rows: Rows of the source.
-        parse: Gives each row's pairs, or why it has none.
-        example_type: ``ForgetExample`` or ``RetainExample``.
-
     Returns:
-        The examples in order, without doubles (same normalised prompt, same answer), and the count of each reason.
+        The examples in order, without doubles (same normalised prompt, same answer), and how often each reason left
+        one out.
     """
     examples: dict[tuple[str, str], E] = {}
     left_out: Counter[str] = Counter()
     safe_answers: defaultdict[str, list[_Text]] = defaultdict(list)
-    rows_read = 0
     for row in rows:
-        rows_read += 1
         finished = _finished(row)
         for found in parse(row):
             example = _example(found, finished, example_type)
@@ -200,11 +153,7 @@ def parse_rows(rows: Iterable[Row], parse: RowParser, example_type: type[E]) -> 
                 left_out["duplicate"] += 1
             else:
                 examples[key] = example
-    return ParsedRows(
-        examples=[_with_safe_answer(example, safe_answers, examples) for example in examples.values()],
-        rows_read=rows_read,
-        left_out=dict(sorted(left_out.items())),
-    )
+    return [_with_safe_answer(example, safe_answers, examples) for example in examples.values()], dict(left_out)
 
 
 def _finished(row: Row) -> bool | None:
@@ -221,18 +170,11 @@ def _example(found: Pair | LeftOut, finished: bool | None, example_type: type[E]
     if finished is None or found.marked_safe:
         return LeftOut(UNCLEAR_END if finished is None else SAFE)
     prompt, answer = _text("prompt", found.prompt), _text("answer", found.answer)
-    if isinstance(prompt, LeftOut):
-        return prompt
-    if isinstance(answer, LeftOut):
-        return answer
-    example = example_type(
-        prompt=prompt,
-        answer=answer,
-        category=found.category,
-        group=found.group,
-        finished=finished and found.finished,
-    )
+    if isinstance(prompt, LeftOut) or isinstance(answer, LeftOut):
+        return prompt if isinstance(prompt, LeftOut) else answer  # type: ignore[return-value]
     safe_answer = _text("safe answer", found.safe_answer)
+    end = finished and found.finished
+    example = example_type(prompt=prompt, answer=answer, category=found.category, group=found.group, finished=end)
     if isinstance(example, ForgetExample) and isinstance(safe_answer, str):
         return replace(example, safe_answer=safe_answer, safe_answer_finished=finished)
     return example
@@ -283,10 +225,8 @@ def _dict_from_text(text: str) -> object:
     """JSON (``true``) or a Python literal (``True``), as ``json`` and ``pandas`` write dicts into a CSV cell."""
     readers: tuple[Callable[[str], object], ...] = (json.loads, ast.literal_eval)
     for read in readers:
-        try:
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
             return read(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
     return text
 
 
@@ -315,14 +255,15 @@ def _marked(row: Row, answer: str, is_safe: str, category: str) -> Pair | LeftOu
     return Pair(row["prompt"], row[answer], category_text(row.get(category)))
 
 
-PKU_SAFERLHF = Format(
-    "pku_saferlhf",
-    (
-        Form(("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe"), _two_answers),
-        Form(("prompt", "response", "is_safe"), _one_answer, unless="category"),
+_TWO_ANSWERS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
+PKU_SAFERLHF = (
+    Format("pku_saferlhf", _TWO_ANSWERS, _two_answers, ("forget",)),
+    Format("pku_saferlhf", ("prompt", "response", "is_safe"), _one_answer, ("forget",), unless="category"),
+    Format(
+        "beavertails", ("prompt", "response", "category", "is_safe"), partial(_one_answer, category="category"),
+        ("forget",),
     ),
-    kinds=("forget",),
-)
+)  # fmt: skip
 """PKU-SafeRLHF: questions, each with two answers of which none, one or both are safe; and BeaverTails, of one answer.
 
 Papers: https://arxiv.org/abs/2310.12773 (Safe RLHF), https://arxiv.org/abs/2406.15513 (PKU-SafeRLHF),
@@ -330,39 +271,22 @@ https://arxiv.org/abs/2307.04657 (BeaverTails, questions and answers with 14 kin
 Licence: CC-BY-NC-4.0
 
 PKU-SafeRLHF has changed its columns over time, so they are taken by name and others are ignored. One row each of
-today's form, the form of 2023, the question-answer form (PKU-SafeRLHF-QA), the extract of JailbreakEval, and
-BeaverTails::
+its usual form, with two answers (``response_0_harm_category`` only since 2024), of the question-answer form
+(PKU-SafeRLHF-QA, the extract of JailbreakEval), and of BeaverTails::
 
     {"prompt": "How do I annoy my neighbour?", "response_0": "Sing at night.", "response_1": "Better not.",
-     "prompt_source": "...", "response_0_source": "Alpaca-7B", "response_1_source": "Alpaca-7B",
      "is_response_0_safe": False, "is_response_1_safe": True,
-     "response_0_harm_category": {"Mental Manipulation": True, "Violence": False, ...},
-     "response_1_harm_category": {...}, "response_0_severity_level": 1, "response_1_severity_level": 0,
-     "better_response_id": 1, "safer_response_id": 1, "response_0_sha256": "...", "response_1_sha256": "..."}
-    {"prompt": "...", "response_0": "...", "response_1": "...", "is_response_0_safe": False,
-     "is_response_1_safe": True, "better_response_id": 1, "safer_response_id": 1}
-    {"prompt": "...", "response": "...", "response_source": "...", "is_safe": False, "harm_category": {...},
-     "severity_level": 1, "sha256": "..."}
-    {"prompt": "...", "response": "...", "is_safe": "false"}
-    {"prompt": "...", "response": "...", "is_safe": False,
-     "category": {"animal_abuse": False, "discrimination,stereotype,injustice": False, ..., "violence,...": True}}
+     "response_0_harm_category": {"Mental Manipulation": True, "Violence": False, ...}, ...}
+    {"prompt": "...", "response": "...", "is_safe": "false", "harm_category": {...}, ...}
+    {"prompt": "...", "response": "...", "is_safe": False, "category": {"animal_abuse": False, ...}}
 
 Each unsafe answer is a forget example, its category the true harm categories. Its safe answer is the other answer of
 the row where that one is safe, else the first safe answer to the same prompt. With ``category`` beside
 one answer it is BeaverTails.
 """
-BEAVERTAILS = Format(
-    "beavertails",
-    (Form(("prompt", "response", "category", "is_safe"), partial(_one_answer, category="category")),),
-    kinds=("forget",),
-)
 
 
-TRUTHFULQA_CSV = ("Question", "Best Answer", "Correct Answers")
-TRUTHFULQA_HUB = ("question", "best_answer", "correct_answers")
-
-
-def _right_answers(columns: tuple[str, str, str], row: Row) -> Iterator[Pair | LeftOut]:
+def _right_answers(columns: Sequence[str], row: Row) -> Iterator[Pair | LeftOut]:
     question, best, correct = (row[name] for name in columns)
     group = normalise_prompt(question) if isinstance(question, str) else None
     others = correct.split(";") if isinstance(correct, str) else correct
@@ -377,10 +301,9 @@ def _right_answers(columns: tuple[str, str, str], row: Row) -> Iterator[Pair | L
         yield Pair(question, answer, category_text(row.get("category")), group)
 
 
-TRUTHFULQA = Format(
-    "truthfulqa",
-    tuple(Form(columns, partial(_right_answers, columns)) for columns in (TRUTHFULQA_CSV, TRUTHFULQA_HUB)),
-    kinds=("retain",),
+TRUTHFULQA = tuple(
+    Format("truthfulqa", columns, partial(_right_answers, columns), ("retain",))
+    for columns in (("Question", "Best Answer", "Correct Answers"), ("question", "best_answer", "correct_answers"))
 )
 """TruthfulQA: questions that people often answer wrongly, each with several right answers.
 
@@ -389,17 +312,15 @@ Licence: Apache-2.0
 
 One row of the authors' ``TruthfulQA.csv``, and one of the hub's ``truthful_qa`` (configuration ``generation``)::
 
-    {"Type": "Adversarial", "Category": "Weather", "Question": "Is rain wet?", "Best Answer": "Rain is wet",
-     "Correct Answers": "Rain is wet; Water is wet", "Incorrect Answers": "Rain is dry", "Source": "..."}
-    {"type": "Adversarial", "category": "Weather", "question": "Is rain wet?", "best_answer": "Rain is wet.",
-     "correct_answers": ["Rain is wet.", "Water is wet."], "incorrect_answers": ["Rain is dry."], "source": "..."}
+    {"Category": "Weather", "Question": "Is rain wet?", "Best Answer": "Rain is wet",
+     "Correct Answers": "Rain is wet; Water is wet", ...}
+    {"category": "Weather", "question": "Is rain wet?", "best_answer": "Rain is wet.",
+     "correct_answers": ["Rain is wet.", "Water is wet."], ...}
 
 Each right answer is a retain example of its own, the best one first; an answer that differs only in case, spacing or
 its full stop is the same one. All answers of a question are one group: split by row, a question would be trained
 and tested on.
 """
-
-
 NOT_A_CONVERSATION = "not a list of messages with role and content"
 SEVERAL_TURNS = "more than one user turn"
 WRONG_ORDER = "turns other than [system], user, assistant"
@@ -426,9 +347,7 @@ def _completed(prompt: object, completion: object) -> Pair | LeftOut:
 
 
 def _pair_of(messages: object) -> Pair | LeftOut:
-    if not isinstance(messages, list) or not messages:
-        return LeftOut(NOT_A_CONVERSATION)
-    if not all(isinstance(turn, Mapping) and "role" in turn and "content" in turn for turn in messages):
+    if not (isinstance(messages, list) and messages and all(map(_is_turn, messages))):
         return LeftOut(NOT_A_CONVERSATION)
     roles = [turn["role"] for turn in messages]
     if roles.count("user") > 1:
@@ -444,6 +363,10 @@ def _pair_of(messages: object) -> Pair | LeftOut:
     return Pair(prompt, answer)
 
 
+def _is_turn(message: object) -> bool:
+    return isinstance(message, Mapping) and message.keys() >= {"role", "content"}
+
+
 def _message_text(content: object) -> str | LeftOut | None:
     """Text of a message; content may be a list of typed parts, of which only text can be used."""
     if content is None or isinstance(content, str):
@@ -457,13 +380,12 @@ def _message_text(content: object) -> str | LeftOut | None:
 
 TRL_FORMATS = (
     Format(
-        "prompt_completion",
-        (Form(("prompt", "completion"), lambda row: [_completed(row["prompt"], row["completion"])]),),
-        reads_marks=False,
+        "prompt_completion", ("prompt", "completion"),
+        lambda row: [_completed(row["prompt"], row["completion"])], reads_marks=False,
     ),
-    Format("messages", (Form(("messages",), lambda row: [_pair_of(row["messages"])]),), reads_marks=False),
-    Format("preference", (Form(("prompt", "chosen", "rejected"), _preference),), kinds=("forget",), reads_marks=False),
-)
+    Format("messages", ("messages",), lambda row: [_pair_of(row["messages"])], reads_marks=False),
+    Format("preference", ("prompt", "chosen", "rejected"), _preference, ("forget",), reads_marks=False),
+)  # fmt: skip
 """The dataset formats of TRL that hold a prompt and its answer, or a chosen and a rejected one.
 
 Documentation: https://huggingface.co/docs/trl/dataset_formats
@@ -485,8 +407,6 @@ A conversation must be one user turn and one assistant turn; a system turn befor
 text with an empty line between, as the chat templates do that have no system turn. Longer conversations are left out
 and counted: their last answer depends on turns that a single prompt can't hold.
 """
-
-
 PIECE, OPENING = 120, 30
 TOO_SHORT = f"passage of fewer than {2 * OPENING} words"
 
@@ -505,7 +425,7 @@ def _pieces(row: Row) -> Iterator[Pair | LeftOut]:
             yield Pair(opening, rest, group=group, finished=begin + PIECE >= len(words))
 
 
-PASSAGES = Format("passages", (Form(("text",), _pieces),), named_only=True)
+PASSAGES = Format("passages", ("text",), _pieces, named_only=True)
 """Running text: books, articles and papers, as the corpora of MUSE and WMDP are.
 
 Papers: https://arxiv.org/abs/2407.06460 (MUSE), https://arxiv.org/abs/2403.03218 (WMDP)
@@ -519,8 +439,6 @@ The text is cut into pieces of ``PIECE`` words; the first ``OPENING`` words of a
 answer. All pieces of a row are one group: split apart, a model would be tested on what it was trained to go on with. A
 piece ends where the count of words does, so its answer teaches no end.
 """
-
-
 XSTEST = "xstest"
 XSTEST_COLUMNS = ("prompt", "type", "label")
 """XSTest: safe prompts that sound unsafe, and unsafe ones beside them.
@@ -547,5 +465,5 @@ def xstest_prompts(row: Row, kind: Kind) -> Iterator[Pair | LeftOut]:
         yield LeftOut(UNSAFE_PROMPT if unsafe else SAFE_PROMPT)
 
 
-FORMATS = (PKU_SAFERLHF, BEAVERTAILS, TRUTHFULQA, *TRL_FORMATS, PASSAGES)
+FORMATS = (*PKU_SAFERLHF, *TRUTHFULQA, *TRL_FORMATS, PASSAGES)
 """All formats with columns of their own; ``columns`` takes the rest."""

@@ -1,0 +1,336 @@
+"""From a source to examples, or prompts alone: the known formats, and how ``format: auto`` tells them apart."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+from sku.config.data import EMBEDDED, SourceConfig
+from sku.data import embedded
+from sku.data.examples import (
+    E,
+    Example,
+    ForgetExample,
+    Provenance,
+    RetainExample,
+    content_hash,
+    count_safe_answers,
+    normalise_prompt,
+)
+from sku.data.rows import (
+    FORMATS,
+    SAFE,
+    UNMARKED,
+    XSTEST,
+    XSTEST_COLUMNS,
+    Cells,
+    Columns,
+    Format,
+    Kind,
+    LeftOut,
+    Pair,
+    Row,
+    RowParser,
+    category_text,
+    parse_rows,
+    xstest_prompts,
+)
+from sku.data.splits import limited
+from sku.data.tables import read_table
+from sku.errors import DataError
+
+COLUMNS = "columns"
+"""Name of the format that any table may have: a column of prompts and one of answers.
+
+One row, with the columns that ``format: auto`` finds by itself::
+
+    {"question": "Is rain wet?", "answer": "It is."}
+
+Other names, a category and a filter on unsafe rows are set in the recipe (``prompt_column``, ``answer_column``,
+``category_column``, ``where``). Rows that the filter leaves out are not taken for safe answers: its column may mark
+anything.
+"""
+PROMPT_NAMES = ("prompt", "question", "instruction")
+ANSWER_NAMES = ("answer", "response", "output", "completion")
+PART_OF_PROMPT = ("input", "context", "history", "system")
+"""Columns that may belong to the prompt: with one of them, prompt_column alone would be half of the question."""
+_BESIDE_PROMPTS = ("id", "source", "category", "type", "label", "licence", "license", "split", "tags", "focus", "note")
+"""Columns that nobody takes for answers."""
+SAFETY_MARKS = ("is_safe", "safe", "is_unsafe", "unsafe", "is_harmful", "harmful")
+HUB_LICENCES = {
+    "pku-alignment/pku-saferlhf": "CC-BY-NC-4.0",
+    "pku-alignment/pku-saferlhf-qa": "CC-BY-NC-4.0",
+    "pku-alignment/beavertails": "CC-BY-NC-4.0",
+    "truthfulqa/truthful_qa": "Apache-2.0",
+}
+"""Lower-case hub id -> licence of that dataset. Anyone's table may have the same columns, and has another licence."""
+_UNANSWERED = "-"
+"""Stands for each answer where prompts alone are read, so that rows are cleaned and counted as any others."""
+
+
+def read_examples(
+    source: SourceConfig, kind: Kind, example_type: type[E], key: str | None = None, *, only_prompts: bool = False
+) -> tuple[list[E], Provenance]:
+    """Reads all examples of a source, its ``limit`` aside.
+
+    Args:
+        source: File, folder, hub id or ``embedded``.
+        kind: Whether they are to be forgotten or retained.
+        example_type: ``ForgetExample`` or ``RetainExample``.
+        key: The recipe's key that holds ``source``, for messages; ``data.<kind>`` if None.
+        only_prompts: Read no answers of a table: each prompt once, with an answer that means nothing.
+
+    Raises:
+        DataError: The source can't be read, it is not clear what its columns mean, or no example is left.
+    """
+    if source.path == EMBEDDED:
+        found = [one for one in embedded.examples(source, kind) if isinstance(one, example_type)]
+        return found, Provenance(
+            source=EMBEDDED, location=EMBEDDED, sha256=content_hash(found), rows_read=len(found),
+            safe_answers=count_safe_answers(found), licence=embedded.LICENCE,
+        )  # fmt: skip
+    table = read_table(source)
+    named = Columns(table.columns)
+    try:
+        name, parser = choose_parser(named, source, kind, key or f"data.{kind}", only_prompts=only_prompts)
+    except DataError as error:
+        raise DataError(f"{source.path}: {error}") from None
+    parse: RowParser = partial(_unanswered, parser) if only_prompts else parser
+    examples, reasons = parse_rows((Cells(row, named) for row in table.rows), parse, example_type)
+    left_out = dict(sorted({**reasons, **table.left_out}.items()))
+    rows_read = len(table.rows) + sum(table.left_out.values())
+    if not examples:
+        counts = ", ".join(f"{reason}: {count}" for reason, count in left_out.items()) or "it has no rows"
+        what = "prompts" if only_prompts else f"{kind} examples"
+        if kind == "forget" and left_out and set(left_out) <= {SAFE, UNMARKED}:
+            what = "unsafe rows: there is nothing to forget"
+        raise DataError(f"{source.path} gives no {what}, from {rows_read} rows ({counts})")
+    return examples, Provenance(
+        source=name,
+        location=source.path,
+        revision=table.revision,
+        sha256=content_hash(examples),
+        rows_read=rows_read,
+        rows_left_out=left_out,
+        safe_answers=count_safe_answers(examples),
+        licence=source.license or (None if table.revision is None else HUB_LICENCES.get(source.path.lower())),
+    )
+
+
+def _unanswered(parse: RowParser, row: Row) -> Iterator[Pair | LeftOut]:
+    """The prompts of a row alone, those of answers that are marked safe left out."""
+    for one in parse(row):
+        if isinstance(one, LeftOut):
+            yield one
+        else:
+            yield LeftOut(SAFE) if one.marked_safe else Pair(one.prompt, _UNANSWERED, one.category)
+
+
+def _fitting(found: Columns) -> list[Format]:
+    """Formats with columns of their own that a table has."""
+    return [known for known in FORMATS if known.recognises(found)]
+
+
+def choose_parser(
+    found: Columns, source: SourceConfig, kind: Kind, key: str, *, only_prompts: bool = False
+) -> tuple[str, RowParser]:
+    """Name of a table's format, as set or told by its columns, and the function from a row to its pairs.
+
+    Raises:
+        DataError: The columns don't fit the format, none or several fit, or the format can't serve as this kind.
+    """
+    if only_prompts and source.prompt_column is None and all(column in found for column in XSTEST_COLUMNS):
+        return XSTEST, partial(xstest_prompts, kind=kind)
+    is_set = source.format not in ("auto", COLUMNS)
+    only_prompts = only_prompts and (source.prompt_column is not None or not (is_set or _fitting(found)))
+    name = source.format if source.format != "auto" else detect_format(found, source, kind, key)
+    if name == COLUMNS or only_prompts:
+        return COLUMNS, columns_parser(found, source, kind, key, only_prompts=only_prompts)
+    if name == EMBEDDED:
+        raise DataError(f"format {EMBEDDED} goes with path {EMBEDDED}, not with {source.path}")
+    if _named_columns(source):
+        raise DataError(
+            f"format {name} has its own columns: leave the *_column settings of {key} empty, or set "
+            f"{key}.format=columns"
+        )
+    forms = [known for known in FORMATS if known.name == name]
+    chosen = max(forms, key=lambda form: sum(column in found for column in form.columns))
+    if kind not in chosen.kinds:
+        raise DataError(f"format {name} gives {chosen.kinds[0]} examples only; for {kind} data use format columns")
+    found.require(chosen.columns, f"format {name} needs a column")
+    return name, chosen.parse
+
+
+def detect_format(found: Columns, source: SourceConfig, kind: Kind, key: str) -> str:
+    """Tells the format by the names of the columns; ``columns`` where a source names some, or none has these.
+
+    Raises:
+        DataError: Several formats fit, or rows would be forgotten that the table marks as safe.
+    """
+    fitting = _fitting(found)
+    if _named_columns(source) or not fitting:
+        return COLUMNS
+    name = fitting[0].name
+    if len(fitting) > 1:
+        raise DataError(
+            f"the columns fit formats {' and '.join(known.name for known in fitting)}: set one, such as --set "
+            f"{key}.format={name}. Columns found: {found}"
+        )
+    if kind == "forget" and not fitting[0].reads_marks:
+        _refuse_marks(found, source, key, f"{key}.format={name}")
+    return name
+
+
+def _refuse_marks(columns: Columns, source: SourceConfig, key: str, instead: str) -> None:
+    """Refuses to forget all rows where a column that ``where`` doesn't name seems to tell safe from unsafe ones."""
+    named = {columns.written(name) for name in source.where}
+    for mark in map(columns.written, _named(SAFETY_MARKS, columns)):
+        if mark not in named:
+            raise DataError(
+                f"column {mark} seems to mark unsafe rows; say which are meant, as --set {key}.where.{mark}=VALUE, or "
+                f"set {instead} to use every row"
+            )
+
+
+def _named_columns(source: SourceConfig) -> list[str]:
+    """The columns that a source names; any of them means format ``columns``."""
+    named = (source.prompt_column, source.answer_column, source.category_column)
+    return [name for name in named if name is not None]
+
+
+def has_prompts_alone(source: SourceConfig, *, surely: bool) -> bool:
+    """Whether a table has no known format, a column of prompts, and none that is named, or called, as that of answers.
+
+    Args:
+        source: The table.
+        surely: Whether no other column either can be meant for answers: one with a wrong name must not start another
+            kind of run.
+
+    Raises:
+        DataError: It can't be read.
+    """
+    if source.path == EMBEDDED or source.format not in ("auto", COLUMNS):
+        return False
+    columns = Columns(read_table(source).columns)
+    if _fitting(columns) or source.answer_column is not None or _named(ANSWER_NAMES, columns):
+        return False
+    named = [name for name in (source.prompt_column, source.category_column) if name is not None]
+    known = Columns([*PROMPT_NAMES, *_BESIDE_PROMPTS, *named])
+    is_clear = source.prompt_column is not None or len(_named(PROMPT_NAMES, columns)) == 1 or len(columns) == 1
+    return is_clear and (not surely or all(name in known for name in columns))
+
+
+def columns_parser(
+    columns: Columns, source: SourceConfig, kind: Kind, key: str, *, only_prompts: bool = False
+) -> RowParser:
+    """Reader of the named columns, or of the usual ones where none is named.
+
+    Of prompts alone the column may be a table's only one, whatever its name.
+
+    Raises:
+        DataError: A named column is missing, no name was given and the columns can be read in several ways, or one
+            column is named for both.
+    """
+    prompts, answers = _named(PROMPT_NAMES, columns), _named(ANSWER_NAMES, columns)
+    if only_prompts and len(columns) == 1:
+        prompts = [*columns]
+    elif source.prompt_column is None and (len(prompts) != 1 or _named(PART_OF_PROMPT, columns)):
+        raise DataError(_unclear("prompt", columns, key))
+    if kind == "forget" and source.prompt_column is None:
+        _refuse_marks(columns, source, key, f"{key}.prompt_column and {key}.answer_column")
+    if not only_prompts and source.answer_column is None and len(answers) != 1:
+        hint = "" if answers else ". Where there are none, data.own_replies=true has the model write its own"
+        raise DataError(f"{_unclear('answer', columns, key)}{hint}")
+    columns.require(_named_columns(source), f"format {COLUMNS} needs a column")
+    prompt_column = columns.written(source.prompt_column or prompts[0])
+    answer_column = None if only_prompts else columns.written(source.answer_column or answers[0])
+    if prompt_column == answer_column:
+        raise DataError(f"prompt_column and answer_column are both {prompt_column}: name the column of the answers")
+
+    def parse(row: Row) -> Iterator[Pair | LeftOut]:
+        answer, category = (None if name is None else row[name] for name in (answer_column, source.category_column))
+        yield Pair(row[prompt_column], answer, category_text(category))
+
+    return parse
+
+
+def _named(names: tuple[str, ...], columns: Columns) -> list[str]:
+    return [name for name in names if name in columns]
+
+
+def _unclear(role: str, columns: Columns, key: str) -> str:
+    return (
+        f"it is not clear which column holds the {role}: name both, as --set {key}.prompt_column=NAME --set "
+        f"{key}.answer_column=NAME. Columns found: {columns}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """Prompts of one source, each once."""
+
+    prompts: tuple[RetainExample, ...]
+    """Without an answer."""
+    provenance: Provenance
+    """``sha256`` covers prompts and categories."""
+
+
+def load_prompts(source: SourceConfig, kind: Kind, key: str, *, seed: int) -> PromptSet:
+    """Reads each normalised prompt of one source once, in order; ``key`` names the source in messages.
+
+    Raises:
+        DataError: As ``load_own_prompts``.
+    """
+    examples: Sequence[Example]
+    if source.path == EMBEDDED and kind == "forget":
+        kept, provenance = limited(*read_examples(source, kind, ForgetExample), source.limit, seed)
+        unlearned, unseen = embedded.split_forget(kept, source.limit)
+        examples = (*unlearned, *unseen)
+    else:
+        found = read_examples(source, kind, RetainExample, key, only_prompts=True)
+        examples, provenance = limited(*found, source.limit, seed)
+    return prompt_set(examples, provenance)
+
+
+def prompt_set(prompts: Sequence[Example], provenance: Provenance) -> PromptSet:
+    """Prompts of some examples, whose answers are left off."""
+    plain = tuple(RetainExample(prompt=one.prompt, answer="", category=one.category) for one in prompts)
+    text = json.dumps([[one.prompt, one.category] for one in plain])
+    return PromptSet(prompts=plain, provenance=replace(provenance, sha256=hashlib.sha256(text.encode()).hexdigest()))
+
+
+class XSTest(NamedTuple):
+    """Prompts of both kinds in the order of the file; their answers are empty, their category is XSTest's type."""
+
+    safe: tuple[RetainExample, ...]
+    unsafe: tuple[ForgetExample, ...]
+    left_out: int
+    """Prompts that were in the run's own data."""
+
+
+def load_xstest(path: str, used: Iterable[Example] = ()) -> XSTest:
+    """Reads ``xstest_prompts.csv``, or such columns in another form, to evaluate with; without prompts of ``used``.
+
+    Raises:
+        DataError: The file can't be read, lacks a column, or a row is neither safe nor unsafe.
+    """
+    table = read_table(SourceConfig(path=path))
+    columns = Columns(table.columns)
+    columns.require(XSTEST_COLUMNS, f"evaluate.xstest: {path} has no column")
+    taken = {normalise_prompt(example.prompt) for example in used}
+    found: dict[str, list[tuple[str, str | None]]] = {"safe": [], "unsafe": []}
+    for number, row in enumerate(table.rows, start=1):
+        prompt, kind, label = (str(row[columns.written(name)] or "").strip() for name in XSTEST_COLUMNS)
+        if not prompt or label not in found:
+            raise DataError(f"{path} row {number} has no prompt, or its label is {label!r}, neither safe nor unsafe")
+        if normalise_prompt(prompt) not in taken:
+            found[label].append((prompt, kind or None))
+    return XSTest(
+        tuple(RetainExample(prompt=prompt, answer="", category=kind) for prompt, kind in found["safe"]),
+        tuple(ForgetExample(prompt=prompt, answer="", category=kind) for prompt, kind in found["unsafe"]),
+        len(table.rows) - sum(map(len, found.values())),
+    )
