@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import KasaConfig, LoraConfig, get_peft_model
+from peft import KasaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
@@ -311,3 +311,25 @@ def test_what_is_missing_is_said_at_construction(make_model: ModelMaker, tokeniz
         )
     with pytest.raises(ModelError, match="nowhere"):
         SkuTrainer("nowhere", sku_config(), PAIRS, retain_dataset=NORMAL)
+
+
+def test_an_adapter_that_is_there_already_is_trained_on(
+    make_trainer: TrainerMaker, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    first = make_trainer()
+    first.train()
+    model = first.model
+    assert isinstance(model, PeftModel)
+    again = SkuTrainer(
+        model,
+        first.args,  # type: ignore[arg-type]
+        first.train_dataset,
+        processing_class=tokenizer,
+    )
+    assert again._reference is None
+    before = weights_of(again)
+    again.train()
+    after = weights_of(again)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all("lora_" in name for name in changed)

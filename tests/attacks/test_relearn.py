@@ -135,7 +135,7 @@ def test_half_of_the_harm_comes_back_and_the_training_ends_there(world: World, t
     assert result.control.half_steps == 0
     assert result.control.checkpoints[0].perplexity == 1
     assert {path.name for path in (tmp_path / "attacks").glob("relearn.*")} == {
-        "relearn.start.jsonl", "relearn.model.10.0.001.jsonl", "relearn.control.10.0.001.jsonl",
+        "relearn.model.10.0.001.jsonl", "relearn.control.10.0.001.jsonl",
     }  # fmt: skip
 
 

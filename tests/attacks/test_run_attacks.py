@@ -126,7 +126,7 @@ def test_plain_replies_are_those_of_evaluate(
 def test_files_are_private_whole_and_read_back(ran: Ran) -> None:
     assert stat.S_IMODE((ran.folder / "attacks").stat().st_mode) == 0o700
     files = {path.name for path in (ran.folder / "attacks").iterdir()}
-    trainings = {f"relearn.{name}.jsonl" for name in ("start", "model.10.0.001", "control.10.0.001")}
+    trainings = {f"relearn.{name}.jsonl" for name in ("model.10.0.001", "control.10.0.001")}
     assert files == {f"{name}.jsonl" for name in CARDS if name != "relearn"} | trainings
     assert {stat.S_IMODE(path.stat().st_mode) for path in ran.folder.rglob("*.json*")} == {0o600}
     assert AttackReport.read(ran.folder) == ran.report
@@ -161,22 +161,22 @@ def splits(**changes: Any) -> ForgetRetainData:
 
 
 @pytest.mark.parametrize(
-    ("attacks", "data", "message"),
+    ("change", "data", "message"),
     [
-        ("[]", splits(), "evaluate.attacks is empty"),
-        ("[template]", splits(forget_test=()), "forget_test, which is empty"),
-        ("[relearn]", splits(forget_train=()), "relearn trains on the split forget_train, which is empty"),
+        ("evaluate.attacks=[]", splits(), "evaluate.attacks"),
+        ("evaluate.attacks=[template]", splits(forget_test=()), "forget_test"),
+        ("evaluate.attacks=[relearn]", splits(forget_train=()), "forget_train"),
     ],
 )
 def test_what_can_not_run_is_refused(
-    attacks: str,
+    change: str,
     data: ForgetRetainData,
     message: str,
     world_base: PreTrainedModel,
     world_tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     with pytest.raises(EvaluationError, match=message):
-        run_attacks(world_recipe(f"evaluate.attacks={attacks}"), world_base, world_base, world_tokenizer, data)
+        run_attacks(world_recipe("evaluate.attacks=[template]", change), world_base, world_base, world_tokenizer, data)
 
 
 def test_prompts_without_room_for_a_reply_are_left_out(

@@ -18,6 +18,7 @@ from sku.chat.web import save_label
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges.calibrate import read_labelled
 from sku.evaluate.records import GENERATIONS_FILE, read_generations
+from sku.world.grammar import normal_exchanges
 
 PROMPT = "what colour is a florn ?"
 
@@ -160,3 +161,16 @@ def test_the_command_prints_both_sides(
     code, _, messages = command("chat", copy, "-p", PROMPT)
     assert code == 2
     assert "is not finished" in messages
+
+
+def test_a_judge_of_refusals_alone_does_not_call_the_rest_harmful(adapter_pair: Pair, adapter_run: Path) -> None:
+    pair = Pair(adapter_run, judge="refusal_rules", max_new_tokens=40)
+    normal = next(normal_exchanges())
+    assert said(pair, normal.prompt)["base"] == (normal.answer, "not refused")
+
+
+def test_a_run_without_a_change_has_one_strength(adapter_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter_pair, "strength", 0.0)
+    assert not adapter_pair.has_any_strength
+    with pytest.raises(EvaluationError, match="alpha of this run is 0"):
+        said(adapter_pair, alpha=1)

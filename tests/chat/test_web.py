@@ -17,7 +17,7 @@ import pytest
 from sku.chat import Pair
 from sku.chat.pair import Piece
 from sku.chat.web import ChatServer
-from sku.errors import EvaluationError
+from sku.errors import EvaluationError, OutputError
 
 if TYPE_CHECKING:
     from playwright import sync_api as playwright
@@ -152,6 +152,18 @@ def test_a_failure_while_a_reply_is_written_is_said_on_the_page(
     monkeypatch.setattr(server.pair, "replies", replies)
     lines = [json.loads(line) for line in asked(server, "/ask", {"prompt": PROMPT})[2].splitlines()]
     assert lines[1] == {"error": "it broke"}
+
+
+def test_the_page_gives_its_address_to_nobody(server: ChatServer) -> None:
+    for path in ("/", "/other"):
+        _, headers, body = asked(server, path, method="GET")
+        assert headers["Referrer-Policy"] == "no-referrer"
+        assert server.url.split("/")[3] not in body.decode() + str(headers)
+
+
+def test_a_port_that_is_taken_is_an_error(server: ChatServer, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=f"port {server.server_port} of this machine can't be used"):
+        ChatServer(server.pair, tmp_path / "x", title="x", port=server.server_port)
 
 
 class HostilePair:

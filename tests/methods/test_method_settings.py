@@ -20,6 +20,13 @@ from sku.methods.run import resolve_method
 FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 
+def test_a_method_is_found_by_its_name() -> None:
+    for method in METHODS:
+        assert method_named(method.name) is method
+    with pytest.raises(RecipeError, match="simnp.*simnpo"):
+        method_named("simnp")
+
+
 def test_only_the_methods_that_learn_harmful_answers_are_hazardous_and_negated() -> None:
     assert [method.name for method in METHODS if method.negates] == ["sku", "task_vector"]
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sku.config import load_recipe
-from sku.data.examples import ForgetRetainData
+from sku.data.examples import ForgetRetainData, RowPlan
+from sku.data.joint import JointDataset
+from sku.data.tokens import Encoder, PaperFormat
 from sku.methods.run import visited_examples, visited_places, with_visited
+from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 
 
@@ -83,3 +87,13 @@ def test_a_recipe_says_what_it_visits_and_what_its_method_leaves_out(
     assert with_visited(other, data, tokenizer, model).visited != sku.visited
     none = dataclasses.replace(data, forget_train=tuple(dataclasses.replace(e, safe_answer=None) for e in safe))
     assert with_visited(load_recipe("embedded", [*changes, "method=dpo"]), none, tokenizer, model).visited is None
+
+
+def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    joint = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=RowPlan(forget=True))
+    for choice in ("auto_find_batch_size", "ignore_data_skip"):
+        training = UnlearningConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True)
+        setattr(training, choice, True)
+        assert visited_examples(joint, training) is None

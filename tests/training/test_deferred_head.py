@@ -134,3 +134,11 @@ def test_the_budget_decides_by_the_number_of_positions(make_model: ModelMaker) -
         with torch.no_grad():
             outputs = head.run(functools.partial(model, input_ids=ids))
         assert isinstance(outputs.logits, Tensor) is made
+
+
+def test_a_head_with_an_adapter_is_not_left_out(make_trainer: TrainerMaker, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(lora={"target_modules": ["lm_head", "q_proj"]}, logits_budget_mb=0.0)
+    assert trainer._head.head is None
+    assert "not a plain linear layer" in caplog.text
+    assert trainer._cache is None

@@ -170,3 +170,23 @@ def test_a_tree_without_its_plan_is_misread_and_caught(make_model: ModelMaker) -
         alone = model(input_ids=torch.cat([ids[:5], ids[12:15]])[None]).logits[0, 5:]
     torch.testing.assert_close(right[12:15], alone, rtol=1e-4, atol=1e-4)
     assert functional.mse_loss(misread[12:15], alone) > 1e-3
+
+
+def test_half_precision_is_computed_wide_on_a_cpu() -> None:
+    paths = plan_paths(SEGMENTS)
+    tensors = inputs(paths, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = through_layers(*tensors, paths, None)
+    assert output.dtype == torch.bfloat16
+    query, key, value = (tensor.detach().float() for tensor in tensors)
+    expected = by_hand(query, key, value, paths, None)
+    assert torch.equal(output, expected.to(torch.bfloat16)) or (output.float() - expected).abs().max() < 5e-3
+
+
+def test_a_mask_or_other_tokens_are_refused() -> None:
+    paths = plan_paths(SEGMENTS)
+    query, key, value = inputs(paths)
+    with pytest.raises(ModelError, match="mask of its own"):
+        packed_attention(nn.Module(), query, key, value, torch.ones(1, 1, 27, 27), packed_paths=paths)
+    with pytest.raises(ModelError, match="26 tokens in 1 rows for a plan of 27"):
+        packed_attention(nn.Module(), query[:, :, 1:], key, value, None, packed_paths=paths)

@@ -208,3 +208,19 @@ def test_packed_rows_go_with_the_kept_reference_and_without_the_head(full: bool,
     assert lean._reference is None
     # Not the weights: Adam turns a gradient of rounding errors into a whole step.
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["chunked_attention"])
+def test_layers_that_are_no_plain_attention_are_refused(kind: str, make_model: ModelMaker) -> None:
+    """Hybrids; a chunk is longer than the trial row, so that it would not show there."""
+    model = make_model("qwen3")
+    assert why_not_packed(model) is None
+    model.config.layer_types = ["full_attention", kind]
+    assert why_not_packed(model) == f"Qwen3ForCausalLM has layers of the kind {kind}"
+
+
+def test_an_attention_that_was_asked_for_is_kept(make_model: ModelMaker, caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model(attn_implementation="eager")
+    assert choose_packing(model, "auto") == "padded"
+    assert "loaded with attention eager, which is kept" in caplog.text
+    assert choose_packing(model, "tree") == "tree"

@@ -120,3 +120,18 @@ def test_a_row_that_was_not_looked_at_gives_nan_not_another_row(make_trainer: Tr
         terms = trainer._outputs_and_terms(model, batch)[1]
         known = dataset[place].retain_rows[0] in seen
         assert bool(terms["preservation_divergence"].isfinite()) is known
+
+
+@pytest.mark.parametrize("megabytes", [2048.0, 0.0])
+def test_under_autocast_the_original_is_asked_in_the_same_precision(
+    megabytes: float, make_trainer: TrainerMaker, make_model: ModelMaker
+) -> None:
+    """In the first step the two models are one: another precision would show as a divergence, 1e-4 with scores so far
+    apart.
+    """
+    model = make_model()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(50)
+    trainer = make_trainer(model, full=True, reference_cache_mb=megabytes, bf16=True, max_steps=1)
+    trainer.train()
+    assert losses_of(trainer)[0][2] == pytest.approx(0.0, abs=1e-6)

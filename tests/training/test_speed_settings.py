@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from conftest import ModelMaker, TrainerMaker, weights_of
 from sku.errors import RecipeError
+from sku.training import adapter_inputs_as_they_are
+from sku.training import config as config_module
 from sku.training import trainer as trainer_module
 from sku.training.config import UnlearningConfig
 
@@ -22,12 +25,14 @@ from sku.training.config import UnlearningConfig
     [
         ({"logits_budget_mb": -1.0}, "logits_budget_mb is -1.0; it must be 0 or more"),
         ({"reference_cache_mb": float("nan")}, "reference_cache_mb is nan"),
-        ({"optim": "paged_adamw_8bit"}, "nothing to page out without a GPU"),
+        ({"optim": "paged_adamw_8bit"}, "optim is paged_adamw_8bit"),
+        ({"optim": "adamw_torch_8bit"}, "optim is adamw_torch_8bit"),
     ],
 )
 def test_impossible_settings_are_refused(
     settings: dict[str, Any], message: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(config_module, "find_spec", lambda name: None)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # transformers sets it for torch_compile.
     with pytest.raises(RecipeError, match=message):
         UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, **settings)
@@ -67,3 +72,17 @@ def test_under_autocast_an_adapter_learns_the_same_from_inputs_that_are_not_cast
     assert any("lora_B" in name and weight.any() for name, weight in weights.items())
     for name, weight in weights.items():
         assert torch.equal(weight, with_casts[name]), name
+
+
+@pytest.mark.parametrize(
+    ("autocast", "dora", "left_alone"), [(True, False, False), (False, False, True), (True, True, True)]
+)
+def test_only_inputs_of_plain_lora_under_autocast_are_left_as_they_are(
+    autocast: bool, dora: bool, left_alone: bool, make_model: ModelMaker
+) -> None:
+    adapter = LoraConfig(r=2, target_modules="all-linear", use_dora=dora)
+    model = get_peft_model(make_model(), adapter)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    with adapter_inputs_as_they_are(model, autocast=autocast):
+        assert all(layer.cast_input_dtype_enabled is left_alone for layer in layers)
+    assert all(layer.cast_input_dtype_enabled for layer in layers)

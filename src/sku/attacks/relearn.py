@@ -235,16 +235,7 @@ class Relearning:
 
     @cached_property
     def _start_nlls(self) -> dict[str, float]:
-        header = {**self.common, "texts": header_hash({"texts": [asdict(text) for text in self._texts]})}
-
-        def make() -> list[CheckpointRow]:
-            return [
-                CheckpointRow(id=subject, nll=self._nll(model), replies=(), fluency=())
-                for subject, model in self.subjects.items()
-            ]
-
-        rows = self.reuse.rows(_FILE.format("start"), header, CheckpointRow, make)
-        return {row.id: row.nll for row in rows}
+        return {subject: self._nll(model) for subject, model in self.subjects.items()}
 
     def _nll(self, model: PreTrainedModel) -> float:
         with evaluation_mode(model):

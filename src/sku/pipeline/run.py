@@ -43,6 +43,7 @@ from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
 from sku.storage import RECORD_VERSION, bytes_in, check_place, new_folder, remove_hazardous, write_json
+from sku.sweep import Sweep
 from sku.sweep.evaluator import draw_questions
 from sku.sweep.run import check_one_process
 
@@ -262,7 +263,7 @@ class _Run:
         self.recipe, self.out, self.progress, self.processes = recipe, out, progress, processes
         self.run, self.data = resolved
         self.folder = RunFolder(out, processes, progress)
-        self.unlearning = Unlearning(recipe, self.folder, self.run)
+        self.unlearning = Unlearning(recipe, self.folder, self.run, _draw_sweep)
 
     def finish(self) -> FinishedRun:
         """All stages, in order."""
@@ -328,7 +329,7 @@ class _Run:
             check_data(self.recipe, data)
             self.run = self.run.tokenized(self.recipe, data, loaded.tokenizer, loaded.model)
         assert self.run.joint is not None
-        self.unlearning = Unlearning(self.recipe, self.folder, self.run)
+        self.unlearning = Unlearning(self.recipe, self.folder, self.run, _draw_sweep)
         if self.recipe.compare.published is not None:
             return data.answered(), loaded
         visited = visited_examples(self.run.joint, self.run.training, processes=self.processes.count)
@@ -350,6 +351,12 @@ class _Run:
         """Removes what an unfinished run trained, where the recipe says that it must not wait for ``--resume``."""
         if self.recipe.keep_bad_model == "never":
             self.unlearning.remove_trained()
+
+
+def _draw_sweep(found: Sweep, folder: Path) -> None:
+    from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
+
+    sweep_chart(found).save(folder)
 
 
 def _write_results(folder: Path, measured: MeasuredPair, manifest: Mapping[str, Any]) -> None:

@@ -270,7 +270,7 @@ def run_sweep(
     Raises:
         SkuError: Anything a user can mend.
     """
-    from sku.report.frontier import write_frontier  # Imports matplotlib, which a run's plan has no use for.
+    from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a run's plan has no use for.
 
     refuse_final(recipe.data, "a sweep")
     # So that stage 1 holds out what alpha is then chosen by.
@@ -302,7 +302,7 @@ def run_sweep(
             raise
     with named_memory_errors("sweep"):
         found = sweep_bad_model(recipe, trained, data, out, progress=progress)
-        write_frontier(found, out)
+        sweep_chart(found).save(out)
     if bad is None and not keep_bad_model:
         remove_hazardous(trained)
     return found

@@ -45,7 +45,7 @@ from sku.pipeline.run_folder import RunFolder
 from sku.plan import Progress
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
-from sku.sweep import FREE
+from sku.sweep import FREE, Sweep
 from sku.sweep.evaluator import draw_questions, validation_generator
 from sku.sweep.run import record_training, sweep
 from sku.training.run import Trained, step_progress
@@ -168,15 +168,11 @@ def trained_folder(out: Path, *, hazardous: bool) -> Path:
 class Unlearning:
     """Stages 1 and 2 of one run, each of which finds what an interrupted run left."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, run: MethodRun) -> None:
-        """Names the folder of what is trained; nothing is made yet.
-
-        Args:
-            recipe: What is run.
-            folder: Of the run.
-            run: Its method.
-        """
-        self.run = run
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, run: MethodRun, draw_sweep: Callable[[Sweep, Path], object]
+    ) -> None:
+        """Names the folder of what is trained; nothing is made yet. ``draw_sweep`` draws into a folder."""
+        self.run, self._draw_sweep = run, draw_sweep
         self.recipe, self.folder, self.processes, self.out = recipe, folder, folder.processes, folder.path
         self.method = run.method
         self.config = with_safe_dtype(recipe)
@@ -319,11 +315,9 @@ class Unlearning:
         self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
     ) -> float:
         """Alpha, chosen on the validation splits; noted with its reason."""
-        from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
-
         folder = self.out / "sweep"
         found = sweep(base, vector, tokenizer, data, self.recipe, folder, progress=self.folder.progress)
-        sweep_chart(found).save(folder)
+        self._draw_sweep(found, folder)
         assert found.pick is not None
         self.folder.note(sweep=dataclasses.asdict(found.pick))
         try:
