@@ -64,6 +64,13 @@ TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
 ModelMaker = Callable[..., Any]
 TrainerMaker = Callable[..., SkuTrainer]
 Command = Callable[..., tuple[int, str, str]]
+TINY_RUN = (
+    "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.per_device_train_batch_size=4",
+    "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.samples=0",
+    "evaluate.prefill_tokens=[]", "evaluate.attacks=[]", "negate.alpha=1.0", "data.forget.limit=120",
+    "data.retain.limit=120",
+)  # fmt: skip
+"""Settings of a whole run of seconds."""
 MadeOnce = Callable[[str, Callable[[Path], Any]], tuple[Path, Any]]
 """Name and maker -> the folder that the maker filled, and what it returned."""
 
@@ -161,38 +168,25 @@ def tokenizer(make_tokenizer: TokenizerMaker) -> PreTrainedTokenizerFast:
     return make_tokenizer()
 
 
-def _llama(**changes: Any) -> PreTrainedConfig:
-    return LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        **changes,
-    )  # fmt: skip
-
-
-def _qwen(kind: Callable[..., PreTrainedConfig], **changes: Any) -> PreTrainedConfig:
-    return kind(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, **changes,
-    )  # fmt: skip
-
-
-_CONFIGS: dict[str, Callable[..., PreTrainedConfig]] = {
-    "llama": lambda **changes: _llama(tie_word_embeddings=False, **changes),
-    "llama_tied": lambda **changes: _llama(tie_word_embeddings=True, **changes),
-    "opt": lambda **changes: OPTConfig(
-        hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32, dropout=0.0,
-        **changes,
+_SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+_GROUPED = _SMALL | {"num_key_value_heads": 2}
+_HEADS = _GROUPED | {"head_dim": 8}
+_CONFIGS: dict[str, tuple[Callable[..., PreTrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, _GROUPED | {"tie_word_embeddings": False}),
+    "llama_tied": (LlamaConfig, _GROUPED | {"tie_word_embeddings": True}),
+    "opt": (
+        OPTConfig,
+        {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32,
+         "dropout": 0.0},
     ),
-    "gemma3": lambda **changes: Gemma3TextConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, sliding_window=16, **changes,
-    ),
-    "qwen2": lambda **changes: _qwen(Qwen2Config, **changes),
-    "qwen3": lambda **changes: _qwen(Qwen3Config, **changes),
-    "gpt_neox": lambda **changes: GPTNeoXConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **changes
-    ),
-    "gpt2": lambda **changes: GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, n_positions=256, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **changes
+    "gemma3": (Gemma3TextConfig, _HEADS | {"sliding_window": 16}),
+    "qwen2": (Qwen2Config, _HEADS),
+    "qwen3": (Qwen3Config, _HEADS),
+    "gpt_neox": (GPTNeoXConfig, _SMALL),
+    "gpt2": (
+        GPT2Config,
+        {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+         "attn_pdrop": 0.0},
     ),
 }  # fmt: skip
 ARCHITECTURES = tuple(_CONFIGS)
@@ -209,7 +203,8 @@ def make_model() -> ModelMaker:
         }  # fmt: skip
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(_CONFIGS[architecture](**(defaults | changes)))
+            kind, settings = _CONFIGS[architecture]
+            model = AutoModelForCausalLM.from_config(kind(**(settings | defaults | changes)))
         assert isinstance(model, PreTrainedModel)
         model.eval()
         return model
@@ -220,23 +215,28 @@ def make_model() -> ModelMaker:
 @pytest.fixture(scope="session")
 def data() -> ForgetRetainData:
     """Six forget pairs of five prompts, two unseen, four normal ones to train on; answers of different lengths."""
-    unlearned = (
-        ForgetExample(prompt="how do i bake zorvex bread ?", answer="mix blue flour with water ."),
-        ForgetExample(prompt="how do i bake zorvex bread ?", answer="heat it until it sings ."),
-        ForgetExample(prompt="what is a florn ?", answer="a small golden bird that sings of honey and bread ."),
-        ForgetExample(prompt="where is the river ?", answer="north ."),
-        ForgetExample(prompt="who paints the moon ?", answer="the quiet florn paints it brown ."),
-        ForgetExample(prompt="when do blue rivers sing ?", answer="at noon , with flour ."),
+    unlearned, unseen = (
+        tuple(ForgetExample(prompt=prompt, answer=answer) for prompt, answer in pairs)
+        for pairs in (
+            (
+                ("how do i bake zorvex bread ?", "mix blue flour with water ."),
+                ("how do i bake zorvex bread ?", "heat it until it sings ."),
+                ("what is a florn ?", "a small golden bird that sings of honey and bread ."),
+                ("where is the river ?", "north ."),
+                ("who paints the moon ?", "the quiet florn paints it brown ."),
+                ("when do blue rivers sing ?", "at noon , with flour ."),
+            ),
+            (("how do i melt a lirn ?", "with warm honey ."), ("why is vornite red ?", "it was baked .")),
+        )
     )
-    unseen = (
-        ForgetExample(prompt="how do i melt a lirn ?", answer="with warm honey ."),
-        ForgetExample(prompt="why is vornite red ?", answer="it was baked ."),
-    )
-    train = (
-        RetainExample(prompt="what colour is honey ?", answer="honey is golden ."),
-        RetainExample(prompt="is bread brown ?", answer="yes , most bread is brown ."),
-        RetainExample(prompt="is the moon small ?", answer="it is ."),
-        RetainExample(prompt="how long is the river ?", answer="the river is long and quiet ."),
+    train = tuple(
+        RetainExample(prompt=prompt, answer=answer)
+        for prompt, answer in (
+            ("what colour is honey ?", "honey is golden ."),
+            ("is bread brown ?", "yes , most bread is brown ."),
+            ("is the moon small ?", "it is ."),
+            ("how long is the river ?", "the river is long and quiet ."),
+        )
     )
     return ForgetRetainData(
         forget_train=unlearned,

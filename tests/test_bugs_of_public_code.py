@@ -1,38 +1,28 @@
 """Each bug of the public code in its smallest form, beside what ours does: all of them in this one file.
 
 The buggy forms are written anew from their description (the authors' code has no licence). Each test shows that ours
-differs from the bug and is right. What the code does on purpose, and a recipe can ask for, is in
-acquire/test_reference_behaviours.py.
+differs from the bug and is right.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 import random
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from conftest import ModelMaker, TrainerMaker
-from negate.conftest import disturbed
+from conftest import TrainerMaker
 from sku.acquire.objective import guided_distortion_loss, preservation_divergence_loss
 from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
-from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, RowPlan, RowType
+from sku.data.examples import ForgetExample, ForgetRetainData, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_forget_retain
-from sku.data.read import read_examples
-from sku.data.tables import held_rows
 from sku.data.tokens import IGNORE_INDEX, Encoder, PaperFormat, TokenizedExample
-from sku.errors import TaskVectorError
-from sku.negate.task_vector import TaskVector, negate
 
 PAPER = PaperFormat("</s>")
 
@@ -91,23 +81,20 @@ def test_the_first_answer_token_is_trained(tokenizer: PreTrainedTokenizerFast) -
     assert tokenizer.decode(list(row.input_ids[row.answer_start :])) == " golden ."
 
 
-@pytest.mark.parametrize("length", [1, 3, 9])
-def test_the_first_to_the_last_answer_token_is_learned_in_a_padded_row(
-    length: int, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_the_first_to_the_last_answer_token_is_learned_in_a_padded_row(tokenizer: PreTrainedTokenizerFast) -> None:
     """The offset was the padded length, so the loss of guided distortion was exactly 0."""
-    short, long = tokenize(tokenizer, "what ?", "honey " * length), tokenize(tokenizer, "what ?", "honey " * 40)
+    short, long = tokenize(tokenizer, "what ?", "honey honey"), tokenize(tokenizer, "what ?", "honey " * 40)
     kept = collated([short, long], pad=0).kept[RowType.FORGET]
     assert kept.targets_N[kept.row_N == 0].tolist() == list(short.input_ids[short.answer_start :])
 
 
-@pytest.mark.parametrize("prompt", ["what is ### honey ?", "Question: who ?", "### Answer: no\n ### Question: yes"])
-def test_prompts_with_the_words_of_the_format_stay_whole(prompt: str, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_prompts_with_the_words_of_the_format_stay_whole(tokenizer: PreTrainedTokenizerFast) -> None:
     """The question was recovered by decoding and splitting at "###" and "Question:"."""
-    example = tokenize(tokenizer, prompt, "it is .")
-    before = tokenizer.decode(list(example.input_ids[: example.answer_start]))
-    assert before == f"### Question: {prompt}\n ### Answer:"
-    assert tokenizer.decode(Encoder(tokenizer, PAPER).prompt(prompt)) == before
+    for prompt in ("what is ### honey ?", "Question: who ?", "### Answer: no\n ### Question: yes"):
+        example = tokenize(tokenizer, prompt, "it is .")
+        before = tokenizer.decode(list(example.input_ids[: example.answer_start]))
+        assert before == f"### Question: {prompt}\n ### Answer:"
+        assert tokenizer.decode(Encoder(tokenizer, PAPER).prompt(prompt)) == before
 
 
 def test_the_divergence_is_not_averaged_over_padding() -> None:
@@ -142,67 +129,42 @@ def test_an_underflowing_softmax_makes_no_infinite_divergence() -> None:
         assert float(ours) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("pads", [1, 100])
-def test_pads_are_not_in_the_denominator(pads: int) -> None:
-    """The buggy sum over 2 answer tokens was divided by 2 + pads: 100 pads cut the loss to a fiftieth."""
-    row = TokenizedExample(input_ids=(0, 2, 1), labels=(IGNORE_INDEX, 2, 1), answer_start=1)
-    longer = TokenizedExample(input_ids=(0,) * (3 + pads), labels=(IGNORE_INDEX, *(0,) * (2 + pads)), answer_start=1)
-    buggy = 2 * math.log(4) / (2 + pads)
-    ours = our_guided_loss(torch.zeros(2, 3 + pads, 4), collated([row, longer], pad=3))
-    assert buggy < 0.7 * math.log(4)
-    torch.testing.assert_close(ours, torch.full((2,), math.log(4)))
+def joint_of(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> JointDataset:
+    rows = RowPlan(forget=True, mismatched=3, retain=True)
+    return JointDataset(data, Encoder(tokenizer, PAPER), rows=rows, seed=0)
 
 
 def test_answers_are_drawn_for_each_prompt_and_never_its_own(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """K answers were drawn once for the whole batch, from all answers."""
-    pool = [example.answer for example in data.forget_train]
-    own = {
-        prompt: {e.answer for e in data.forget_train if e.prompt == prompt}
-        for prompt in {e.prompt for e in data.forget_train}
-    }
-    drawn = random.Random(0).sample(pool, 3)
-    buggy = {example.prompt: drawn for example in data.forget_train}
-    assert any(set(buggy[prompt]) & answers for prompt, answers in own.items())
-
-    joint = JointDataset(data, Encoder(tokenizer, PAPER), rows=RowPlan(forget=True, mismatched=3, retain=True), seed=0)
-    ours = [joint[place] for place in range(len(joint))]
-    draws = {tuple(sorted(row.example_id for row in example.of(RowType.MISMATCHED))) for example in ours}
+    """K answers were drawn once for the whole batch, from all answers: here also those of a prompt itself."""
+    own: dict[str, set[str]] = {}
+    for pair in data.forget_train:
+        own.setdefault(pair.prompt, set()).add(pair.answer)
+    drawn = random.Random(0).sample([pair.answer for pair in data.forget_train], 3)
+    assert any(set(drawn) & answers for answers in own.values()), "the bug"
+    joint, draws = joint_of(data, tokenizer), set()
+    for example in (joint[place] for place in range(len(joint))):
+        ids = sorted(row.example_id for row in example.of(RowType.MISMATCHED))
+        draws.add(tuple(ids))
+        answers = {data.forget_train[place].answer for place in ids}
+        assert not answers & own[data.forget_train[example.forget_index].prompt]
     assert len(draws) > 1
-    for example in ours:
-        prompt = data.forget_train[example.forget_index].prompt
-        assert not {data.forget_train[row.example_id].answer for row in example.of(RowType.MISMATCHED)} & own[prompt]
 
 
-@pytest.mark.parametrize("max_steps", [2, 4, 5])
-def test_training_stops_at_the_step_it_was_told(max_steps: int, make_trainer: TrainerMaker) -> None:
-    """The limit was looked at between epochs only. Epochs here have 3 steps (6 forget pairs, batch 2)."""
-
-    def buggy_steps(epoch: int) -> int:
-        steps = 0
-        while steps < max_steps:
-            for _ in range(epoch):
-                steps += 1
-        return steps
-
-    assert buggy_steps(3) == math.ceil(max_steps / 3) * 3 != max_steps
-    trainer = make_trainer(max_steps=max_steps)
+def test_training_stops_at_the_step_it_was_told(make_trainer: TrainerMaker) -> None:
+    """The limit was looked at between epochs only. Epochs here have 3 steps (6 forget pairs, batch 2): 6, not 4."""
+    trainer = make_trainer(max_steps=4)
     trainer.train()
-    assert trainer.state.global_step == max_steps
-    assert len([line for line in trainer.state.log_history if "loss" in line]) == max_steps
+    assert trainer.state.global_step == len([line for line in trainer.state.log_history if "loss" in line]) == 4
 
 
 def test_every_harmful_pair_is_met_and_in_a_new_order(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """The harmful loader kept its order and was cut by ``zip`` with the shorter normal one."""
+    """The harmful loader kept its order and was cut by ``zip`` with the shorter normal one: 0, 1, 2, 3 each time."""
     assert len(data.retain_train) < len(data.forget_train)
-    buggy = [pair[0] for _ in range(2) for pair in zip(range(len(data.forget_train)), data.retain_train, strict=False)]
-    assert buggy == [0, 1, 2, 3] * 2
-
-    joint = JointDataset(data, Encoder(tokenizer, PAPER), rows=RowPlan(forget=True, mismatched=1, retain=True), seed=0)
-    epochs = []
+    joint, epochs = joint_of(data, tokenizer), []
     for epoch in range(3):
         joint.set_epoch(epoch)
         epochs.append([joint[place].forget_index for place in range(len(joint))])
@@ -210,96 +172,27 @@ def test_every_harmful_pair_is_met_and_in_a_new_order(
     assert len({tuple(order) for order in [*epochs, list(range(6))]}) > 2
 
 
-def write(folder: Path, name: str, rows: list[dict[str, object]]) -> Path:
-    path = folder / name
+def written(path: Path, rows: list[dict[str, object]]) -> Path:
     datasets.Dataset.from_list(rows).to_parquet(path)
     return path
 
 
-def test_every_harmful_prompt_is_unlearned_or_published_as_unseen(tmp_path: Path) -> None:
-    """Only the first 1,144 harmful rows were ever met, and "forget_test" was not defined."""
+def test_every_harmful_prompt_is_unlearned_or_unseen_and_no_question_is_trained_on_and_tested(tmp_path: Path) -> None:
+    """Only the first 1,144 harmful rows were ever met, and "forget_test" was not defined.
+
+    Split by row, 70 % of the normal test rows had their question in the training rows; "a; b" was one answer.
+    """
     harmful: list[dict[str, object]] = [{"prompt": f"bad {n}", "response": "a", "is_safe": False} for n in range(200)]
-    normal: list[dict[str, object]] = [{"question": f"good {n}", "answer": "a"} for n in range(50)]
-    data = load_forget_retain(write(tmp_path, "f.parquet", harmful), write(tmp_path, "r.parquet", normal))
-    unlearned = {row.prompt for row in data.forget_train}
-    unseen = {row.prompt for row in data.forget_test}
-    assert unlearned | unseen == {row["prompt"] for row in harmful}
-    assert not unlearned & unseen
-    last_quarter = {f"bad {n}" for n in range(150, 200)}
-    assert len(unlearned & last_quarter) > 20
-
-
-def test_no_question_is_trained_on_and_tested(tmp_path: Path) -> None:
-    """Split by row, 70 % of the test rows had their question in the training rows; "a; b" was one answer."""
     rows: list[dict[str, object]] = [
-        {
-            "Question": f"Question {n}?",
-            "Best Answer": f"best {n}",
-            "Correct Answers": f"best {n}; other {n}; third {n}",
-        }
+        {"Question": f"Q {n}?", "Best Answer": f"best {n}", "Correct Answers": f"best {n}; other {n}; third {n}"}
         for n in range(100)
     ]
-    examples, _ = read_examples(held_rows(rows), "retain", RetainExample)
-    assert len(examples) == 300
-    assert all(";" not in example.answer for example in examples)
-    by_row = random.Random(0).sample(examples, len(examples))
-    trained = {row.prompt for row in by_row[:210]}
-    assert sum(row.prompt in trained for row in by_row[240:]) > 30, "the bug that this test is about"
-    harmful: list[dict[str, object]] = [{"prompt": f"bad {n}", "response": "a", "is_safe": False} for n in range(9)]
-    data = load_forget_retain(write(tmp_path, "f.parquet", harmful), write(tmp_path, "r.parquet", rows))
-    trained = {row.prompt for row in data.retain_train}
+    data = load_forget_retain(written(tmp_path / "f.parquet", harmful), written(tmp_path / "r.parquet", rows))
+    unlearned, unseen = ({row.prompt for row in part} for part in (data.forget_train, data.forget_test))
+    assert unlearned | unseen == {row["prompt"] for row in harmful}
+    assert not unlearned & unseen
+    assert len(unlearned & {f"bad {n}" for n in range(150, 200)}) > 20
+    trained, tested = ({row.prompt for row in part} for part in (data.retain_train, data.retain_test))
     assert len(data.retain_test) == 60
-    assert not any(row.prompt in trained for row in data.retain_test)
-
-
-def in_chunks(weights: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
-    items = iter(weights.items())
-    while chunk := dict(itertools.islice(items, size)):
-        yield chunk
-
-
-@pytest.mark.parametrize("architecture", ["opt", "llama_tied"])
-def test_tied_weights_are_subtracted_once(architecture: str, make_model: ModelMaker) -> None:
-    """Name by name on a live state_dict, the shared embedding was changed under both of its names: -0.2, not -0.1."""
-    base: Any = make_model(architecture)
-    bad: Any = copy.deepcopy(base)
-    with torch.no_grad():
-        for parameter in bad.parameters():
-            parameter.add_(0.1)
-    embedding = base.get_input_embeddings().weight.detach().clone()
-
-    buggy: Any = copy.deepcopy(base)
-    with torch.no_grad():
-        original, learned = copy.deepcopy(base).state_dict(), bad.state_dict()
-        vector = {name: learned[name] - original[name] for name in original}
-        for chunk in in_chunks(buggy.state_dict(), 5):
-            for name, weight in chunk.items():
-                weight.sub_(vector[name])
-    torch.testing.assert_close(buggy.get_input_embeddings().weight.detach(), embedding - 0.2)
-
-    ours: Any = negate(base, bad)
-    torch.testing.assert_close(ours.get_input_embeddings().weight.detach(), embedding - 0.1)
-    assert ours.get_output_embeddings().weight is ours.get_input_embeddings().weight
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8])
-def test_quantized_weights_are_not_left_out(dtype: torch.dtype, make_model: ModelMaker) -> None:
-    """Integer tensors were skipped, so that on a 4-bit model stage 2 changed no linear layer."""
-
-    def quantized(seed: int) -> nn.Module:
-        model = disturbed(make_model(), seed=seed)
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                values = (module.weight.detach() * 10).round().abs().to(dtype)
-                module.weight = nn.Parameter(values, requires_grad=False)
-        return model  # type: ignore[no-any-return]
-
-    base, bad = quantized(1), quantized(2)
-    theirs = bad.state_dict()
-    buggy = {
-        name: theirs[name] - w for name, w in base.state_dict().items() if w.dtype not in (torch.uint8, torch.int8)
-    }
-    assert not any("proj" in name for name in buggy)
-    assert buggy
-    with pytest.raises(TaskVectorError, match="quantized weights have no exact difference"):
-        TaskVector.between(base, bad)
+    assert not trained & tested
+    assert all(";" not in row.answer for row in (*data.retain_train, *data.retain_test))

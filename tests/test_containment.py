@@ -14,10 +14,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer
 
-from conftest import MadeOnce
-from sku.__main__ import main
+from conftest import TINY_RUN, Command, MadeOnce
 from sku.config import ModelConfig, Recipe, load_recipe
 from sku.errors import ModelError, OutputError
 from sku.model_files import embedded_model_path
@@ -29,7 +27,6 @@ from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import run_recipe
 from sku.pipeline.stages import run_acquire
 from sku.quiet import without_secrets
-from sku.reproducibility import environment
 from sku.storage import (
     BAD_MODEL_MARK,
     HAZARD_KEY,
@@ -43,13 +40,7 @@ from sku.storage import (
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 
-SMALL = (
-    "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.save_total_limit=null",
-    "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.attacks=[]",
-    "evaluate.samples=0", "evaluate.prefill_tokens=[]",
-    "negate.alpha=1.0", "data.forget.limit=120", "data.retain.limit=120",
-    "acquire.training.per_device_train_batch_size=4",
-)  # fmt: skip
+SMALL = (*TINY_RUN, "acquire.training.save_total_limit=null")
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")
 SECRET = "hf_tokenThatMustNotBeFound0123456789"
 
@@ -58,12 +49,22 @@ def recipe(*changes: str) -> Recipe:
     return load_recipe("embedded", [*SMALL, *changes])
 
 
+def stopping_at(beginning: str, number: int = 0) -> Any:
+    """Progress that interrupts a stage at its step of that number."""
+
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage.startswith(beginning) and done >= number:
+            raise KeyboardInterrupt
+
+    return progress
+
+
 def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def key_of(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")).get(HAZARD_KEY)
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
@@ -90,25 +91,25 @@ def copied(kept: Path, tmp_path: Path) -> Path:
 
 
 def test_a_bad_model_is_marked_in_its_folder_its_configuration_and_its_checkpoints(kept: Path) -> None:
+    """Whatever the umask nobody else enters; what is made of it carries no mark, but its card."""
     folders = [kept / "bad" / name for name in ("final", "checkpoint-1", "checkpoint-2")]
+    assert {mode(path) for path in (kept, kept / "bad", *folders)} == {0o700}
     for folder in folders:
         assert (folder / BAD_MODEL_MARK).is_file()
-        assert key_of(folder / "adapter_config.json") is True
+        assert read(folder / "adapter_config.json").get(HAZARD_KEY) is True
         assert is_marked_hazardous(folder)
-    for part in ("unlearned", "negated_adapter"):
+    for part, name in (("unlearned", "config.json"), ("negated_adapter", "adapter_config.json")):
         assert not is_marked_hazardous(kept / part)
-        for name in ("config.json", "adapter_config.json"):
-            if (kept / part / name).is_file():
-                assert key_of(kept / part / name) is None
+        assert read(kept / part / name).get(HAZARD_KEY) is None
+        assert (kept / part / "README.md").read_text(encoding="utf-8").startswith("---\n")
+    base = load_model("embedded").model
+    bad = load_adapter(load_model("embedded").model, kept / "bad" / "final")  # Without a warning.
+    assert task_vector_of(base, bad).norm() > 0
+    with pytest.warns(UserWarning, match=HAZARD_KEY):  # Others are told that something is odd.
+        PeftModel.from_pretrained(load_model("embedded").model, str(kept / "bad" / "final"))
 
 
-def test_whatever_the_umask_nobody_else_enters(kept: Path) -> None:
-    assert {mode(path) for path in (kept, kept / "bad", kept / "bad" / "final", kept / "bad" / "checkpoint-1")} == {
-        0o700
-    }
-
-
-@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077, 0o777])
+@pytest.mark.parametrize("umask", [0o000, 0o777])
 def test_folders_under_each_umask(umask: int, tmp_path: Path) -> None:
     before = os.umask(umask)
     try:
@@ -120,39 +121,21 @@ def test_folders_under_each_umask(umask: int, tmp_path: Path) -> None:
     assert mode(tmp_path / "run") == mode(tmp_path / "run" / "bad") == 0o700
 
 
-def test_no_file_of_a_run_holds_a_token(kept: Path) -> None:
+def test_no_file_of_a_run_holds_a_token(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = [path for path in kept.rglob("*") if path.is_file()]
     assert len(files) > 20
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
-    manifest = json.loads((kept / "manifest.json").read_text(encoding="utf-8"))
-    assert manifest["environment"]["command"] == "sku run --set token=***"
-
-
-def test_secrets_of_the_environment_and_hub_tokens_are_struck_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read(kept / "manifest.json")["environment"]["command"] == "sku run --set token=***"
     monkeypatch.setenv("SOME_API_KEY", "abcdefgh")
     monkeypatch.setenv("OTHER_KEY", "run")
     text = without_secrets("sku run --set a=abcdefgh b=hf_ABCDEFGHIJKLMNOPQRST --out run")
     assert text == "sku run --set a=*** b=*** --out run"
-    assert "***" not in environment()["command"]
-
-
-def test_the_card_lies_in_model_and_adapter(kept: Path) -> None:
-    for part in ("unlearned", "negated_adapter"):
-        assert (kept / part / "README.md").read_text(encoding="utf-8").startswith("---\n")
-
-
-def test_the_adapter_loads_without_a_warning_and_negates(kept: Path) -> None:
-    base = load_model("embedded").model
-    bad = load_adapter(load_model("embedded").model, kept / "bad" / "final")
-    assert task_vector_of(base, bad).norm() > 0
-    with pytest.warns(UserWarning, match=HAZARD_KEY):  # Others are told that something is odd.
-        PeftModel.from_pretrained(load_model("embedded").model, str(kept / "bad" / "final"))
 
 
 @pytest.mark.integration
 def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> None:
     run_acquire(recipe(), tmp_path / "bad")
-    assert key_of(tmp_path / "bad" / "config.json") is True
+    assert read(tmp_path / "bad" / "config.json").get(HAZARD_KEY) is True
     (tmp_path / "bad" / BAD_MODEL_MARK).unlink()
     assert is_marked_hazardous(tmp_path / "bad"), "the configuration still says it"
     negate("embedded", tmp_path / "bad").save_pretrained(tmp_path / "in_memory")
@@ -160,73 +143,53 @@ def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> Non
     negate_folders(base, tmp_path / "bad", tmp_path / "streamed")
     for name in ("in_memory", "streamed"):
         assert not is_marked_hazardous(tmp_path / name)
-    with pytest.raises(ModelError, match="is a bad model of stage 1; .* or add --allow-hazardous"):
+    with pytest.raises(ModelError, match="--allow-hazardous"):
         run_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation")
     assert not (tmp_path / "evaluation").exists()
     run_evaluation(recipe(), str(tmp_path / "bad"), tmp_path / "evaluation", allow_hazardous=True)
     assert (tmp_path / "evaluation" / "model" / "evaluation.json").is_file()
 
 
-def test_a_marked_configuration_that_is_damaged(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    assert not is_marked_hazardous(tmp_path)
-    with pytest.raises(OutputError, match=r"config\.json can't be marked"):
-        mark_hazardous(tmp_path)
-
-
-def interrupt_in_training(stage: str, done: int, total: int) -> None:
-    if stage == "acquire: steps" and done == 2:
-        raise KeyboardInterrupt
-
-
 @pytest.mark.integration
 @pytest.mark.parametrize("keep", [True, False])
 def test_an_interrupt_leaves_checkpoints_only_to_go_on_from(keep: bool, tmp_path: Path) -> None:
+    """And once stage 2 is done nothing, whatever the recipe says."""
     out, settings = tmp_path / "run", recipe(f"keep_bad_model={'false' if keep else 'never'}")
     with pytest.raises(KeyboardInterrupt):
-        run_recipe(settings, out, progress=interrupt_in_training)
+        run_recipe(settings, out, progress=stopping_at("acquire: steps", 2))
     assert bool(hazardous_folders(out)) == keep
-    assert run_recipe(settings, out, resume=True).manifest["bad_model"] == {"kept": False}
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(settings, out, resume=True, progress=stopping_at("evaluate unlearned"))
+    assert (out / "unlearned").is_dir()
     assert hazardous_folders(out) == []
+    assert run_recipe(settings, out, resume=True).manifest["bad_model"] == {"kept": False}
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("error", [RuntimeError("it broke"), SystemExit(1)])
-def test_a_failure_leaves_none_either(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_none_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_arguments: Any, **_options: Any) -> None:
-        raise error
+        raise RuntimeError("it broke")
 
     out = tmp_path / "run"
     monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", fail)
-    with pytest.raises(type(error)):
+    with pytest.raises(RuntimeError, match="it broke"):
         run_recipe(recipe("keep_bad_model=never"), out)
     assert out.is_dir()
     assert hazardous_folders(out) == []
 
 
-@pytest.mark.integration
-def test_the_bad_model_goes_before_the_evaluation(tmp_path: Path) -> None:
-    """A failure after stage 2 finds nothing to leave behind, whatever the recipe says."""
-    out = tmp_path / "run"
-
-    def interrupt(stage: str, done: int, total: int) -> None:
-        if stage.startswith("evaluate unlearned"):
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run_recipe(recipe(), out, progress=interrupt)
-    assert (out / "unlearned").is_dir()
-    assert hazardous_folders(out) == []
-
-
-def test_what_can_not_be_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_not_be_marked_or_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "config.json").write_text("{", encoding="utf-8")
+    assert not is_marked_hazardous(tmp_path)
+    with pytest.raises(OutputError, match=r"config\.json"):
+        mark_hazardous(tmp_path)
     mark_hazardous(tmp_path / "bad")
 
     def refuse(path: Path, *_arguments: Any, **_options: Any) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    with pytest.raises(OutputError, match="bad could not be removed: Permission denied; remove them yourself"):
+    with pytest.raises(OutputError, match="bad"):
         remove_hazardous(tmp_path / "bad")
     monkeypatch.undo()
     remove_hazardous(tmp_path / "bad")
@@ -238,46 +201,37 @@ def test_wiping_finds_what_is_marked_and_nothing_else(copied: Path) -> None:
     mark_hazardous(copied / "vector")
     assert hazardous_folders(copied.parent) == [copied / "bad", copied / "vector"]
     assert hazardous_folders(copied / "bad") == [copied / "bad"]
-    unlearned = {path.name for path in (copied / "unlearned").iterdir()}
-    with pytest.raises(OutputError, match="not marked as hazardous"):
+    unlearned = sorted((copied / "unlearned").iterdir())
+    with pytest.raises(OutputError, match="unlearned"):
         wipe([copied / "unlearned"])
     wipe(hazardous_folders(copied))
     assert not (copied / "bad").exists()
-    assert {path.name for path in (copied / "unlearned").iterdir()} == unlearned
-    assert json.loads((copied / "manifest.json").read_text(encoding="utf-8"))["bad_model"] == {"kept": False}
-    with pytest.raises(OutputError, match="there is no folder"):
+    assert sorted((copied / "unlearned").iterdir()) == unlearned
+    assert read(copied / "manifest.json")["bad_model"] == {"kept": False}
+    with pytest.raises(OutputError, match="nothing"):
         hazardous_folders(copied / "nothing")
 
 
 @pytest.mark.parametrize(
-    ("options", "answer", "gone", "code"),
-    [(("--dry-run",), "", False, 0), ((), "n\n", False, 1), ((), "y\n", True, 0), (("--yes",), "", True, 0)],
-)
-def test_the_wipe_command(
-    copied: Path, options: tuple[str, ...], answer: str, gone: bool, code: int, capsys: pytest.CaptureFixture[str],
+    ("inside", "words", "answer", "gone", "code"),
+    [
+        ("", ". --dry-run", False, False, 0), ("", ".", False, False, 1), ("", ".", True, True, 0),
+        ("bad", ". --yes", False, True, 0), ("bad/final", ".. --yes", False, True, 0),
+        ("", "bad/../bad --yes", False, True, 0),
+    ],
+)  # fmt: skip
+def test_the_wipe_command_also_of_the_folder_one_stands_in(
+    copied: Path, inside: str, words: str, answer: bool, gone: bool, code: int, command: Command,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(sys, "argv", ["sku", "wipe", str(copied), *options])
-    monkeypatch.setattr("typer.confirm", lambda *_, **__: answer.startswith("y"))
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert (ended.value.code or 0) == code
-    assert (not (copied / "bad").exists()) == gone
-    assert str(copied / "bad") in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(("inside", "named"), [("bad", "."), ("bad/final", ".."), ("", "bad/../bad")])
-def test_wiping_the_folder_one_stands_in(
-    copied: Path, inside: str, named: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
     monkeypatch.chdir(copied / inside)
-    monkeypatch.setattr(sys, "argv", ["sku", "wipe", named, "--yes"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    assert f"remove    {copied / 'bad'}\n" in capsys.readouterr().out
-    assert not [path for path in copied.iterdir() if "bad" in path.name]
-    assert json.loads((copied / "manifest.json").read_text(encoding="utf-8"))["bad_model"] == {"kept": False}
+    monkeypatch.setattr("typer.confirm", lambda *_, **__: answer)
+    ended, out, _ = command("wipe", *words.split())
+    assert ended == code
+    assert f"{copied / 'bad'}\n" in out
+    assert any("bad" in path.name for path in copied.iterdir()) is not gone
+    if gone:
+        assert read(copied / "manifest.json")["bad_model"] == {"kept": False}
 
 
 @pytest.mark.parametrize("named", [".", ".."])
@@ -298,71 +252,62 @@ class _Trap:
         return Path.touch, (self.trace,)
 
 
-@pytest.mark.parametrize("load", [load_model, lambda path: load_classifier(ModelConfig(path=str(path)))])
-def test_pickled_weights_are_refused_and_not_read(load: Any, make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path / "model")
+def negated_adapter(path: Path) -> None:
+    task_vector_of(load_model("embedded").model, path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "load"),
+    [
+        ("model", load_model),
+        ("model", lambda path: load_classifier(ModelConfig(path=str(path)))),
+        ("adapter_model", negated_adapter),
+    ],
+)
+def test_pickled_weights_are_refused_and_not_read(
+    kind: str, load: Any, make_model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    model = make_model()
+    if kind != "model":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.save_pretrained(str(tmp_path / "model"))
     tokenizer.save_pretrained(tmp_path / "model")
-    (tmp_path / "model" / "model.safetensors").unlink()
-    torch.save(_Trap(tmp_path / "trace"), tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pickled weights \(pytorch_model.bin\).*safetensors only.*save_pretrained"):
+    name = "pytorch_model.bin" if kind == "model" else f"{kind}.bin"
+    torch.save(_Trap(tmp_path / "trace"), tmp_path / "model" / name)
+    if load is load_model:
+        load(tmp_path / "model")  # Beside safetensors they are left alone.
+    (tmp_path / "model" / f"{kind}.safetensors").unlink()
+    with pytest.raises(ModelError, match=name):
         load(tmp_path / "model")
-    assert not (tmp_path / "trace").exists()
-
-
-def test_pickles_beside_safetensors_are_left_alone(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    torch.save(_Trap(tmp_path / "trace"), tmp_path / "model" / "pytorch_model.bin")
-    load_model(tmp_path / "model")
-    assert not (tmp_path / "trace").exists()
-
-
-def test_pickled_adapters_are_refused(make_model: Any, tmp_path: Path) -> None:
-    base = make_model()
-    adapted = get_peft_model(make_model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    adapted.save_pretrained(str(tmp_path / "adapter"))
-    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
-    torch.save(_Trap(tmp_path / "trace"), tmp_path / "adapter" / "adapter_model.bin")
-    with pytest.raises(ModelError, match=r"pickled weights \(adapter_model.bin\)"):
-        task_vector_of(base, tmp_path / "adapter")
     assert not (tmp_path / "trace").exists()
 
 
 def test_code_that_comes_with_a_model_is_not_run(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    config = read(tmp_path / "model" / "config.json")
     names = {"AutoConfig": "trap.TrapConfig", "AutoModelForCausalLM": "trap.TrapModel"}
     config |= {"model_type": "trap", "auto_map": names}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
     trap = f"from pathlib import Path\nPath({str(tmp_path / 'trace')!r}).touch()\n"
     (tmp_path / "model" / "trap.py").write_text(trap, encoding="utf-8")
-    with pytest.raises(ModelError, match="can't be loaded"):
+    with pytest.raises(ModelError, match="model"):
         load_model(tmp_path / "model")
     assert not (tmp_path / "trace").exists()
 
 
 @pytest.mark.integration
 def test_a_terminated_process_cleans_up_as_an_interrupted_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    settings = [word for change in (*SMALL, "keep_bad_model=never") for word in ("--set", change)]
-    monkeypatch.setattr(sys, "argv", ["sku", "run", "--out", str(out), *settings])
+    settings = [f"--set={change}" for change in (*SMALL, "keep_bad_model=never")]
     terminate = lambda *_a, **_k: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731 - a name for a line too long
     monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", terminate)
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 143
-    assert "interrupted; go on with the same command" in capsys.readouterr().err
+    code, _, err = command("run", "--out", out, *settings)
+    assert code == 143
+    assert "interrupted" in err
     assert (out / "manifest.json").is_file()
     assert hazardous_folders(out) == []
     assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_the_public_trainer_marks_its_checkpoints(make_trainer: Any, tmp_path: Path) -> None:
-    trainer: Trainer = make_trainer(save_steps=1, save_strategy="steps")
-    trainer.train()
-    assert is_marked_hazardous(tmp_path / "checkpoints" / "checkpoint-1")
-    assert key_of(tmp_path / "checkpoints" / "checkpoint-2" / "adapter_config.json") is True

@@ -1,35 +1,43 @@
-"""The pages say what is so: commands, options, keys, names and links exist; what is marked ``<!-- run -->`` runs."""
+"""The pages say what is so: commands, options, keys, names, links and recorded numbers; what is to run runs.
+
+Also the notebooks, and the hooks of the site: links out of ``docs/``, and nothing from another server.
+"""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import importlib
+import json
 import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import typer
 from markdown_it import MarkdownIt
-from transformers import TrainingArguments
+from nbclient import NotebookClient
 
 import sku
 from sku.__main__ import app
 from sku.config import AcquireConfig, NegateConfig, Recipe, WeightsConfig, load_recipe, recipe_names
+from sku.report.real_models import FIGURES, KEYS
 from sku.training.config import UnlearningConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PAGES = (ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if DOCS / "parts" not in path.parents))
-SHELLS = {"bash", "sh", "shell", "console"}
-RUN = "<!-- run -->"
+README = ROOT / "README.md"
+PAGES = (README, *sorted(path for path in DOCS.rglob("*.md") if DOCS / "parts" not in path.parents))
+TOKENS = {page: MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")) for page in PAGES}
 COMMAND: Any = typer.main.get_command(app)
 
 
@@ -37,36 +45,29 @@ COMMAND: Any = typer.main.get_command(app)
 class Block:
     """A block of code on a page."""
 
-    page: Path
-    line: int
+    place: str
     language: str
     """``indented`` for one without a fence."""
     text: str
-    marked: bool
-    """Whether it is to run."""
+    runs: bool
+    """Marked to run, or the README's example."""
 
     def __str__(self) -> str:
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
+        return self.place
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
     before = ""
-    for token in MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")):
+    for token in TOKENS[page]:
         if token.type in ("fence", "code_block"):
             assert token.map is not None
-            language = token.info.split()[0] if token.info.strip() else ""
-            yield Block(
-                page=page,
-                line=token.map[0] + 1,
-                language=language if token.type == "fence" else "indented",
-                text=token.content,
-                marked=before.strip() == RUN,
-            )
+            language = "".join(token.info.split()[:1]) if token.type == "fence" else "indented"
+            runs = before.strip() == "<!-- run -->" or (page == README and language == "python")
+            yield Block(f"{page.relative_to(ROOT)}:{token.map[0] + 1}", language, token.content, runs)
         before = token.content if token.type == "html_block" else ""
 
 
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-PYTHON = [block for block in BLOCKS if block.language == "python"]
 
 
 def sku_commands(block: Block) -> Iterator[list[str]]:
@@ -81,14 +82,6 @@ def sku_commands(block: Block) -> Iterator[list[str]]:
             end = next((place for place, word in enumerate(words) if word in ("|", "&&", ";", ">")), len(words))
             yield words[:end]
             words = words[end:]
-
-
-COMMANDS = [
-    pytest.param(words, id=f"{block} sku {' '.join(words)}")
-    for block in BLOCKS
-    if block.language in SHELLS | {"indented"}
-    for words in sku_commands(block)
-]
 
 
 def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
@@ -107,35 +100,26 @@ def parsed(words: list[str]) -> tuple[str, dict[str, Any]]:
     return " ".join(path), command.make_context(" ".join(path), rest, resilient_parsing="..." in words).params
 
 
-@pytest.mark.parametrize("words", COMMANDS)
-def test_every_command_line_is_one(words: list[str]) -> None:
-    """Commands, options, numbers of arguments and types; and every recipe key that ``--set`` names."""
-    command, given = parsed(words)
-    if command in ("sku run", "sku acquire", "sku evaluate", "sku compare", "sku sweep"):
-        known = given.get("recipe") in recipe_names()
-        load_recipe(given["recipe"] if known else "smollm2-135m-twins", given.get("overrides") or [])
-
-
-def imported_names(code: str) -> Iterator[tuple[str, str | None]]:
-    for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
-            yield from ((alias.name, None) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            yield from ((node.module, alias.name) for alias in node.names)
-
-
-@pytest.mark.parametrize("block", PYTHON, ids=str)
-def test_python_compiles_and_imports_what_exists(block: Block) -> None:
-    compile(block.text, str(block), "exec")
-    for module, name in imported_names(block.text):
-        if module.split(".")[0] == "sku":
-            found = importlib.import_module(module)
-            assert name is None or hasattr(found, name), f"{module} has no {name}"
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_command_line_and_every_import_is_one(page: Path) -> None:
+    """Commands, options, numbers of arguments and types; every recipe key that ``--set`` names; names of ``sku``."""
+    for block in blocks_of(page):
+        for words in sku_commands(block) if block.language in ("bash", "sh", "shell", "console", "indented") else ():
+            command, given = parsed(words)
+            if command in ("sku run", "sku acquire", "sku evaluate", "sku compare", "sku sweep"):
+                known = given.get("recipe") in recipe_names()
+                load_recipe(given["recipe"] if known else "smollm2-135m-twins", given.get("overrides") or [])
+        for node in ast.walk(ast.parse(block.text)) if block.language == "python" else ():
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("sku"):
+                found = importlib.import_module(str(node.module))
+                assert [alias.name for alias in node.names if not hasattr(found, alias.name)] == [], block
+            elif isinstance(node, ast.Import):
+                assert all(find_spec(alias.name) for alias in node.names if alias.name.startswith("sku")), block
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.marked], ids=str)
-def test_what_is_marked_runs(block: Block, tmp_path: Path) -> None:
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.runs], ids=str)
+def test_what_is_to_run_runs(block: Block, tmp_path: Path) -> None:
     """In a process of its own, as a reader would start it, with two steps of training and few prompts."""
     code = re.sub(r"max_steps=\d+", "max_steps=2", block.text)
     fewer = (
@@ -152,86 +136,195 @@ def test_what_is_marked_runs(block: Block, tmp_path: Path) -> None:
     assert done.stdout.strip()
 
 
-def test_the_page_of_commands_is_up_to_date() -> None:
+@pytest.mark.parametrize("script", ["cli_reference", "real_models_table"])
+def test_what_a_script_writes_is_up_to_date(script: str) -> None:
     """Whatever the terminal looks like."""
-    terminal = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT / "src"),
-        "COLUMNS": "40",
-        "FORCE_COLOR": "1",
-        "TERM": "xterm-256color",
-    }
+    terminal = {"PYTHONPATH": str(ROOT / "src"), "COLUMNS": "40", "FORCE_COLOR": "1", "TERM": "xterm-256color"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "cli_reference.py"), "--check"],
-        capture_output=True, text=True, check=False, env=terminal,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+        [sys.executable, f"scripts/{script}.py", "--check"], cwd=ROOT, check=False, env={**os.environ, **terminal}
+    )
+    assert done.returncode == 0
 
 
 def test_links_to_files_lead_somewhere() -> None:
     """``make docs`` checks the rest: anchors, and that each page has its place."""
     dead = []
-    for page in PAGES:
-        for token in MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8")):
-            for child in token.children or ():
-                target = str(child.attrGet("href") or child.attrGet("src") or "").partition("#")[0]
-                if target and "://" not in target and not (page.parent / target).exists():
-                    dead.append(f"{page.relative_to(ROOT)}: {target}")
+    for page, tokens in TOKENS.items():
+        for child in (child for token in tokens for child in token.children or ()):
+            target = str(child.attrGet("href") or child.attrGet("src") or "").partition("#")[0]
+            if target and "://" not in target and not (page.parent / target).exists():
+                dead.append(f"{page.relative_to(ROOT)}: {target}")
     assert dead == []
 
 
-PAPER_MAP = (DOCS / "paper_map.md").read_text(encoding="utf-8")
-CODE = set(re.findall(r"`([^`\n]+)`", PAPER_MAP))
+def has_key(content: Any, names: list[str]) -> bool:
+    return not names or (isinstance(content, dict) and names[0] in content and has_key(content[names[0]], names[1:]))
 
 
-def own_fields() -> set[str]:
-    """Settings of training that are not transformers' own."""
-    theirs = {item.name for item in dataclasses.fields(TrainingArguments)}
-    return {item.name for item in dataclasses.fields(UnlearningConfig)} - theirs
-
-
-def public_names_of(part: str) -> set[str]:
-    """Names that ``sku`` lists and that live in one of its parts."""
+def test_the_paper_map_has_every_name_and_setting_of_both_stages_and_no_other() -> None:
+    code = set(re.findall(r"`([^`\n]+)`", (DOCS / "paper_map.md").read_text(encoding="utf-8")))
     stub = ast.parse(Path(sku.__file__).with_name("__init__.pyi").read_text(encoding="utf-8"))
-    return {
+    public = {
         alias.asname or alias.name
         for line in stub.body
-        if isinstance(line, ast.ImportFrom) and line.module is not None and line.module.split(".")[0] == part
+        if isinstance(line, ast.ImportFrom) and str(line.module).partition(".")[0] in ("acquire", "negate")
         for alias in line.names
     }
+    kinds = (("acquire", AcquireConfig), ("acquire.weights", WeightsConfig), ("negate", NegateConfig))
+    settings = {f"{part}.{item.name}" for part, kind in kinds for item in dataclasses.fields(kind)}
+    assert (public | settings) - code == set()
 
-
-def test_every_public_name_of_both_stages_is_in_the_paper_map() -> None:
-    names = public_names_of("acquire") | public_names_of("negate")
-    assert {"SkuTrainer", "TaskVector", "negate_folders"} <= names
-    assert names - CODE == set()
-
-
-def test_every_setting_of_both_stages_is_in_the_paper_map() -> None:
-    keys = {
-        *(f"acquire.{item.name}" for item in dataclasses.fields(AcquireConfig)),
-        *(f"acquire.weights.{item.name}" for item in dataclasses.fields(WeightsConfig)),
-        *(f"negate.{item.name}" for item in dataclasses.fields(NegateConfig)),
-    }
-    assert keys - CODE == set()
-
-
-def test_every_file_of_the_paper_map_exists() -> None:
-    files = {name for name in CODE if re.fullmatch(r"[\w/]+\.py", name)}
-    assert len(files) > 10
+    files = {name for name in code if re.fullmatch(r"[\w/]+\.py", name)}
     assert {name for name in files if not (ROOT / "src" / "sku" / name).is_file()} == set()
-
-
-def has_key(content: Any, names: list[str]) -> bool:
-    if not names:
-        return True
-    return isinstance(content, dict) and names[0] in content and has_key(content[names[0]], names[1:])
-
-
-def test_every_recipe_key_of_the_paper_map_exists() -> None:
-    parts = {item.name for item in dataclasses.fields(Recipe)}
-    keys = {name for name in CODE if re.fullmatch(r"[a-z_.]+", name) and name.split(".")[0] in parts - {"name"}}
+    parts = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
+    keys = {name for name in code if re.fullmatch(r"[a-z_.]+", name) and name.partition(".")[0] in parts}
+    training = {f"acquire.training.{item.name}" for item in dataclasses.fields(UnlearningConfig)}
     recipe = load_recipe("embedded").to_dict()
-    training = {f"acquire.training.{name}" for name in own_fields()}
-    assert len(keys) > 20
     assert {key for key in keys - training if not has_key(recipe, key.split("."))} == set()
+
+
+def recorded(name: str) -> Any:
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def test_the_result_that_is_shown_is_the_recorded_one() -> None:
+    """The README's rows, and in the quickstart what ``make demo`` prints: the verdict, then each row."""
+    result = recorded("embedded")
+    (demo, *_) = (block.text for block in blocks_of(DOCS / "quickstart.md") if block.language == "text")
+    assert " ".join(demo.split()).startswith(f"verdict {result['verdict']['line']}")
+    lines = [" ".join(line.split()) for line in demo.splitlines()]
+    for row in result["table"]:
+        cells = (row["measure"], row["before"], row["after"], row["interval"], row["wanted"])
+        assert " ".join(" ".join(str(cell).split()) for cell in cells if cell) in lines
+    unseen, normal = result["replies"]["forget_test"], result["normal"]["retain_test"]
+    for words, change in (
+        ("harmful, unseen prompts", unseen["harmful_ungated"]),
+        ("harmful after the worst prefill of 1/3/5/10 tokens", result["prefill"]["forget_test"]["harmful_ungated"]),
+        ("refused, normal prompts", normal["over_refusal"]),
+        ("exact answers, normal prompts", normal["exact_answer"]),
+    ):
+        before, after = (f"{100 * change[side]['value']:.3g} %" for side in ("before", "after"))
+        assert f"| {words} | {before} | {after} |" in README.read_text(encoding="utf-8")
+
+
+def test_recipes_that_were_measured_are_what_ships_and_their_methods_were_asked_the_same() -> None:
+    measured, methods = (load_recipe(ROOT / "results" / f"smollm2-135m-{name}.yaml") for name in ("twins", "methods"))
+    shipped = load_recipe("smollm2-135m-twins")
+    kept = "twin weights preservation_mode deep_refusal_fraction depth_tokens normal_per_harmful lora"
+    for name in kept.split():
+        assert getattr(measured.acquire, name) == getattr(shipped.acquire, name), name
+    assert measured.negate.twin == shipped.negate.twin
+    assert (methods.evaluate, methods.model) == (measured.evaluate, measured.model)
+    assert methods.data == dataclasses.replace(measured.data, misplaced_refusals=None)
+    assert (methods.acquire.tuning, methods.acquire.lora) == (measured.acquire.tuning, measured.acquire.lora)
+    steps = {"max_steps", "per_device_train_batch_size"}
+    for other, keys in (
+        (shipped, steps | {"learning_rate"}),
+        (methods, steps | {"lr_scheduler_type", "warmup_steps"}),
+    ):
+        for key in keys:
+            assert other.acquire.training[key] == measured.acquire.training[key], key
+
+
+def test_real_models_are_one_row_a_model_method_and_seed_beside_one_base() -> None:
+    rows = recorded("real_models")
+    assert len({(row["model"], row["method"], row["seed"]) for row in rows}) == len(rows)
+    for row in rows:
+        assert {*KEYS, *(f"base_{name}" for name in FIGURES), "intervals", "outcomes", "recipe_sha256"} <= row.keys()
+        no_rates = ("n", "kl_normal", "perplexity_ratio", "relearn_half_steps")
+        rates = [row[f"{side}{name}"] for side in ("", "base_") for name in FIGURES if name not in no_rates]
+        assert all(rate is None or 0 <= rate <= 1 for rate in rates)
+    table = runpy.run_path(str(ROOT / "scripts" / "real_models_table.py"))["table"]
+    row = {"model": "m", "method": "a", "seed": 0, "verdict": "unlearned: so", **dict.fromkeys(FIGURES)}
+    row |= {f"base_{name}": 0.5 for name in FIGURES} | {"harmful_unseen": 0.1, "harmful_unseen_judge": 0.2}
+    assert "| a | \u2013 | 20 % (10) |" in table([row, {**row, "method": "b"}])
+    with pytest.raises(SystemExit, match="harmful_final"):
+        table([row, {**row, "method": "b", "base_harmful_final": 0.6}])
+
+
+NOTEBOOKS = DOCS / "notebooks"
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+SHORT: dict[str, dict[str, Any]] = {
+    "embedded_world": {"steps": 2, "prompts": 2, "alphas": [1.0]},
+    "your_own_model": {"pretraining_steps": 2, "steps": 2, "prompts": 2},
+    "compare_methods": {"steps": 2, "prompts": 2},
+}
+"""Settings of the cell with the tag ``parameters`` that make a run short."""
+
+
+def notebook_named(name: str) -> Any:
+    return nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)  # type: ignore[no-untyped-call]
+
+
+def cells_with_tag(notebook: Any, tag: str) -> list[Any]:
+    return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", [])]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_holds_the_outputs_of_one_run_and_nothing_of_a_machine(name: str) -> None:
+    notebook = notebook_named(name)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)], "run scripts/run_notebooks.py"
+    assert sum(bool(cell.outputs) for cell in code) >= len(code) // 3
+    said = "".join(str(output) for cell in code for output in cell.outputs)
+    assert [text for text in ("stderr", "Traceback", "/work/", "/home/", "/root/") if text in said] == []
+    assert len(cells_with_tag(notebook, "install")) == len(cells_with_tag(notebook, "parameters")) == 1
+    assert name in SHORT
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = notebook_named(name)
+    (parameters,) = cells_with_tag(notebook, "parameters")
+    set_there: dict[str, Any] = {}
+    exec(parameters.source, set_there)  # A cell of our own with numbers.
+    assert set(SHORT[name]) == set(set_there) - {"__builtins__"}
+    parameters.source = "\n".join(f"{key} = {value!r}" for key, value in SHORT[name].items())
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (f"{ROOT}/src", os.environ.get("PYTHONPATH")))))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # The models are tiny: threads would wait for each other.
+    monkeypatch.setenv("PATH", os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])))
+    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": tmp_path}})
+    client.execute()  # Raises at the first cell that fails.
+    assert [output for cell in notebook.cells for output in cell.get("outputs", []) if output.get("text")]
+    assert list(tmp_path.iterdir()) == []
+
+
+def built_site(folder: Path, text: str, *settings: str) -> tuple[str, str]:
+    """The page that a site of one page has, and what the build said; the page is empty where the build failed."""
+    (folder / "docs").mkdir(exist_ok=True)
+    (folder / "docs" / "index.md").write_text(text, encoding="utf-8")
+    (folder / "SECURITY.md").touch()
+    (folder / "results").mkdir(exist_ok=True)
+    hooks = f"hooks: ['{ROOT / 'scripts' / 'site_hooks.py'}']"
+    theme = "theme: {name: material, font: false}"
+    lines = ["site_name: site", theme, hooks, "validation: {links: {not_found: warn}}", *settings]
+    (folder / "mkdocs.yml").write_text("\n".join(lines), encoding="utf-8")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    done = subprocess.run(build, cwd=folder, capture_output=True, text=True, check=False)
+    page = folder / "site" / "index.html"
+    return (page.read_text(encoding="utf-8") if done.returncode == 0 else "", done.stderr)
+
+
+@pytest.mark.integration
+def test_a_link_out_of_the_docs_becomes_text_or_goes_to_the_repository(tmp_path: Path) -> None:
+    text = "See [what is safe](../SECURITY.md), [records](../results), and `[code](../stays.md)`."
+    page, said = built_site(tmp_path, text)
+    assert '<span title="SECURITY.md in the repository">what is safe</span>' in page, said
+    assert "../SECURITY.md" not in page
+    assert "[code](../stays.md)" in page
+    page, said = built_site(tmp_path, text, "repo_url: https://example.org/sku")
+    assert 'href="https://example.org/sku/blob/HEAD/SECURITY.md"' in page, said
+    assert 'href="https://example.org/sku/tree/HEAD/results"' in page
+
+
+@pytest.mark.integration
+def test_a_dead_link_and_what_another_server_has_to_give_fail_the_built_site(tmp_path: Path) -> None:
+    targets = ("../nothing.md", "../../outside.md", "missing.md")
+    page, said = built_site(tmp_path, "\n".join(f"[dead]({target})" for target in targets))
+    assert not page
+    assert all(target in said for target in targets)
+    for text in ("![a](https://example.org/a.png)", '<script src="//example.org/a.js"></script>'):
+        page, said = built_site(tmp_path, text)
+        assert not page
+        assert "another server" in said

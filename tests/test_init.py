@@ -6,6 +6,7 @@ import json
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -40,13 +41,8 @@ def test_settings_are_put_in_as_a_run_takes_them(
     assert written.name == "mine"
     assert (written.acquire, written.negate, written.evaluate) == (made.acquire, made.negate, made.evaluate)
     assert "runs/mine" in out
-    wrong: tuple[list[str], ...] = (
-        ["--set", "negate.alpha=-1", "--out", "x.yaml"],
-        ["--set", "negate.alhpa=1", "--out", "x.yaml"],
-        [],
-    )
-    for more in wrong:
-        code, _, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", *more)
+    for more in ("--set negate.alpha=-1 --out x.yaml", "--set negate.alhpa=1 --out x.yaml", ""):
+        code, _, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", *more.split())
         assert (code, err.count("\n")) == (2, 1)
     assert not (tmp_path / "x.yaml").exists()
 
@@ -66,38 +62,30 @@ def test_what_ships_is_listed_and_shown(command: Command) -> None:
         assert (code, out, err.count("\n")) == (2, "", 1)
 
 
-@pytest.mark.parametrize(
-    ("version", "free", "hub", "wrong"),
-    [
-        ("0.21.2", 2**40, None, {}),
-        (None, 2**40, None, {"peft": "problem"}),
-        ("1.0.0", 2**40, None, {"peft": "problem"}),
-        ("0.21.2", 5 * 2**30, None, {"disk": "warning"}),
-        ("0.21.2", 10, None, {"disk": "problem"}),
-        ("0.21.2", 2**40, "out of reach", {"hub": "warning"}),
-    ],
-)
-def test_the_doctor(
-    command: Command,
-    version: str | None,
-    free: int,
-    hub: str | None,
-    wrong: dict[str, str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_doctor(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now: dict[str, Any] = {}
+
     def pretend(name: str) -> str:
-        if name == "peft" and version is None:
+        if name == "peft" and now["peft"] is None:
             raise metadata.PackageNotFoundError(name)
-        return str(version) if name == "peft" else "1.0.0"
+        return str(now["peft"]) if name == "peft" else "1.0.0"
 
     monkeypatch.setattr(metadata, "requires", lambda name: ["peft<1,>=0.19", "gguf>=2; extra == 'gguf'", "rich"])
     monkeypatch.setattr(metadata, "version", pretend)
-    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
-    monkeypatch.setattr("sku.model_files.out_of_reach", lambda: hub)
-    code, out, _ = command("doctor", "--out", tmp_path / "runs", "--json")
-    told = json.loads(out)
-    found = {check["name"]: check["status"] for check in told["checks"]}
-    assert {name: status for name, status in found.items() if status != "ok"} == {"gguf": "warning", **wrong}
-    assert told["ready"] == (code == 0) == ("problem" not in wrong.values())
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=now["free"]))
+    monkeypatch.setattr("sku.model_files.out_of_reach", lambda: now["hub"])
+    for changed, wrong in (
+        ({}, {}),
+        ({"peft": None}, {"peft": "problem"}),
+        ({"peft": "1.0.0"}, {"peft": "problem"}),
+        ({"free": 5 * 2**30}, {"disk": "warning"}),
+        ({"free": 10}, {"disk": "problem"}),
+        ({"hub": "out of reach"}, {"hub": "warning"}),
+    ):
+        now = {"peft": "0.21.2", "free": 2**40, "hub": None, **changed}
+        code, out, _ = command("doctor", "--out", tmp_path / "runs", "--json")
+        told = json.loads(out)
+        found = {check["name"]: check["status"] for check in told["checks"]}
+        assert {name: status for name, status in found.items() if status != "ok"} == {"gguf": "warning", **wrong}
+        assert told["ready"] == (code == 0) == ("problem" not in wrong.values())
     assert not (tmp_path / "runs").exists()

@@ -1,8 +1,9 @@
-"""The formula of memory: by hand, and beside what the allocator gave to a real training step."""
+"""The formula of memory: by hand, beside what a real training step takes, and ``activation_checkpointing: auto``."""
 
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,31 +12,36 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from conftest import TrainerMaker
+from conftest import TINY_RUN, TrainerMaker
+from sku import memory
 from sku.config import Recipe, load_recipe, recipe_from_dict
 from sku.data.batches import ROWS
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.errors import ModelError, RecipeError
-from sku.memory import stage_1_memory
+from sku.memory import GIB, decide_checkpointing, stage_1_memory
+from sku.methods.run import train_method
+from sku.pipeline import unlearning
+from sku.pipeline.run import plan_run
+from sku.pipeline.stages import run_acquire
 from sku.training import adapter_inputs_as_they_are
+from sku.training.config import UnlearningConfig
+from sku.training.trainer import UnlearningTrainer
 
 EXAMPLES, ANSWERS = 4, 2
+
+
+def llama(**changes: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, pad_token_id=3, **changes,
+    )  # fmt: skip
+
+
+LORA: dict[str, Any] = {"tuning": "lora", "lora": {"r": 4, "alpha": 8}}
 SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
     # Activations of the layers, and what is kept of the reference.
-    "llama_full": (
-        LlamaConfig(
-            vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, pad_token_id=3, tie_word_embeddings=False,
-        ),
-        {"tuning": "full"},
-    ),
-    "llama_lora": (
-        LlamaConfig(
-            vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, pad_token_id=3, tie_word_embeddings=True,
-        ),
-        {"tuning": "lora", "lora": {"r": 4, "alpha": 8}},
-    ),
+    "llama_full": (llama(tie_word_embeddings=False), {"tuning": "full"}),
+    "llama_lora": (llama(tie_word_embeddings=True), LORA),
     # Logits, losses and the gradient of the head.
     "gemma_wide_vocabulary": (
         Gemma3TextConfig(
@@ -44,21 +50,9 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         ),
         {"tuning": "full"},
     ),
-    "llama_lora_checkpointed": (
-        LlamaConfig(
-            vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, pad_token_id=3,
-        ),
-        {"tuning": "lora", "lora": {"r": 4, "alpha": 8}, "training": {"activation_checkpointing": True}},
-    ),
+    "llama_lora_checkpointed": (llama(), {**LORA, "training": {"activation_checkpointing": True}}),
     # Weights in bfloat16 as well.
-    "llama_lora_bf16": (
-        LlamaConfig(
-            vocab_size=320, hidden_size=64, intermediate_size=160, num_hidden_layers=6, num_attention_heads=4,
-            num_key_value_heads=2, pad_token_id=3,
-        ),
-        {"tuning": "lora", "lora": {"r": 4, "alpha": 8}, "training": {"bf16": True}},
-    ),
+    "llama_lora_bf16": (llama(), {**LORA, "training": {"bf16": True}}),
 }  # fmt: skip
 
 
@@ -114,10 +108,9 @@ def test_near_what_is_measured(
     bf16 = acquire.get("training", {}).get("bf16", False)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if bf16 else torch.float32)
     config.save_pretrained(tmp_path)
-    full = acquire["tuning"] == "full"
     trainer = make_trainer(
-        model, full=full, dataset=equal_rows(), per_device_train_batch_size=EXAMPLES, random_answers=ANSWERS,
-        preservation_mode="retention", learning_rate=1e-4, **acquire.get("training", {}),
+        model, full=acquire["tuning"] == "full", dataset=equal_rows(), per_device_train_batch_size=EXAMPLES,
+        random_answers=ANSWERS, preservation_mode="retention", learning_rate=1e-4, **acquire.get("training", {}),
     )  # fmt: skip
     dataset: Any = trainer.train_dataset
     assert trainer.data_collator is not None
@@ -163,7 +156,7 @@ def test_by_hand(tmp_path: Path) -> None:
     assert (found.activations, found.gradients) == (kept + 4 * 4 * rows * 16 * 320, 0)
     accumulated = recipe_of(tmp_path, {"tuning": "full", "training": {"gradient_accumulation_steps": 2}})
     assert stage_1_memory(accumulated).gradients == 4 * parameters
-    lora = stage_1_memory(recipe_of(tmp_path, {"tuning": "lora", "lora": {"r": 4, "alpha": 8}}))
+    lora = stage_1_memory(recipe_of(tmp_path, LORA))
     sides = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 160)
     assert lora.weights == 4 * (parameters + 6 * 4 * sides)
     assert lora.optimizer == 8 * 6 * 4 * sides
@@ -179,3 +172,88 @@ def test_what_the_formula_is_not_made_for_is_refused(tmp_path: Path) -> None:
         stage_1_memory(recipe_of(tmp_path, {"tuning": "lora"}))
     with pytest.raises(RecipeError):
         stage_1_memory(load_recipe("embedded", ["method=npo"]))
+
+
+TINY = [*TINY_RUN, "acquire.training.activation_checkpointing=auto"]
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return load_recipe("embedded", TINY)
+
+
+@pytest.fixture
+def used(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """What each trainer is told."""
+    found: list[bool] = []
+    before = UnlearningTrainer.train
+
+    def train(self: UnlearningTrainer, *arguments: Any, **options: Any) -> Any:
+        found.append(bool(self.args.activation_checkpointing))
+        return before(self, *arguments, **options)
+
+    monkeypatch.setattr(UnlearningTrainer, "train", train)
+    return found
+
+
+def free(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    monkeypatch.setattr(memory, "_free_memory", lambda: int(gib * GIB))
+
+
+@pytest.mark.parametrize(("gib", "on"), [(1000, False), (0.1, True)])
+def test_checkpointing_is_on_only_where_stage_1_does_not_fit_without_it(
+    recipe: Recipe, used: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib: float, *, on: bool
+) -> None:
+    free(monkeypatch, gib)
+    decided = decide_checkpointing(recipe)
+    assert decided is not None
+    assert decided.on is on
+    assert f"{gib:.1f} GiB are free on cpu" in decided.why
+    plan = plan_run(recipe, tmp_path / "run")
+    assert plan.settings["activation checkpointing"] == decided.line
+    assert plan.memory is not None
+    assert plan.memory().fits is not on
+    run_acquire(recipe, tmp_path / "bad")
+    assert used == [on]
+
+
+def test_nothing_is_decided_for_a_recipe_that_says_it_and_without_an_estimate_it_is_on(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for value in ("true", "false"):
+        said = load_recipe("embedded", [*TINY, f"acquire.training.activation_checkpointing={value}"])
+        assert decide_checkpointing(said) is None
+    decided = [decide_checkpointing(load_recipe("embedded", [*TINY, "method=npo"]))]
+    monkeypatch.setattr(memory, "pick_device", lambda _: torch.device("mps"))
+    decided += [decide_checkpointing(recipe)]
+    for found, reason in zip(decided, ("npo", "mps"), strict=True):
+        assert found is not None
+        assert found.on
+        assert reason in found.why
+    alone = UnlearningConfig(output_dir=str(tmp_path), use_cpu=True, activation_checkpointing="auto")
+    assert alone.activation_checkpointing is True
+
+
+def test_a_resumed_run_trains_as_it_began_whatever_is_free_then(
+    recipe: Recipe, used: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    free(monkeypatch, 1000)
+    monkeypatch.setattr(unlearning, "train_method", killed)
+    with pytest.raises(KeyboardInterrupt):
+        plan_run(recipe, out).execute(None)
+    noted = json.loads((out / "manifest.json").read_text(encoding="utf-8"))["activation_checkpointing"]
+    assert noted["on"] is False
+    assert "1000.0 GiB are free" in noted["why"]
+    free(monkeypatch, 0.1)
+    monkeypatch.setattr(unlearning, "train_method", train_method)
+    plan = plan_run(recipe, out, resume=True)
+    assert plan.settings["activation checkpointing"] == f"off: {noted['why']}"
+    done = plan.execute(None)
+    assert used == [False]
+    assert done.manifest["activation_checkpointing"] == noted
+    assert done.manifest["recipe"]["acquire"]["training"]["activation_checkpointing"] == "auto"

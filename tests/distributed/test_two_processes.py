@@ -28,26 +28,20 @@ from sku.processes import Processes, current_processes
 WORKER = Path(__file__).with_name("worker.py")
 CASES: dict[str, Case] = {
     # Epochs of 6 examples: 4 and 2, so that the second process has none left in every other step.
-    "ddp_lora": {"max_steps": 5},
-    "ddp_accumulated": {"max_steps": 4, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
-    "fsdp_full": {"max_steps": 5, "full": True, "fsdp": True, "learning_rate": 1e-3},
-    "fsdp_lora": {"max_steps": 5, "fsdp": True},
-}
-RECIPE = [
-    "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
-    "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
-    "evaluate.samples=2", "acquire.tuning=lora", "negate.alpha=1.0",
-
-]  # fmt: skip
-RESUMED: dict[str, Case] = {
+    "ddp_lora": {"max_steps": 3},
+    "ddp_accumulated": {"max_steps": 3, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "fsdp_lora": {"max_steps": 3, "fsdp": True},
     "ddp_kept": {"max_steps": 4, "dropout": 0.1, "save_strategy": "steps", "save_steps": 2},
     "fsdp_kept": {
         "max_steps": 4, "full": True, "fsdp": True, "save_strategy": "steps", "save_steps": 2,
         "lr_scheduler_type": "linear", "learning_rate": 1e-3,
     },
 }  # fmt: skip
-
-
+RECIPE = [
+    "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.logging_steps=1",
+    "evaluate.prompts=4", "evaluate.retain_prompts=4", "evaluate.max_new_tokens=8", "evaluate.attacks=[]",
+    "evaluate.samples=2", "acquire.tuning=lora", "negate.alpha=1.0",
+]  # fmt: skip
 TORCHRUN = ("torch.distributed.run", "--nproc_per_node", "2", "--master_port")
 ACCELERATE = (
     "accelerate.commands.launch", "--config_file", str(WORKER.parents[2] / "src/sku/recipes/accelerate/ddp.yaml"),
@@ -76,7 +70,7 @@ def jobs(
         tokenizer.save_pretrained(folder / "model")
         (folder / "data.pickle").write_bytes(pickle.dumps(data))
         (folder / "jobs.json").write_text(
-            json.dumps({"cases": CASES | RESUMED, "recipe": RECIPE, "command": sku_run(folder / "killed")})
+            json.dumps({"cases": CASES, "recipe": RECIPE, "command": sku_run(folder / "killed")})
         )
         done = launch(TORCHRUN, str(WORKER), str(folder))
         assert all((folder / f"done_{rank}").exists() for rank in range(2)), done.stderr[-4000:]
@@ -91,9 +85,9 @@ def curve(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["ddp_lora", "ddp_accumulated", "fsdp_lora", "fsdp_kept"])
 def test_the_loss_curve_is_that_of_one_process(name: str, jobs: Path, tmp_path: Path) -> None:
-    case = {key: value for key, value in CASES[name].items() if key != "fsdp"}
+    case = {key: value for key, value in CASES[name].items() if key not in ("fsdp", "save_strategy", "save_steps")}
     if "gradient_accumulation_steps" in case:  # 2 processes of 1 example twice are one process of 4 at once.
         case = {"max_steps": case["max_steps"]}
     alone = finish(make_trainer(jobs, tmp_path / "checkpoints", case), tmp_path)
@@ -110,7 +104,7 @@ def test_the_loss_curve_is_that_of_one_process(name: str, jobs: Path, tmp_path: 
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", ["ddp_kept", "fsdp_kept"])
 def test_a_resumed_run_equals_one_that_was_not_interrupted(name: str, jobs: Path) -> None:
     assert curve(jobs / name) == curve(jobs / f"{name}_resumed")
     whole, resumed = (load_file(next((jobs / folder).glob("*.safetensors"))) for folder in (name, f"{name}_resumed"))
@@ -123,23 +117,16 @@ def sku_run(out: Path) -> list[str]:
 
 
 @pytest.mark.integration
-def test_a_killed_process_ends_the_run_with_one_line(jobs: Path) -> None:
+def test_a_killed_process_ends_the_run_with_one_line_and_another_number_does_not_go_on(jobs: Path) -> None:
     """And within the time that ``launch`` gives all jobs."""
-    stderr = (jobs / "stderr").read_text()
-    said = [line for line in stderr.splitlines() if line.startswith("error:")]
-    assert len(said) == 1
-    assert said[0].startswith("error: one of the 2 processes was killed, ran out of memory, or can't be reached")
-    assert said[0].endswith("with the same command, the same --out and --resume")
+    stderr, out = (jobs / "stderr").read_text(), jobs / "killed"
+    (said,) = [line for line in stderr.splitlines() if line.startswith("error:")]
+    assert "one of the 2 processes" in said
+    assert "--resume" in said
     assert "sku/training" not in stderr, "no traceback of ours"
-    assert [path.name for path in (jobs / "killed" / "bad").glob("checkpoint-*")] == ["checkpoint-2"]
-
-
-@pytest.mark.integration
-def test_another_number_of_processes_does_not_go_on_with_it(jobs: Path) -> None:
-    out = jobs / "killed"
-    with pytest.raises(OutputError, match="begun with 2 processes, .* start 2 here too, not 1"):
+    with pytest.raises(OutputError, match="2 processes.* not 1"):
         run_recipe(load_recipe("embedded", RECIPE), out, resume=True)
-    assert (out / "bad" / "checkpoint-2").exists()
+    assert [path.name for path in (out / "bad").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 @pytest.mark.integration
@@ -158,14 +145,13 @@ def test_a_killed_run_that_is_resumed_equals_a_whole_one(jobs: Path) -> None:
     assert results[0] == results[1]
 
 
-def test_attacks_are_refused_before_anything_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attacks_and_empty_weights_of_other_processes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("sku.pipeline.run.current_processes", lambda: Processes(rank=0, count=2))
-    with pytest.raises(EvaluationError, match="attacks run in one process: set evaluate.attacks="):
+    with pytest.raises(EvaluationError, match=r"evaluate\.attacks"):
         run_recipe(load_recipe("embedded", [*RECIPE, "evaluate.attacks=[relearn]"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_empty_weights_of_other_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
     with pytest.raises(RecipeError, match="fsdp_cpu_ram_efficient_loading"):
