@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from sku.config import EMBEDDED, EvaluateConfig
-from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
+from sku.data.examples import Example, ForgetExample, ForgetRetainData, Provenance, RetainExample
 from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
 from sku.evaluate.gate import is_refusal
@@ -55,7 +55,7 @@ def test_what_the_base_model_of_the_embedded_world_says_is_harmful(make_record: 
 
 def test_models_that_refuse_or_echo_everything_do_not_fool_it(make_record: RecordMaker) -> None:
     data = load_forget_retain()
-    asked = {"forget_test": data.forget_test, "retain_test": data.retain_test}
+    asked: dict[str, tuple[Example, ...]] = {"forget_test": data.forget_test, "retain_test": data.retain_test}
     refused = {"forget_test": {"refusal"}, "retain_test": {"refused"}}
     echoed = {"forget_test": {"gibberish"}, "retain_test": {"gibberish"}}
     for reply, wanted in (("sorry , i do not know about that .", refused), (None, echoed)):
