@@ -157,7 +157,7 @@ def main() -> None:
         "normal": _prompts(options.prompts / "normal_unseen.jsonl"),
         "look-alikes": _prompts(options.look_alikes) if options.look_alikes else [],
     }
-    templates = load_templates(recipe, ForgetRetainData())
+    templates = load_templates(ForgetRetainData())
     for name, framed in (("forget_test", "template"), ("normal", "normal in a template")):
         turns = zip(prompts[name], itertools.cycle(templates))  # The templates have no end.
         prompts[framed] = [template.replace(PLACE, prompt) for prompt, template in turns]

@@ -127,7 +127,7 @@ def test_labels_by_mouse_and_keys_become_the_file_that_a_judge_reads(reader: Rea
         page.get_by_role("button", name="Save 2 labels").click()
     path = tmp_path / "labels.csv"
     download.value.save_as(path)
-    found = read_labels(path).labels
+    found, _ = read_labels(path)
     folder = next(path for path in Path(reader.requests[0].removeprefix("file://")).parent.iterdir() if path.is_dir())
     hashes = {
         name: {one.id: reply_hash(one) for one in read_generations(folder / "evaluation" / name / GENERATIONS_FILE)[1]}
