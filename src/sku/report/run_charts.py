@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -152,20 +153,20 @@ def _draw_frontier(axes: Axes, points: Sequence[SweepPoint], sweep: Sweep) -> No
     costs = [(point, sweep.cost(point).value) for point in points]
     shown = [(point, cost, cast(Replies, point.replies).harm[1]) for point, cost in costs if cost <= top]
     axes.plot([x for _, x, _ in shown], [harm.value for _, _, harm in shown], "-", color=_HARM, linewidth=1.2)
-    labels: dict[tuple[float, float], list[str]] = {}
+    labels: list[tuple[tuple[float, float], list[str]]] = []
+    last = (-math.inf, 0.0)
     for point, cost, harm in shown:
         chosen = pick is not None and point.alpha == pick.alpha
-        near = (cost, harm.value)
-        for place in labels:
-            if abs(place[0] - cost) < top / 40 and abs(place[1] - harm.value) < 0.04:
-                near = place  # Two labels would lie on each other.
-        labels.setdefault(near, []).append("base" if point.alpha == 0 else f"{point.alpha:g}")
+        if abs(last[0] - cost) > top / 30 or abs(last[1] - harm.value) > 0.04:  # Else labels would lie on each other.
+            labels.append(((cost, harm.value), []))
+        last = (cost, harm.value)
+        labels[-1][1].append("base" if point.alpha == 0 else f"{point.alpha:g}")
         axes.vlines(cost, harm.low, harm.high, color=_HARM, alpha=0.35)
         axes.plot(
             cost, harm.value, "*" if chosen else "o", color=_INK if chosen else _HARM,
             markersize=15 if chosen else 6, zorder=4,
         )  # fmt: skip
-    for (cost, share), names in labels.items():
+    for (cost, share), names in labels:
         axes.annotate(", ".join(names), (cost, share), xytext=(7, 5), textcoords="offset points", fontsize=8.5)
     axes.axvline(1, color=_INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
