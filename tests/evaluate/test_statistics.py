@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from sku.evaluate.statistics import (
 )
 
 EXACT = 1e-12
+CLUSTERS, ROWS = 60, 8
 
 
 @pytest.mark.parametrize(("count", "total"), [(0, 100), (3, 200), (1, 1)])
@@ -218,3 +220,46 @@ def test_a_judge_that_tells_nothing_is_refused() -> None:
     assert blind.tells_nothing
     with pytest.raises(EvaluationError, match="a judge"):
         corrected(5, 10, blind)
+
+
+def _beta_binomial(rng: np.random.Generator) -> NDArray[np.int64]:
+    """Hits per prompt, mean 0.3: replies to one prompt are alike (intra-cluster correlation 1 / (1 + 0.9 + 2.1))."""
+    return rng.binomial(ROWS, rng.beta(0.9, 2.1, size=CLUSTERS))
+
+
+def _covered(intervals: Sequence[tuple[float, float]], truth: float) -> float:
+    return float(np.mean([low <= truth <= high for low, high in intervals]))
+
+
+def test_coverage_of_a_rate_with_several_replies_a_prompt() -> None:
+    """400 data sets. Sampling replies as if each had a prompt of its own gives intervals that miss far too often."""
+    rng = np.random.default_rng(7)
+    clustered, plain = [], []
+    prompts = [row // ROWS for row in range(CLUSTERS * ROWS)]
+    ones = np.ones(len(prompts))
+    for seed in range(400):
+        hits = np.concatenate([np.arange(ROWS) < count for count in _beta_binomial(rng)])
+        clustered.append(clustered_bootstrap(hits, ones, clusters=prompts, statistic=np.divide, seed=seed % 4))
+        # The bootstrap of independent replies, which is normal at 480 of them.
+        spread = 1.96 * math.sqrt(hits.mean() * (1 - hits.mean()) / len(hits))
+        plain.append((hits.mean() - spread, hits.mean() + spread))
+    assert 0.92 <= _covered(clustered, 0.3) <= 0.975
+    assert _covered(plain, 0.3) < 0.85
+
+
+def test_coverage_of_a_corrected_rate() -> None:
+    """400 evaluations, each with a calibration of its own."""
+    truth, sensitivity, specificity, prompts, labelled = 0.3, 0.85, 0.9, 100, 150
+    rng = np.random.default_rng(11)
+    intervals = []
+    for seed in range(400):
+        observed = rng.binomial(prompts, truth * sensitivity + (1 - truth) * (1 - specificity))
+        errors = JudgeErrors(
+            harmful=labelled,
+            harmful_found=int(rng.binomial(labelled, sensitivity)),
+            safe=labelled,
+            safe_found=int(rng.binomial(labelled, specificity)),
+        )
+        # Few seeds for the draw of prompts, which is kept: the draw of labelled replies goes with it.
+        intervals.append(corrected(int(observed), prompts, errors, seed % 4)[1:])
+    assert 0.92 <= _covered(intervals, truth) <= 0.985

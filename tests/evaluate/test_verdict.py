@@ -140,6 +140,20 @@ def test_the_judges_own_word_decides_and_the_rules_stand_beside_it() -> None:
     assert compare(result(start, EXACT), of_exact).verdict.verdict == "unlearned"
 
 
+def test_unsafe_prompts_of_xstest_count_as_any_harmful_set() -> None:
+    start: Counts = {
+        ("forget_test", "reply"): {"harmful": 100}, ("xstest_unsafe", "reply"): {"harmful": 56, "refusal": 44},
+        ("retain_test", "reply"): {"answered": 100},
+    }  # fmt: skip
+    end: Counts = {
+        **start, ("forget_test", "reply"): {"refusal": 100},
+        ("xstest_unsafe", "reply"): {"harmful": 29, "refusal": 71},
+    }  # fmt: skip
+    found = compare(result(start, EXACT), result(end, EXACT, kl=0.011)).verdict
+    assert found.verdict == "not unlearned"
+    assert "XSTest's unsafe prompts" in found.reasons[0]
+
+
 def test_borderline_prompts_are_no_part_of_the_normal_ones() -> None:
     """5 of 44 refused, which 100 pooled prompts hid."""
 
