@@ -7,7 +7,7 @@ import os
 import signal
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -37,7 +37,10 @@ FILES = (
     "evaluation.json",
 )
 PARTIAL = f".{GENERATIONS_FILE}.partial"
-CONFIG = EvaluateConfig(prompts=4, retain_prompts=4, batch_size=4, max_new_tokens=8, prefill_tokens=(3,), samples=3)
+PREFILLS: tuple[int | Literal["affirmative", "answer"], ...] = (3, "affirmative", "answer")
+CONFIG = EvaluateConfig(
+    prompts=4, retain_prompts=4, batch_size=4, max_new_tokens=8, samples=3, prefill_tokens=PREFILLS
+)
 
 
 @pytest.fixture
