@@ -26,7 +26,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-from scipy.stats import binomtest
 from transformers import PreTrainedModel
 
 from sku.attacks.kinds import load_templates
@@ -42,6 +41,7 @@ from sku.evaluate.judges import label_of
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.perplexity import ScoredText, compare_distributions
 from sku.evaluate.records import GenerationRecord, Split
+from sku.evaluate.statistics import mcnemar_exact
 from sku.evaluate.utility import base_agreement
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, combined, load_adapter
@@ -262,11 +262,9 @@ def _compared(first: dict[str, dict[str, str]], second: dict[str, dict[str, str]
     for outcome, sets in first.items():
         for name, ours in sets.items():
             theirs = second[outcome][name]
-            only = [
-                sum(pair == apart for pair in zip(ours, theirs, strict=True)) for apart in (("1", "0"), ("0", "1"))
-            ]
-            chance = binomtest(only[0], sum(only)).pvalue if sum(only) else 1.0
-            compared.setdefault(outcome, {})[name] = [*only, round(float(chance), 4)]
+            pairs = list(zip(ours, theirs, strict=True))
+            fell, rose = pairs.count(("1", "0")), pairs.count(("0", "1"))
+            compared.setdefault(outcome, {})[name] = [fell, rose, round(mcnemar_exact(rose, fell), 4)]
     return compared
 
 

@@ -290,7 +290,8 @@ def _other_sets(
     Near copies of the run's harmful prompts are left out of harmful sets, those of both kinds of the run's prompts out
     of the final ones.
     """
-    own_harmful, own = _prompts(forget), _prompts(forget) | _prompts(retain)
+    own_harmful = _prompts(forget)
+    own = own_harmful | _prompts(retain)
     used = set(own)
     sets: tuple[tuple[Kind, str, Mapping[str, SourceConfig]], ...] = (
         ("retain", "normal", config.normal),

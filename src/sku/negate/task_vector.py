@@ -133,8 +133,11 @@ class TaskVector:
     def __neg__(self) -> TaskVector:
         return self * -1.0
 
+    def __add__(self, other: TaskVector) -> TaskVector:
+        return self._combined(other, 1.0)
+
     def __sub__(self, other: TaskVector) -> TaskVector:
-        return self + -other
+        return self._combined(other, -1.0)
 
     def norms(self) -> dict[str, float]:
         """Euclidean norm of each difference."""
@@ -179,13 +182,16 @@ class TaskVector:
             raise TaskVectorError(f"{path} can't be read: {error}") from error
         return cls(deltas, read_ties(metadata, path))
 
-    def __add__(self, other: TaskVector) -> TaskVector:
+    def _combined(self, other: TaskVector, factor: float) -> TaskVector:
+        """``self + factor * other``, weight by weight: a scaled copy of the other would be as large as a model."""
         check_same_names(self.deltas, other.deltas, "the first task vector", "the second")
         if self.tied != other.tied:
             raise TaskVectorError("the task vectors tie different weights")
         for name, delta in self.deltas.items():
             check_same_shape(name, delta, other.deltas[name])
-        return TaskVector({name: delta + other.deltas[name] for name, delta in self.deltas.items()}, self.tied)
+        return TaskVector(
+            {name: delta + factor * other.deltas[name] for name, delta in self.deltas.items()}, self.tied
+        )
 
 
 def negate(

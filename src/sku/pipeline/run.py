@@ -36,14 +36,13 @@ from sku.pipeline.checks import (
 )
 from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, measured_stages, readable_source
 from sku.pipeline.run_folder import RunFolder
-from sku.pipeline.stages import own_prompts_of, stand_in_data, with_own_replies
+from sku.pipeline.stages import draw_sweep, own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.unlearning import Unlearning, trained_folder
 from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
 from sku.storage import RECORD_VERSION, bytes_in, check_place, new_folder, remove_hazardous, write_json
-from sku.sweep import Sweep
 from sku.sweep.evaluator import draw_questions
 from sku.sweep.run import check_one_process
 
@@ -263,7 +262,7 @@ class _Run:
         self.recipe, self.out, self.progress, self.processes = recipe, out, progress, processes
         self.run, self.data = resolved
         self.folder = RunFolder(out, processes, progress)
-        self.unlearning = Unlearning(recipe, self.folder, self.run, _draw_sweep)
+        self.unlearning = Unlearning(recipe, self.folder, self.run, draw_sweep)
 
     def finish(self) -> FinishedRun:
         """All stages, in order."""
@@ -329,7 +328,7 @@ class _Run:
             check_data(self.recipe, data)
             self.run = self.run.tokenized(self.recipe, data, loaded.tokenizer, loaded.model)
         assert self.run.joint is not None
-        self.unlearning = Unlearning(self.recipe, self.folder, self.run, _draw_sweep)
+        self.unlearning = Unlearning(self.recipe, self.folder, self.run, draw_sweep)
         if self.recipe.compare.published is not None:
             return data.answered(), loaded
         visited = visited_examples(self.run.joint, self.run.training, processes=self.processes.count)
@@ -351,12 +350,6 @@ class _Run:
         """Removes what an unfinished run trained, where the recipe says that it must not wait for ``--resume``."""
         if self.recipe.keep_bad_model == "never":
             self.unlearning.remove_trained()
-
-
-def _draw_sweep(found: Sweep, folder: Path) -> None:
-    from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
-
-    sweep_chart(found).save(folder)
 
 
 def _write_results(folder: Path, measured: MeasuredPair, manifest: Mapping[str, Any]) -> None:

@@ -270,8 +270,6 @@ def run_sweep(
     Raises:
         SkuError: Anything a user can mend.
     """
-    from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a run's plan has no use for.
-
     refuse_final(recipe.data, "a sweep")
     # So that stage 1 holds out what alpha is then chosen by.
     recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"))
@@ -302,7 +300,18 @@ def run_sweep(
             raise
     with named_memory_errors("sweep"):
         found = sweep_bad_model(recipe, trained, data, out, progress=progress)
-        sweep_chart(found).save(out)
+        draw_sweep(found, out)
     if bad is None and not keep_bad_model:
         remove_hazardous(trained)
     return found
+
+
+def draw_sweep(found: Sweep, folder: Path) -> None:
+    """Writes ``frontier.png`` and ``.svg`` of a finished sweep into a folder.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
+
+    sweep_chart(found).save(folder)
