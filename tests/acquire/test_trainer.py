@@ -239,6 +239,20 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
         assert [here[f"loss/{name}"] for name in TERMS] == [there[f"loss/{name}"] for name in TERMS]
 
 
+@pytest.mark.parametrize("full", [True, False])
+def test_a_run_that_was_stopped_after_its_last_checkpoint_takes_no_further_step(
+    full: bool, make_trainer: TrainerMaker, tmp_path: Path
+) -> None:
+    """Step 2 is in the middle of an epoch of 3; transformers alone would take the third."""
+    common: dict[str, Any] = {"full": full, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(output_dir=str(tmp_path), **common)
+    whole.train()
+    resumed = make_trainer(output_dir=str(tmp_path), **common)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert resumed.state.global_step == 2
+    assert_same_bits(weights_of(whole), weights_of(resumed))
+
+
 def test_gradient_checkpointing_changes_no_gradient(make_trainer: TrainerMaker) -> None:
     plain = make_trainer(optim="sgd", learning_rate=0.5)
     saving = make_trainer(optim="sgd", learning_rate=0.5, activation_checkpointing=True)

@@ -201,6 +201,9 @@ class UnlearningTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor | int | None]:
         """Collects the batches of one optimizer step and counts their joint examples over all processes."""
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the checkpoint of the last step: transformers would train one step more.
+            return [], None
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         if not batches:
             return batches, None
