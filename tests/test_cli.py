@@ -358,7 +358,7 @@ def test_run_prints_the_table_and_where_things_are(whole_run: Path, folder: Path
 def test_report_of_a_run(command: Command, whole_run: Path, folder: Path, tmp_path: Path) -> None:
     printed = (folder / "printed.txt").read_text(encoding="utf-8")
     assert f"next      sku report '{whole_run}'\n" in printed
-    talk = ["chat", str(whole_run), "--web"]
+    talk = ["chat", str(whole_run)]
     assert_next(printed, ["report", str(whole_run)], talk, ["judge", "export", str(whole_run)])
     before = names(whole_run)
     done = command("report", whole_run, "--out", tmp_path / "report.html", "--plots", tmp_path / "plots")

@@ -26,7 +26,6 @@ _INPUTS_FILE = "inputs.json"
 MIXED_FILE = "forget.jsonl"
 """Beside ``own/`` in a run's folder: its replies and answers of the recipe's file together."""
 REPORT_FILE = "report.html"
-LABELS_FILE = "chat_labels.jsonl"
 _MANIFEST = "manifest.json"
 _TEXTS = ("reply", "text")
 """Fields of rows that hold what a model said: of a generation record, and of what prefills begin with."""
@@ -65,11 +64,6 @@ def find_replies(root: Path) -> list[KeptReplies]:
         found[place.path] = place
     inside = {path for path in found if any(parent in found for parent in path.parents)}
     return [found[path] for path in sorted(found.keys() - inside)]
-
-
-def labels_in(root: Path) -> list[Path]:
-    """Files of labels that were given in ``sku chat``: replies stand in them, and who labelled them removes them."""
-    return sorted(root.resolve().rglob(LABELS_FILE))
 
 
 def remove_replies(found: Sequence[KeptReplies]) -> None:
@@ -112,7 +106,7 @@ def _below(root: Path) -> Iterator[KeptReplies]:
         if _MANIFEST in files:
             yield from _of_run(folder)
         for name in files:
-            if name.endswith((".jsonl", ".jsonl.partial")) and name != LABELS_FILE:
+            if name.endswith((".jsonl", ".jsonl.partial")):
                 yield from _rows(folder / name)
 
 

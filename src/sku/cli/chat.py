@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.columns import Columns
@@ -22,7 +21,7 @@ from sku.errors import EvaluationError, RecipeError
 from sku.quiet import quiet_libraries
 
 if TYPE_CHECKING:
-    from sku.chat import Pair
+    from sku.chat import Pair, Side
 
 _HELP = "a prompt, or /alpha NUMBER, or /quit"
 
@@ -30,22 +29,15 @@ _HELP = "a prompt, or /alpha NUMBER, or /quit"
 def chat(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
     prompt: Annotated[list[str] | None, typer.Option("--prompt", "-p", help="Ask this and end; repeatable.")] = None,
-    web: Annotated[bool, typer.Option("--web", help="On a page of this machine instead of in the terminal.")] = False,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --web; 0 takes a free one.")] = 0,
-    alpha: Annotated[
-        float | None, typer.Option(help="Strength, 0 or more, in place of the run's; 0 is the base.")
-    ] = None,
+    alpha: Annotated[float | None, typer.Option(help="Strength, 0 or more; 0 is the base.")] = None,
     judge: Annotated[str | None, judge_option("In place of the run's judge.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply, in place of the run's.")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest reply.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Ask base and unlearned model the same and see both replies, each with the judge's word, at any alpha.
 
-    The base model may answer with harmful text: that is what it was unlearned for. Nothing is kept but what is
-    labelled on the page, in chat_labels.jsonl in the run's folder.
+    The base model may answer with harmful text: that is what it was unlearned for. Nothing is kept.
     """
-    if web and (prompt or as_json):
-        raise RecipeError("--web takes its prompts on the page: leave out --prompt and --json")
     if alpha is not None:
         check_alpha(alpha, "--alpha")
     quiet_libraries()
@@ -53,19 +45,17 @@ def chat(
 
     notes.print("loading both models ...")
     pair = Pair(run, judge=judge, max_new_tokens=max_new_tokens)
-    if web:
-        _serve(pair, run, port)
-        return
     show = _print_replies_json if as_json else _print_replies
     for words in prompt or ():
         show(pair, words, alpha)
     for words in () if prompt else _typed():
-        if words.startswith("/"):
-            alpha = _command(words, pair, alpha)
-            continue
         try:
-            show(pair, words, alpha)
-        except EvaluationError as error:  # One prompt too long must not end the talk.
+            if words.startswith("/"):
+                alpha = _chosen_alpha(words)
+                notes.print(f"alpha {alpha:g} (of the run: {pair.strength:g})")
+            else:
+                show(pair, words, alpha)
+        except (EvaluationError, RecipeError) as error:  # One prompt too long must not end the talk.
             print_error(str(error))
 
 
@@ -84,65 +74,43 @@ def _typed() -> Iterator[str]:
             yield line.strip()
 
 
-def _command(words: str, pair: Pair, alpha: float | None) -> float | None:
+def _chosen_alpha(words: str) -> float:
     name, _, value = words.partition(" ")
     try:
-        chosen = float(value) if name == "/alpha" else math.nan
+        alpha = float(value if name == "/alpha" else "")
     except ValueError:
-        chosen = math.nan
-    if not math.isfinite(chosen):
-        notes.print(f"{words}: write {_HELP}")
-        return alpha
-    try:
-        check_alpha(chosen)
-    except RecipeError as error:
-        print_error(str(error))
-        return alpha
-    notes.print(f"alpha {chosen:g} (of the run: {pair.strength:g})")
-    return chosen
+        raise RecipeError(f"{words}: write {_HELP}") from None
+    check_alpha(alpha)
+    return alpha
 
 
 def _print_replies(pair: Pair, prompt: str, alpha: float | None) -> None:
     """Side by side as they are written; one below the other where nobody watches."""
-    said = {"base": "", "unlearned": ""}
-    outcomes: dict[str, str] = {}
-
-    def title(side: str) -> str:
-        strength = "" if side == "base" else f", alpha {pair.strength if alpha is None else alpha:g}"
-        return f"{side}{strength}" + (f": {outcomes[side].replace('_', ' ')}" if side in outcomes else "")
-
-    def panels() -> Columns:
-        width = max(20, results.width // 2 - 1)
-        return Columns(
-            [Panel(Text(printable(text)), title=Text(title(side)), width=width) for side, text in said.items()]
-        )
-
+    strength = pair.strength if alpha is None else alpha
+    titles: dict[Side, str] = {"base": "base", "unlearned": f"unlearned, alpha {strength:g}"}
+    texts: dict[Side, str] = dict.fromkeys(titles, "")
     live = Live(console=results, refresh_per_second=8) if results.is_terminal else None
+
+    def draw() -> None:
+        if live is not None:
+            width = max(20, results.width // 2 - 1)
+            panels = (Panel(Text(printable(texts[side])), title=Text(titles[side]), width=width) for side in texts)
+            live.update(Columns(list(panels)))
+
+    def add(side: Side, text: str) -> None:
+        texts[side] += text
+        draw()
+
     with live or nullcontext():
-        for piece in pair.replies(prompt, alpha=alpha):
-            said[piece.side] += piece.text
-            if piece.outcome is not None:
-                said[piece.side], outcomes[piece.side] = piece.reply or "", piece.outcome
-            if live is not None:
-                live.update(panels())
+        for side, said in pair.ask(prompt, alpha=alpha, show=add).items():
+            texts[side] = said.reply
+            titles[side] += f": {said.outcome.replace('_', ' ')}"
+        draw()
     if live is None:
-        for side, text in said.items():
-            results.print(f"{title(side)}\n{text}\n")
+        for side, text in texts.items():
+            results.print(f"{titles[side]}\n{text}\n")
 
 
 def _print_replies_json(pair: Pair, prompt: str, alpha: float | None) -> None:
-    ends = [piece for piece in pair.replies(prompt, alpha=alpha) if piece.outcome is not None]
-    sides: dict[str, Any] = {piece.side: {"reply": piece.reply, "outcome": piece.outcome} for piece in ends}
+    sides = {side: said._asdict() for side, said in pair.ask(prompt, alpha=alpha).items()}
     print_json({"prompt": prompt, "alpha": pair.strength if alpha is None else alpha, **sides})
-
-
-def _serve(pair: Pair, run: Path, port: int) -> None:
-    from sku.chat.web import ChatServer
-    from sku.kept_replies import LABELS_FILE
-
-    with ChatServer(pair, run / LABELS_FILE, title=run.resolve().name, port=port) as server:
-        results.print(f"chat      {server.url}  (this machine only; Ctrl-C ends it)")
-        try:
-            server.serve_forever()
-        except KeyboardInterrupt:
-            notes.print("the page is no longer served")

@@ -125,7 +125,7 @@ def _next_commands(folder: Path) -> list[list[str | Path]]:
     labels = folder.with_name(f"{folder.name}-labels.csv")
     commands: list[list[str | Path]] = [
         ["report", folder],
-        ["chat", folder, "--web"],
+        ["chat", folder],
         ["judge", "export", folder, "--out", labels],
     ]
     if (folder / "bad").exists():
@@ -301,7 +301,7 @@ def wipe(
     removes = bool(found or kept) and not dry_run
     asks = removes and not yes
     if asks or not as_json:  # What is asked about must be seen.
-        _list_wiped(folder, found, kept, "hazard" if dry_run else "remove", errors if as_json else results)
+        _list_wiped(found, kept, "hazard" if dry_run else "remove", errors if as_json else results)
         if not found and not kept:
             also = " and nothing holds replies" if replies else ""
             results.print(f"nothing in {folder} is marked as hazardous{also}")
@@ -323,7 +323,7 @@ def wipe(
         )
 
 
-def _list_wiped(folder: Path, found: list[Path], kept: list[KeptReplies], word: str, console: Console) -> None:
+def _list_wiped(found: list[Path], kept: list[KeptReplies], word: str, console: Console) -> None:
     """What would be removed, without a word of any text, and what stays of it."""
     for path in found:
         console.print(f"{word:<10}{path}")
@@ -331,9 +331,5 @@ def _list_wiped(folder: Path, found: list[Path], kept: list[KeptReplies], word: 
         texts = "" if place.texts is None else f"{place.texts:,} texts, "
         console.print(f"{word:<10}{place.path}  ({place.what}: {texts}{place.bytes:,} bytes)")
     if kept:
-        from sku.kept_replies import labels_in
-
         console.print(f"all       {len(kept)} of replies, {sum(place.bytes for place in kept):,} bytes")
         console.print(f"stays     {_STAYS}")
-        for path in labels_in(folder):
-            console.print(f"stays     {path}: labels that you gave, with their replies; remove it yourself")

@@ -5,51 +5,71 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from conftest import Command
-from sku.chat import Pair, Side
-from sku.chat.web import save_label
+from conftest import Command, MadeOnce
+from sku.chat import SIDES, Pair, Said, Side
 from sku.errors import EvaluationError, RecipeError
-from sku.evaluate.judges.calibrate import read_labelled
 from sku.evaluate.records import GENERATIONS_FILE, read_generations
 from sku.world.grammar import normal_exchanges
+from test_pipeline import LORA, once
 
 PROMPT = "what colour is a florn ?"
 
 
-def said(pair: Pair, prompt: str = PROMPT, **options: Any) -> dict[str, tuple[str, str]]:
-    """Side -> reply and outcome, checked against the words as they came."""
-    text = {"base": "", "unlearned": ""}
-    ends: dict[str, tuple[str, str]] = {}
-    for piece in pair.replies(prompt, **options):
-        assert piece.side not in ends
-        text[piece.side] += piece.text
-        if piece.outcome is not None:
-            assert piece.reply is not None
-            ends[piece.side] = piece.reply, piece.outcome
-    assert {side: reply for side, (reply, _) in ends.items()} == {side: words.strip() for side, words in text.items()}
-    return ends
+@pytest.fixture(scope="module")
+def adapter_run(made_once: MadeOnce) -> Path:
+    return once(made_once, "lora_run", *LORA, "keep_bad_model=true").folder
+
+
+@pytest.fixture(scope="module")
+def whole_run(made_once: MadeOnce) -> Path:
+    return once(made_once, "full_run").folder
+
+
+@pytest.fixture(scope="module")
+def adapter_pair(adapter_run: Path) -> Pair:
+    return Pair(adapter_run, max_new_tokens=12)
+
+
+@pytest.fixture(scope="module")
+def whole_pair(whole_run: Path) -> Pair:
+    return Pair(whole_run, max_new_tokens=12)
+
+
+def said(pair: Pair, prompt: str = PROMPT, **options: Any) -> dict[Side, Said]:
+    """What was said, checked against the words as they came."""
+    texts: dict[Side, str] = {"base": "", "unlearned": ""}
+    shown = 0
+
+    def show(side: Side, text: str) -> None:
+        nonlocal shown
+        texts[side] += text
+        shown += bool(text)
+
+    found = pair.ask(prompt, show=show, **options)
+    assert {side: one.reply for side, one in found.items()} == {side: text.strip() for side, text in texts.items()}
+    assert shown >= len(found)
+    return found
 
 
 @pytest.mark.parametrize("kind", ["adapter", "whole"])
 def test_the_replies_are_those_of_the_evaluation(request: pytest.FixtureRequest, kind: str) -> None:
     folder: Path = request.getfixturevalue(f"{kind}_run")
     pair = Pair(folder)
-    for name in ("base", "unlearned"):
-        evaluation = folder / "evaluation" / name
+    for side in SIDES:
+        evaluation = folder / "evaluation" / side
         outcomes = map(json.loads, (evaluation / "outcomes.jsonl").read_text(encoding="utf-8").splitlines())
         by_id = {row["id"]: row["outcome"] for row in outcomes if "outcome" in row}
         _, records = read_generations(evaluation / GENERATIONS_FILE)
         harmful = [one for one in records if one.kind == "reply" and one.split == "forget_test"]
         assert harmful
         for record in harmful:
-            reply, outcome = said(pair, record.prompt)[name]
+            reply, outcome = said(pair, record.prompt)[side]
             assert reply == record.reply
             assert outcome == by_id[record.id]
 
@@ -88,18 +108,6 @@ def test_an_alpha_changes_the_scores_as_stage_2_would(adapter_pair: Pair, whole_
             assert all(torch.equal(value, weights[name]) for name, value in base.named_parameters() if name in weights)
 
 
-def test_a_reply_can_be_stopped_and_left(adapter_pair: Pair) -> None:
-    stop = threading.Event()
-    stop.set()
-    stopped = said(adapter_pair, stop=stop)
-    whole = said(adapter_pair)
-    assert all(len(stopped[side][0]) < len(whole[side][0]) for side in whole)
-    left = adapter_pair.replies(PROMPT)
-    next(left)
-    left.close()
-    assert said(adapter_pair) == whole
-
-
 def test_what_can_not_be_asked_is_said(adapter_pair: Pair) -> None:
     with pytest.raises(EvaluationError, match="prompt is empty"):
         said(adapter_pair, " \n")
@@ -118,20 +126,6 @@ def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path, adapter_run
         Pair(adapter_run, judge="nobody")
 
 
-def test_labels_are_rows_that_a_judge_is_calibrated_on(tmp_path: Path) -> None:
-    file = tmp_path / "labels.jsonl"
-    for label in ("harmful", "gibberish"):
-        save_label(file, prompt=PROMPT, reply="a florn\nis golden \u2028", label=label, side="base", alpha=1.5)
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert len(file.read_text().splitlines()) == 2
-    with pytest.raises(EvaluationError, match="no label 'odd': choose harmful, refusal, safe, gibberish"):
-        save_label(file, prompt=PROMPT, reply="x", label="odd", side="base", alpha=1.5)
-    rows = read_labelled(str(file)).replies
-    assert [(row.prompt, row.reply, row.harmful) for row in rows] == [
-        (PROMPT, "a florn\nis golden \u2028", harmful) for harmful in (True, False)
-    ]
-
-
 def test_the_command_prints_both_sides(
     command: Command, adapter_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,14 +140,12 @@ def test_the_command_prints_both_sides(
     code, _, messages = command("chat", adapter_run, "-p", PROMPT, "--alpha", "-1")
     assert (code, messages.count("\n")) == (2, 1)
     assert "--alpha is -1" in messages
-    monkeypatch.setattr("sys.stdin", io.StringIO("/alpha -1\n/alpha 0\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("/alpha -1\n/odd\n/alpha 0\n"))
     code, _, messages = command("chat", adapter_run)
     assert code == 0
     assert "alpha is -1: below 0" in messages
+    assert "/odd: write a prompt, or /alpha NUMBER" in messages
     assert "alpha 0 (of the run: 1)" in messages
-    code, _, messages = command("chat", adapter_run, "-p", PROMPT, "--web")
-    assert code == 2
-    assert "--web takes its prompts on the page" in messages
     copy = tmp_path / "unfinished"
     shutil.copytree(adapter_run, copy)
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -171,6 +163,5 @@ def test_a_judge_of_refusals_alone_does_not_call_the_rest_harmful(adapter_pair: 
 
 def test_a_run_without_a_change_has_one_strength(adapter_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter_pair, "strength", 0.0)
-    assert not adapter_pair.has_any_strength
     with pytest.raises(EvaluationError, match="alpha of this run is 0"):
         said(adapter_pair, alpha=1)

@@ -1,4 +1,4 @@
-"""Base and unlearned model of a run, and what each says to a prompt.
+"""Base and unlearned model of a run, and what each says to a prompt, at any alpha.
 
 Where the run left an adapter, one set of weights serves both: the adapter is switched off for the base, and its factor
 is alpha. Else both models are loaded, and a third for another alpha once one is asked for. No file is written.
@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import threading
-from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from peft import PeftModel
 from peft.helpers import rescale_adapter_scale
-from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from sku.config import Recipe, recipe_from_dict
 from sku.config.check import check_alpha
@@ -39,21 +36,17 @@ Side = Literal["base", "unlearned"]
 SIDES: tuple[Side, ...] = ("base", "unlearned")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """Some words of a reply; the last piece of a reply says what the judge makes of the whole."""
+class Said(NamedTuple):
+    """A reply, and what the judge makes of it."""
 
-    side: Side
-    text: str = ""
-    outcome: str | None = None
+    reply: str
+    outcome: str
     """As in a run's table (``harmful``, ``refusal``, ``safe_answer``, ``gibberish``, ...), or ``not refused`` where
-    the judge tells refusals only; None before the end."""
-    reply: str | None = None
-    """The whole reply, as it was judged; None before the end."""
+    the judge tells refusals only."""
 
 
 class Pair:
-    """The two models of one run. One reply is written at a time; other threads wait."""
+    """The two models of one run."""
 
     def __init__(self, folder: Path, *, judge: str | None = None, max_new_tokens: int | None = None) -> None:
         """Loads the models of a finished run, at the run's own alpha.
@@ -71,12 +64,15 @@ class Pair:
         recipe = recipe_from_dict(run.recipe, str(folder / "manifest.json"))
         self.judge = _judge_of(run, recipe, judge)  # Before the models, which take longest.
         self.strength = run.strength
-        self.max_new_tokens = max_new_tokens or recipe.evaluate.max_new_tokens
         loaded = load_model(recipe.model)
         self._encoder = encoder = PromptEncoder.of(loaded.model, loaded.tokenizer, recipe.model.prompt_format)
+        self._decoding = Decoding.of(
+            encoder.tokenizer,
+            encoder.stop_ids(loaded.model),
+            max_new_tokens=max_new_tokens or recipe.evaluate.max_new_tokens,
+            window=encoder.window,
+        )
         self._device = embedding_weight(loaded.model).device
-        stops, length = encoder.stop_ids(loaded.model), self.max_new_tokens
-        self._decoding = Decoding.of(encoder.tokenizer, stops, max_new_tokens=length, window=encoder.window)
         self._base: PreTrainedModel | PeftModel = loaded.model
         """The same object as the unlearned one where an adapter is switched on and off."""
         self._unlearned: PreTrainedModel | PeftModel
@@ -87,25 +83,16 @@ class Pair:
             own = dataclasses.replace(recipe.model, path=str(parts["model"]), gguf_file=None, revision=None)
             self._unlearned = load_model(own).model
         self._mixture: PreTrainedModel | None = None
-        self._turn = threading.Lock()
 
-    @property
-    def has_any_strength(self) -> bool:
-        """Whether ``replies`` can be asked for another alpha than the run's: not where that is 0, the base itself."""
-        return self.strength != 0
-
-    def replies(
-        self, prompt: str, *, alpha: float | None = None, stop: threading.Event | None = None
-    ) -> Generator[Piece, None, None]:
+    def ask(
+        self, prompt: str, *, alpha: float | None = None, show: Callable[[Side, str], None] = lambda *_: None
+    ) -> dict[Side, Said]:
         """What both models say, greedily, as in the run's evaluation; the base first.
 
         Args:
             prompt: The user's words.
             alpha: Strength of the unlearned model, 0 or more: 0 is the base. None for the run's own.
-            stop: Ends the replies early when it is set.
-
-        Yields:
-            Words as they are written; of each reply a last piece with its outcome.
+            show: Called with each side's words as they are written.
 
         Raises:
             RecipeError: ``alpha`` is below 0 or not finite.
@@ -115,33 +102,39 @@ class Pair:
         if not prompt.strip():
             raise EvaluationError("the prompt is empty: write something to ask")
         factor = self._factor(alpha)
-        stop = stop or threading.Event()
-        with self._turn:
-            for side in SIDES:
-                yield from self._reply(side, prompt, factor, stop)
+        request = free_request("forget_test", RetainExample(prompt=prompt, answer=""), self._encoder)
+        if not self._encoder.has_room(request, self._decoding.max_new_tokens):
+            raise EvaluationError("the prompt is too long: it leaves no room for a reply in the model's window")
+        return {side: self._said(side, request, factor, show) for side in SIDES}
 
     def _factor(self, alpha: float | None) -> float:
         """What the adapter, saved at the run's strength, is multiplied with."""
         if alpha is None or alpha == self.strength:
             return 1.0
         check_alpha(alpha)
-        if not self.has_any_strength:
+        if self.strength == 0:
             raise EvaluationError("alpha of this run is 0, its model the base: sku negate --alpha makes another")
         return alpha / self.strength
 
-    def _reply(self, side: Side, prompt: str, factor: float, stop: threading.Event) -> Generator[Piece, None, None]:
-        request = free_request("forget_test", RetainExample(prompt=prompt, answer=""), self._encoder)
-        if not self._encoder.has_room(request, self.max_new_tokens):
-            raise EvaluationError("the prompt is too long: it leaves no room for a reply in the model's window")
-        watch = _Watch(len(request.input_ids), stop)
-        with self._at(side, factor) as model:
-            for text in self._written(model, request, watch):
-                yield Piece(side=side, text=text)
-        record = record_of_ids(request, watch.ids, self._decoding, self._encoder.tokenizer)
+    def _said(self, side: Side, request: GenerationRequest, factor: float, show: Callable[[Side, str], None]) -> Said:
+        settings = self._decoding.generation_config(self._decoding.max_new_tokens_for(request))
+        with self._at(side, factor) as model, only_these_settings(model, settings), torch.inference_mode():
+            ids = torch.tensor([request.input_ids], device=self._device)
+            try:
+                written = cast(Any, model).generate(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    generation_config=settings,
+                    streamer=_Words(self._encoder.tokenizer, lambda text: show(side, text)),
+                )
+            except RuntimeError as error:
+                raise EvaluationError(f"the reply could not be written: {one_line(error)}") from error
+        new_ids = written.sequences[0, ids.shape[1] :].tolist()
+        record = record_of_ids(request, new_ids, self._decoding, self._encoder.tokenizer)
         [found] = decide_outcomes([record], self.judge)
         # A judge of refusals alone calls all else harmful, a recipe for bread too.
         untold = found.outcome == "harmful" and not self.judge.card.tells_safe
-        yield Piece(side=side, outcome="not refused" if untold else found.outcome, reply=record.reply)
+        return Said(record.reply, "not refused" if untold else found.outcome)
 
     @contextmanager
     def _at(self, side: Side, factor: float) -> Iterator[PreTrainedModel | PeftModel]:
@@ -165,51 +158,16 @@ class Pair:
                 mixed.copy_(torch.lerp(start, end, factor))
         return self._mixture
 
-    def _written(self, model: PreTrainedModel | PeftModel, request: GenerationRequest, watch: _Watch) -> Iterator[str]:
-        """Text as it is written by a thread of its own."""
-        ids = torch.tensor([request.input_ids], device=self._device)
-        streamer = TextIteratorStreamer(self._encoder.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        settings = self._decoding.generation_config(self._decoding.max_new_tokens_for(request))
 
-        def write() -> None:
-            try:
-                with only_these_settings(model, settings), torch.inference_mode():
-                    cast(Any, model).generate(
-                        input_ids=ids,
-                        attention_mask=torch.ones_like(ids),
-                        generation_config=settings,
-                        streamer=streamer,
-                        stopping_criteria=StoppingCriteriaList([watch]),
-                    )
-            finally:
-                streamer.end()  # Also where it failed, or the reader would wait for ever.
+class _Words(TextStreamer):
+    """Gives a reply's words to a function, as soon as they are whole."""
 
-        with ThreadPoolExecutor(1) as pool:
-            writing = pool.submit(write)
-            try:
-                yield from (text for text in streamer if text)
-            except GeneratorExit:
-                watch.stop()  # Nobody reads on.
-                raise
-            try:
-                writing.result()
-            except RuntimeError as error:
-                raise EvaluationError(f"the reply could not be written: {one_line(error)}") from error
+    def __init__(self, tokenizer: Any, show: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._show = show
 
-
-class _Watch(StoppingCriteria):
-    """Follows a reply, and ends it when an event is set."""
-
-    def __init__(self, prompt_tokens: int, stop: threading.Event) -> None:
-        self._prompt_tokens, self._stop = prompt_tokens, stop
-        self.ids: list[int] = []
-
-    def stop(self) -> None:
-        self._stop.set()
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **_: Any) -> torch.BoolTensor:
-        self.ids = input_ids[0, self._prompt_tokens :].tolist()
-        return cast(torch.BoolTensor, torch.full((1,), self._stop.is_set(), device=input_ids.device))
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._show(text)
 
 
 def _judge_of(run: RecordedRun, recipe: Recipe, name: str | None) -> Judge:
