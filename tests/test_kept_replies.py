@@ -43,14 +43,14 @@ def made(made_once: MadeOnce) -> Path:
 
 @pytest.fixture
 def run(made: Path, tmp_path: Path) -> Path:
-    """A copy whose manifest names its own replies, with a report and a label beside the rest."""
+    """A copy whose manifest names its own replies, with a report and rows of another program beside the rest."""
     copy = tmp_path / "run"
     shutil.copytree(made / "run", copy)
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest["own_replies"]["folder"] = str(copy / "own")
     (copy / "manifest.json").write_text(json.dumps(manifest))
     (copy / "report.html").write_text(f"<p>{next(replies_in(copy))}</p>")
-    (copy / "chat_labels.jsonl").write_text('{"response": "mine"}\n')
+    (copy / "mine.jsonl").write_text('{"response": "mine"}\n')
     return copy
 
 
@@ -84,7 +84,7 @@ def test_what_models_said_goes_and_figures_stay(command: Command, run: Path) -> 
     code, out, err = command("wipe", run, "--replies", "--yes")
     assert (code, err) == (0, "")
     assert f"remove    {run / 'own'}  (own replies: " in out
-    assert f"stays     {run / 'chat_labels.jsonl'}: labels that you gave" in out
+    assert (run / "mine.jsonl").is_file()
     assert not [text for text in texts if text in out]
     after = files_in(run)
     words = [text.encode() for text in texts]

@@ -8,13 +8,13 @@ and outcomes and verdicts by hash, hold no text and stay.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sku.errors import OutputError
 from sku.storage import acquire_lock, bytes_in, named_disk_errors
@@ -27,14 +27,12 @@ MIXED_FILE = "forget.jsonl"
 """Beside ``own/`` in a run's folder: its replies and answers of the recipe's file together."""
 REPORT_FILE = "report.html"
 _MANIFEST = "manifest.json"
-_TEXTS = ("reply", "text")
-"""Fields of rows that hold what a model said: of a generation record, and of what prefills begin with."""
-_OWN_INPUTS = frozenset({"model", "prompts", "judge", "wordings"})
+_ROWS = (".jsonl", ".jsonl.partial")
+_OWN_INPUTS = {"model", "prompts", "judge", "wordings"}
 """What an unfinished folder of own replies was begun from, among others."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class KeptReplies:
+class KeptReplies(NamedTuple):
     """One file or folder."""
 
     path: Path
@@ -57,13 +55,14 @@ def find_replies(root: Path) -> list[KeptReplies]:
         OutputError: There is neither such a folder nor an unfinished one beside it.
     """
     root = root.resolve()
-    found = {place.path: place for place in _unfinished(root.parent, root.name)}
+    paths = {*root.parent.glob(f".{glob.escape(root.name)}.partial-*"), root, *root.rglob("*")}
+    for manifest in [path for path in paths if path.name == _MANIFEST]:
+        if "folder" in (own := _own_of(manifest.parent)):
+            paths.add(Path(str(own["folder"])))
+    found = {path: what for path in paths if (what := _what(path))}
     if not root.is_dir() and not found:
         raise OutputError(f"there is no folder {root}, and nothing that an interrupted sku data own left beside it")
-    for place in (*_own(root), *(_below(root) if root.is_dir() else ())):
-        found[place.path] = place
-    inside = {path for path in found if any(parent in found for parent in path.parents)}
-    return [found[path] for path in sorted(found.keys() - inside)]
+    return [_place(path, found[path]) for path in sorted(found) if found.keys().isdisjoint(path.parents)]
 
 
 def remove_replies(found: Sequence[KeptReplies]) -> None:
@@ -96,83 +95,56 @@ def _remove_folder(folder: Path) -> None:
         os.close(lock)
 
 
-def _below(root: Path) -> Iterator[KeptReplies]:
-    for place, names, files in os.walk(root):
-        folder = Path(place)
-        # A bad model's folder holds none; it is removed as a whole.
-        for name in names:
-            yield from _own(folder / name)
-        yield from _unfinished(folder)
-        if _MANIFEST in files:
-            yield from _of_run(folder)
-        for name in files:
-            if name.endswith((".jsonl", ".jsonl.partial")):
-                yield from _rows(folder / name)
-
-
-def _own(folder: Path) -> Iterator[KeptReplies]:
-    """A finished folder of own replies, or what is left of one whose removal was killed."""
-    account = _read(folder / ACCOUNT_FILE)
-    if not folder.is_symlink() and isinstance(account, dict) and isinstance(account.get("kinds"), dict):
-        yield _folder(folder, "own replies")
-
-
-def _unfinished(parent: Path, name: str = "*") -> Iterator[KeptReplies]:
-    """What interrupted calls left beside the folder of a name; ``sku negate`` leaves such folders too, of weights."""
-    for folder in sorted(path for path in parent.glob(".*.partial-*") if path.is_dir() and not path.is_symlink()):
-        begun = _read(folder / _INPUTS_FILE)
-        is_named = name == "*" or folder.name.startswith(f".{name}.partial-")
-        if is_named and isinstance(begun, dict) and begun.keys() >= _OWN_INPUTS:
-            yield _folder(folder, "own replies of an interrupted call")
-
-
-def _of_run(run: Path) -> Iterator[KeptReplies]:
-    manifest = _read(run / _MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("recipe"), dict):
-        return
-    noted = manifest.get("own_replies")
-    if isinstance(noted, dict):
-        yield from _own(Path(str(noted.get("folder"))))
-        if "mixed" in noted and (run / MIXED_FILE).is_file():
-            yield _file(run / MIXED_FILE, "own replies among the training rows", _lines(run / MIXED_FILE))
-    if (run / REPORT_FILE).is_file():
-        yield _file(run / REPORT_FILE, "report", None)
-
-
-def _rows(path: Path) -> Iterator[KeptReplies]:
-    """A file of rows with a header, finished or not, whose rows hold text."""
+def _what(path: Path) -> str | None:
+    """What a file or folder holds of replies; of a folder whose removal was killed, what it held."""
     if path.is_symlink():
-        return
+        return None
+    if path.is_dir():
+        if isinstance(_read(path / ACCOUNT_FILE).get("kinds"), dict):
+            return "own replies"
+        # ``sku negate`` leaves such folders too, of weights.
+        unfinished = path.match(".*.partial-*") and _read(path / _INPUTS_FILE).keys() >= _OWN_INPUTS
+        return "own replies of an interrupted call" if unfinished else None
+    if path.name == REPORT_FILE:
+        return "report" if "recipe" in _read(path.parent / _MANIFEST) else None
+    if path.name == MIXED_FILE and "mixed" in _own_of(path.parent):
+        return "own replies among the training rows"
+    return "replies of an evaluation" if path.name.endswith(_ROWS) and _has_replies(path) else None
+
+
+def _has_replies(path: Path) -> bool:
+    """Whether a file, finished or not, has a header and rows with a reply, or with what prefills begin with."""
     try:
         with path.open(encoding="utf-8", errors="replace") as file:
             header, first = (json.loads(file.readline()) for _ in range(2))
-    except (OSError, ValueError):
-        return  # No such file, none with rows, or another program's.
-    has_header = isinstance(header, dict) and "schema_version" in header
-    if has_header and isinstance(first, dict) and set(_TEXTS) & set(first):
-        yield _file(path, "replies of an evaluation", _lines(path) - 1)
+        return "schema_version" in header and not {"reply", "text"}.isdisjoint(first)
+    except (OSError, ValueError, TypeError):
+        return False  # None with rows, or another program's.
 
 
-def _folder(folder: Path, what: str) -> KeptReplies:
-    texts = sum(_lines(path) for path in (*folder.rglob("*.jsonl"), *folder.rglob(".*.jsonl.partial"))
-                if path.name != "verdicts.jsonl")  # fmt: skip
-    return KeptReplies(path=folder, what=what, texts=texts, bytes=bytes_in(folder))
-
-
-def _file(path: Path, what: str, texts: int | None) -> KeptReplies:
-    return KeptReplies(path=path, what=what, texts=texts, bytes=path.stat().st_size)
+def _place(path: Path, what: str) -> KeptReplies:
+    if path.is_dir():
+        files = [file for file in path.rglob("*") if file.name.endswith(_ROWS) and file.name != "verdicts.jsonl"]
+        return KeptReplies(path, what, sum(map(_lines, files)), bytes_in(path))
+    texts = None if path.name == REPORT_FILE else _lines(path) - (path.name != MIXED_FILE)
+    return KeptReplies(path, what, texts, path.stat().st_size)
 
 
 def _lines(path: Path) -> int:
-    try:
-        with path.open("rb") as file:
-            return sum(1 for _ in file)
-    except OSError:
-        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
 
 
-def _read(path: Path) -> Any:
+def _own_of(run: Path) -> dict[str, Any]:
+    """What a run's manifest says of its own replies."""
+    noted = _read(run / _MANIFEST).get("own_replies")
+    return noted if isinstance(noted, dict) else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
+        return {}
+    return content if isinstance(content, dict) else {}
