@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.columns import Columns
@@ -112,5 +112,5 @@ def _print_replies(pair: Pair, prompt: str, alpha: float | None) -> None:
 
 
 def _print_replies_json(pair: Pair, prompt: str, alpha: float | None) -> None:
-    sides = {side: said._asdict() for side, said in pair.ask(prompt, alpha=alpha).items()}
+    sides: dict[str, Any] = {side: said._asdict() for side, said in pair.ask(prompt, alpha=alpha).items()}
     print_json({"prompt": prompt, "alpha": pair.strength if alpha is None else alpha, **sides})
