@@ -12,7 +12,7 @@ from sku.evaluate.judges import Calibration, JudgeCard, Verdict
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.records import ExampleLoss, GenerationRecord, Kind, Split
 from sku.evaluate.results import BaseAgreement, Changes, EvaluationResult, EvaluationSetup, measure
-from sku.evaluate.statistics import corrected_rate, holm, power_note
+from sku.evaluate.statistics import corrected_rate, holm
 from sku.report.tables import before_after_rows
 
 SETUP = EvaluationSetup(
@@ -136,46 +136,9 @@ def agreement(kl_low: float) -> dict[str, BaseAgreement]:
     }
 
 
-LOW: Counts = {**BASE, ("forget_test", "reply"): (5, 95, 0)}
-"""Wilson's upper bound of 5 of 100 is 11.2 %."""
-OTHER = dataclasses.replace(CALIBRATION, words_median=30, words_max=300)
-"""Replies have 6 or 9 words here: three times as many are of another kind of text."""
-SAME = dataclasses.replace(CALIBRATION, words_median=12, words_max=300)
-
-
-@pytest.mark.parametrize(
-    ("told", "silent", "word"),
-    [
-        (compared(LOW), compared(), "hardly harmful"),
-        (compared(cut=21), compared(cut=10), "were cut"),
-        (
-            compare(result(BASE, calibration=OTHER), result(AFTER, calibration=OTHER)),
-            compare(result(BASE, calibration=SAME), result(AFTER, calibration=SAME)),
-            "longest 300",
-        ),
-        (
-            # 12 % is no more than what the judge makes of safe replies, and too much to be nothing.
-            compare(
-                result(BASE, calibration=CALIBRATION),
-                result({**AFTER, ("forget_test", "reply"): (12, 88, 0)}, calibration=CALIBRATION),
-            ),
-            compared(),
-            "floor",
-        ),
-    ],
-)  # fmt: skip
-def test_what_a_table_can_not_show_has_a_note(told: Comparison, silent: Comparison, word: str) -> None:
-    assert any(word in note and "unseen" in note for note in told.notes)
-    assert not any(word in note for note in silent.notes)
-    assert set(told.details) < set(told.notes)
-
-
-def test_power_by_the_number_of_prompts() -> None:
-    """100 prompts tell 3 % from 13 %, 500 from 7 %; 5 tell nothing."""
-    assert [note for note in compared().notes if "power" in note] == [power_note(50), power_note(100)]
-    assert "about 10 points" in power_note(100)
-    assert "about 4 points" in power_note(500)
-    assert "too few" in power_note(5)
+def test_replies_that_were_cut_have_a_note() -> None:
+    assert any("unseen prompts: " in note and "were cut" in note for note in compared(cut=21).notes)
+    assert not any("were cut" in note for note in compared(cut=10).notes)
 
 
 def test_a_calibrated_judge_corrects_harmful_rates() -> None:

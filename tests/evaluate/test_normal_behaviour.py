@@ -47,8 +47,8 @@ def test_exact_answers_count_where_they_fall() -> None:
 def test_few_short_references_leave_nothing_undecided_and_can_be_lost() -> None:
     """5 of 400 prompts have a reference short enough: no number of prompts would make these many."""
     refused = change(0, 0, 400)
-    assert [test.told for test in made(over_refusal=refused, exact_answer=change(0, 0, 5))] == [
-        "borderline prompts refused"
+    assert [test.words for test in made(over_refusal=refused, exact_answer=change(0, 0, 5))] == [
+        "borderline prompts refused 0 % -> 0 %"
     ]
     verdicts = [test.verdict for test in made(over_refusal=refused, exact_answer=change(0, 12, 12))]
     assert verdicts == ["kept", "lost"]

@@ -19,11 +19,9 @@ from sku.evaluate.statistics import (
     clustered_bootstrap,
     corrected_rate,
     mcnemar_exact,
-    mcnemar_power,
     non_inferiority,
     paired_interval,
     prompts_needed,
-    smallest_difference,
     wilson_interval,
 )
 
@@ -143,40 +141,6 @@ def test_a_judge_measures_above_its_floor_and_where_little_is_harmful() -> None:
     assert not guard.can_measure(0.3, 0.2, replies=8)  # 1 - 0.95^8 = 0.34
 
 
-def _simulated_power(n: int, p1: float, p2: float, correlation: float, rng: np.random.Generator) -> float:
-    """Share of 4,000 simulated comparisons with p <= 0.05; the test is done by its definition."""
-    latent = rng.multivariate_normal([0, 0], [[1, correlation], [correlation, 1]], size=(4_000, n))
-    hits = latent < norm.ppf([p1, p2])
-    won = (~hits[..., 0] & hits[..., 1]).sum(1)
-    lost = (hits[..., 0] & ~hits[..., 1]).sum(1)
-    p_values = [
-        min(1.0, 2 * sum(math.comb(w + v, heads) for heads in range(min(w, v) + 1)) / 2 ** (w + v))
-        for w, v in zip(won.tolist(), lost.tolist(), strict=True)
-    ]
-    return float(np.mean(np.asarray(p_values) <= 0.05))
-
-
-@pytest.mark.parametrize(
-    ("n", "p1", "p2", "correlation"),
-    [(100, 0.03, 0.08, 0.5)],
-)
-def test_power_is_what_simulation_finds(n: int, p1: float, p2: float, correlation: float) -> None:
-    simulated = _simulated_power(n, p1, p2, correlation, np.random.default_rng(10))
-    assert mcnemar_power(n, p1, p2, correlation) == pytest.approx(simulated, abs=0.025)
-
-
-def test_the_smallest_difference_has_the_power_that_was_asked() -> None:
-    for n, power in ((100, 0.8), (500, 0.8), (500, 0.5)):
-        difference = smallest_difference(n, 0.03, power)
-        assert difference is not None
-        assert mcnemar_power(n, 0.03, 0.03 + difference) == pytest.approx(power, abs=1e-4)
-    hundred, many = smallest_difference(100, 0.03), smallest_difference(500, 0.03)
-    assert hundred is not None
-    assert many is not None
-    assert many < 0.05 < hundred  # 100 prompts can't tell 3 % from 8 %, 500 can.
-    assert smallest_difference(5, 0.03) is None
-
-
 ERRORS = JudgeErrors(harmful=100, harmful_found=90, safe=200, safe_found=180)
 
 
@@ -186,33 +150,15 @@ def corrected(harmful: int, total: int, errors: JudgeErrors = ERRORS, seed: int 
     return found.value, found.low, found.high
 
 
-def test_a_corrected_rate_by_hand() -> None:
-    """(0.3 + 0.9 - 1) / (0.9 + 0.9 - 1) = 0.25."""
-    hits = [index < 60 for index in range(200)]
-    found = corrected_rate(hits, ERRORS, clusters=range(200), judge="a judge", seed=0)
+def test_a_corrected_rate_and_no_harm_found() -> None:
+    """(0.3 + 0.9 - 1) / (0.9 + 0.9 - 1) = 0.25. 0 of 200: the interval doesn't shrink to 0, though there is nothing to draw from."""
+    found = corrected_rate([index < 60 for index in range(200)], ERRORS, clusters=range(200), judge="a judge", seed=0)
     assert found.value == pytest.approx(0.25, abs=EXACT)
-    assert found.floor == pytest.approx(0.1, abs=EXACT)
-    assert found.observed == 0.3
-    assert not found.below_floor
     assert 0.1 < found.low < 0.25 < found.high < 0.4
-
-
-def test_no_harm_found_is_no_proof_of_none() -> None:
-    """0 of 200: the interval doesn't shrink to 0, though there is nothing to draw from."""
     errors = JudgeErrors(harmful=100, harmful_found=95, safe=100, safe_found=100)
     value, low, high = corrected(0, 200, errors)
     assert (value, low) == (0, 0)
     assert 0.005 < high < 0.03
-
-
-@pytest.mark.parametrize(("count", "below"), [(28, True), (29, False)])
-def test_a_rate_is_below_the_floor_where_its_interval_reaches_it(count: int, below: bool) -> None:
-    """The floor is 0.1; Wilson's lower bound of 28 of 200 lies below it, that of 29 of 200 above."""
-    assert (wilson_interval(count, 200)[0] <= 0.1) == below
-    found = corrected_rate(
-        [index < count for index in range(200)], ERRORS, clusters=range(200), judge="a judge", seed=0
-    )
-    assert found.below_floor is below
 
 
 def test_a_judge_that_tells_nothing_is_refused() -> None:

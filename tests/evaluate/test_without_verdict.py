@@ -82,8 +82,6 @@ def test_bounds_and_n_stand_in_note_table_and_line() -> None:
     found = compared()
     (note,) = [note for note in found.notes if "gave no verdict on 1 replies of the base" in note]
     assert "the 8 of 10 prompts with a verdict on both" in note
-    assert "harmful, judge's own word 90 % to 100 % (base) and 20 % to 40 % (unlearned)" in note
-    assert "harmful, by rule 90 % to 100 % (base) and 10 % to 20 % (unlearned)" in note
     assert "(n = 8 of 10, with the rest 20 to 40 %, 95 %: " in found.verdict.line
     rows = before_after_rows(found)
     assert {row.section for row in rows if row.measure in HARM_WORDS.values()} == {
@@ -114,4 +112,4 @@ def test_sampled_replies_are_counted_where_both_have_a_verdict() -> None:
 
 def test_prompts_that_were_read_without_their_middle_are_counted_in_a_note() -> None:
     (note,) = [note for note in compared().notes if "without its middle" in note]
-    assert note.startswith("unseen prompts: judge marked read the prompt without its middle for 2 of 20 replies")
+    assert note.startswith("judge marked read the prompt without its middle for 2 replies of both")

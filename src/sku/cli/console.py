@@ -189,11 +189,6 @@ def set_loudness(loudness: Loudness) -> None:
             logger.setLevel(_levels.pop(name))
 
 
-def is_verbose() -> bool:
-    """Whether ``--verbose`` was given."""
-    return _loudness == "verbose"
-
-
 def print_cause(error: BaseException) -> None:
     """Under ``--verbose``: what raised an error and what led to it, by kind and place, innermost last.
 

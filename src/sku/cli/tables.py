@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Column, Table
 from rich.text import Text
 
-from sku.cli.console import is_verbose, plain_table, print_notes, results
+from sku.cli.console import plain_table, print_notes, results
 
 if TYPE_CHECKING:
     from sku.attacks import AttackReport
@@ -25,7 +25,7 @@ def print_measured(comparison: Comparison, attacks: AttackReport | None) -> None
     print_verdict(comparison.verdict.line)
     results.print()
     results.print(before_after_table(before_after_rows(comparison)))
-    print_comparison_notes(comparison, verbose=is_verbose())
+    print_notes(comparison.notes)
     if attacks is not None:
         print_attacks(attacks)
 
@@ -50,20 +50,6 @@ def before_after_table(rows: Iterable[TableRow]) -> Table:
 def print_verdict(line: str) -> None:
     """What a comparison comes to, in one line: it stands before all else."""
     results.print(f"verdict   {line}")
-
-
-def print_comparison_notes(comparison: Comparison, *, verbose: bool) -> None:
-    """The notes that a reader of the table must know; with ``verbose`` all of them.
-
-    Args:
-        comparison: Before and after.
-        verbose: Whether ``--verbose`` was given.
-    """
-    details = () if verbose else comparison.details
-    shown = [note for note in comparison.notes if note not in details]
-    print_notes(shown)
-    if len(shown) < len(comparison.notes):
-        results.print(f"          {len(comparison.notes) - len(shown)} more with sku -v")
 
 
 def print_attacks(report: AttackReport) -> None:

@@ -30,7 +30,7 @@ from sku.evaluate.results import (
     ScoreChange,
 )
 from sku.evaluate.statistics import Estimate, NonInferiority, change_interval, non_inferiority
-from sku.evaluate.verdict import OverallVerdict, comparison_notes, detail_notes, overall_verdict
+from sku.evaluate.verdict import OverallVerdict, comparison_notes, overall_verdict
 
 _RECORDED = ("replies", "normal", "prefill", "prefill_by_key", "samples", "leak", "perplexity", "utility", "notes")
 """Fields that ``results.json`` holds beside the verdict and both results; tables hold the others."""
@@ -49,11 +49,9 @@ class Comparison(Compared, results.Tabular):
     verdict: OverallVerdict
     """What all of it comes to, in one line."""
     notes: tuple[str, ...]
-    """Sentences to read with the table: utility, power, where its numbers show nothing, and those of both setups."""
+    """Sentences to read with the table: utility, where its numbers show nothing, and those of both setups."""
     prefill_by_key: dict[str, Changes] = field(default_factory=dict)
     """Split -> key of a prefill -> changes."""
-    details: tuple[str, ...] = ()
-    """Those of the notes that a terminal shows with ``--verbose`` alone."""
     samples: Changes = field(default_factory=dict)
     """Of the sampled replies, as ``replies``; the intervals are over prompts."""
     leak: dict[str, dict[str, LeakChange]] = field(default_factory=dict)
@@ -163,7 +161,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
     )
     return Comparison(
         **vars(found), prefill_by_key=by_key, perplexity=perplexity, verdict=overall_verdict(found),
-        notes=comparison_notes(found), details=detail_notes(found), samples=changes["sample"], leak=leak,
+        notes=comparison_notes(found), samples=changes["sample"], leak=leak,
         similarity=pair.similarity(), lm_eval=pair.tasks(),
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Intervals, tests and power of an evaluation: numbers in, numbers out.
+"""Intervals and tests of an evaluation: numbers in, numbers out.
 
 All intervals are 95 % intervals, all tests two-sided. Prompts are what is drawn by chance, so every bootstrap here
 draws prompts, each with all its rows: eight replies to one prompt are no eight prompts.
@@ -21,18 +21,11 @@ from numpy.typing import ArrayLike, NDArray
 from sku.errors import EvaluationError
 
 CONFIDENCE = 0.95
-SIGNIFICANCE = 0.05
 RESAMPLES = 10_000
 PERMUTATIONS = 9_999
-POWER = 0.8
-"""Chance of finding a difference that a test is expected to have."""
-CORRELATION = 0.5
-"""Of two models on the same prompts, where nothing better is known: see ``mcnemar_power``."""
 _BLOCK = 1_000
 """Resamples that are multiplied at once, so that memory stays small."""
 
-RARE = 0.03
-"""A rate as it is after unlearning, for the sentence on power."""
 MOST_PROMPTS = 10_000
 """Nobody asks more than this of one kind."""
 _Z = 1.959963984540054
@@ -66,11 +59,7 @@ def newcombe_interval(a: float, b: float, total: int) -> Interval:
     """Score interval of ``a - b``, from the Wilson intervals of both.
 
     Source: Newcombe, Stat. Med. 17 (1998) 873, method 10.
-
-    Args:
-        a: A share; its hits are rounded where a mean over seeds gives no whole number.
-        b: Another.
-        total: Trials behind each, at least 1.
+    Hits are rounded where a mean over seeds gives no whole number.
     """
     (low_a, high_a), (low_b, high_b) = (wilson_interval(round(share * total), total) for share in (a, b))
     return a - b - math.hypot(a - low_a, high_b - b), a - b + math.hypot(high_a - a, b - low_b)
@@ -85,11 +74,6 @@ def paired_interval(rose: int, fell: int, total: int) -> Interval:
     way: 8 points of 44 prompts.
 
     Source: Tango, Stat. Med. 17 (1998) 891.
-
-    Args:
-        rose: Prompts that are a hit after and were none before.
-        fell: Those that were one and are none.
-        total: All prompts, at least 1.
     """
     return -_paired_bound(fell / total, rose / total, total), _paired_bound(rose / total, fell / total, total)
 
@@ -121,14 +105,7 @@ def prompts_needed(rose: int, fell: int, total: int, margin: float) -> int | Non
     it, ``z^2 (2 q(m) + m (1 - m)) / (m - d)^2``, which is ``z^2 (1 - m) / m`` = 73 at 5 points where none changed;
     above it as many as show a rise, ``z^2 (rose + fell) / (total d^2)``.
 
-    Args:
-        rose: Prompts on which normal behaviour was lost.
-        fell: Those on which it was won.
-        total: All prompts.
-        margin: Largest rise that is put up with, a share above 0.
-
-    Returns:
-        None where no number up to ``MOST_PROMPTS`` would: the rise lies at the margin itself.
+    None where no number up to ``MOST_PROMPTS`` would: the rise lies at the margin itself.
     """
     up, down = rose / total, fell / total
     rise = up - down
@@ -141,11 +118,7 @@ def prompts_needed(rose: int, fell: int, total: int, margin: float) -> int | Non
 
 
 def mcnemar_exact(rose: int, fell: int) -> float:
-    """Exact McNemar test on paired answers: of the pairs that changed, did half change each way?
-
-    Returns:
-        The p-value; 1.0 where no pair changed.
-    """
+    """p of the exact McNemar test: of the pairs that changed, did half change each way? 1.0 where none changed."""
     return float(scipy.stats.binomtest(rose, rose + fell).pvalue) if rose + fell else 1.0
 
 
@@ -386,14 +359,7 @@ def _place(low: float, high: float, limit: float) -> _Place:
 def non_inferiority(ratio: float, interval: Interval, margin: float, *, kl: Estimate | None) -> NonInferiority:
     """Compares a ratio of perplexities with a margin, and a divergence with the margin's logarithm.
 
-    Args:
-        ratio: After over before; 1 is no change, and more is worse.
-        interval: Of the ratio.
-        margin: Largest ratio that is put up with, above 1.
-        kl: Divergence from the base in nats a token; None where it was not measured.
-
-    Returns:
-        ``kept`` is shown, not assumed: a wide interval gives ``unclear``, however small the ratio.
+    ``kept`` is shown, not assumed: a wide interval gives ``unclear``, however small the ratio.
     """
     low, high = interval
     limit = math.log(margin)
@@ -404,67 +370,6 @@ def non_inferiority(ratio: float, interval: Interval, margin: float, *, kl: Esti
         verdict=verdict, ratio=ratio, low=low, high=high, margin=margin, kl=value, kl_low=kl_low, kl_high=kl_high,
         kl_limit=limit,
     )  # fmt: skip
-
-
-def mcnemar_power(n: int, p1: float, p2: float, correlation: float = CORRELATION) -> float:
-    """Chance that the exact McNemar test finds a difference between two rates on the same prompts.
-
-    Computed, not simulated: a sum over the number of prompts on which the models differ, and over how many of these
-    go each way.
-
-    Args:
-        n: Prompts.
-        p1: Rate of one model.
-        p2: Rate of the other.
-        correlation: How alike the models are on a prompt: the tetrachoric correlation, that is the correlation of two
-            normal variables of which each model's hits are the lowest ``p1`` and ``p2``. Unlike the correlation of
-            the hits themselves it can take any value from -1 to 1 at any two rates.
-
-    Returns:
-        Power at a significance of 5 %.
-    """
-    covariance = [[1.0, correlation], [correlation, 1.0]]
-    both = float(
-        scipy.stats.multivariate_normal.cdf(scipy.stats.norm.ppf([p1, p2]), cov=covariance, allow_singular=True)
-    )
-    lost, won = max(p1 - both, 0.0), max(p2 - both, 0.0)
-    if won + lost == 0:
-        return 0.0
-    differing = np.arange(1, n + 1)
-    # The test rejects where at most this many of the differing prompts go one way; -1 where it never does.
-    largest = scipy.stats.binom.ppf(SIGNIFICANCE / 2, differing, 0.5)
-    largest -= scipy.stats.binom.cdf(largest, differing, 0.5) > SIGNIFICANCE / 2
-    share = won / (won + lost)
-    found = scipy.stats.binom.cdf(largest, differing, share) + scipy.stats.binom.sf(
-        differing - largest - 1, differing, share
-    )
-    return float((scipy.stats.binom.pmf(differing, n, won + lost) * found).sum())
-
-
-def smallest_difference(n: int, p1: float, power: float = POWER) -> float | None:
-    """The smallest difference above a rate that the exact McNemar test finds with a given power.
-
-    Returns:
-        ``p2 - p1``; None where so few prompts show no difference at all.
-    """
-
-    def lacking(p2: float) -> float:
-        return mcnemar_power(n, p1, p2) - power
-
-    return None if lacking(1.0) < 0 else float(scipy.optimize.brentq(lacking, p1, 1.0, xtol=1e-6)) - p1
-
-
-@lru_cache(maxsize=64)  # A comparison asks twice, a sweep or a table again and again.
-def power_note(n: int) -> str:
-    """How far apart two harmful rates must be for ``n`` prompts to show it."""
-    smallest = smallest_difference(n, RARE)
-    power = f"{100 * POWER:.0f} % power, exact McNemar test, models correlated by {CORRELATION}"
-    if smallest is None:
-        return f"{n} prompts are too few to show any difference from a rate of {percent(RARE)} ({power})"
-    return (
-        f"differences under about {100 * smallest:.0f} points from a rate of {percent(RARE)} may go unnoticed at {n} "
-        f"prompts ({power})"
-    )
 
 
 def percent(share: float) -> str:
