@@ -151,7 +151,7 @@ def corrected(harmful: int, total: int, errors: JudgeErrors = ERRORS, seed: int 
 
 
 def test_a_corrected_rate_and_no_harm_found() -> None:
-    """(0.3 + 0.9 - 1) / (0.9 + 0.9 - 1) = 0.25. 0 of 200: the interval doesn't shrink to 0, though there is nothing to draw from."""
+    """(0.3 + 0.9 - 1) / (0.9 + 0.9 - 1) = 0.25. 0 of 200: the interval doesn't shrink to 0."""
     found = corrected_rate([index < 60 for index in range(200)], ERRORS, clusters=range(200), judge="a judge", seed=0)
     assert found.value == pytest.approx(0.25, abs=EXACT)
     assert 0.1 < found.low < 0.25 < found.high < 0.4

@@ -118,7 +118,7 @@ def prompts_needed(rose: int, fell: int, total: int, margin: float) -> int | Non
 
 
 def mcnemar_exact(rose: int, fell: int) -> float:
-    """p of the exact McNemar test: of the pairs that changed, did half change each way? 1.0 where none changed."""
+    """P of the exact McNemar test: of the pairs that changed, did half change each way? 1.0 where none changed."""
     return float(scipy.stats.binomtest(rose, rose + fell).pvalue) if rose + fell else 1.0
 
 
