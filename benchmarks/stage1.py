@@ -36,12 +36,12 @@ from stage1_naive import NaiveBatch, naive_loss
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModelConfig, ModulesConfig, WeightsConfig
 from sku.data.batches import ROWS, JointCollator, JointExample
 from sku.data.examples import RowType
 from sku.data.joint import JointDataset
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
+from sku.methods.trainer import SkuConfig, SkuTrainer
 from sku.model_files import embedded_model_path
 from sku.models import LoadedModel, load_model, plain_model
 from sku.training import adapter_inputs_as_they_are

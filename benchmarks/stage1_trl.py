@@ -19,12 +19,12 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from sku.acquire.objective import sku_objective
-from sku.acquire.trainer import SkuTrainer
 from sku.config import ModulesConfig, WeightsConfig
 from sku.data.batches import ROWS, JointCollator, JointExample, SourceRow
 from sku.data.examples import RowType
 from sku.data.tokens import IGNORE_INDEX
+from sku.methods.sku import sku_objective
+from sku.methods.trainer import SkuTrainer
 from sku.models import LoadedModel, plain_model
 
 

@@ -41,9 +41,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModulesConfig, WeightsConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
+from sku.methods.trainer import SkuConfig, SkuTrainer
 from sku.training.trainer import UnlearningTrainer
 
 pytest_plugins = ("faults.battery",)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, ModelMaker, TrainerMaker
-from sku.acquire.objective import TERMS
+from sku.methods.sku import TERMS
 from sku.negate.task_vector import negate_with_record, save_unlearned
 
 IDS = torch.tensor([[5, 40, 41, 200, 7, 8, 30, 31]])

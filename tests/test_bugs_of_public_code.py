@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import TrainerMaker
-from sku.acquire.objective import guided_distortion_loss, preservation_divergence_loss
 from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
 from sku.data.examples import ForgetExample, ForgetRetainData, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_forget_retain
 from sku.data.tokens import IGNORE_INDEX, Encoder, PaperFormat, TokenizedExample
+from sku.methods.sku import guided_distortion_loss, preservation_divergence_loss
 
 PAPER = PaperFormat("</s>")
 

@@ -16,12 +16,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import ModelMaker, TrainerMaker
-from sku.acquire.trainer import SkuTrainer
 from sku.config import load_recipe
 from sku.errors import OutputError
 from sku.hazard import is_marked_model
 from sku.methods import method_named
 from sku.methods.run import train_method
+from sku.methods.trainer import SkuTrainer
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.streaming import negate_folders

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from sku.acquire.trainer import SkuConfig
 from sku.config import load_recipe
 from sku.errors import RecipeError
 from sku.methods.run import resolve_method
+from sku.methods.trainer import SkuConfig
 from sku.training.config import MODEL_UPLOADS, check_no_uploads
 
 

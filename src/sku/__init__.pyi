@@ -1,5 +1,3 @@
-from .acquire.trainer import SkuConfig as SkuConfig
-from .acquire.trainer import SkuTrainer as SkuTrainer
 from .comparison.run import comparison_rows as comparison_rows
 from .comparison.run import run_comparison as run_comparison
 from .config import EvaluateConfig as EvaluateConfig
@@ -26,6 +24,8 @@ from .losses import mean_per_example as mean_per_example
 from .losses import token_kl as token_kl
 from .methods import METHODS as METHODS
 from .methods.base import Method as Method
+from .methods.trainer import SkuConfig as SkuConfig
+from .methods.trainer import SkuTrainer as SkuTrainer
 from .models import load_model as load_model
 from .negate.streaming import negate_folders as negate_folders
 from .negate.task_vector import TaskVector as TaskVector

@@ -24,11 +24,11 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sku.acquire.objective import sku_objective
 from sku.config.recipe import Recipe
 from sku.errors import ModelError, RecipeError, SkuError, one_line
 from sku.losses import CHUNK_BYTES
 from sku.methods.run import resolve_method, with_safe_dtype
+from sku.methods.sku import sku_objective
 from sku.models import embedding_weight, load_config, pick_device, pick_dtype, with_adapter, without_weights
 from sku.plan import MemoryFit
 from sku.training import decoder_layers

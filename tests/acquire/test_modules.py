@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from sku.acquire.objective import guided_distortion_loss, preservation_divergence_loss, random_disassociation_loss
 from sku.config import PreservationMode
+from sku.methods.sku import guided_distortion_loss, preservation_divergence_loss, random_disassociation_loss
 
 LN3 = math.log(3)
 LIKELY, UNLIKELY = math.log(4 / 3), math.log(4)

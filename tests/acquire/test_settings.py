@@ -15,7 +15,6 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from conftest import ModelMaker, sku_config
-from sku.acquire.objective import TERMS, sku_objective
 from sku.config import (
     AcquireConfig,
     DataConfig,
@@ -29,6 +28,7 @@ from sku.config import (
 from sku.data.examples import ForgetRetainData, RowPlan
 from sku.errors import OutputError, RecipeError
 from sku.methods.run import resolve_method, train_method
+from sku.methods.sku import TERMS, sku_objective
 from sku.models import LoadedModel
 from sku.negate.task_vector import TaskVector
 from sku.storage import is_marked_hazardous

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from conftest import ModelMaker, TrainerMaker, assert_same_bits, sku_config, weights_of
-from sku.acquire.objective import TERMS
-from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.data.batches import ROWS, JointCollator, PaddedRows
 from sku.data.examples import ForgetRetainData, RowType
 from sku.data.load import load_training_pairs
 from sku.errors import ModelError, RecipeError
+from sku.methods.sku import TERMS
+from sku.methods.trainer import SkuConfig, SkuTrainer
 from sku.models import load_model
 
 OFF = dict.fromkeys(TERMS, 0.0)

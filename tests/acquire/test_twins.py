@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerFast
 
 from conftest import MadeOnce, TrainerMaker
 from negate.test_refactor import least_missed
-from sku.acquire.objective import targeted_divergence_loss
 from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceConfig, TwinShares, load_recipe
 from sku.data.examples import ForgetRetainData, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
 from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError, NoAlphaError, RecipeError
+from sku.methods.sku import targeted_divergence_loss
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.matching import bad_form

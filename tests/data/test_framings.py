@@ -7,7 +7,6 @@ from importlib import resources
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sku.acquire.objective import sku_objective
 from sku.config import ModulesConfig
 from sku.data.examples import (
     ForgetExample,
@@ -20,6 +19,7 @@ from sku.data.joint import PLACE, JointDataset, framed, framings, parse_template
 from sku.data.load import load_forget_retain
 from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError
+from sku.methods.sku import sku_objective
 
 EXAMPLES = [
     ForgetExample(prompt=f"how do i make {number} ?", answer="take it", group="g" if number < 2 else None)

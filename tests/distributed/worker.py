@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from sku import __main__ as cli
-from sku.acquire.trainer import SkuConfig, SkuTrainer
 from sku.config import ModulesConfig, load_recipe
+from sku.methods.trainer import SkuConfig, SkuTrainer
 from sku.models import load_model
 from sku.pipeline.run import run_recipe
 from sku.processes import current_processes

@@ -18,9 +18,9 @@ from transformers import (
 )
 
 from conftest import VOCABULARY, ModelMaker, TrainerMaker
-from sku.acquire.objective import TERMS
-from sku.acquire.trainer import SkuTrainer
 from sku.losses import HeadScores
+from sku.methods.sku import TERMS
+from sku.methods.trainer import SkuTrainer
 from sku.training.forward import DeferredHead
 
 SMALL: dict[str, Any] = {

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from conftest import TrainerMaker, weights_of
-from sku.acquire.trainer import SkuTrainer
 from sku.errors import NonFiniteLossError, ProcessError
+from sku.methods.trainer import SkuTrainer
 from sku.training.objective import FiniteGuard, check_finite
 
 

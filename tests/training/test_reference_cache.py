@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from conftest import ModelMaker, TrainerMaker, weights_of
-from sku.acquire.objective import TERMS
-from sku.acquire.trainer import SkuTrainer
 from sku.data.examples import RowType
+from sku.methods.sku import TERMS
+from sku.methods.trainer import SkuTrainer
 from sku.training import trainer as trainer_module
 
 

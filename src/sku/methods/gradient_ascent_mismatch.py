@@ -13,10 +13,10 @@ own draw, and the answers are those of ``retain_train``.
 
 from __future__ import annotations
 
-from sku.acquire.objective import random_disassociation
 from sku.config.check import Count, NotNegative, validated
 from sku.methods.base import Method, TermWeights, retain_term
 from sku.methods.gradient_ascent import ascent_term
+from sku.methods.sku import random_disassociation
 from sku.training.objective import Objective, Term
 
 _NAME = "gradient_ascent_mismatch"

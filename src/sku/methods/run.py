@@ -19,7 +19,6 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
-from sku.acquire.objective import sku_objective
 from sku.config.data import ModelConfig
 from sku.config.recipe import Recipe, settings_from_dict
 from sku.config.stages import AcquireConfig, MethodConfig, Twin, TwinShares
@@ -29,6 +28,7 @@ from sku.data.tokens import Encoder, TokenizationReport, resolve_prompt_format
 from sku.errors import RecipeError, SkuError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
+from sku.methods.sku import sku_objective
 from sku.models import LoadedModel, load_model, pick_device, with_path
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.task_vector import TaskVector, transform_in

@@ -6,9 +6,9 @@ negation"); a baseline of arXiv 2402.10058 (SKU).
 
 from __future__ import annotations
 
-from sku.acquire.objective import sku_objective
 from sku.config.stages import ModulesConfig, WeightsConfig
 from sku.methods.base import Method, NoSettings
+from sku.methods.sku import sku_objective
 
 _ALONE = ModulesConfig(
     weights=WeightsConfig(guided_distortion=1.0, random_disassociation=0.0, preservation_divergence=0.0)

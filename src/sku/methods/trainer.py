@@ -10,13 +10,13 @@ from typing import Any, get_args
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.acquire.objective import sku_objective
 from sku.config.data import PromptFormatName
 from sku.config.stages import ModulesConfig, Twin
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.load import Source
 from sku.errors import RecipeError
+from sku.methods.sku import sku_objective
 from sku.training.config import UnlearningConfig
 from sku.training.trainer import UnlearningTrainer
 

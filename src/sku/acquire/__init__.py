@@ -1,1 +1,0 @@
-"""Stage 1, harmful knowledge acquisition: three modules, one trainer."""
