@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers.integrations import integration_utils
 
 from sku.config import load_recipe
 from sku.errors import RecipeError
 from sku.methods.run import resolve_method
 from sku.methods.trainer import SkuConfig
-from sku.training.config import MODEL_UPLOADS, check_no_uploads
+from sku.training.config import check_services
 
 
 def test_what_is_asked_for_reports_and_nothing_else(make_trainer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,31 +39,13 @@ def test_what_can_not_be_used_or_would_upload_stops_before_anything_is_loaded(
         SkuConfig(output_dir=str(tmp_path), push_to_hub=True)
 
 
-@pytest.mark.parametrize("service", sorted(MODEL_UPLOADS))
-def test_services_that_would_take_checkpoints_are_refused(service: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    variable, default = MODEL_UPLOADS[service]
-    monkeypatch.delenv(variable, raising=False)
-    if default == "true":
-        with pytest.raises(RecipeError, match=variable):
-            check_no_uploads([service], push_to_hub=False)
-    else:
-        check_no_uploads([service], push_to_hub=False)
-    for value in ("checkpoint", "TRUE", "end", "1", "all"):
-        monkeypatch.setenv(variable, value)
-        with pytest.raises(RecipeError, match=variable):
-            check_no_uploads([service], push_to_hub=False)
-        check_no_uploads(["tensorboard"], push_to_hub=False)
-    monkeypatch.setenv(variable, "False")
-    check_no_uploads([service], push_to_hub=False)
-
-
-def test_the_variables_are_those_that_transformers_reads() -> None:
-    import transformers.integrations.integration_utils as integrations
-
-    assert integrations.__file__ is not None
-    source = Path(integrations.__file__).read_text(encoding="utf-8")
-    for variable, _ in MODEL_UPLOADS.values():
-        assert f'"{variable}"' in source
-    known = {part.partition('"')[0] for part in source.split('getenv("')[1:]}
-    taking = {name for name in known if name.endswith(("LOG_MODEL", "LOG_ARTIFACTS", "LOG_ASSETS"))}
-    assert taking <= {variable for variable, _ in MODEL_UPLOADS.values()}, "transformers learned to upload elsewhere"
+def test_weights_and_biases_gets_no_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sku.training.config.get_available_reporting_integrations", lambda: ["wandb"])
+    for value in ("checkpoint", "TRUE", "end"):
+        monkeypatch.setenv("WANDB_LOG_MODEL", value)
+        with pytest.raises(RecipeError, match="WANDB_LOG_MODEL=false"):
+            check_services(["wandb"], push_to_hub=False)
+    monkeypatch.setenv("WANDB_LOG_MODEL", "False")
+    check_services(["wandb"], push_to_hub=False)
+    source = Path(str(integration_utils.__file__)).read_text(encoding="utf-8")
+    assert '"WANDB_LOG_MODEL"' in source, "transformers reads another variable"

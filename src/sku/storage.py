@@ -37,11 +37,11 @@ It exists only so that its task vector can be subtracted from the original model
 unlearned model or its adapter the original weights give it back by reflection.
 """
 _FULL = ("No space left", "Disk quota exceeded", "File too large")
-"""What safetensors quotes of the system's words."""
+"""The system's words, which safetensors quotes."""
 
 
 @contextmanager
-def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, private: bool = False) -> Iterator[Path]:
     """A folder beside ``target`` to write into; it becomes ``target`` when the block ends well, else it is removed.
 
     Every file is flushed to disk before the rename, so no crash leaves a folder of that name half-written. What a
@@ -50,7 +50,6 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
     Args:
         target: Folder that must not exist yet.
         private: Mode 0700, for hazardous weights and harmful replies.
-        overwrite: Replace a folder that exists.
 
     Yields:
         The temporary folder.
@@ -59,43 +58,38 @@ def new_folder(target: Path, *, private: bool = False, overwrite: bool = False) 
         OutputError: ``target`` exists, before the block or after it, can't be written, or the disk is full.
     """
     target = target.absolute()
-    if not overwrite:
-        check_new(target)
+    check_new(target)
     with named_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary, lock = _open_temporary(target)
-    with _put_in_place(temporary, temporary, lock, target, private=private, overwrite=overwrite):
+    with _put_in_place(temporary, temporary, lock, target, private=private):
         yield temporary
 
 
 @contextmanager
 def _put_in_place(
-    folder: Path, place: Path, lock: int, target: Path, *, private: bool, overwrite: bool = False,
+    folder: Path, place: Path, lock: int, target: Path, *, private: bool,
     stays_after: tuple[type[BaseException], ...] = (),
 ) -> Iterator[None]:  # fmt: skip
     """Renames a folder, which is ``place`` or lies in it, to ``target`` when the block ends well.
 
     ``place``, which is owned by an open file ``lock``, goes then, and after errors that ``stays_after`` doesn't name.
     """
+    stays = False
     try:
         with named_disk_errors(target):
             yield
             folder.chmod(0o700 if private else 0o755)
             _flush_tree(folder)
-            if overwrite and target.exists():
-                _replace(folder, target)
-            else:
-                check_new(target)  # Another process may have made it meanwhile.
-                folder.rename(target)
+            check_new(target)  # Another process may have made it meanwhile.
+            folder.rename(target)
             _flush_folder(target.parent)
     except stays_after:
+        stays = True
         raise
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
-    else:
-        shutil.rmtree(place, ignore_errors=True)
     finally:
+        if not stays:
+            shutil.rmtree(place, ignore_errors=True)
         os.close(lock)
 
 
@@ -103,8 +97,9 @@ def _open_temporary(target: Path) -> tuple[Path, int]:
     """A new folder beside ``target``, and the open file by which this process owns it; abandoned ones are removed."""
     with one_at_a_time(target.parent):
         for other in target.parent.glob(f"{glob.escape(f'.{target.name}.')}*.unfinished"):
-            if other.is_dir() and is_abandoned(other):
-                shutil.rmtree(other, ignore_errors=True)
+            with suppress(OSError):  # It is somebody's, no folder, or gone.
+                os.close(acquire_lock(other, without_locks=False))
+                shutil.rmtree(other)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
         try:
             return temporary, acquire_lock(temporary)
@@ -161,8 +156,10 @@ def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> t
             if not resume:
                 shutil.rmtree(other)
             elif other != place:
+                before, now = _read_dict(other / "inputs.json"), json.loads(text)
+                changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
                 raise OutputError(
-                    f"{other} was begun with other inputs or options{_difference(other, inputs)}; use those again, or "
+                    f"{other} was begun with other inputs or options ({', '.join(changed)}); use those again, or "
                     "leave --resume out to remove it and start anew"
                 )
         place.mkdir(mode=0o700, exist_ok=True)
@@ -171,28 +168,13 @@ def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> t
         return place, acquire_lock(place)
 
 
-def _difference(place: Path, inputs: Mapping[str, Any]) -> str:
-    """Names of the inputs that differ from those that a folder was begun with."""
+def _read_dict(path: Path) -> dict[str, Any]:
+    """What a JSON file holds; empty where it can't be read, of which whoever needs it tells."""
     try:
-        before = json.loads((place / "inputs.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return ""
-    now = json.loads(json.dumps(inputs))
-    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
-    return f" ({', '.join(changed)})"
-
-
-def _replace(folder: Path, target: Path) -> None:
-    """Renames a folder to ``target``; what was there goes only when the new one stands."""
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".replaced", dir=target.parent))
-    old = target.rename(aside / target.name)
-    try:
-        folder.rename(target)
-    except BaseException:
-        old.rename(target)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside)
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager
@@ -205,28 +187,27 @@ def named_disk_errors(path: Path) -> Iterator[None]:
     Raises:
         OutputError: In place of an ``OSError``, or of an error by which safetensors hides one.
     """
-    full = f"the disk is full: {path} was not written; free some space and run again"
     try:
         yield
     except OutputError:
         raise
-    except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise OutputError(full if is_full else f"{path} can't be written: {error.strerror or error}") from error
-    except SafetensorError as error:
-        # It reports the system's error as one of its own type, with the system's words inside.
-        if "I/O error" not in str(error):
+    except (OSError, SafetensorError) as error:
+        words = getattr(error, "strerror", None) or str(error)
+        # safetensors reports the system's error as one of its own type, with the system's words inside.
+        if isinstance(error, SafetensorError) and "I/O error" not in words:
             raise
-        is_full = any(words in str(error) for words in _FULL)
-        raise OutputError(full if is_full else f"{path} can't be written: {error}") from error
+        if any(full in words for full in _FULL):
+            words = "the disk is full; free some space and run again"
+        raise OutputError(f"{path} can't be written: {words}") from error
 
 
-def acquire_lock(place: Path, *, by_file: bool = False) -> int:
+def acquire_lock(place: Path, *, by_file: bool = False, without_locks: bool = True) -> int:
     """Makes a folder or a file, which must be there, this process's own until ``os.close`` of what is returned.
 
     Args:
         place: What is locked.
         by_file: By ``LOCK_FILE`` in it, with mode 0600, which is made where there is none, and stays.
+        without_locks: Succeed where the file system has no locks.
 
     Raises:
         OutputError: Another process, or another call in this one, owns it.
@@ -236,27 +217,12 @@ def acquire_lock(place: Path, *, by_file: bool = False) -> int:
     descriptor = os.open(place / LOCK_FILE, made, 0o600) if by_file else os.open(place, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+    except OSError as error:
+        if without_locks and not isinstance(error, BlockingIOError):
+            return descriptor
         os.close(descriptor)
         raise OutputError(f"another process is writing {place}; wait until it ends") from None
-    except OSError:
-        pass  # No locks here.
     return descriptor
-
-
-def is_abandoned(folder: Path) -> bool:
-    """Whether nobody owns a folder any more; False where that can't be told, or it is gone."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return True
 
 
 @contextmanager
@@ -276,14 +242,15 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 def check_new(folder: Path) -> None:
-    """Refuses a folder that exists: before a long job rather than after it.
+    """Refuses a folder that exists or could not be made: before a long job rather than after it.
 
     Raises:
-        OutputError: It exists.
+        OutputError: It exists, or as ``check_can_be_made``.
     """
     check_place(folder)
     if folder.exists() or folder.is_symlink():
         raise OutputError(f"{folder} already exists; choose another folder or remove it first")
+    check_can_be_made(folder)
 
 
 def check_can_be_made(folder: Path) -> None:
@@ -324,29 +291,22 @@ def write_json(path: Path, content: Any) -> None:
     Raises:
         OutputError: The file can't be written or the disk is full.
     """
-    _write_whole(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n", mode=0o666)
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
+def write_private_text(path: Path, text: str) -> None:
+    """``write_text`` with mode 0600, lone surrogates too."""
+    write_text(path, text, mode=0o600)
+
+
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Writes text so that readers see the old file or the new one, never a part.
+
+    It is written under a name of this process alone, then renamed; ``mode`` is less what the umask takes away.
 
     Raises:
         OutputError: The file can't be written or the disk is full.
     """
-    _write_whole(path, text, mode=0o666)
-
-
-def write_private_text(path: Path, text: str) -> None:
-    """Writes a whole file or none, with mode 0600, lone surrogates too.
-
-    Raises:
-        OutputError: The folder is missing, full or not writable.
-    """
-    _write_whole(path, text, mode=0o600)
-
-
-def _write_whole(path: Path, text: str, *, mode: int) -> None:
-    """Under a name of this process alone, then renamed; ``mode`` is less what the umask takes away."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     with named_disk_errors(path):
         try:
@@ -389,15 +349,7 @@ def is_marked_hazardous(folder: Path) -> bool:
     """Whether a folder, or the one around it, was marked by ``mark_hazardous``, or a configuration in it was."""
     if any((place / BAD_MODEL_MARK).is_file() for place in (folder, folder.absolute().parent)):
         return True
-    return any(_has_hazard_key(folder / name) for name in _CONFIG_FILES)
-
-
-def _has_hazard_key(path: Path) -> bool:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False  # Whoever loads the model says what is wrong with its configuration.
-    return isinstance(content, dict) and bool(content.get(HAZARD_KEY))
+    return any(bool(_read_dict(folder / name).get(HAZARD_KEY)) for name in _CONFIG_FILES)
 
 
 def remove_hazardous(folder: Path) -> None:
@@ -481,11 +433,8 @@ def wipe(folders: Sequence[Path]) -> None:
             raise OutputError(f"{folder} is not marked as hazardous: nothing of it was removed")
         remove_hazardous(folder)
         manifest = folder.parent / "manifest.json"
-        try:
-            content = json.loads(manifest.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue  # No run's folder, or one whose manifest a resume will complain about.
-        if isinstance(content, dict) and "bad_model" in content:
+        content = _read_dict(manifest)
+        if "bad_model" in content:
             write_json(manifest, {**content, "bad_model": {"kept": False}})
 
 
@@ -496,7 +445,7 @@ def remove_left_behind(folder: Path) -> None:
         OutputError: Something can't be removed.
     """
     with named_disk_errors(folder):
-        for ending in ("unfinished", "replaced", "removed"):
+        for ending in ("unfinished", "removed"):
             for path in list(folder.rglob(f".*.{ending}")):
                 if path.is_dir() and not path.is_symlink():
                     _remove_marks_last(path)

@@ -15,7 +15,7 @@ from sku.cli.console import errors, perform, plain_table, print_json, print_next
 from sku.config import EMBEDDED
 from sku.errors import RecipeError
 from sku.quiet import quiet_libraries
-from sku.storage import check_can_be_made, check_new
+from sku.storage import check_new
 
 if TYPE_CHECKING:
     from sku.own_replies import OwnOptions, OwnReplies
@@ -60,7 +60,6 @@ def own(
             _put(given, name, {"path": path, "limit": limit})
     given |= {"judge": judge, "seed": seed}
     check_new(out)
-    check_can_be_made(out.parent)
 
     quiet_libraries()
     from sku.config import settings_from_dict

@@ -124,7 +124,6 @@ def train(
     given = {**({} if model is None else {"model": model}), **settings_of(overrides), "seed": seed}
     read_as = _label_columns(columns, where, harmful_value)
     check_new(out)
-    check_can_be_made(out.parent)
 
     quiet_libraries()
     from sku.config import settings_from_dict

@@ -32,6 +32,7 @@ _MOST_VALUES, _DEEPEST = 20_000, 50
 """Of one text, each YAML alias counted as what it stands for; the longest recipe of the package has under 200."""
 _WORDS = {
     "float_type": "a number",
+    "float_parsing": "a number",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "bool_type": "true or false",

@@ -32,7 +32,7 @@ from sku.methods.sku import sku_objective
 from sku.models import LoadedModel, load_model, pick_device, with_path
 from sku.negate.adapters import AdapterVector, combined, load_adapter
 from sku.negate.task_vector import TaskVector, transform_in
-from sku.storage import mark_hazardous, new_folder, write_json
+from sku.storage import mark_hazardous, new_folder, remove_hazardous, write_json
 from sku.training.config import UnlearningConfig, training_settings
 from sku.training.objective import Objective
 from sku.training.run import Trained, adapter_settings, train
@@ -313,7 +313,8 @@ def _adapter_difference(
         adapted = load_adapter(original.model, final)
         terms.append((share, AdapterVector.of(adapted)))
         adapted.unload()
-    combined([term for term in terms if term[0]]).save(place, overwrite=True)
+    remove_hazardous(place)
+    combined([term for term in terms if term[0]]).save(place)
     mark_hazardous(place)
     return load_adapter(original.model, place)
 

@@ -204,12 +204,11 @@ class AdapterVector:
 
     __rmul__ = __mul__
 
-    def save(self, folder: Path, *, overwrite: bool = False, hazardous: bool = False) -> None:
+    def save(self, folder: Path, *, hazardous: bool = False) -> None:
         """Writes an adapter that plain PEFT loads on the original model and that adds this vector to it.
 
         Args:
             folder: New folder.
-            overwrite: Replace it if it exists.
             hazardous: Mark it, and make it private.
 
         Raises:
@@ -235,7 +234,7 @@ class AdapterVector:
                 if not torch.isfinite(factor).all():
                     raise TaskVectorError(f"{place} holds NaN or infinity; lower alpha or the coefficients")
                 tensors[place] = factor.contiguous()
-        with new_folder(folder, overwrite=overwrite, private=hazardous) as temporary:
+        with new_folder(folder, private=hazardous) as temporary:
             if hazardous:
                 mark_hazardous(temporary)
                 config = mark_settings(config)

@@ -147,13 +147,13 @@ class TaskVector:
         """Euclidean norm of the whole vector."""
         return math.sqrt(sum(norm**2 for norm in self.norms().values()))
 
-    def save(self, folder: Path | str, *, overwrite: bool = False) -> None:
+    def save(self, folder: Path | str) -> None:
         """Writes the vector as safetensors into a new private folder: it is as hazardous as the bad model.
 
         Raises:
             OutputError: The folder exists or can't be written.
         """
-        with new_folder(Path(folder), private=True, overwrite=overwrite) as temporary:
+        with new_folder(Path(folder), private=True) as temporary:
             self.write(temporary)
 
     def write(self, folder: Path) -> None:
@@ -278,9 +278,7 @@ def _as_stored(path: str | Path) -> PreTrainedModel:
     return load_model(ModelConfig(path=str(path), dtype="stored")).model
 
 
-def save_unlearned(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, overwrite: bool = False
-) -> None:
+def save_unlearned(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Saves a model with its tokenizer, whole or not at all.
 
     Raises:
@@ -288,7 +286,7 @@ def save_unlearned(
     """
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     check_space(folder, int(size * 1.05), f"the unlearned model in {folder}")
-    with new_folder(folder, overwrite=overwrite) as temporary:
+    with new_folder(folder) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
 

@@ -16,7 +16,7 @@ from sku.negate.matching import check_bad
 from sku.negate.streaming import FolderNegation, NegatedFolder, Plan
 from sku.plan import CommandPlan, Progress
 from sku.quiet import quiet_libraries
-from sku.storage import check_can_be_made, check_new
+from sku.storage import check_new
 
 
 def plan_negate(wanted: FolderNegation, gguf_file: str | None = None) -> CommandPlan[NegatedFolder]:
@@ -33,7 +33,6 @@ def plan_negate(wanted: FolderNegation, gguf_file: str | None = None) -> Command
     _check_not_negated(wanted.bad)
     named = with_gguf_file(ModelConfig(path=str(wanted.base), gguf_file=gguf_file, dtype="float32"))
     check_new(wanted.out)
-    check_can_be_made(wanted.out)
     if named.gguf_file is None:
         base = model_folder(str(wanted.base))
         if (base / "config.json").is_file():

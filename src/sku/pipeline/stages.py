@@ -221,7 +221,6 @@ def run_acquire(recipe: Recipe, out: Path, *, progress: Progress | None = None) 
         raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
     processes = current_processes()
     processes.run_on_rank0(lambda: check_new(out))
-    processes.run_on_rank0(lambda: check_can_be_made(out))
     decided = processes.run_on_rank0(lambda: decide_checkpointing(recipe))
     run = resolve_method(with_checkpointing(recipe, decided), out)  # Refused before anything is read.
     model, data = processes.run_on_all_ranks(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))

@@ -266,11 +266,13 @@ class Unlearning:
             if changes:
                 assert vector is not None
                 bad = self.trained_folder / "transformed"
-                vector.save(bad, overwrite=True)
+                remove_hazardous(bad)
+                vector.save(bad)
                 self.folder.note(negated_adapter="not saved: negate.transform changes the weights themselves")
             elif factors is not None:
                 sign, name = (-1, "negated_adapter") if self.method.negates else (1, "adapter")
-                (sign * strength * factors).save(self.out / name, overwrite=True)
+                remove_hazardous(self.out / name)
+                (sign * strength * factors).save(self.out / name)
             self._subtract(dataclasses.replace(loaded, model=base), bad, strength)
         return base
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import torch
+from pydantic import FiniteFloat, TypeAdapter, ValidationError
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 
+from sku.config.check import Count, NotNegative, Positive, explain
 from sku.config.stages import Packing
 from sku.errors import RecipeError, did_you_mean, one_line
 
@@ -31,20 +33,8 @@ SET_BY_RECIPE: Mapping[str, str] = {
 }
 """Field of ``UnlearningConfig`` -> the recipe's own place for it."""
 
-MODEL_UPLOADS: Mapping[str, tuple[str, str]] = {
-    "wandb": ("WANDB_LOG_MODEL", "false"),
-    "comet_ml": ("COMET_LOG_ASSETS", "false"),
-    "mlflow": ("HF_MLFLOW_LOG_ARTIFACTS", "false"),
-    "dagshub": ("HF_DAGSHUB_LOG_ARTIFACTS", "false"),
-    "clearml": ("CLEARML_LOG_MODEL", "true"),
-    "dvclive": ("HF_DVCLIVE_LOG_MODEL", "false"),
-    "swanlab": ("SWANLAB_LOG_MODEL", "false"),
-}
-"""Service of ``report_to`` -> the variable that makes transformers send it checkpoints, and what holds without it."""
-ALWAYS_UPLOADS = ("flyte",)
-"""Services that get every checkpoint and have no switch."""
-_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml", "kubeflow": "kubeflow"}
-"""Service -> its package where that is named otherwise."""
+_SERVICES = ("tensorboard", "trackio", "wandb")
+"""Services of ``report_to`` that get curves and no weights."""
 _OFF = {"", "0", "false", "no", "none", "off"}
 _STATE_BYTES = {
     "adamw_torch": 8.0, "adamw_torch_fused": 8.0, "adamw_apex_fused": 8.0, "adamw_bnb_8bit": 2.0, "adamw_8bit": 2.0,
@@ -120,8 +110,7 @@ class UnlearningConfig(TrainingArguments):
         check_optimizer(
             getattr(self.optim, "value", self.optim), on_gpu=torch.cuda.is_available() and not self.use_cpu
         )
-        check_services(self.report_to)
-        check_no_uploads(self.report_to, push_to_hub=self.push_to_hub)
+        check_services(self.report_to, push_to_hub=self.push_to_hub)
 
 
 def check_optimizer(optim: str, *, on_gpu: bool) -> None:
@@ -130,41 +119,16 @@ def check_optimizer(optim: str, *, on_gpu: bool) -> None:
     Raises:
         RecipeError: What is missing, or what to choose.
     """
-    package = None
-    if optim in ("adamw_torch_8bit", "adamw_torch_4bit"):
-        package = "torchao"
-    elif any(part in optim for part in ("8bit", "bnb", "paged")):
-        package = "bitsandbytes"
+    is_torchao = optim in ("adamw_torch_8bit", "adamw_torch_4bit")
+    package = "torchao" if is_torchao else "bitsandbytes" if re.search("8bit|bnb|paged", optim) else None
     if package and find_spec(package) is None:
-        wanted = '"sku-unlearning[gpu]"' if package == "bitsandbytes" else package
-        raise RecipeError(
-            f"optim is {optim}, which needs the package {package}: pip install {wanted}, or choose another optim"
-        )
+        raise RecipeError(f"optim is {optim}, which needs a package: pip install {package}, or choose another optim")
     if "paged" in optim and not on_gpu:
         raise RecipeError(f"optim is {optim}, and there is nothing to page out without a GPU: drop the paged_ of it")
 
 
-def check_services(report_to: Iterable[str]) -> None:
-    """Refuses services that would fail when training begins, which may be long after the start of a run.
-
-    Raises:
-        RecipeError: transformers doesn't know one, or its package is missing.
-    """
-    available = get_available_reporting_integrations()
-    for service in report_to:
-        if service not in INTEGRATION_TO_CALLBACK:
-            raise RecipeError(
-                f"report_to {service} is not a service that transformers knows."
-                f"{did_you_mean(service, INTEGRATION_TO_CALLBACK)} Known: {', '.join(INTEGRATION_TO_CALLBACK)}"
-            )
-        if service not in available and service not in ALWAYS_UPLOADS:
-            raise RecipeError(
-                f"report_to {service} needs a package that is missing: pip install {_PACKAGES.get(service, service)}"
-            )
-
-
-def check_no_uploads(report_to: Iterable[str], *, push_to_hub: bool) -> None:
-    """Refuses settings under which transformers uploads the model while it is trained; curves may go there.
+def check_services(report_to: Iterable[str], *, push_to_hub: bool) -> None:
+    """Refuses services that would fail when training begins, or get the model in training; curves may go there.
 
     Raises:
         RecipeError: With the setting or the variable.
@@ -174,16 +138,15 @@ def check_no_uploads(report_to: Iterable[str], *, push_to_hub: bool) -> None:
             "push_to_hub must be False: a model in training is never uploaded; sku push uploads the finished one"
         )
     for service in report_to:
-        if service in ALWAYS_UPLOADS:
-            raise RecipeError(f"report_to {service} uploads every checkpoint of the model in training: leave it out")
-        if service in MODEL_UPLOADS:
-            variable, default = MODEL_UPLOADS[service]
-            value = os.environ.get(variable, default)
-            if value.lower() not in _OFF:
-                raise RecipeError(
-                    f"report_to {service} would upload the model in training ({variable} is {value}): "
-                    f"set {variable}=false, so that only its curves go there"
-                )
+        if service not in _SERVICES:
+            raise RecipeError(
+                f"report_to {service}: curves go to {', '.join(_SERVICES)} alone, as others may take the model in "
+                f"training.{did_you_mean(service, _SERVICES)}"
+            )
+        if service not in get_available_reporting_integrations():
+            raise RecipeError(f"report_to {service} needs a package that is missing: pip install {service}")
+        if service == "wandb" and os.environ.get("WANDB_LOG_MODEL", "false").lower() not in _OFF:
+            raise RecipeError("report_to wandb would upload the model in training: set WANDB_LOG_MODEL=false")
 
 
 def bf16_pays(*, use_cpu: bool) -> bool:
@@ -240,31 +203,21 @@ def training_settings(
         raise RecipeError(f"{keys}: {one_line(error)}") from error
 
 
-_AT_LEAST: Mapping[str, float] = {
-    "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "max_steps": -1, "learning_rate": 0,
-    "max_grad_norm": 0, "weight_decay": 0, "warmup_steps": 0, "num_train_epochs": 0,
+_LIMITS: Mapping[str, Any] = {
+    "per_device_train_batch_size": Count, "gradient_accumulation_steps": Count, "max_steps": Literal[-1] | Count,
+    "learning_rate": NotNegative, "max_grad_norm": NotNegative, "weight_decay": NotNegative,
+    "warmup_steps": NotNegative, "num_train_epochs": NotNegative, "save_steps": Positive, "logging_steps": Positive,
 }  # fmt: skip
 """What transformers and torch look at late or never, and after an evaluation of the base model at the earliest."""
-_ABOVE_0 = ("save_steps", "logging_steps")
 _WHOLE = {field.name for field in fields(UnlearningConfig) if field.type in (int, "int")}
 
 
 def _number(key: str, name: str, value: Any) -> Any:
     """YAML 1.1 reads 2e-4 as text, and transformers doesn't look before the optimizer fails on it."""
-    if isinstance(value, str) and isinstance(getattr(UnlearningConfig, name, None), float):
-        try:
-            value = float(value)
-        except ValueError:
-            raise RecipeError(f"{key} is {value!r}; it must be a number") from None
-    if name in _WHOLE and (not isinstance(value, int) or isinstance(value, bool)):
-        raise RecipeError(f"{key} is {value!r}; it must be a whole number")
-    if not isinstance(value, int | float):
-        return value
-    if not math.isfinite(value):
-        raise RecipeError(f"{key} is {value}; it must be a finite number")
-    if not value >= _AT_LEAST.get(name, value) or (name == "max_steps" and value == 0):
-        least = "1 or more, or -1 for whole epochs" if name == "max_steps" else f"{_AT_LEAST[name]} or more"
-        raise RecipeError(f"{key} is {value}; it must be {least}")
-    if name in _ABOVE_0 and not value > 0:
-        raise RecipeError(f"{key} is {value}; it must be above 0")
-    return value
+    is_float = isinstance(getattr(UnlearningConfig, name, None), float)
+    kind = int if name in _WHOLE else FiniteFloat if is_float or isinstance(value, float) else Any
+    try:
+        number = TypeAdapter(_LIMITS.get(name, kind)).validate_python(value, strict=name in _WHOLE)
+    except ValidationError as error:
+        raise RecipeError(explain(error, UnlearningConfig, value, key)) from None
+    return number if isinstance(value, str) else value

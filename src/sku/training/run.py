@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import json
-import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ from sku.config.stages import AcquireConfig, Tuning
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.tokens import TokenizationReport
-from sku.errors import OutputError, RecipeError, SkuError
+from sku.errors import OutputError, RecipeError, SkuError, one_line
 from sku.models import LoadedModel
 from sku.processes import current_processes, lost_processes_named
 from sku.training.config import UnlearningConfig
@@ -205,40 +205,21 @@ _OF_DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
 )  # fmt: skip
 """A disk that is full, broken, read-only or forbidden."""
+_FAILED_WRITE = re.compile("(?!.*Reader).*(I/O error|inline_container)", re.DOTALL)
 
 
 @contextlib.contextmanager
 def _named_checkpoint_errors(folder: Path) -> Iterator[None]:
+    """Other errors pass: a service of ``report_to`` that can't be reached is an OSError too."""
     try:
         yield
     except SkuError:
         raise  # OutputError is an OSError too, and says more.
-    except OSError as error:
-        if not _is_of_disk(error, folder):
-            raise
-        raise OutputError(f"a checkpoint can't be written to {folder}: {error.strerror or error}") from error
-    except (SafetensorError, RuntimeError) as error:
-        if not _is_failed_write(error):
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # safetensors and torch hide the system's error in one of their own.
+        of_disk = error.errno in _OF_DISK if isinstance(error, OSError) else _FAILED_WRITE.match(str(error))
+        if not of_disk:
             raise
         raise OutputError(
-            f"a checkpoint can't be written to {folder}; is the disk full? Free some space and run again"
+            f"a checkpoint can't be written to {folder}: {one_line(error)}; is the disk full?"
         ) from error
-
-
-def _is_of_disk(error: OSError, folder: Path) -> bool:
-    """Whether a checkpoint is what failed: a service of ``report_to`` that can't be reached is an OSError too."""
-    if isinstance(error.filename, str | bytes | os.PathLike):
-        path = Path(os.fsdecode(error.filename))
-        if folder.absolute() in (path.absolute(), *path.absolute().parents):
-            return True
-        if path.is_absolute():
-            return False
-    return error.errno in _OF_DISK  # A write names no file, and what empties a folder names it relative to that.
-
-
-def _is_failed_write(error: Exception) -> bool:
-    """Whether safetensors or torch failed to write a file: both hide the system's error in one of their own."""
-    text = str(error)
-    if isinstance(error, SafetensorError):
-        return "I/O error" in text
-    return "inline_container" in text and "Reader" not in text
