@@ -418,7 +418,7 @@ def test_a_dry_run_foretells_the_run(command: Command, whole_run: Path, tmp_path
 
 
 def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sku.plan import MemoryFit
+    from sku.memory import MemoryFit
 
     def stop(*_: Any, **__: Any) -> None:
         raise sku.errors.ModelError("enough seen")

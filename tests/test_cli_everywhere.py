@@ -31,7 +31,7 @@ from sku.config import load_recipe
 from sku.errors import DataError
 from sku.methods import METHODS
 from sku.model_files import embedded_model_path
-from sku.quiet import without_secret_addresses
+from sku.progress import without_secret_addresses
 from sku.storage import mark_hazardous
 
 RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.__main__ import main\nmain()"

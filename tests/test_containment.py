@@ -26,7 +26,7 @@ from sku.negate.task_vector import negate, task_vector_of
 from sku.pipeline.evaluate import run_evaluation
 from sku.pipeline.run import run_recipe
 from sku.pipeline.stages import run_acquire
-from sku.quiet import without_secrets
+from sku.progress import without_secrets
 from sku.storage import (
     BAD_MODEL_MARK,
     HAZARD_KEY,

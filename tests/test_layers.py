@@ -20,7 +20,6 @@ ALLOWED = {
     "errors": "",
     "world": "",
     "losses": "",
-    "quiet": "",
     "progress": "",
     "config": "errors",
     "storage": "errors",
@@ -28,10 +27,8 @@ ALLOWED = {
     "hazard": "errors storage",
     "kept_replies": "errors storage",
     "processes": "errors storage",
-    "plan": "storage",
     "quantization": "config",
     "model_files": "config errors",
-    "reproducibility": "_version quiet",
     "data": "config errors world",
     "models": "config errors storage hazard model_files",
     "training": "config errors storage hazard losses data models processes",
@@ -40,13 +37,13 @@ ALLOWED = {
     "own_replies": "config errors kept_replies storage data models evaluate world",
     "methods": "config errors from_file storage losses data models training negate",
     "attacks": "config errors data models processes world training methods evaluate quantization",
-    "memory": "config errors losses models plan training methods",
+    "memory": "config errors losses models training methods",
     "report": "_version config errors progress storage evaluate attacks sweep",
-    "sweep": "config errors storage data models processes methods negate evaluate reproducibility",
+    "sweep": "config errors storage data models processes methods negate evaluate",
     "chat": "config errors storage data models negate evaluate report",
     "push": "errors storage negate report",
     "comparison": "config errors from_file storage data models processes training methods negate evaluate report "
-    "reproducibility sweep quiet",
+    "sweep",
 }
 """Part -> parts of the package that it may import. ``pipeline`` may import all but ``cli``, which may import all."""
 
@@ -75,7 +72,7 @@ def test_a_part_imports_only_what_it_may() -> None:
         part = part_of(path)
         own = {name.split(".")[1] for name in imported(path) if name.startswith("sku.")} - {part}
         assert own <= allowed[part], path
-        if part in ("report", "plan", "push", "config", "errors", "storage"):
+        if part in ("report", "push", "config", "errors", "storage"):
             assert {name.partition(".")[0] for name in imported(path)}.isdisjoint({"torch", "transformers", "peft"})
         assert path.stem not in ("utils", "helpers", "common", "misc", "util", "helper")
 

@@ -19,8 +19,7 @@ from rich.progress import Progress
 
 from conftest import ModelMaker
 from sku.cli import console as printing
-from sku.progress import FIRST, PERIOD, Lines, shown_progress
-from sku.quiet import quiet_libraries
+from sku.progress import FIRST, PERIOD, Lines, quiet_libraries, shown_progress
 
 
 class Clock:

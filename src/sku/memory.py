@@ -19,6 +19,7 @@ import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -30,7 +31,6 @@ from sku.losses import CHUNK_BYTES
 from sku.methods.run import resolve_method, with_safe_dtype
 from sku.methods.sku import sku_objective
 from sku.models import embedding_weight, load_config, pick_device, pick_dtype, with_adapter, without_weights
-from sku.plan import MemoryFit
 from sku.training import decoder_layers
 from sku.training.config import state_bytes
 from sku.training.run import adapter_settings
@@ -177,6 +177,15 @@ def decide_checkpointing(recipe: Recipe) -> Checkpointing | None:
 def told_checkpointing(decided: Checkpointing | None) -> dict[str, str]:
     """The line of a plan that says what was decided; none where nothing was."""
     return {} if decided is None else {"activation checkpointing": decided.line}
+
+
+class MemoryFit(NamedTuple):
+    """Whether stage 1 fits this machine's memory."""
+
+    fits: bool
+    """False where there is no estimate."""
+    text: str
+    """In one line."""
 
 
 def memory_fit(recipe: Recipe) -> MemoryFit:

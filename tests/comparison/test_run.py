@@ -16,10 +16,10 @@ from conftest import MadeOnce
 from sku.comparison import run as comparison_run
 from sku.comparison.run import comparison_rows, run_comparison, run_once
 from sku.config import Recipe, load_recipe
+from sku.config.check import content_sha256
 from sku.errors import EvaluationError, OutputError, RecipeError
 from sku.pipeline.run import run_recipe
 from sku.report.method_records import Comparison, MethodRecord, point_of_result, read_records
-from sku.reproducibility import content_sha256
 from sku.storage import write_json
 
 SMALL = (

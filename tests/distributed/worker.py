@@ -27,7 +27,7 @@ from sku.methods.trainer import SkuConfig, SkuTrainer
 from sku.models import load_model
 from sku.pipeline.run import run_recipe
 from sku.processes import current_processes
-from sku.quiet import quiet_libraries
+from sku.progress import quiet_libraries
 from sku.training.run import save_trained
 from sku.training.trainer import UnlearningTrainer
 

@@ -33,7 +33,7 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 def _import_everything() -> None:
     """What a run imports, sooner or later, without running anything."""
-    from sku.quiet import quiet_imports, quiet_libraries
+    from sku.progress import quiet_imports, quiet_libraries
 
     quiet_imports()
     import matplotlib.backends.backend_agg

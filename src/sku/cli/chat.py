@@ -18,7 +18,7 @@ from sku.cli.console import notes, print_error, print_json, printable, results
 from sku.cli.options import JsonOption, judge_option
 from sku.config.check import check_alpha
 from sku.errors import EvaluationError, RecipeError
-from sku.quiet import quiet_libraries
+from sku.progress import quiet_libraries
 
 if TYPE_CHECKING:
     from sku.chat import Pair, Side

@@ -14,7 +14,7 @@ from sku.cli.console import notes, print_headline, print_json, print_next, resul
 from sku.cli.tables import comparison_table
 from sku.config import EMBEDDED
 from sku.errors import RecipeError
-from sku.quiet import quiet_libraries
+from sku.progress import quiet_libraries
 
 GROUPS = ("modules", "preservation", "random_answers")
 """Names of ``sku.comparison.run.ABLATIONS``, which loads torch."""

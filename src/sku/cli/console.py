@@ -22,11 +22,10 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import sku
-from sku.progress import shown_progress
-from sku.quiet import let_libraries_speak, without_secret_addresses
+from sku.progress import let_libraries_speak, shown_progress, without_secret_addresses
 
 if TYPE_CHECKING:
-    from sku.plan import CommandPlan, Progress
+    from sku.pipeline import CommandPlan, Progress
 
 T = TypeVar("T")
 

@@ -14,7 +14,7 @@ from sku.cli import options
 from sku.cli.console import errors, perform, plain_table, print_json, print_next, print_notes, printable, results
 from sku.config import EMBEDDED
 from sku.errors import RecipeError
-from sku.quiet import quiet_libraries
+from sku.progress import quiet_libraries
 from sku.storage import check_new
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from sku.config import apply_override, load_recipe, recipe_from_dict, recipe_nam
 from sku.config.recipe import read_yaml, recipe_text
 from sku.errors import OutputError, RecipeError, did_you_mean
 from sku.from_file import SUFFIX
-from sku.quiet import quiet_imports, quiet_libraries
+from sku.progress import quiet_imports, quiet_libraries
 from sku.storage import check_can_be_made, free_bytes, named_disk_errors, write_text
 
 if TYPE_CHECKING:

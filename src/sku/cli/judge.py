@@ -15,7 +15,7 @@ from rich.table import Table
 from sku.cli.console import errors, notes, perform, plain_table, print_json, print_next, results
 from sku.cli.options import JsonOption, judge_option, judges, set_option, settings_of
 from sku.errors import OutputError, RecipeError
-from sku.quiet import quiet_libraries
+from sku.progress import quiet_libraries
 from sku.storage import check_can_be_made, check_new, named_disk_errors
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from sku.cli.options import JsonOption
 from sku.cli.tables import print_verdict
 from sku.errors import OutputError, RecipeError
 from sku.kept_replies import REPORT_FILE
-from sku.quiet import quiet_imports, quiet_libraries
+from sku.progress import quiet_imports, quiet_libraries
 
 
 def report(

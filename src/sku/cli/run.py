@@ -13,14 +13,14 @@ from sku.cli import options
 from sku.cli.console import carry_out, errors, notes, perform, print_headline, print_json, print_next, results
 from sku.cli.tables import print_measured
 from sku.config import EMBEDDED
-from sku.quiet import quiet_imports, quiet_libraries
+from sku.progress import quiet_imports, quiet_libraries
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from sku.kept_replies import KeptReplies
+    from sku.pipeline import CommandPlan
     from sku.pipeline.run import FinishedRun
-    from sku.plan import CommandPlan
 
 _STAYS = (
     "figures, and outcomes and verdicts by hash: sku report, push and chat work as before; sku judge again, and "

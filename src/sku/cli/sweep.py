@@ -12,7 +12,7 @@ from sku.cli import options
 from sku.cli.console import errors, perform, plain_table, print_json, print_next, print_notes, results
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict, recipe_names
 from sku.errors import ModelError, RecipeError
-from sku.quiet import quiet_libraries
+from sku.progress import quiet_libraries
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sku.config import CompareConfig, MethodConfig, Recipe, TwinShares, refuse_final
+from sku.config.check import content_sha256
 from sku.data.load import load_data
 from sku.errors import EvaluationError, OutputError, RecipeError, did_you_mean
 from sku.evaluate.records import read_json_object
 from sku.methods import METHODS, method_named
 from sku.methods.run import resolve_method
 from sku.report.method_records import Comparison, RowTitle, run_name
-from sku.reproducibility import content_sha256
 from sku.storage import LOCK_FILE, acquire_lock, check_place, named_disk_errors, write_text
 from sku.sweep.evaluator import check_judge
 

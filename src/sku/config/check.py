@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 import re
 import typing
@@ -87,6 +89,11 @@ def check_alpha(alpha: float, name: str = "alpha") -> None:
             f"{name} is {alpha:g}: below 0 what stage 1 learned is added, and -1 gives the bad model itself; it must "
             "be 0 or more"
         )
+
+
+def content_sha256(content: Any) -> str:
+    """Hash of plain data, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def plain_data(value: Any) -> Any:

@@ -23,8 +23,8 @@ from sku.evaluate.run import evaluate
 from sku.methods.run import has_twins, with_visited
 from sku.model_files import with_gguf_file
 from sku.models import load_config, load_model, with_path
+from sku.pipeline import Progress
 from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
-from sku.plan import Progress
 from sku.processes import Processes, current_processes
 from sku.storage import HAZARD_KEY, check_can_be_made, is_marked_hazardous
 

@@ -14,8 +14,8 @@ from sku.model_files import with_gguf_file
 from sku.negate.files import model_folder
 from sku.negate.matching import check_bad
 from sku.negate.streaming import FolderNegation, NegatedFolder, Plan
-from sku.plan import CommandPlan, Progress
-from sku.quiet import quiet_libraries
+from sku.pipeline import CommandPlan, Progress
+from sku.progress import quiet_libraries
 from sku.storage import check_new
 
 

@@ -23,6 +23,7 @@ from sku.methods import method_named
 from sku.methods.run import MethodRun, resolve_method, visited_examples, with_safe_dtype
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.own_replies import judge_of
+from sku.pipeline import CommandPlan, Progress
 from sku.pipeline.checks import (
     CheckedModel,
     CheckedTraining,
@@ -38,7 +39,6 @@ from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_att
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.stages import draw_sweep, own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.unlearning import Unlearning, trained_folder
-from sku.plan import CommandPlan, Progress
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows

@@ -5,17 +5,25 @@ from __future__ import annotations
 import copy
 import json
 import os
+import platform
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from sku._version import __version__
 from sku.config import Recipe
+from sku.config.check import content_sha256
 from sku.errors import OutputError, named_memory_errors
-from sku.plan import Progress
+from sku.pipeline import Progress
 from sku.processes import Processes
-from sku.reproducibility import content_sha256, environment
+from sku.progress import without_secrets
 from sku.storage import (
     LOCK_FILE,
     RECORD_VERSION,
@@ -26,6 +34,10 @@ from sku.storage import (
     remove_left_behind,
     write_json,
 )
+
+_PACKAGES = (
+    "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers", "numpy", "scipy",
+)  # fmt: skip
 
 
 class RunFolder:
@@ -176,3 +188,44 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if missing:
         raise OutputError(f"{folder / 'manifest.json'} is damaged (it has no {missing[0]}); choose another --out")
     return content
+
+
+def environment() -> dict[str, Any]:
+    """Versions, hardware and the commit of a source checkout, for the manifest."""
+    return {
+        "sku": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "cpu": _cpu_name(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "command": without_secrets(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])),
+    }
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """Commit of the checkout this package is run from, with ``+changes``; None for an installed package."""
+    here = Path(__file__).resolve().parent
+    if here.parent.name != "src":
+        return None
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, check=False, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and git("status", "--porcelain") else commit

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sku.config import EMBEDDED, DataConfig, Recipe, SourceConfig, plain_data, refuse_final
+from sku.config.check import content_sha256
 from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts, load_own_prompts
 from sku.errors import DataError, ModelError, RecipeError, SkuError, named_memory_errors
@@ -31,10 +32,9 @@ from sku.own_replies import (
     read_own_replies,
 )
 from sku.own_replies.write import write_own_replies
+from sku.pipeline import Progress
 from sku.pipeline.checks import check_model, check_trained_model, check_training, load_recipe_data
-from sku.plan import Progress
 from sku.processes import current_processes, shared_new_folder
-from sku.reproducibility import content_sha256
 from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous, write_private_text
 from sku.sweep import Sweep
 from sku.sweep.evaluator import check_calibrated, check_judge, draw_questions

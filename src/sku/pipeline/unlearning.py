@@ -40,8 +40,8 @@ from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.files import ADAPTER_CONFIG, model_folder
 from sku.negate.streaming import FolderNegation
 from sku.negate.task_vector import TaskVector, base_as_files, subtract_into, task_vector_of, transformed
+from sku.pipeline import Progress
 from sku.pipeline.run_folder import RunFolder
-from sku.plan import Progress
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
 from sku.sweep import FREE, Sweep

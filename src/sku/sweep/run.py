@@ -20,6 +20,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import DataConfig, EvaluateConfig, ModelConfig, Recipe, SourceConfig, SweepConfig
+from sku.config.check import content_sha256
 from sku.data.examples import ForgetRetainData, content_hash
 from sku.errors import EvaluationError, ModelError, OutputError
 from sku.evaluate.generation import StageProgress, stage
@@ -33,7 +34,6 @@ from sku.methods.run import resolve_method, with_safe_dtype
 from sku.models import load_model
 from sku.negate.task_vector import TaskVector, task_vector_of, transformed
 from sku.processes import current_processes
-from sku.reproducibility import content_sha256
 from sku.storage import mark_hazardous
 from sku.sweep import FREE, Replies, Selection, Sweep, choose, read_kept, write_sweep
 from sku.sweep.evaluator import AlphaEvaluator, Questions, check_calibrated, draw_questions, validation_generator

@@ -20,6 +20,7 @@ from sku.attacks import (
     RelearnResult,
 )
 from sku.config import load_recipe
+from sku.config.check import content_sha256
 from sku.evaluate.comparison import Comparison, compare, paired_change
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.choose import RefusalRulesJudge
@@ -35,7 +36,6 @@ from sku.evaluate.records import (
 )
 from sku.evaluate.results import EvaluationResult, EvaluationSetup
 from sku.report.tables import before_after_rows
-from sku.reproducibility import content_sha256
 
 PROMPTS = 16
 """Of each split."""
