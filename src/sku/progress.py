@@ -60,10 +60,10 @@ def shown_progress(
         get_time=clock,
         disable=not drawn,
     ) as bars:
-        if drawn or console.quiet:
-            yield _Stages(bars).show
-            return
         lines = Lines(bars, console, clock)
+        if drawn or console.quiet:
+            yield lines.move
+            return
         done = threading.Event()
         # A daemon, so that a reader that stalls the pipe can't keep the process from ending.
         repeating = threading.Thread(target=lines.repeat, args=(done.wait,), name="progress", daemon=True)
@@ -75,97 +75,74 @@ def shown_progress(
             repeating.join(timeout=1)
 
 
-class _Stages:
-    """The tasks of ``rich.progress`` by the name of their stage."""
+class Lines:
+    """The tasks of ``rich.progress`` by the name of their stage, and plain lines about the one that moved last."""
 
-    def __init__(self, bars: Progress) -> None:
-        self._bars, self._ids = bars, dict[str, TaskID]()
-        self.last: Task | None = None
-        """The one that was heard of last."""
+    def __init__(self, bars: Progress, console: Console, clock: Callable[[], float]) -> None:
+        self._bars, self._console, self._clock = bars, console, clock
+        self._ids: dict[str, TaskID] = {}
+        self._lock = threading.Lock()
+        self._begun = self._printed_at = self._moved_at = clock()
+        self._last: Task | None = None
+        self._printed: object = self
+        """Stage of the last line; at first none that there is."""
+        self._moved = False
+        """Whether anything was heard since the last line."""
 
-    def show(self, stage: str, done: int, total: int) -> None:
+    def move(self, stage: str, done: int, total: int) -> None:
+        """Called by the work where bars are drawn."""
         bars = self._bars
         if stage not in self._ids:
             self._ids[stage] = bars.add_task(stage.replace("_", " "), total=total)
         elif done < bars.tasks[self._ids[stage]].completed:
             bars.reset(self._ids[stage], total=total)  # The same stage of the next job: its time starts anew.
         bars.update(self._ids[stage], completed=done, total=total)
-        self.last = bars.tasks[self._ids[stage]]
-
-
-class Lines:
-    """Plain lines about the stage that was heard of last."""
-
-    def __init__(self, bars: Progress, console: Console, clock: Callable[[], float]) -> None:
-        """Nothing is printed yet.
-
-        Args:
-            bars: Keep the pace; disabled.
-            console: As in ``shown_progress``.
-            clock: Seconds, that of ``bars``.
-        """
-        self._stages, self._console, self._clock = _Stages(bars), console, clock
-        self._lock = threading.Lock()
-        self._begun = self._printed_at = self._moved_at = clock()
-        self._has_printed = False
-        self._printed: Task | None = None
-        """Stage of the last line."""
-        self._moved = False
-        """Whether anything was heard since the last line."""
+        self._last = bars.tasks[self._ids[stage]]
+        self._moved, self._moved_at = True, self._clock()
 
     def show(self, stage: str, done: int, total: int) -> None:
-        """Called by the work."""
+        """Called by the work where lines are printed."""
         with self._lock:
-            self._stages.show(stage, done, total)
-            self._moved, self._moved_at = True, self._clock()
-            if self._left() <= 0:
-                self._print()
+            self.move(stage, done, total)
+            self._print_if_due()
 
     def repeat(self, wait: Callable[[float], bool]) -> None:
         """Prints whenever a line is due, until ``wait``, which is called with seconds, says that the work is done."""
         while not wait(max(self._left(), 0.1)):
             with self._lock:
-                if self._left() <= 0:
-                    self._print()
+                self._print_if_due()
 
     def _left(self) -> float:
         """Seconds until the next line."""
-        period = PERIOD if self._has_printed and self._printed is self._stages.last else FIRST
-        return self._printed_at + period - self._clock()
+        return self._printed_at + (PERIOD if self._printed is self._last else FIRST) - self._clock()
 
-    def _print(self) -> None:
-        task, now = self._stages.last, self._clock()
+    def _print_if_due(self) -> None:
+        if self._left() > 0:
+            return
+        task, now = self._last, self._clock()
         if task is None:
             text = f"at work for {duration(now - self._begun)}"
         else:
             text = told(task) if self._moved else told_again(task, now - self._moved_at)
-        self._has_printed, self._printed, self._printed_at, self._moved = True, task, now, False
+        self._printed, self._printed_at, self._moved = task, now, False
         with suppress(OSError):  # A full disk under a log must not end hours of work.
             self._console.print(text, soft_wrap=True, markup=False, highlight=False)
 
 
 def told(task: Task) -> str:
-    """A task that has moved: ``acquire: steps 40 of 220, 5.2 s each, 15 min 36 s left``.
-
-    Args:
-        task: Of ``rich.progress``, with a total; one that is 1 counts nothing.
-    """
+    """A task that has moved: ``acquire: steps 40 of 220, 5.2 s each, 15 min 36 s left``; of 1 nothing is counted."""
     if task.total == 1:
         return f"{task.description} {'is done' if task.finished else 'has begun'}"
-    parts = [f"{task.description} {_counted(task)}"]
+    text = f"{task.description} {_counted(task)}"
     speed, left = task.speed, task.time_remaining
-    if speed and left is not None and not task.finished:
-        parts += [f"{1 / speed:.1f} s each" if speed < 1 else f"{speed:,.1f} a second", f"{duration(left)} left"]
-    return ", ".join(parts)
+    if not speed or left is None or task.finished:
+        return text
+    pace = f"{1 / speed:.1f} s each" if speed < 1 else f"{speed:,.1f} a second"
+    return f"{text}, {pace}, {duration(left)} left"
 
 
 def told_again(task: Task, seconds: float) -> str:
-    """A task that was told before: ``acquire: steps still at 3 of 220, 45 s so far``.
-
-    Args:
-        task: As in ``told``.
-        seconds: Since it moved.
-    """
+    """A task that was told before and moved seconds ago: ``acquire: steps still at 3 of 220, 45 s so far``."""
     if task.finished:
         return f"{task.description} done {duration(seconds)} ago, at work on what follows"
     still = "" if task.total == 1 else f" still at {_counted(task)}"
@@ -229,18 +206,10 @@ def quiet_libraries() -> None:
     # Of each adapter of a model that has no config.json, such as a GGUF file. No vocabulary is modified here.
     for message in ("Unable to fetch remote file", "Could not find a config file in"):
         warnings.filterwarnings("ignore", message, UserWarning, r"peft\.")
-    if _speak:
-        transformers.utils.logging.set_verbosity_info()
-        datasets.utils.logging.set_verbosity_info()
-        _mute_own_handlers()
-        return
-    transformers.utils.logging.set_verbosity_error()
-    datasets.utils.logging.set_verbosity_error()
-
-
-def _mute_own_handlers() -> None:
-    """Leaves the lines to whoever listens to the loggers, and strikes out tokens: not twice, and not unread."""
-    for name in ("datasets", "huggingface_hub", "transformers"):
+    for library in (transformers, datasets):
+        library.utils.logging.set_verbosity(logging.INFO if _speak else logging.ERROR)
+    # Leaves the lines to whoever listens to the loggers, and strikes out tokens: not twice, and not unread.
+    for name in ("datasets", "huggingface_hub", "transformers") if _speak else ():
         logger = logging.getLogger(name)
         for handler in list(logger.handlers):
             if type(handler) is logging.StreamHandler:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from sku.errors import no_method_named
-from sku.from_file import SUFFIX, defined_in_file
+from sku.errors import RecipeError, no_method_named
+from sku.from_file import SUFFIX, names_in_file
 from sku.methods.base import AnyMethod, Method
 from sku.methods.circuit_breakers import CIRCUIT_BREAKERS
 from sku.methods.dpo import DPO
@@ -51,7 +51,15 @@ def method_named(name: str) -> AnyMethod:
         RecipeError: There is none, with a suggestion, or the file can't be used.
     """
     if name.endswith(SUFFIX):
-        return defined_in_file(name, Method, "objective", "MY_METHOD = Method(name=..., ...)")
+        names = names_in_file(name, "method")
+        found = {id(value): value for value in names.values() if isinstance(value, Method)}
+        own = [method for method in found.values() if method.objective.__module__ == names["__name__"]]
+        if len(own) != 1:
+            raise RecipeError(
+                f"the method file {name} defines {len(own)} methods of its own; it must define one, such as MY_METHOD "
+                "= Method(name=..., ...) with an objective function of the file"
+            )
+        return own[0]
     methods = {method.name: method for method in METHODS}
     if name not in methods:
         raise no_method_named(name, methods)

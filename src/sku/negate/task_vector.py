@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FunctionType
 
 import torch
 from peft import PeftModel
@@ -29,7 +30,7 @@ from sku.config.recipe import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import RecipeError, TaskVectorError
-from sku.from_file import function_in_file
+from sku.from_file import names_in_file
 from sku.models import LoadedModel, check_plain_weights, load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.arithmetic import (
@@ -363,9 +364,13 @@ def transform_in(path: str) -> Callable[[TaskVector, TransformContext], TaskVect
     """The function ``transform`` of a file.
 
     Raises:
-        RecipeError: The file can't be used.
+        RecipeError: The file can't be used, or defines none.
     """
-    return function_in_file(path, "transform")
+    names = names_in_file(path, "transform")
+    found = names.get("transform")
+    if not isinstance(found, FunctionType) or found.__module__ != names["__name__"]:
+        raise RecipeError(f"the transform file {path} defines no function transform of its own")
+    return found
 
 
 def transformed(
