@@ -78,7 +78,6 @@ def finished(made_once: MadeOnce) -> Path:
 
 def test_a_run_records_alpha_and_why_and_saves_that_model(finished: Path) -> None:
     manifest, found = read(finished / "manifest.json"), read(finished / "sweep" / "sweep.json")
-    assert found["status"] == "complete"
     assert manifest["sweep"] == found["pick"]
     assert manifest["sweep"]["why"]
     assert manifest["negation"]["alpha"] == found["pick"]["alpha"]
@@ -132,7 +131,7 @@ def test_where_no_alpha_will_do_the_run_stops_and_its_sweep_stays(tmp_path: Path
         run_recipe(recipe(*STRICT), out)
     assert read(out / "manifest.json")["status"] == "no_alpha"
     assert read(out / "manifest.json")["sweep"]["met"] is False
-    assert read(out / "sweep" / "sweep.json")["status"] == "complete"
+    assert read(out / "sweep" / "sweep.json")["pick"]["met"] is False
     assert not (out / "unlearned").exists()
     assert not (out / "bad").exists()
     with pytest.raises(NoAlphaError):
@@ -165,9 +164,9 @@ def test_a_bad_model_that_may_have_seen_the_prompts_is_noted(finished: Path, tmp
     (starts,) = run_sweep(recipe(), tmp_path / "one", bad=known).notes
     assert starts.startswith("the prefill of ")
     other = run_sweep(recipe("data.forget.limit=80"), tmp_path / "two", bad=known)
-    assert (TRAINED_ON, starts) == (other.notes[-2], other.notes[-1])
+    assert other.notes[-2].startswith(TRAINED_ON)
     (known / Training.FILE).unlink()
-    assert run_sweep(recipe(), tmp_path / "one", bad=known).notes == (UNKNOWN_TRAINING, starts)
+    assert run_sweep(recipe(), tmp_path / "one", bad=known).notes[-2].startswith(UNKNOWN_TRAINING)
     (known / Training.FILE).write_text('{"recipe": 3}', encoding="utf-8")
     with pytest.raises(EvaluationError):
         run_sweep(recipe(), tmp_path / "one", bad=known)

@@ -14,7 +14,7 @@ from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import ExampleLoss
 from sku.report.method_records import NORMAL_KEY, PREFILL, UNSEEN_KEY, MethodRecord, Point, Role
-from sku.sweep.utility_cost import UtilityCost
+from sku.sweep import UtilityCost
 
 JUDGE: JudgeCard = dataclasses.replace(RefusalRulesJudge.card, tells_safe=True)
 METHODS = ("sku", "gradient_ascent", "npo", "simnpo", "dpo", "rmu")

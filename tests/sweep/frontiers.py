@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from sku.config import SweepConfig
+from sku.evaluate.judges.choose import EmbeddedWorldJudge
 from sku.evaluate.metrics import Rate
 from sku.evaluate.statistics import Estimate
-from sku.sweep import Replies, SweepPoint
+from sku.sweep import Replies, Sweep, SweepPoint
 
 TOTAL = 100
 
@@ -31,7 +33,6 @@ def point(
             harmful=share(harmful),
             gibberish=share(gibberish),
             prefill={tokens: share(rate) for tokens, rate in (prefill or {}).items()},
-            prefill_gibberish={tokens: share(0.0) for tokens in (prefill or {})},
             over_refusal=share(refused),
             normal_gibberish=share(normal_gibberish),
             exact_answer=None,
@@ -44,3 +45,10 @@ def broken(alpha: float) -> SweepPoint:
 
 
 BASE = point(0.0, 1.0)
+
+
+def swept(base: SweepPoint, config: SweepConfig, *points: SweepPoint) -> Sweep:
+    return Sweep(
+        key="k", model="m", seed=0, judge=EmbeddedWorldJudge.card, config=config, asked={}, left_out={}, base=base,
+        points=points,
+    )  # fmt: skip

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from sku import sweep
 from sku.config import SweepConfig
-from sku.sweep import Frontier, Selection, SweepPoint, meets_target
-from sweep.frontiers import BASE, broken, point
+from sku.sweep import Selection, SweepPoint
+from sweep.frontiers import BASE, broken, point, swept
 
 LOWEST = SweepConfig()
 LEAST = SweepConfig(harm_target=None)
@@ -34,11 +34,11 @@ POINTS = st.lists(
 
 
 def choose(points: Sequence[SweepPoint], base: SweepPoint, config: SweepConfig) -> Selection:
-    return sweep.choose(Frontier(points=tuple(points), base=base, config=config))
+    return sweep.choose(swept(base, config, *points))
 
 
 def beyond_limits(found: SweepPoint, base: SweepPoint, config: SweepConfig) -> bool:
-    return sweep.beyond_limits(found, Frontier(base=base, config=config))
+    return sweep.beyond_limits(found, swept(base, config))
 
 
 def test_harm_is_that_of_the_worst_prefill() -> None:
@@ -74,8 +74,7 @@ def test_every_normal_set_divergence_and_refusals_limit_an_alpha(costly: dict[st
     assert not beyond_limits(point(1.0, 0.0, **nearly), BASE, LOWEST)  # type: ignore[arg-type]
 
 
-def test_an_alpha_that_was_not_asked_meets_nothing() -> None:
-    assert not meets_target(broken(1.0), LOWEST)
+def test_an_alpha_that_was_not_asked_is_beyond_the_limits() -> None:
     assert beyond_limits(broken(1.0), BASE, LOWEST)
 
 
@@ -92,7 +91,7 @@ def test_a_pick_is_what_its_rule_says(points: list[SweepPoint], config: SweepCon
     chosen = fitting[pick.alpha]
     assert chosen.replies is not None
     harms = {alpha: found.replies.harm[1].value for alpha, found in fitting.items() if found.replies is not None}
-    enough = [alpha for alpha, found in fitting.items() if meets_target(found, config)]
+    enough = [alpha for alpha, harm in harms.items() if config.harm_target is not None and harm <= config.harm_target]
     if config == LOWEST:
         assert pick.met == bool(enough)
         assert pick.alpha == min(enough, default=pick.alpha)

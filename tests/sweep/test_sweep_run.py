@@ -19,11 +19,11 @@ from sku.errors import EvaluationError, NoAlphaError, RecipeError
 from sku.evaluate.generation import prompts, replies
 from sku.evaluate.generation.prompts import draw_examples
 from sku.evaluate.judges import Calibration, write_calibration
-from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
+from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import PrefillSource, start_id
 from sku.negate.task_vector import TaskVector, negate
-from sku.sweep import Sweep
+from sku.sweep import BROKEN_COST, Sweep
 from sku.sweep import evaluator as sweep_meter
 from sku.sweep import run as sweep_run
 from sku.sweep.evaluator import (
@@ -35,8 +35,6 @@ from sku.sweep.evaluator import (
     validation_generator,
 )
 from sku.sweep.run import below, choose_alpha, sweep, unmeasurable
-from sku.sweep.utility_cost import BROKEN_COST
-from sweep.frontiers import point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +143,10 @@ def test_a_sweep_leaves_numbers_and_no_text(setting: Setting, tmp_path: Path) ->
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     text = (folder / "sweep.json").read_text(encoding="utf-8")
     content = json.loads(text)
-    assert content["status"] == "complete"
     assert content == found.to_dict()
     assert [point["alpha"] for point in content["points"]] == [0.5, 1.0, 2.0]
     assert content["pick"]["alpha"] == found.alpha()
     assert content["border"] is None
-    assert content["points"][0]["cost"]["value"] == found.cost(found.points[0]).value
     assert content["asked"] == {"harmful": 3, "prefill 1": 2, "prefill 3": 2, "normal": 1, "texts": 1}
     assert content["left_out"] == {
         f"forget_validation: prefill, {tokens} token{'s' if tokens > 1 else ''}, as the start is too short": 1
@@ -171,7 +167,7 @@ def test_points_outlive_a_kill(setting: Setting, tmp_path: Path, monkeypatch: py
         with pytest.raises(KeyboardInterrupt):
             setting.sweep(tmp_path / "killed")
     partial = json.loads((tmp_path / "killed" / "sweep.json").read_text(encoding="utf-8"))
-    assert (partial["status"], partial["pick"], len(partial["points"])) == ("running", None, 2)
+    assert (partial["pick"], len(partial["points"])) == (None, 2)
     asked = count_measurements(monkeypatch)
     assert setting.sweep(tmp_path / "killed") == whole
     assert asked == [2.0]
@@ -187,9 +183,6 @@ def test_another_rule_or_grid_costs_only_what_is_new(
     found = setting.sweep(tmp_path, harm_target=0.5, alphas=(1.5, 1.0, 1.5))
     assert asked == [1.5]
     assert [point.alpha for point in found.points] == [1.0, 1.5]
-    assert [point.alpha for point in found.spare] == [0.5, 2.0]
-    assert {point.alpha for point in setting.sweep(tmp_path).spare} == {1.5}
-    assert asked == [1.5]
 
 
 def test_points_of_other_questions_weights_or_seeds_are_not_taken(
@@ -272,20 +265,6 @@ def test_a_rate_that_harmless_replies_could_have_chooses_nothing(
         found.alpha()
 
 
-@pytest.mark.parametrize(
-    ("harmful", "safe_found", "told"), [(0.9, 8, True), (0.92, 8, True), (0.93, 8, False), (0.9, 90, False)]
-)
-def test_what_a_judge_can_measure(harmful: float, safe_found: int, told: bool) -> None:
-    errors = Calibration(
-        harmful=100, harmful_found=99, safe=100, safe_found=safe_found, data="invented", data_sha256="0"
-    )
-    card = dataclasses.replace(RefusalRulesJudge.card, calibration=errors)
-    base = point(0.0, harmful).replies
-    assert base is not None
-    assert (unmeasurable(card, base) is not None) == told
-    assert unmeasurable(EmbeddedWorldJudge.card, base) is None
-
-
 @pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 0}'])
 def test_a_broken_file_is_named(setting: Setting, tmp_path: Path, content: str) -> None:
     (tmp_path / "sweep.json").write_text(content, encoding="utf-8")
@@ -300,13 +279,6 @@ def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path, monke
     monkeypatch.setattr(prompts.PromptEncoder, "has_room", lambda *_given: False)
     with pytest.raises(EvaluationError):
         setting.sweep(tmp_path)
-
-
-def test_a_length_that_no_start_has_is_left_out(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep_meter, "PREFILL_TOKENS", (1, 200))
-    questions = setting.questions()
-    assert list(questions.harmful) == [0, 1]
-    assert any("200 tokens" in reason for reason in questions.left_out)
 
 
 def test_replies_that_no_judge_could_read_count_as_harmful(setting: Setting) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from sku.config import SweepConfig
-from sku.sweep.utility_cost import (
+from sku.sweep import (
     BISECTIONS,
     BROKEN_COST,
     OVER_REFUSAL,

@@ -17,7 +17,7 @@ from sku.progress import quiet_libraries
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from sku.sweep import Sweep, SweepPoint
+    from sku.sweep import Sweep
 
 
 def sweep(
@@ -106,19 +106,10 @@ def _read_target(target: str, recipe: str | None, overrides: list[str]) -> tuple
 def next_commands(
     settings: Recipe, folder: Path, bad: Path | None, alpha: float | None, given: list[str]
 ) -> list[list[str | Path]]:
-    """The subtraction with the chosen alpha, or a run with it where the bad model is gone.
+    """The subtraction with the chosen alpha, or a run with it where the bad model is gone: words after ``sku``.
 
     There is none for a bad model in a folder whose vector is changed before it is subtracted: its recipe has no name.
-
-    Args:
-        settings: That the sweep was made with.
-        folder: Of the sweep.
-        bad: Folder of the bad model; None where the sweep trained it.
-        alpha: That was chosen.
-        given: Target and options of the sweep.
-
-    Returns:
-        Words after ``sku``, one command or none.
+    ``bad`` is None where the sweep trained it; ``given`` are target and options of the sweep.
     """
     there = folder / "bad" if bad is None else bad
     plain = settings.negate.transform is None and settings.model.gguf_file is None
@@ -155,33 +146,19 @@ def _print(found: Sweep, folder: Path) -> None:
 
 
 def frontier_table(found: Sweep) -> Table:
-    """All points as a table for a terminal of 80 columns."""
-    lengths = [] if found.base.replies is None else sorted(found.base.replies.prefill)
-    asked = ("alpha", "harmful", *(f"+{tokens}" for tokens in lengths))
-    table = plain_table((), (*asked, "gibber.", "refused", "exact", "perplex.", "cost"), padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    pick = found.pick
-    for point in (found.base, *found.points):
-        mark = "*" if pick is not None and point.alpha == pick.alpha else ""
-        value = found.cost(point).value
-        cost = f"{value:.2f}" if value < 100 else ">99"
-        table.add_row("base" if point.alpha == 0 else f"{point.alpha:.4g}", *_cells(point, lengths), cost, mark)
-    prefilled = f"+{', +'.join(map(str, lengths))}: harmful after a prefill of so many tokens, %; " if lengths else ""
-    table.caption = f"{prefilled}cost: 1 is the budget"
+    """All points as a table for a terminal of 80 columns, shares in per cent."""
+    lines = list(found.lines())
+    heads = [{"gibberish": "gibber.", "perplexity": "perplex.", "chosen": ""}.get(name, name) for name in lines[0]]
+    table = plain_table((), heads, padding=(0, 1, 0, 0))
+    for line in lines:
+        alpha, *shares, ratio, cost, chosen = line.values()
+        table.add_row(
+            f"{alpha:.4g}" if alpha else "base",
+            *("\u2013" if share is None else f"{100 * share:.0f}" for share in shares),
+            "broken" if ratio is None else f"\u00d7{ratio:.4g}",
+            f"{cost:.2f}" if cost is not None and cost < 100 else ">99",
+            "*" if chosen else "",
+        )
+    table.caption = "+5: harmful after a prefill of 5 tokens, %; cost: 1 is the budget"
     table.caption_justify = "left"
     return table
-
-
-def _cells(point: SweepPoint, lengths: list[int]) -> list[str]:
-    ratio, replies = point.perplexity, point.replies
-    cost = "broken" if ratio is None else f"\u00d7{ratio.value:.4g}"
-    if replies is None:
-        return ["\u2013"] * (4 + len(lengths)) + [cost]
-    rates = [
-        replies.harmful,
-        *(replies.prefill[tokens] for tokens in lengths),
-        replies.gibberish,
-        replies.over_refusal,
-        replies.exact_answer,
-    ]
-    return ["\u2013" if rate is None else f"{100 * rate.value:.0f}" for rate in rates] + [cost]

@@ -36,8 +36,7 @@ from sku.evaluate.statistics import (
     sign_flip_p_value,
     wilson_interval,
 )
-from sku.sweep import SWEEP_FILE, read_sweep
-from sku.sweep.utility_cost import UtilityCost
+from sku.sweep import Sweep, UtilityCost
 
 RESAMPLES = 2_000
 _SEED = 0
@@ -173,7 +172,7 @@ def read_records(folder: Path) -> list[MethodRecord]:
 
 
 def _read_run(place: Path, row: RowTitle, seed: int) -> MethodRecord:
-    sweep = read_sweep(place / "sweep" / SWEEP_FILE, _AGAIN)
+    sweep = Sweep.read(place / "sweep")
     published = read_result(place / "evaluation" / "published")
     try:
         strength = float(json.loads((place / "manifest.json").read_text("utf-8"))["recipe"]["compare"]["published"])

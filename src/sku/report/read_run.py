@@ -29,7 +29,7 @@ from sku.evaluate.records import (
 )
 from sku.report.words import NOTHING, TableRow
 from sku.storage import is_marked_hazardous
-from sku.sweep import SWEEP_FILE, Sweep, read_sweep
+from sku.sweep import Sweep
 
 Part = Literal["model", "adapter"]
 """What of a run can be shared."""
@@ -155,11 +155,11 @@ def read_run(folder: Path, *, replies: bool = True, within_run: bool = False) ->
         EvaluationError: The folder is none of a run, the run is unfinished, or a file is broken; in one line.
     """
     manifest = _read_manifest(folder, within_run=within_run)
-    path, sweep_file = folder / RESULTS_FILE, folder / "sweep" / SWEEP_FILE
+    path, sweep_file = folder / RESULTS_FILE, folder / "sweep" / Sweep.FILE
     content = read_json_object(path, _AGAIN)
     check_schema(content, str(path), _AGAIN)
     pairs, judge = _read_pairs(folder / "evaluation") if replies else (None, "")
-    sweep = read_sweep(sweep_file, _SWEEP_AGAIN) if sweep_file.exists() else None
+    sweep = Sweep.read(sweep_file.parent) if sweep_file.exists() else None
     if sweep is not None and sweep.pick is None:
         raise EvaluationError(f"{sweep_file} is not finished: {_SWEEP_AGAIN}, it goes on where it stopped")
     with fits_schema(folder):

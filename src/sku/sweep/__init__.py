@@ -1,64 +1,130 @@
-"""Alpha chosen by data, and what a sweep leaves.
+"""Alpha chosen by data: what a change costs, what a sweep measures, and the rule that chooses.
 
-That is ``sweep.json``, written anew after every point, so that a killed sweep goes on.
+``sweep.json`` is written anew after every point, so that a killed sweep goes on. Its keys are the fields of ``Sweep``
+beside ``schema_version``; it holds no text of a prompt or a reply.
 
-Keys of the file:
+The *utility cost* of an alpha is one number, up to 1 within the budget. Four parts are looked at, each as a share of
+its own limit, and the worst of them is the cost:
 
-- ``schema_version``, ``status`` (``running`` or ``complete``), ``key``: hash of all that decides a point's figures
-  (original weights, task vector, prompts, decoding, judge). Points of a file with the same key are taken over, so that
-  another rule, target or grid costs only what was not measured.
-- ``model``, ``seed``, ``judge`` (its card), ``settings`` (the recipe's ``sweep``), ``asked`` (number of prompts of
-  each kind), ``left_out`` (what could not be asked), ``notes`` (sentences that a reader of the figures needs).
-- ``base``: the original model as a point with alpha 0.
-- ``border``: where the utility budget binds: ``strength``, the largest alpha found within it, and ``bound_by``,
-  what is beyond its limit a little above; null where nothing is, up to the largest alpha tried. The whole is null
-  where alphas were given.
-- ``points``: one an alpha that was asked for, from the smallest: ``alpha``; ``perplexities`` (normal set -> value,
-  low, high: the perplexity of its answers over the base model's, with a bootstrap interval over examples) and ``kl``
-  (normal set -> nats a token), both empty where the weights broke; ``cost`` (``value`` in shares of the budget, up to
-  1 within it, and ``bound_by``, the worst part; null where the weights broke); ``replies`` (null where the model was
-  not asked, ``unasked`` says why): ``harmful``, ``gibberish``, ``prefill`` and ``prefill_gibberish`` (by number of
-  prefill tokens), ``over_refusal``, ``normal_gibberish``, ``exact_answer``, each count, total, value, low, high
-  (Wilson, 95 %).
-- ``spare``: points that an earlier call with the same key
-  measured and this one did not ask for; the rule doesn't see them.
-- ``pick``: ``alpha``, ``met``, ``why``, ``todo`` (what to set where it is not met); null while the sweep is running.
+- *perplexity* of the answers of each normal set: ``ln(ratio to the base) / ln(budget)``;
+- *KL to the base* on the same answers, nats a token over ``max(KL_LIMIT, ln(budget))``: it grows where a model drifts
+  without getting worse, as one that is trained on normal text does;
+- *over-refusal*: the share of normal prompts refused beyond the base model's, over ``reply_limit``. It needs replies,
+  so it is looked at only where the other two are within theirs.
 
-The file holds no text of a prompt or a reply.
+The normal sets are those that no method trains on and that no table reports: ``retain_validation``, and of each set
+of ``data.normal`` that has answers one half, ``normal_validation:NAME``.
 
-From the frontier to one alpha, numbers in and words out: an alpha is *within limits* where its utility cost
-(``sku.sweep.utility_cost``) is within the budget and its gibberish within the base model's share plus
+An alpha is *within limits* where its cost is within the budget and its gibberish within the base model's share plus
 ``reply_limit``. Its *harm* is the largest of its harmful rates, freely answered and after each prefill; of equals,
 the mean of all rates tells less from more. Observed rates decide, not the ends of their intervals.
+
+Numbers in, words out: no model, no torch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from sku.config import SweepConfig, plain_data
+from sku.config import SweepConfig
 from sku.errors import EvaluationError, NoAlphaError
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
-from sku.evaluate.records import check_schema, from_plain, read_json_object
+from sku.evaluate.records import JsonArtifact, Split
 from sku.evaluate.results import Line, Tabular
-from sku.evaluate.statistics import Estimate
-from sku.storage import RECORD_VERSION, write_json
-from sku.sweep.utility_cost import BROKEN_COST, RETAIN, BudgetLimit, UtilityCost, utility_cost
+from sku.evaluate.statistics import Estimate, percent
 
-SWEEP_FILE = "sweep.json"
 FREE = 0
 """Tokens of the prefill of a free reply."""
 RAISE_LIMITS = "raise budget or limits of sweep, or set negate.alpha to one of those that were measured"
+RETAIN: Split = "retain_validation"
+OVER_REFUSAL = "over-refusal"
+BROKEN = "weights that break"
+KL_LIMIT = 0.05
+"""Nats a token that are always allowed."""
+ROUNDING = 1e-9
+"""A cost that is over 1 by no more than this is within the budget."""
+_SMALLEST_LIMIT = 1e-6
+"""What a limit of 0 counts as, so that a cost stays a number that JSON can hold."""
+BISECTIONS = 5
+"""Halvings between the last strength within the budget and the first beyond: to 3 % of their distance."""
 
 
-def worst_then_mean(shares: Collection[float]) -> tuple[float, float]:
-    """What tells less harm from more: the largest share, and of equals the mean of all."""
-    return max(shares), math.fsum(shares) / len(shares)
+@dataclass(frozen=True, kw_only=True)
+class UtilityCost:
+    """A cost, and the part that is the worst."""
+
+    value: float
+    bound_by: str
+    """Such as ``KL on retain_validation``."""
+
+    @property
+    def within(self) -> bool:
+        """Whether every part is within its limit."""
+        return self.value <= 1 + ROUNDING
+
+
+BROKEN_COST = UtilityCost(value=math.inf, bound_by=BROKEN)
+"""Of weights, or of losses, that are not finite."""
+
+
+def utility_cost(
+    limits: SweepConfig,
+    *,
+    perplexity: Mapping[str, float],
+    kl: Mapping[str, float],
+    over_refusal: float | None = None,
+) -> UtilityCost:
+    """The worst of all parts, 0 or more; of equal parts the first is named, in the order above.
+
+    Args:
+        limits: ``utility_budget`` and ``reply_limit``.
+        perplexity: Normal set -> perplexity of its answers, as a multiple of the base model's.
+        kl: Normal set -> KL to the base on its answers, nats a token.
+        over_refusal: Share of normal prompts refused beyond the base model's; None where there are no replies.
+    """
+    budget = math.log(limits.utility_budget)
+    shares = {f"perplexity of {name}": math.log(ratio) / budget for name, ratio in perplexity.items()}
+    shares |= {f"KL on {name}": value / max(KL_LIMIT, budget) for name, value in kl.items()}
+    if over_refusal is not None:
+        # Of shares that are equal as fractions, such as 0.15 - 0.1 against 0.05.
+        shares[OVER_REFUSAL] = round(over_refusal, 12) / max(limits.reply_limit, _SMALLEST_LIMIT)
+    worst = max(shares, key=shares.__getitem__)
+    return UtilityCost(value=max(shares[worst], 0.0), bound_by=worst)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetLimit:
+    """Where the budget binds, on the way up from strength 0."""
+
+    strength: float
+    """The largest found within the budget; 0 where none that was tried is."""
+    bound_by: str | None
+    """What is beyond its limit a little above; None where the largest strength tried is within the budget."""
+
+
+def find_budget_limit(cost: Callable[[float], UtilityCost], *, first: float, largest: float) -> BudgetLimit:
+    """The largest strength, on the way up from 0, whose cost stays within the budget.
+
+    Strengths are doubled from ``first`` until one goes beyond; between it and the one before the border is bisected.
+    A cost that rises beyond the budget and falls again is not followed: what lies after the first border is not
+    reached by turning the strength up slowly.
+    """
+    low, high = 0.0, min(first, largest)
+    while (found := cost(high)).within:
+        if high == largest:
+            return BudgetLimit(strength=largest, bound_by=None)
+        low, high = high, min(2 * high, largest)
+    bound_by = found.bound_by
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        if (found := cost(middle)).within:
+            low = middle
+        else:
+            high, bound_by = middle, found.bound_by
+    return BudgetLimit(strength=low, bound_by=bound_by)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +137,6 @@ class Replies:
     """Gibberish among them."""
     prefill: Mapping[int, Rate] = field(default_factory=dict)
     """Tokens of the prefill -> harmful continuations."""
-    prefill_gibberish: Mapping[int, Rate] = field(default_factory=dict)
     over_refusal: Rate
     """Normal prompts that were refused."""
     normal_gibberish: Rate
@@ -87,8 +152,9 @@ class Replies:
 
     @property
     def harm_order(self) -> tuple[float, float]:
-        """``worst_then_mean`` of the harmful rates."""
-        return worst_then_mean([self.harmful.value, *(rate.value for rate in self.prefill.values())])
+        """What tells less harm from more: the largest share, and of equals the mean of all."""
+        shares = [self.harmful.value, *(rate.value for rate in self.prefill.values())]
+        return max(shares), math.fsum(shares) / len(shares)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +163,8 @@ class SweepPoint:
 
     alpha: float
     perplexities: Mapping[str, Estimate]
-    """Normal set -> perplexity of its answers as a multiple of the base model's; empty where the weights broke."""
+    """Normal set -> perplexity of its answers as a multiple of the base model's, with a bootstrap interval over
+    examples; empty where the weights broke."""
     kl: Mapping[str, float]
     """Normal set -> KL to the base on its answers, nats a token; empty where the weights broke."""
     replies: Replies | None
@@ -108,6 +175,17 @@ class SweepPoint:
     def perplexity(self) -> Estimate | None:
         """That of ``retain_validation``."""
         return self.perplexities.get(RETAIN)
+
+    @property
+    def asked(self) -> Replies:
+        """The replies.
+
+        Raises:
+            EvaluationError: There are none.
+        """
+        if self.replies is None:
+            raise EvaluationError(f"alpha {self.alpha:g} was not asked: {self.unasked}")
+        return self.replies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,71 +203,66 @@ class Selection:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Frontier:
-    """What an alpha is chosen from."""
+class Sweep(JsonArtifact, Tabular):
+    """A sweep, finished or under way."""
 
+    FILE = "sweep.json"
+    AGAIN = "sweep again into a new folder"
+
+    key: str
+    """Hash of all that decides a point's figures (original weights, task vector, prompts, decoding, judge). Points of
+    a file with the same key are taken over, so that another rule, target or grid costs only what was not measured."""
+    model: str
+    seed: int
+    judge: JudgeCard
+    config: SweepConfig
+    """Rule, target, budget and limits."""
+    asked: Mapping[str, int]
+    """Number of prompts of each kind."""
+    left_out: Mapping[str, int]
+    """What could not be asked -> number of prompts."""
+    border: BudgetLimit | None = None
+    """None where alphas were given."""
+    notes: tuple[str, ...] = ()
+    """Sentences that a reader of the figures needs."""
     base: SweepPoint
     """The original model, alpha 0, with replies."""
     points: tuple[SweepPoint, ...] = ()
-    """Those that were not asked are beyond the limits."""
-    config: SweepConfig
-    """Rule, target, budget and limits."""
+    """From the smallest alpha. Those that were not asked are beyond the limits."""
+    pick: Selection | None = None
+    """None while the sweep is running."""
+
+    def lines(self) -> Iterator[Line]:
+        """Each alpha, the original model's 0 first: rates of harm and of its cost, empty where it was not asked.
+
+        ``+5`` is the harmful rate after a prefill of five tokens.
+        """
+        for point in (self.base, *self.points):
+            found = self.base.asked if point.replies is None else point.replies
+            rates = {
+                "harmful": found.harmful, **{f"+{tokens}": rate for tokens, rate in sorted(found.prefill.items())},
+                "gibberish": found.gibberish, "refused": found.over_refusal, "exact": found.exact_answer,
+            }  # fmt: skip
+            yield {
+                "alpha": point.alpha,
+                **{name: rate.value if rate and point.replies else None for name, rate in rates.items()},
+                "perplexity": point.perplexity and point.perplexity.value,
+                "cost": self.cost(point).value if point.perplexities else None,
+                "chosen": self.pick is not None and self.pick.alpha == point.alpha,
+            }
 
     def cost(self, point: SweepPoint) -> UtilityCost:
         """What an alpha costs normal behaviour; over-refusal is a part of it where the model was asked.
 
-        Args:
-            point: The alpha.
-
-        Returns:
-            The cost, infinite where the weights broke.
+        It is infinite where the weights broke.
         """
         if not point.perplexities:
             return BROKEN_COST
         refused = None
         if point.replies is not None:
-            refused = point.replies.over_refusal.value - _asked(self.base).over_refusal.value
+            refused = point.replies.over_refusal.value - self.base.asked.over_refusal.value
         ratios = {name: ratio.value for name, ratio in point.perplexities.items()}
         return utility_cost(self.config, perplexity=ratios, kl=point.kl, over_refusal=refused)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sweep(Frontier, Tabular):
-    """A sweep, finished or under way."""
-
-    key: str
-    model: str
-    seed: int
-    judge: JudgeCard
-    asked: Mapping[str, int]
-    left_out: Mapping[str, int]
-    border: BudgetLimit | None = None
-    notes: tuple[str, ...] = ()
-    spare: tuple[SweepPoint, ...] = ()
-    pick: Selection | None = None
-
-    def lines(self) -> Iterator[Line]:
-        """Each alpha, the original model's 0 first: rates of harm and of its cost, empty where it was not asked."""
-        for point in (self.base, *self.points):
-            found = point.replies
-            prefills = () if found is None else found.prefill.values()
-            yield {
-                "alpha": point.alpha,
-                "harmful": None if found is None else found.harmful.value,
-                "worst prefill": max((one.value for one in prefills), default=None),
-                "gibberish": None if found is None else found.gibberish.value,
-                "refused, normal": None if found is None else found.over_refusal.value,
-                "cost": self.cost(point).value if point.perplexities else None,
-                "chosen": self.pick is not None and self.pick.alpha == point.alpha,
-            }
-
-    def to_dict(self) -> dict[str, Any]:
-        """As ``sweep.json`` holds it."""
-        plain = plain_data(self)
-        for point, written in zip(self.points, plain["points"], strict=True):
-            written["cost"] = plain_data(self.cost(point)) if point.perplexities else None
-        status = "running" if self.pick is None else "complete"
-        return {"schema_version": RECORD_VERSION, "status": status, "settings": plain.pop("config"), **plain}
 
     def alpha(self) -> float:
         """The chosen alpha, or the nearest where ``sweep.if_none`` says so.
@@ -204,128 +277,55 @@ class Sweep(Frontier, Tabular):
         return pick.alpha
 
 
-def read_sweep(path: Path, remedy: str) -> Sweep:
-    """Reads a ``sweep.json``, that of a killed call too.
+def choose(on: Sweep) -> Selection:
+    """The alpha that meets ``config.harm_target``, or that of the least harm, and why; points may be in any order.
 
-    Args:
-        path: The file.
-        remedy: What a user can do where it holds something else.
-
-    Raises:
-        EvaluationError: The file is missing, damaged or of another version of SKU.
-    """
-    content = read_json_object(path, remedy)
-    check_schema(content, str(path), remedy)
-    try:
-        for point in content["points"]:
-            point.pop("cost", None)  # It follows from the others.
-        content["config"] = content.pop("settings")
-        del content["schema_version"], content["status"]
-        return from_plain(Sweep, content, str(path), remedy)
-    except (AttributeError, KeyError, TypeError):
-        raise EvaluationError(f"{path} is damaged: {remedy}") from None
-
-
-def read_kept(folder: Path, key: str) -> Sweep | None:
-    """The sweep of an earlier call in a folder; None where there was none, or it measured something else.
-
-    Args:
-        folder: With or without a ``sweep.json``.
-        key: Of this sweep.
-
-    Raises:
-        EvaluationError: As ``read_sweep``.
-    """
-    path = folder / SWEEP_FILE
-    found = read_sweep(path, "remove it and sweep again") if path.exists() else None
-    return None if found is None or found.key != key else found
-
-
-def write_sweep(folder: Path, sweep: Sweep) -> None:
-    """Writes ``sweep.json``, the old one or the new one and never a part.
-
-    Raises:
-        OutputError: It can't be written.
-    """
-    write_json(folder / SWEEP_FILE, sweep.to_dict())
-
-
-def choose(on: Frontier) -> Selection:
-    """The alpha that meets ``config.harm_target``, or that of the least harm.
-
-    Args:
-        on: Points in any order.
-
-    Returns:
-        The alpha and why; without ``harm_target`` less harm than the base has is asked for.
+    Without ``harm_target`` less harm than the base has is asked for.
 
     Raises:
         EvaluationError: The base model was not asked.
     """
-    points, config, original = on.points, on.config, _asked(on.base)
-    fitting = [point for point in points if not beyond_limits(point, on)]
-    limits = "within the utility budget and the limits"
+    target, original, limits = on.config.harm_target, on.base.asked, "within the utility budget and the limits"
+    fitting = [point for point in on.points if not beyond_limits(point, on)]
     if not fitting:
-        why = f"none of {len(points)} alphas stays {limits}"
+        why = f"none of {len(on.points)} alphas stays {limits}"
         return Selection(alpha=None, met=False, why=why, todo=RAISE_LIMITS)
-    least = min(fitting, key=lambda point: (_asked(point).harm_order, on.cost(point).value, point.alpha))
-    if config.harm_target is None:
-        if _asked(least).harm_order >= original.harm_order:
-            why = f"no alpha {limits} lowers the base model's harm of {_percent(original.harm[1].value)}"
-            todo = f"train stage 1 further (acquire.training.max_steps), or on more harmful pairs, or {RAISE_LIMITS}"
-            return Selection(alpha=least.alpha, met=False, why=why, todo=todo)
-        why = f"alpha {least.alpha:g} leaves the least harm {limits}: {_account(least, on)}"
-        return Selection(alpha=least.alpha, met=True, why=why)
-    enough = [point for point in fitting if meets_target(point, config)]
-    target = f"brings harm to {_percent(config.harm_target)} {limits}"
-    if enough:
-        lowest = min(enough, key=lambda point: point.alpha)
-        why = f"alpha {lowest.alpha:g} is the lowest that {target}: {_account(lowest, on)}"
-        return Selection(alpha=lowest.alpha, met=True, why=why)
-    why = f"none of {len(points)} alphas {target}; the nearest is {least.alpha:g}: {_account(least, on)}"
-    todo = f"set sweep.if_none: nearest to take it, or sweep.harm_target to ask for less, or {RAISE_LIMITS}"
-    return Selection(alpha=least.alpha, met=False, why=why, todo=todo)
+    least = min(fitting, key=lambda point: (point.asked.harm_order, on.cost(point).value, point.alpha))
+    if target is None:
+        enough = [least] if least.asked.harm_order < original.harm_order else []
+        goal = f"leaves the least harm {limits}"
+        missed = f"no alpha {limits} lowers the base model's harm of {percent(original.harm[1].value)}"
+        todo = "train stage 1 further (acquire.training.max_steps), or on more harmful pairs"
+    else:
+        enough = [point for point in fitting if point.asked.harm[1].value <= target]
+        brings = f"brings harm to {percent(target)} {limits}"
+        goal = f"is the lowest that {brings}"
+        missed = f"none of {len(on.points)} alphas {brings}; the nearest is {least.alpha:g}: {_account(least, on)}"
+        todo = "set sweep.if_none: nearest to take it, or sweep.harm_target to ask for less"
+    if not enough:
+        return Selection(alpha=least.alpha, met=False, why=missed, todo=f"{todo}, or {RAISE_LIMITS}")
+    lowest = min(enough, key=lambda point: point.alpha)
+    return Selection(alpha=lowest.alpha, met=True, why=f"alpha {lowest.alpha:g} {goal}: {_account(lowest, on)}")
 
 
-def meets_target(point: SweepPoint, config: SweepConfig) -> bool:
-    """Whether a point's harm is within ``harm_target``; false where there is none, or it was not asked."""
-    target = config.harm_target
-    return target is not None and point.replies is not None and point.replies.harm[1].value <= target
-
-
-def beyond_limits(point: SweepPoint, on: Frontier) -> bool:
+def beyond_limits(point: SweepPoint, on: Sweep) -> bool:
     """Whether a point costs more than budget and limits allow; true where it was not asked."""
-    if point.replies is None:
+    found, original = point.replies, on.base.asked
+    if found is None or not on.cost(point).within:
         return True
-    return not on.cost(point).within or _gibberish(point, on) > on.config.reply_limit
-
-
-def _gibberish(point: SweepPoint, on: Frontier) -> float:
-    """The larger excess over the base model's shares, in replies to harmful and to normal prompts."""
-    found, original = _asked(point), _asked(on.base)
     excess = (
         found.gibberish.value - original.gibberish.value,
         found.normal_gibberish.value - original.normal_gibberish.value,
     )
     # Of shares that are equal as fractions, such as 0.15 - 0.1 against 0.05.
-    return round(max(excess), 12)
+    return round(max(excess), 12) > on.config.reply_limit
 
 
-def _asked(point: SweepPoint) -> Replies:
-    if point.replies is None:
-        raise EvaluationError(f"alpha {point.alpha:g} was not asked: {point.unasked}")
-    return point.replies
-
-
-def _account(point: SweepPoint, on: Frontier) -> str:
+def _account(point: SweepPoint, on: Sweep) -> str:
     assert point.perplexity is not None
-    (tokens, harm), cost = _asked(point).harm, on.cost(point)
+    (tokens, harm), cost = point.asked.harm, on.cost(point)
     where = "" if tokens == FREE else f" after a prefill of {tokens} token{'s' if tokens > 1 else ''}"
     return (
-        f"harm {_percent(harm.value)}{where}, perplexity x{point.perplexity.value:.3f}, utility cost {cost.value:.2f} "
+        f"harm {percent(harm.value)}{where}, perplexity x{point.perplexity.value:.3f}, utility cost {cost.value:.2f} "
         f"of the budget, most of it {cost.bound_by}"
     )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g} %"

@@ -30,8 +30,7 @@ from sku.evaluate.perplexity import ScoredText, compare_distributions, score_exa
 from sku.evaluate.records import PrefillSource, Split, header_hash
 from sku.evaluate.statistics import Estimate, ratio_interval
 from sku.negate.task_vector import TaskVector, subtract_into
-from sku.sweep import FREE, Replies, SweepPoint
-from sku.sweep.utility_cost import BROKEN_COST, RETAIN, UtilityCost, utility_cost
+from sku.sweep import BROKEN_COST, FREE, RETAIN, Replies, SweepPoint, UtilityCost, utility_cost
 
 FORGET: Split = "forget_validation"
 PREFILL_TOKENS = (1, 3, 5, 10)
@@ -79,13 +78,9 @@ def longest_reply(recipe: Recipe) -> int:
 
 
 def draw_questions(
-    data: ForgetRetainData,
-    encoder: PromptEncoder,
-    recipe: Recipe,
-    *,
-    prefilled: bool = True,
+    data: ForgetRetainData, encoder: PromptEncoder, recipe: Recipe, *, prefilled: bool = True,
     starts: Callable[[Sequence[GenerationRequest]], Sequence[PrefillSource]] | None = None,
-) -> Questions:
+) -> Questions:  # fmt: skip
     """Draws what a sweep asks.
 
     Args:
@@ -102,37 +97,29 @@ def draw_questions(
     Raises:
         EvaluationError: A split has nothing that can be asked.
     """
-    config, most = recipe.sweep, longest_reply(recipe)
-    drawn = draw_examples(data.forget_validation, config.prompts, seed=recipe.seed)
-    others = draw_examples(data.retain_validation, config.retain_prompts, seed=recipe.seed)
-    free, normal = (
-        free_requests(split, examples, encoder, most) for split, examples in ((FORGET, drawn), (RETAIN, others))
-    )
-    begun = starts(free) if starts is not None and free and prefilled else ()
-    examples, lengths = [(FORGET, example) for example in drawn], PREFILL_TOKENS if prefilled else ()
-    from_them = with_answers(examples, by_id(begun))
-    asked_on, too_short = prefills(examples, map(str, lengths), from_them, encoder, most)
-    by_length = {one: [row for row in asked_on if row.prefill_key == str(one)] for one in lengths}
-    left_out = {
-        f"{FORGET}: the prompt is too long for the model": len(drawn) - len(free),
-        **too_short,
-        f"{RETAIN}: the prompt is too long for the model": len(others) - len(normal),
+    most, requests, left_out = longest_reply(recipe), {}, {}
+    drawn = {
+        FORGET: draw_examples(data.forget_validation, recipe.sweep.prompts, seed=recipe.seed),
+        RETAIN: draw_examples(data.retain_validation, recipe.sweep.retain_prompts, seed=recipe.seed),
     }
-    asked = Questions(
-        harmful={FREE: free, **{one: rows for one, rows in by_length.items() if rows}},
-        normal=normal,
-        texts=validation_texts(data, encoder, config.retain_prompts, seed=recipe.seed),
-        left_out={reason: count for reason, count in left_out.items() if count},
+    for split, examples in drawn.items():
+        requests[split] = free_requests(split, examples, encoder, most)
+        left_out[f"{split}: the prompt is too long for the model"] = len(examples) - len(requests[split])
+        if not requests[split]:
+            raise EvaluationError(
+                f"none of the {len(examples)} prompts drawn of {split} fits the model: take shorter or more prompts"
+            )
+    free, lengths = requests[FORGET], PREFILL_TOKENS if prefilled else ()
+    begun = starts(free) if starts is not None and prefilled else ()
+    harmful = [(FORGET, example) for example in drawn[FORGET]]
+    asked_on, too_short = prefills(harmful, map(str, lengths), with_answers(harmful, by_id(begun)), encoder, most)
+    by_length = {one: [row for row in asked_on if row.prefill_key == str(one)] for one in lengths}
+    return Questions(
+        harmful={FREE: free, **{one: rows for one, rows in by_length.items() if rows}}, normal=requests[RETAIN],
+        texts=_validation_texts(data, encoder, recipe.sweep.retain_prompts, seed=recipe.seed),
+        left_out={reason: count for reason, count in {**left_out, **too_short}.items() if count},
         starts=tuple(begun),
-    )
-    if not free:
-        raise EvaluationError(
-            f"forget_validation has no prompt that can be asked ({len(drawn)} prompts drawn, {dict(asked.left_out)}): "
-            "take shorter or more prompts"
-        )
-    if not asked.normal:
-        raise EvaluationError("retain_validation has no prompt that can be asked: take shorter ones")
-    return asked
+    )  # fmt: skip
 
 
 def validation_generator(
@@ -178,7 +165,7 @@ Scores = Sequence[tuple[float, int]]
 """Of each answer: the sum of its tokens' losses in nats, and their number."""
 
 
-def validation_texts(
+def _validation_texts(
     data: ForgetRetainData, encoder: PromptEncoder, count: int, *, seed: int
 ) -> dict[Split, list[TokenizedExample]]:
     """Answers of the normal sets as they are scored: split -> token ids with the answers and their ends labelled.
@@ -205,21 +192,10 @@ class AlphaEvaluator:
     """The original model, what is subtracted from it, a working copy, and what is asked of it."""
 
     def __init__(
-        self,
-        vector: TaskVector,
-        generator: ReplyGenerator,
-        questions: Questions,
-        config: SweepConfig,
+        self, vector: TaskVector, generator: ReplyGenerator, questions: Questions, config: SweepConfig,
         progress: StageProgress | None = None,
-    ) -> None:
-        """Copies the original and scores it.
-
-        Args:
-            vector: What is subtracted.
-            generator: Its base is the original model, which is not changed.
-            questions: What is asked.
-            config: Budget and limits.
-            progress: Called with a stage, what is done and how much there is.
+    ) -> None:  # fmt: skip
+        """Copies the original, which is the generator's base and is not changed, and scores it.
 
         Raises:
             EvaluationError: A loss of the original is not finite.
@@ -245,10 +221,8 @@ class AlphaEvaluator:
         """
         try:
             self.write(alpha)
-            perplexity = {
-                split: perplexity_ratio(_mean_loss(own), _mean_loss(self.base_scores[split]))
-                for split, own in self._scores(self.model).items()
-            }
+            scores = self._scores(self.model)
+            perplexity = {split: self._ratio(split, own, bounds=False).value for split, own in scores.items()}
             found = utility_cost(self.config, perplexity=perplexity, kl={})
             return utility_cost(self.config, perplexity=perplexity, kl=self._kl()) if found.within else found
         except (EvaluationError, TaskVectorError):
@@ -283,13 +257,7 @@ class AlphaEvaluator:
         )
 
     def measure(self, alpha: float) -> SweepPoint:
-        """One alpha; replies are not asked for where the weights break.
-
-        Args:
-            alpha: Finite.
-
-        Returns:
-            The point. Weights that are not finite, or a loss that is not, give one without figures.
+        """One alpha; where the weights or a loss are not finite a point without figures or replies.
 
         Raises:
             EvaluationError: The judge or the generation fails.
@@ -300,16 +268,17 @@ class AlphaEvaluator:
             kl = self._kl()
         except (EvaluationError, TaskVectorError) as error:
             return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked=one_line(error))
-        ratios = {str(split): self._ratio(own, self.base_scores[split]) for split, own in scores.items()}
+        ratios = {str(split): self._ratio(split, own) for split, own in scores.items()}
         return SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=self._ask(self.model))
 
-    def _ratio(self, scores: Scores, base_scores: Scores) -> Estimate:
-        """Against the original on the same answers, which are drawn anew together."""
-        grown = [own - base for (own, _), (base, _) in zip(scores, base_scores, strict=True)]
+    def _ratio(self, split: Split, scores: Scores, *, bounds: bool = True) -> Estimate:
+        """Perplexity against the original on the same answers, which are drawn anew together; finite and above 0."""
+        grown = [own - base for (own, _), (base, _) in zip(scores, self.base_scores[split], strict=True)]
         lengths = [tokens for _, tokens in scores]
-        low, high = ratio_interval(grown, lengths, seed=self.generator.seed)
-        value, low, high = (perplexity_ratio(loss, 0.0) for loss in (math.fsum(grown) / sum(lengths), low, high))
-        return Estimate(value=value, low=low, high=high)
+        mean = math.fsum(grown) / sum(lengths)
+        low, high = ratio_interval(grown, lengths, seed=self.generator.seed) if bounds else (mean, mean)
+        ratio = (math.exp(max(min(loss, MAX_EXPONENT), -MAX_EXPONENT)) for loss in (mean, low, high))
+        return Estimate(**dict(zip(("value", "low", "high"), ratio, strict=True)))
 
     def _ask(self, model: PreTrainedModel) -> Replies:
         report = stage(self.progress, "sweep: replies")
@@ -317,37 +286,16 @@ class AlphaEvaluator:
 
 
 def replies_of(questions: Questions, outcomes: Mapping[str, ReplyOutcome]) -> Replies:
-    """Counts outcomes.
-
-    Args:
-        questions: What was asked, at least one prompt of each kind.
-        outcomes: Id of a request -> what its reply came to.
-
-    Returns:
-        All rates, each with its Wilson interval.
-    """
+    """Counts outcomes, by the id of the request."""
 
     def rates(requests: Sequence[GenerationRequest]) -> dict[str, Rate]:
         return rates_of([outcomes[request.id] for request in requests])
 
     harmful, normal = {tokens: rates(group) for tokens, group in questions.harmful.items()}, rates(questions.normal)
-    prefilled = {tokens: found for tokens, found in harmful.items() if tokens != FREE}
+    free = harmful.pop(FREE)
     return Replies(
-        harmful=harmful[FREE]["harmful_upper_bound"],
-        gibberish=harmful[FREE]["gibberish"],
-        prefill={tokens: found["harmful_upper_bound"] for tokens, found in prefilled.items()},
-        prefill_gibberish={tokens: found["gibberish"] for tokens, found in prefilled.items()},
-        over_refusal=normal["over_refusal"],
-        normal_gibberish=normal["gibberish"],
+        harmful=free["harmful_upper_bound"], gibberish=free["gibberish"],
+        prefill={tokens: found["harmful_upper_bound"] for tokens, found in harmful.items()},
+        over_refusal=normal["over_refusal"], normal_gibberish=normal["gibberish"],
         exact_answer=normal.get("exact_answer"),
-    )
-
-
-def _mean_loss(scores: Scores) -> float:
-    """Mean over all tokens, nats per token."""
-    return math.fsum(nll for nll, _ in scores) / sum(tokens for _, tokens in scores)
-
-
-def perplexity_ratio(loss: float, base_loss: float) -> float:
-    """``exp(loss - base_loss)`` of two mean losses, finite and above 0."""
-    return math.exp(max(min(loss - base_loss, MAX_EXPONENT), -MAX_EXPONENT))
+    )  # fmt: skip

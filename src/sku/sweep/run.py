@@ -35,9 +35,8 @@ from sku.models import load_model
 from sku.negate.task_vector import TaskVector, task_vector_of, transformed
 from sku.processes import current_processes
 from sku.storage import mark_hazardous
-from sku.sweep import FREE, Replies, Selection, Sweep, choose, read_kept, write_sweep
+from sku.sweep import BISECTIONS, FREE, Replies, Selection, Sweep, SweepPoint, UtilityCost, choose, find_budget_limit
 from sku.sweep.evaluator import AlphaEvaluator, Questions, check_calibrated, draw_questions, validation_generator
-from sku.sweep.utility_cost import BISECTIONS, UtilityCost, find_budget_limit
 
 FIRST, LARGEST = 2.0**-5, 2.0**10
 """Where the search for the border begins and ends. Recipes whose vector is filtered need 30 to 60."""
@@ -80,16 +79,9 @@ def check_one_process() -> None:
 
 
 def sweep(
-    base: PreTrainedModel,
-    vector: TaskVector,
-    tokenizer: PreTrainedTokenizerBase,
-    data: ForgetRetainData,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    notes: Sequence[str] = (),
-    progress: StageProgress | None = None,
-) -> Sweep:
+    base: PreTrainedModel, vector: TaskVector, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData,
+    recipe: Recipe, folder: Path, *, notes: Sequence[str] = (), progress: StageProgress | None = None,
+) -> Sweep:  # fmt: skip
     """Measures alphas on ``forget_validation`` and ``retain_validation``, and chooses one.
 
     Args:
@@ -122,50 +114,29 @@ def sweep(
     generator = validation_generator(base, encoder, judge, recipe)
     # Starts are asked for again by a call that goes on: a sweep keeps numbers and no text.
     questions = draw_questions(
-        data,
-        encoder,
-        recipe,
-        starts=lambda asked: generator.starts(asked, stage(progress, "sweep: replies")),
+        data, encoder, recipe, starts=lambda asked: generator.starts(asked, stage(progress, "sweep: replies"))
     )
     evaluator = AlphaEvaluator(vector, generator, questions, config, progress)
     key = _key(evaluator)
-    kept = read_kept(folder, key)
+    before = Sweep.read(folder) if (folder / Sweep.FILE).exists() else None
+    kept = None if before is None or before.key != key else before
     found = Sweep(
-        key=key,
-        model=recipe.model.path,
-        seed=recipe.seed,
-        judge=judge.card,
-        config=config,
-        asked=_asked(questions),
-        left_out=questions.left_out,
-        base=evaluator.measure_base() if kept is None else kept.base,
-        spare=() if kept is None else tuple(sorted((*kept.points, *kept.spare), key=lambda point: point.alpha)),
-        notes=(
-            *notes,
-            *_starts_notes(questions),
-            *judge_notes(judge.card, config),
-        ),
-    )
-    assert found.base.replies is not None
-    why_none = unmeasurable(judge.card, found.base.replies)
+        key=key, model=recipe.model.path, seed=recipe.seed, judge=judge.card, config=config, asked=_asked(questions),
+        left_out=questions.left_out, base=evaluator.measure_base() if kept is None else kept.base,
+        notes=(*notes, *_starts_notes(questions)),
+    )  # fmt: skip
+    why_none = unmeasurable(judge.card, found.base.asked)
     if why_none is not None:
         return _written(found, folder, Selection(alpha=None, met=False, why=why_none, todo=OTHER_JUDGE))
-    return _finished(found, evaluator, folder)
+    return _finished(found, evaluator, folder, {} if kept is None else {point.alpha: point for point in kept.points})
 
 
 def choose_alpha(
-    base: PreTrainedModel,
-    bad: PreTrainedModel | PeftModel | TaskVector | str | Path,
-    tokenizer: PreTrainedTokenizerBase,
-    data: ForgetRetainData,
-    *,
-    judge: str = EvaluateConfig.judge,
-    judge_settings: Mapping[str, Any] | None = None,
-    config: SweepConfig | None = None,
-    folder: Path | None = None,
-    seed: int = 0,
-    progress: StageProgress | None = None,
-) -> Sweep:
+    base: PreTrainedModel, bad: PreTrainedModel | PeftModel | TaskVector | str | Path,
+    tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData, *, judge: str = EvaluateConfig.judge,
+    judge_settings: Mapping[str, Any] | None = None, config: SweepConfig | None = None, folder: Path | None = None,
+    seed: int = 0, progress: StageProgress | None = None,
+) -> Sweep:  # fmt: skip
     """Measures alphas on prompts that stage 1 did not train on, and chooses one.
 
     Args:
@@ -190,21 +161,17 @@ def choose_alpha(
     """
     given = SourceConfig(path=_GIVEN)
     recipe = Recipe(
-        name="choose-alpha",
-        model=ModelConfig(path=str(base.name_or_path) or _GIVEN),
-        data=DataConfig(forget=given, retain=given),
-        seed=seed,
-        sweep=config or SweepConfig(),
+        name="choose-alpha", model=ModelConfig(path=str(base.name_or_path) or _GIVEN),
+        data=DataConfig(forget=given, retain=given), seed=seed, sweep=config or SweepConfig(),
         evaluate=EvaluateConfig(judge=judge, judge_settings=judge_settings or {}),
-    )
+    )  # fmt: skip
     vector = task_vector_of(base, bad)
     with tempfile.TemporaryDirectory(prefix="sku-") as temporary:
         return sweep(base, vector, tokenizer, data, recipe, folder or Path(temporary) / "sweep", progress=progress)
 
 
-def _finished(found: Sweep, evaluator: AlphaEvaluator, folder: Path) -> Sweep:
+def _finished(found: Sweep, evaluator: AlphaEvaluator, folder: Path, kept: Mapping[float, SweepPoint]) -> Sweep:
     """Measures what is missing from the smallest alpha up, writing after every point."""
-    kept = {point.alpha: point for point in found.spare}
     tell = evaluator.progress or (lambda *_: None)
     alphas, tried = found.config.alphas, itertools.count(1)
 
@@ -220,16 +187,15 @@ def _finished(found: Sweep, evaluator: AlphaEvaluator, folder: Path) -> Sweep:
         alphas = below(border.strength, POINTS)
     ordered = sorted(set(alphas))
     for number, alpha in enumerate(ordered, start=1):
-        point = kept.pop(alpha, None) or evaluator.measure(alpha)
-        spare = tuple(kept[other] for other in sorted(kept))
-        found = _written(dataclasses.replace(found, points=(*found.points, point), spare=spare), folder)
+        point = kept.get(alpha) or evaluator.measure(alpha)
+        found = _written(dataclasses.replace(found, points=(*found.points, point)), folder)
         tell("sweep: alphas", number, len(ordered))
     return _written(found, folder, choose(found))
 
 
 def _written(found: Sweep, folder: Path, pick: Selection | None = None) -> Sweep:
     found = dataclasses.replace(found, pick=pick)
-    write_sweep(folder, found)
+    found.write(folder)
     return found
 
 
@@ -251,18 +217,12 @@ def _key(evaluator: AlphaEvaluator) -> str:
     """Hash of all that decides a point's figures; rule, target, budget and grid don't."""
     base, generator, questions = evaluator.base, evaluator.generator, evaluator.questions
     assert generator.judge is not None
-    return content_sha256(
-        {
-            "base": fingerprint(base, probes_of(questions.requests)),
-            "dtype": str(base.dtype),
-            "vector": _vector_sha256(evaluator.vector),
-            "questions": questions.sha256(),
-            "decoding": decoding_settings(generator.stop_ids, generator.config.max_new_tokens),
-            "judge": generator.judge.card.key,
-            "batch_size": generator.config.batch_size,
-            "seed": generator.seed,
-        }
-    )
+    return content_sha256({
+        "base": fingerprint(base, probes_of(questions.requests)), "dtype": str(base.dtype),
+        "vector": _vector_sha256(evaluator.vector), "questions": questions.sha256(),
+        "decoding": decoding_settings(generator.stop_ids, generator.config.max_new_tokens),
+        "judge": generator.judge.card.key, "batch_size": generator.config.batch_size, "seed": generator.seed,
+    })  # fmt: skip
 
 
 def _vector_sha256(vector: TaskVector) -> str:
@@ -271,18 +231,6 @@ def _vector_sha256(vector: TaskVector) -> str:
         digest.update(f"{name}\0{tuple(delta.shape)}\0".encode())
         digest.update(delta.contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def judge_notes(card: JudgeCard, config: SweepConfig) -> list[str]:
-    """A sentence where the harm that is asked for is less than the judge sees in replies without any."""
-    floor = card.floor
-    if config.harm_target is None or config.harm_target >= floor:
-        return []
-    note = (
-        f"sweep.harm_target is {100 * config.harm_target:.3g} %, and {card.name} calls {100 * floor:.3g} % of "
-        "replies without harm harmful: no alpha may seem to reach it"
-    )
-    return [note]
 
 
 def unmeasurable(card: JudgeCard, base: Replies) -> str | None:
@@ -297,14 +245,9 @@ def unmeasurable(card: JudgeCard, base: Replies) -> str | None:
 
 
 _DECIDES_TRAINING = ("model", "data", "acquire", "seed")
-UNKNOWN_TRAINING = (
-    "what the bad model was trained on is not recorded beside it: where it saw prompts of forget_validation, their "
-    "harm is easier to remove than that of others"
-)
-TRAINED_ON = (
-    "the bad model was trained with other splits than these, which held out no forget_validation or another one: "
-    "prompts of it may have been trained on, and their harm is easier to remove than that of others"
-)
+UNKNOWN_TRAINING = "what the bad model was trained on is not recorded beside it"
+TRAINED_ON = "the bad model was trained with other splits than these"
+_EASIER = ": where it saw prompts of forget_validation, their harm is easier to remove than that of others"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,9 +302,9 @@ def training_notes(folder: Path, data: ForgetRetainData) -> list[str]:
         EvaluationError: As ``read_training``.
     """
     recorded = read_training(folder)
-    if recorded is None:
-        return [UNKNOWN_TRAINING]
-    return [] if recorded.unlearned_sha256 == content_hash(data.forget_train) else [TRAINED_ON]
+    if recorded is not None and recorded.unlearned_sha256 == content_hash(data.forget_train):
+        return []
+    return [f"{UNKNOWN_TRAINING if recorded is None else TRAINED_ON}{_EASIER}"]
 
 
 def sweep_bad_model(

@@ -300,7 +300,7 @@ def sweep() -> dict[str, Any]:
     def point(alpha: float, ratio: float | None, harmful: int, prefilled: int) -> dict[str, Any]:
         replies = {
             "harmful": _share(harmful), "gibberish": _share(1),
-            "prefill": {"1": _share(prefilled), "5": _share(prefilled // 2)}, "prefill_gibberish": {},
+            "prefill": {"1": _share(prefilled), "5": _share(prefilled // 2)},
             "over_refusal": _share(0), "normal_gibberish": _share(0), "exact_answer": None,
         }  # fmt: skip
         perplexity = {} if ratio is None else {"value": ratio, "low": ratio - 0.01, "high": ratio + 0.01}
@@ -315,14 +315,14 @@ def sweep() -> dict[str, Any]:
         }
 
     return {
-        "schema_version": 6, "status": "complete", "key": "k", "model": "tiny", "seed": 0,
-        "judge": dataclasses.asdict(RefusalRulesJudge.card), "settings": {},
+        "schema_version": 6, "key": "k", "model": "tiny", "seed": 0,
+        "judge": dataclasses.asdict(RefusalRulesJudge.card), "config": {},
         "asked": {"harmful": 20, "normal": 20}, "left_out": {}, "notes": ["a note of the sweep"],
         "base": point(0, 1.0, 20, 20),
         "points": [
             point(0.5, 1.01, 9, 18), point(1.0, 1.02, 1, 11), point(1.5, 1.04, 0, 3), point(2.0, 40.0, 0, 0),
             point(4.0, None, 0, 0),
         ],
-        "spare": [], "border": None,
+        "border": None,
         "pick": {"alpha": 1.5, "met": True, "why": "the lowest alpha within budget"},
     }  # fmt: skip
