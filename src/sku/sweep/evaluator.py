@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from sku.config import Recipe, SweepConfig
-from sku.data.examples import ForgetRetainData
+from sku.data.examples import Example, ForgetRetainData
 from sku.data.tokens import TokenizedExample
 from sku.errors import EvaluationError, TaskVectorError, one_line
 from sku.evaluate.generation import StageProgress, evaluation_mode, stage
@@ -97,8 +97,10 @@ def draw_questions(
     Raises:
         EvaluationError: A split has nothing that can be asked.
     """
-    most, requests, left_out = longest_reply(recipe), {}, {}
-    drawn = {
+    most = longest_reply(recipe)
+    requests: dict[Split, list[GenerationRequest]] = {}
+    left_out: dict[str, int] = {}
+    drawn: dict[Split, Sequence[Example]] = {
         FORGET: draw_examples(data.forget_validation, recipe.sweep.prompts, seed=recipe.seed),
         RETAIN: draw_examples(data.retain_validation, recipe.sweep.retain_prompts, seed=recipe.seed),
     }
@@ -111,7 +113,7 @@ def draw_questions(
             )
     free, lengths = requests[FORGET], PREFILL_TOKENS if prefilled else ()
     begun = starts(free) if starts is not None and prefilled else ()
-    harmful = [(FORGET, example) for example in drawn[FORGET]]
+    harmful: list[tuple[Split, Example]] = [(FORGET, example) for example in drawn[FORGET]]
     asked_on, too_short = prefills(harmful, map(str, lengths), with_answers(harmful, by_id(begun)), encoder, most)
     by_length = {one: [row for row in asked_on if row.prefill_key == str(one)] for one in lengths}
     return Questions(
