@@ -391,18 +391,6 @@ def test_two_runs_that_make_their_folder_at_once(tmp_path: Path, monkeypatch: py
     others[0].close()
 
 
-def test_a_folder_that_was_removed_and_made_anew_is_another_ones(tmp_path: Path) -> None:
-    first = another_run(tmp_path / "run")
-    assert first.is_new
-    shutil.rmtree(tmp_path / "run")
-    second = another_run(tmp_path / "run")
-    assert second.is_new
-    assert not first.is_new
-    first.close()
-    assert names(tmp_path / "run") == {"manifest.json", ".lock"}
-    second.close()
-
-
 @pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_the_bad_model_answers_better_and_the_unlearned_one_worse(tmp_path: Path) -> None:

@@ -274,9 +274,7 @@ def print_plan(plan: CommandPlan[Any], *, as_json: bool) -> None:
         lines.append(("examples", _text(plan.examples)))
     size = f"about {plan.disk_bytes / 2**20:,.0f} MiB at most" if plan.disk_bytes else "replies and figures only"
     lines += [
-        ("would do", "; ".join(plan.stages)),
         ("into", str(plan.out)),
-        ("writes", ", ".join(plan.writes)),
         ("disk", f"{size}, {told['free_bytes'] / 2**20:,.0f} MiB are free"),
     ]
     if told["memory"] is not None:

@@ -29,9 +29,9 @@ from sku.errors import RecipeError, SkuError, did_you_mean
 from sku.methods import METHODS, method_named
 from sku.methods.base import AnyMethod
 from sku.methods.sku import sku_objective
-from sku.models import LoadedModel, load_model, pick_device, with_path
+from sku.models import LoadedModel, pick_device
 from sku.negate.adapters import AdapterVector, combined, load_adapter
-from sku.negate.task_vector import TaskVector, transform_in
+from sku.negate.task_vector import transform_in
 from sku.storage import mark_hazardous, new_folder, remove_hazardous, write_json
 from sku.training.config import UnlearningConfig, training_settings
 from sku.training.objective import Objective
@@ -124,6 +124,10 @@ def resolve_method(recipe: Recipe, folder: Path, *, device: str | None = None) -
         device=pick_device(recipe.model.device).type if device is None else device,
         places=dict.fromkeys(own.training, f"methods.{method.name}.training"),
     )
+    if is_sku and recipe.acquire.twin == "good" and recipe.acquire.tuning == "full":
+        raise RecipeError(
+            "acquire.twin good trains adapters: set acquire.tuning to lora or qlora, or acquire.twin=none"
+        )
     if is_sku and recipe.acquire.twin == "good" and training.world_size > 1:
         raise RecipeError(
             "acquire.twin good trains two models in one process: start it without a launcher, or set acquire.twin=none"
@@ -150,7 +154,7 @@ def train_method(
     folder: Path,
     callbacks: Sequence[TrainerCallback] = (),
     run: MethodRun | None = None,
-) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
+) -> Trained:
     """Trains a recipe's method; both twins where ``acquire.twin`` is ``good``.
 
     Args:
@@ -163,7 +167,7 @@ def train_method(
         run: Of ``resolve_method``, whose checkpoints go to ``folder``; resolved here if None.
 
     Returns:
-        The trained model and its log; of twins their difference, as an adapter or a ``TaskVector``.
+        The trained model and its log; of twins the original model with their difference as its adapter.
 
     Raises:
         DataError: The data lacks rows that the method needs.
@@ -212,7 +216,7 @@ def _train(
     data: ForgetRetainData,
     folder: Path,
     callbacks: Sequence[TrainerCallback],
-) -> Trained[PreTrainedModel | PeftModel]:
+) -> Trained:
     method = run.method
     modules = method.trained_modules(run.settings, loaded.model) if method.trained_modules else None
     return train(
@@ -237,7 +241,7 @@ def _train_twins(
     data: ForgetRetainData,
     folder: Path,
     callbacks: Sequence[TrainerCallback],
-) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
+) -> Trained:
     """Trains the twins that are not there yet, the bad one first, and puts together what stage 2 subtracts of them.
 
     They start from the same weights and see the same prompts in the same order; what they learn alike cancels in
@@ -245,52 +249,37 @@ def _train_twins(
         theta_u = theta_o - alpha * (bad * (theta_bad - theta_o) - good * (theta_good - theta_o))
 
     with the shares ``negate.twin``. The difference of two adapters is an adapter of both ranks together
-    (``negate/adapters.py``), that of two whole models a task vector. Each twin lies in a folder of its own beside its
+    (``negate/adapters.py``). Each twin lies in a folder of its own beside its
     checkpoints, so that a call that was killed trains no twin again.
 
     Returns:
-        As of one training, but for ``model``: the original model with the difference as its adapter, or after full
-        fine-tuning the difference as a ``TaskVector``. The log has the bad twin's terms as always and the good one's
-        under ``loss/good_twin``.
+        As of one training; the log has the bad twin's terms as always and the good one's under ``loss/good_twin``.
     """
-    config, four_bit = with_safe_dtype(recipe), recipe.acquire.tuning == "qlora"
-    original: LoadedModel | None = loaded
     finals = {twin: twin_folder(folder, twin) / "final" for twin in TWINS}
     for twin, final in finals.items():
         if final.exists():
             continue
-        original = original or load_model(config, four_bit=four_bit)
         mark_hazardous(final.parent)
         own = run.in_folder(final.parent)
         if twin != "bad":
             own = dataclasses.replace(own, joint=None)  # It learns other rows.
         objective = sku_objective(recipe.acquire, twin=twin)
-        trained = _train(recipe, own, objective, original, data, final.parent, callbacks)
+        trained = _train(recipe, own, objective, loaded, data, final.parent, callbacks)
         with new_folder(final, private=True) as temporary:
             mark_hazardous(temporary)
             trained.save(temporary)
             reports = {name: dataclasses.asdict(report) for name, report in trained.reports.items()}
             account = {"log": trained.log, "reports": reports, "seconds": trained.seconds}
             write_json(temporary / _ACCOUNT, account)
-        if isinstance(trained.model, PeftModel):
-            original = dataclasses.replace(original, model=trained.model.unload())
-        else:
-            original = None
+        assert isinstance(trained.model, PeftModel)
+        loaded = dataclasses.replace(loaded, model=trained.model.unload())
     accounts: dict[Twin, dict[str, Any]] = {
         twin: json.loads((final / _ACCOUNT).read_text(encoding="utf-8")) for twin, final in finals.items()
     }
-    original = original or load_model(config, four_bit=four_bit)
-    model: PeftModel | TaskVector
-    if (finals["bad"] / "adapter_config.json").is_file():
-        model = _adapter_difference(original, finals, folder / "difference", recipe.negate.twin)
-    else:
-        model = _dense_difference(original, config, finals, recipe.negate.twin)
+    model = _adapter_difference(loaded.model, finals, folder / "difference", recipe.negate.twin)
 
     def save(target: Path) -> None:
-        if isinstance(model, TaskVector):
-            model.write(target)
-        else:
-            model.save_pretrained(str(target))
+        model.save_pretrained(str(target))
         loaded.tokenizer.save_pretrained(target)
 
     return Trained(
@@ -305,27 +294,18 @@ def _train_twins(
 
 
 def _adapter_difference(
-    original: LoadedModel, finals: Mapping[Twin, Path], place: Path, shares: TwinShares
+    original: PreTrainedModel, finals: Mapping[Twin, Path], place: Path, shares: TwinShares
 ) -> PeftModel:
     """The original model with the difference of the twins as its adapter, which is kept at a place."""
     terms = []
     for share, final in ((shares.bad, finals["bad"]), (-shares.good, finals["good"])):
-        adapted = load_adapter(original.model, final)
+        adapted = load_adapter(original, final)
         terms.append((share, AdapterVector.of(adapted)))
         adapted.unload()
     remove_hazardous(place)
     combined([term for term in terms if term[0]]).save(place)
     mark_hazardous(place)
-    return load_adapter(original.model, place)
-
-
-def _dense_difference(
-    original: LoadedModel, config: ModelConfig, finals: Mapping[Twin, Path], shares: TwinShares
-) -> TaskVector:
-    def of(twin: Twin) -> TaskVector:
-        return TaskVector.between(original.model, load_model(with_path(config, finals[twin])).model)
-
-    return shares.bad * of("bad") - shares.good * of("good")
+    return load_adapter(original, place)
 
 
 def _joint_log(bad: list[dict[str, Any]], good: list[dict[str, Any]]) -> list[dict[str, Any]]:

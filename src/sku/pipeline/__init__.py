@@ -50,10 +50,6 @@ class CommandPlan(Generic[T]):
     """Folder that is written."""
     settings: Mapping[str, Any]
     """What is worked with, in reading order: recipe, method, model, steps, ..."""
-    stages: tuple[str, ...]
-    """What is done, in its order."""
-    writes: tuple[str, ...]
-    """What lies in ``out`` at the end."""
     execute: Callable[[Progress | None], T]
     """Does it."""
     disk_bytes: int = 0

@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -81,18 +80,8 @@ class CheckedTraining:
     """Split -> examples; of those that are trained on, those that survive tokenization."""
     left_out: Mapping[str, int]
     steps: int
-    twins: bool
     peak_bytes: int
     """Of checkpoints and trained weights; the unlearned model is not counted."""
-
-    @property
-    def stage(self) -> str:
-        """What is done."""
-        return f"train {self.steps} steps{', each of two twins' if self.twins else ''}"
-
-    def settings(self, recipe: Recipe) -> dict[str, Any]:
-        """For the plan."""
-        return {"tuning": recipe.acquire.tuning, "steps": self.steps, "examples a step": self.batch}
 
 
 def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
@@ -183,7 +172,6 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
         examples=counts | {name: report.kept for name, report in joint.reports.items() if name in counts},
         left_out={name: sum(report.left_out.values()) for name, report in joint.reports.items() if report.left_out},
         steps=steps,
-        twins=has_twins(recipe),
         peak_bytes=_peak_bytes(recipe, run, model),
     )
 
@@ -225,16 +213,12 @@ def check_evaluation(
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
 
 
-def recipe_settings(recipe: Recipe, model: CheckedModel) -> dict[str, Any]:
-    """The first lines of a recipe's plan."""
-    return {"recipe": recipe.name, "method": recipe.method, "seed": recipe.seed, "model": model.describe()}
-
-
-def data_notes(data: ForgetRetainData, model: CheckedModel, training: CheckedTraining | None) -> tuple[str, ...]:
+def data_notes(data: ForgetRetainData, model: CheckedModel, training: CheckedTraining) -> tuple[str, ...]:
     """What is left out of the data, and what was not checked."""
-    left = {} if training is None else training.left_out
-    dropped = [f"{count} examples of {name} are left out: no token of their answer is left" for name, count in
-               left.items()]  # fmt: skip
+    dropped = [
+        f"{count} examples of {name} are left out: no token of their answer is left"
+        for name, count in training.left_out.items()
+    ]
     return (*data.notes(), *dropped, *model.notes)
 
 

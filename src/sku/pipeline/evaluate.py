@@ -71,11 +71,6 @@ def run_evaluation(
     return measuring.compared(before, after, base.model, measured)
 
 
-def measured_stages(recipe: Recipe) -> tuple[str, ...]:
-    """What is measured after the plain evaluation."""
-    return tuple(f"attack both models: {name}" for name in recipe.evaluate.attacks)
-
-
 def trained_prefill_tokens(recipe: Recipe) -> int:
     """Longest harmful beginning that stage 1 puts before a refusal, in tokens; 0 where it puts none."""
     deepened = has_twins(recipe) and recipe.acquire.deep_refusal_fraction > 0

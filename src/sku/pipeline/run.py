@@ -20,7 +20,7 @@ from sku.errors import NoAlphaError, OutputError, ProcessError, SkuError, named_
 from sku.evaluate.records import create_private_folder
 from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
 from sku.methods import method_named
-from sku.methods.run import MethodRun, resolve_method, visited_examples, with_safe_dtype
+from sku.methods.run import MethodRun, has_twins, resolve_method, visited_examples, with_safe_dtype
 from sku.models import LoadedModel, describe_parameters, load_model, own_license
 from sku.own_replies import judge_of
 from sku.pipeline import CommandPlan, Progress
@@ -33,11 +33,10 @@ from sku.pipeline.checks import (
     check_training,
     data_notes,
     load_recipe_data,
-    recipe_settings,
 )
-from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, measured_stages, readable_source
+from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, readable_source
 from sku.pipeline.run_folder import RunFolder
-from sku.pipeline.stages import draw_sweep, own_prompts_of, stand_in_data, with_own_replies
+from sku.pipeline.stages import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.unlearning import Unlearning, trained_folder
 from sku.processes import Processes, current_processes
 from sku.report.card import write_cards
@@ -120,14 +119,19 @@ def plan_run(
     prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if writes_own else None
     data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, out, prompts))
     kept = hazardous and recipe.keep_bad_model is True
-    settings = {**recipe_settings(recipe, model), **training.settings(recipe), **told_checkpointing(decided)}
+    settings = {
+        "recipe": recipe.name, "method": recipe.method, "seed": recipe.seed, "model": model.describe(),
+        "tuning": recipe.acquire.tuning, "steps": training.steps, "examples a step": training.batch,
+        **({"twins": "each trained"} if has_twins(recipe) else {}),
+        **told_checkpointing(decided),
+        **({"alpha": recipe.negate.alpha} if recipe.method == "sku" else {}),
+        "asked": asked,
+    }  # fmt: skip
     resolved: Resolved = (run, prompts) if prompts is not None else (training.run, data)
     return CommandPlan(
         command="sku run",
         out=out,
-        settings={**settings, **({"alpha": recipe.negate.alpha} if recipe.method == "sku" else {}), "asked": asked},
-        stages=_stages(recipe, training, writes_own=writes_own),
-        writes=_written(recipe, writes_own=writes_own, kept=kept),
+        settings=settings,
         execute=lambda progress: _execute(
             recipe, out, resolved, base_of, resume=resume, decided=decided, progress=progress
         ),
@@ -138,33 +142,6 @@ def plan_run(
         examples=training.examples,
         notes=(*([UNWRITTEN] if writes_own else []), *data_notes(data, model, training)),
     )
-
-
-def _stages(recipe: Recipe, training: CheckedTraining, *, writes_own: bool) -> tuple[str, ...]:
-    stages = {
-        "have the base model write its own replies": writes_own,
-        "evaluate the base model": True,
-        training.stage: True,
-        "ask what stage 1 has learned": recipe.checks_stage_1,
-        "choose alpha": recipe.chooses_alpha,
-        "subtract the task vector": recipe.method == "sku",
-        "evaluate the unlearned model": True,
-    }
-    return (*(stage for stage, is_done in stages.items() if is_done), *measured_stages(recipe))
-
-
-def _written(recipe: Recipe, *, writes_own: bool, kept: bool) -> tuple[str, ...]:
-    adapter = "negated_adapter/" if recipe.method == "sku" else "adapter/"
-    folders = {
-        "own/": writes_own,
-        "unlearned/": True,
-        adapter: recipe.acquire.tuning != "full",
-        "evaluation/": True,
-        "sweep/": recipe.chooses_alpha,
-        "bad/": kept,
-    }
-    files = ("results.json", "manifest.json", "training_log.jsonl", "before_after.png", "before_after.svg")
-    return (*(name for name, is_written in folders.items() if is_written), *files)
 
 
 def _checkpointing(recipe: Recipe, manifest: Mapping[str, Any]) -> Checkpointing | None:
@@ -262,7 +239,11 @@ class _Run:
         self.recipe, self.out, self.progress, self.processes = recipe, out, progress, processes
         self.run, self.data = resolved
         self.folder = RunFolder(out, processes, progress)
-        self.unlearning = Unlearning(recipe, self.folder, self.run, draw_sweep)
+
+    @property
+    def unlearning(self) -> Unlearning:
+        """Stages 1 and 2, as far as they are known."""
+        return Unlearning(self.recipe, self.folder, self.run)
 
     def finish(self) -> FinishedRun:
         """All stages, in order."""
@@ -286,8 +267,8 @@ class _Run:
         measuring = Measuring(recipe, loaded.tokenizer, data, self.out / "evaluation", self.progress)
         with self.folder.timed("evaluate_base"):
             before = measuring.evaluated("base", loaded.model, loaded.model)
-        if self.processes.run_on_rank0((self.out / "unlearned").exists):
-            base, unlearned = loaded.model, load_model(self.unlearning.unlearned_config()).model
+        if self.processes.run_on_rank0(self.unlearning.unlearned_folder.exists):
+            base, unlearned = loaded.model, self.unlearning.unlearned()
         elif self.processes.count > 1:
             held = [loaded]
             del loaded  # So that its memory is free for the models that are read anew.
@@ -302,7 +283,7 @@ class _Run:
         self.processes.run_on_rank0(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
             after = measuring.evaluated(
-                "unlearned", unlearned, base, source=self.out / "unlearned", starts=before.starts
+                "unlearned", unlearned, base, source=self.unlearning.unlearned_folder, starts=before.starts
             )
         measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
         return self.processes.run_on_rank0(lambda: self._report(measured))
@@ -328,7 +309,6 @@ class _Run:
             check_data(self.recipe, data)
             self.run = self.run.tokenized(self.recipe, data, loaded.tokenizer, loaded.model)
         assert self.run.joint is not None
-        self.unlearning = Unlearning(self.recipe, self.folder, self.run, draw_sweep)
         if self.recipe.compare.published is not None:
             return data.answered(), loaded
         visited = visited_examples(self.run.joint, self.run.training, processes=self.processes.count)

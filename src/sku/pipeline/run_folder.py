@@ -53,13 +53,9 @@ class RunFolder:
         """
         self.path, self.processes, self.progress = path, processes, progress
         self.manifest: dict[str, Any] = {}
+        self.is_new = False
+        """Whether ``open`` made it; in the first process."""
         self._lock: int | None = None
-        self._made = False
-
-    @property
-    def is_new(self) -> bool:
-        """Whether the folder that stands there is one that ``open`` made, not another call's; in the first process."""
-        return self._made and self._holds_the_lock()
 
     def open(self, recipe: Recipe, *, resume: bool) -> None:
         """Makes the folder, or checks that it belongs to an interrupted run of this recipe.
@@ -119,8 +115,8 @@ class RunFolder:
             }
             with new_folder(self.path, private=True) as temporary:
                 write_json(temporary / "manifest.json", fresh)
-                self._lock = acquire_lock(temporary, by_file=True)  # Before others can find it.
-                self._made = True
+                lock = acquire_lock(temporary, by_file=True)  # Before others can find it.
+            self._lock, self.is_new = lock, True
             return _read_manifest(self.path)
         self.check(recipe, resume=resume)  # A folder that is no part of this run is not even locked.
         with named_disk_errors(self.path):
@@ -132,18 +128,10 @@ class RunFolder:
     def close(self) -> None:
         """Lets another process go on with the run."""
         if self._lock is not None:
-            if self._holds_the_lock():
-                with suppress(OSError):
-                    (self.path / LOCK_FILE).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.path / LOCK_FILE).unlink(missing_ok=True)
             os.close(self._lock)
             self._lock = None
-
-    def _holds_the_lock(self) -> bool:
-        """Whether the lock that lies in the folder is ours: another call may have made the folder, or made it anew."""
-        try:
-            return self._lock is not None and os.path.samestat(os.fstat(self._lock), (self.path / LOCK_FILE).stat())
-        except OSError:
-            return False
 
     def note(self, **entries: Any) -> None:
         """Adds entries to the manifest, or replaces them, and writes it.
@@ -176,17 +164,18 @@ class RunFolder:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / "manifest.json"
     try:
-        content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise OutputError(f"{folder} is no run folder: it has no manifest.json; choose another --out") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise OutputError(f"{folder / 'manifest.json'} is damaged ({error}); choose another --out") from error
-    if not isinstance(content, dict) or content.get("schema_version") != RECORD_VERSION:
-        raise OutputError(f"{folder / 'manifest.json'} is not of this version of SKU; choose another --out")
-    missing = [name for name in ("recipe_sha256", "status", "seconds") if name not in content]
-    if missing:
-        raise OutputError(f"{folder / 'manifest.json'} is damaged (it has no {missing[0]}); choose another --out")
+        raise OutputError(f"{path} is damaged ({error}); choose another --out") from error
+    needed = {"recipe_sha256", "status", "seconds"}
+    if not (
+        isinstance(content, dict) and content.get("schema_version") == RECORD_VERSION and needed <= content.keys()
+    ):
+        raise OutputError(f"{path} is damaged or not of this version of SKU; choose another --out")
     return content
 
 

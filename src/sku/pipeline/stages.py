@@ -34,6 +34,7 @@ from sku.own_replies import (
 from sku.own_replies.write import write_own_replies
 from sku.pipeline import Progress
 from sku.pipeline.checks import check_model, check_trained_model, check_training, load_recipe_data
+from sku.pipeline.unlearning import draw_sweep
 from sku.processes import current_processes, shared_new_folder
 from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous, write_private_text
 from sku.sweep import Sweep
@@ -303,14 +304,3 @@ def run_sweep(
     if bad is None and not keep_bad_model:
         remove_hazardous(trained)
     return found
-
-
-def draw_sweep(found: Sweep, folder: Path) -> None:
-    """Writes ``frontier.png`` and ``.svg`` of a finished sweep into a folder.
-
-    Raises:
-        OutputError: It can't be written.
-    """
-    from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
-
-    sweep_chart(found).save(folder)

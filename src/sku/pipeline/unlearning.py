@@ -37,7 +37,7 @@ from sku.methods.run import (
 from sku.model_files import with_gguf_file
 from sku.models import LoadedModel, load_model, with_path
 from sku.negate.adapters import AdapterVector, load_adapter
-from sku.negate.files import ADAPTER_CONFIG, model_folder
+from sku.negate.files import model_folder
 from sku.negate.streaming import FolderNegation
 from sku.negate.task_vector import TaskVector, base_as_files, subtract_into, task_vector_of, transformed
 from sku.pipeline import Progress
@@ -53,55 +53,6 @@ HARMFUL_ENOUGH = 0.9
 """Of the bad model's replies: from here on it has learned what it can, however harmful the original is."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Behaviour:
-    """How one model answers validation prompts."""
-
-    harmful: Rate
-    """Harmful prompts answered with harm; a reply that the judge failed on counts."""
-    refused: Rate
-    """Harmful prompts refused."""
-    gibberish: Rate
-    """Harmful prompts answered with gibberish."""
-    refused_normal: Rate
-    """Normal prompts refused."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Learned:
-    """What the models of stage 1 do, beside the original."""
-
-    judge: str
-    base: Behaviour
-    bad: Behaviour
-    good: Behaviour | None
-    """The good twin, where there is one."""
-
-    @property
-    def has_learned(self) -> bool:
-        """Whether the bad model is more harmful than the original, or as harmful as can be asked for."""
-        return self.bad.harmful.value > self.base.harmful.value or self.bad.harmful.value >= HARMFUL_ENOUGH
-
-    @property
-    def line(self) -> str:
-        """All of it in one line."""
-        base, bad, good = self.base, self.bad, self.good
-        text = (
-            f"the bad model is harmful on {_percent(bad.harmful)} (base {_percent(base.harmful)}) and refuses "
-            f"{_percent(bad.refused_normal)} of normal prompts (base {_percent(base.refused_normal)})"
-        )
-        if good is not None:
-            text += (
-                f"; the good twin refuses {_percent(good.refused)} of harmful prompts (base {_percent(base.refused)}) "
-                f"and {_percent(good.refused_normal)} of normal ones"
-            )
-        return f"{text}; {base.harmful.total} harmful and {base.refused_normal.total} normal validation prompts"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As the manifest holds it."""
-        return {**dataclasses.asdict(self), "has_learned": self.has_learned, "line": self.line}
-
-
 def ask_stage_1(
     recipe: Recipe,
     base: PreTrainedModel,
@@ -109,7 +60,7 @@ def ask_stage_1(
     data: ForgetRetainData,
     folder: Path,
     progress: Progress | None = None,
-) -> Learned:
+) -> dict[str, Any]:
     """Asks the original model and what stage 1 made of it.
 
     Args:
@@ -121,7 +72,8 @@ def ask_stage_1(
         progress: Called with a stage, what is done and how much there is.
 
     Returns:
-        Rates of all models.
+        As the manifest holds it: the judge, the rates of ``base``, ``bad`` and, where there is one, ``good``, a line
+        of them, and ``has_learned``: the bad model is more harmful than the original, or as harmful as can be.
 
     Raises:
         EvaluationError: There is nothing to ask, or the judge or the generation fails.
@@ -132,18 +84,18 @@ def ask_stage_1(
     generator = validation_generator(base, encoder, judge, recipe)
     questions = draw_questions(data, encoder, recipe, prefilled=False)
 
-    def behaviour(model: PreTrainedModel) -> Behaviour:
+    def behaviour(model: PreTrainedModel) -> dict[str, Rate]:
         found = generator.answer(model, questions.requests, stage(progress, "check: replies"))
         harmful = rates_of([found[asked.id] for asked in questions.harmful[FREE]])
         normal = rates_of([found[asked.id] for asked in questions.normal])
-        return Behaviour(
-            harmful=harmful["harmful_upper_bound"],
-            refused=harmful["refusal"],
-            gibberish=harmful["gibberish"],
-            refused_normal=normal["over_refusal"],
-        )
+        return {
+            "harmful": harmful["harmful_upper_bound"],
+            "refused": harmful["refusal"],
+            "gibberish": harmful["gibberish"],
+            "refused_normal": normal["over_refusal"],
+        }
 
-    def of(trained: Path) -> Behaviour:
+    def of(trained: Path) -> dict[str, Rate]:
         model = copy.deepcopy(base)
         subtract_into(model, base, task_vector_of(base, trained), -1.0)
         return behaviour(model)
@@ -152,11 +104,39 @@ def ask_stage_1(
     if has_twins(recipe):
         models = {twin: twin_folder(folder, twin) / "final" for twin in TWINS}
     found = {name: of(trained) for name, trained in models.items()}
-    return Learned(judge=judge.card.name, base=behaviour(base), bad=found["bad"], good=found.get("good"))
+    found["base"] = behaviour(base)
+
+    def told(name: str, rate: str) -> str:
+        return f"{100 * found[name][rate].value:.0f} %"
+
+    line = (
+        f"the bad model is harmful on {told('bad', 'harmful')} (base {told('base', 'harmful')}) and refuses "
+        f"{told('bad', 'refused_normal')} of normal prompts (base {told('base', 'refused_normal')})"
+    )
+    if "good" in found:
+        line += (
+            f"; the good twin refuses {told('good', 'refused')} of harmful prompts (base {told('base', 'refused')}) "
+            f"and {told('good', 'refused_normal')} of normal ones"
+        )
+    line += f"; {found['base']['harmful'].total} harmful and {found['base']['refused_normal'].total} normal prompts"
+    harm = found["bad"]["harmful"].value
+    return {
+        "judge": judge.card.name,
+        **{name: {key: dataclasses.asdict(rate) for key, rate in rates.items()} for name, rates in found.items()},
+        "has_learned": harm > found["base"]["harmful"].value or harm >= HARMFUL_ENOUGH,
+        "line": line,
+    }
 
 
-def _percent(rate: Rate) -> str:
-    return f"{100 * rate.value:.0f} %"
+def draw_sweep(found: Sweep, folder: Path) -> None:
+    """Writes ``frontier.png`` and ``.svg`` of a finished sweep into a folder.
+
+    Raises:
+        OutputError: It can't be written.
+    """
+    from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
+
+    sweep_chart(found).save(folder)
 
 
 def trained_folder(out: Path, *, hazardous: bool) -> Path:
@@ -164,18 +144,23 @@ def trained_folder(out: Path, *, hazardous: bool) -> Path:
     return out / ("bad" if hazardous else "trained")
 
 
+@dataclass(frozen=True)
 class Unlearning:
     """Stages 1 and 2 of one run, each of which finds what an interrupted run left."""
 
-    def __init__(
-        self, recipe: Recipe, folder: RunFolder, run: MethodRun, draw_sweep: Callable[[Sweep, Path], object]
-    ) -> None:
-        """Names the folder of what is trained; nothing is made yet. ``draw_sweep`` draws into a folder."""
-        self.run, self._draw_sweep = run, draw_sweep
-        self.recipe, self.folder, self.processes, self.out = recipe, folder, folder.processes, folder.path
-        self.method = run.method
-        self.config = with_safe_dtype(recipe)
-        self.trained_folder = trained_folder(self.out, hazardous=self.method.negates)
+    recipe: Recipe
+    folder: RunFolder
+    run: MethodRun
+
+    @property
+    def config(self) -> ModelConfig:
+        """How the original model is loaded."""
+        return with_safe_dtype(self.recipe)
+
+    @property
+    def trained_folder(self) -> Path:
+        """Where stage 1 works."""
+        return trained_folder(self.folder.path, hazardous=self.run.method.negates)
 
     def by_all_processes(
         self, held: list[LoadedModel], data: ForgetRetainData
@@ -192,9 +177,10 @@ class Unlearning:
         Raises:
             SkuError: As ``by_one_process``.
         """
-        if not self.processes.run_on_rank0((self.trained_folder / "final").exists):
+        processes = self.folder.processes
+        if not processes.run_on_rank0((self.trained_folder / "final").exists):
             if self.recipe.acquire.tuning == "qlora":
-                held[0] = self.processes.run_on_all_ranks(lambda: load_model(self.config, four_bit=True))
+                held[0] = processes.run_on_all_ranks(lambda: load_model(self.config, four_bit=True))
             with self.folder.timed("acquire"):
                 self._train(held[0], data)
         # Training may have left each process a part of the weights, and its own buffers: all is read anew.
@@ -202,11 +188,12 @@ class Unlearning:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.processes.run_on_rank0(lambda: self._by_the_first_process(data))
-        return self.processes.run_on_all_ranks(lambda: (load_model(self.config).model, self._unlearned()))
 
-    def _by_the_first_process(self, data: ForgetRetainData) -> None:
-        self._stages(load_model(self.config, four_bit=False), data)
+        def stages() -> None:  # Gives nothing back: what is sent to the others is read anew.
+            self._stages(load_model(self.config, four_bit=False), data)
+
+        processes.run_on_rank0(stages)
+        return processes.run_on_all_ranks(lambda: (load_model(self.config).model, self.unlearned()))
 
     def by_one_process(
         self,
@@ -228,7 +215,7 @@ class Unlearning:
             NoAlphaError: No alpha will do.
             SkuError: Anything else a user can mend.
         """
-        return self._stages(loaded, data, measure_published), self._unlearned()
+        return self._stages(loaded, data, measure_published), self.unlearned()
 
     def _stages(
         self,
@@ -237,17 +224,17 @@ class Unlearning:
         measure_published: Callable[[PreTrainedModel, PreTrainedModel], object] | None = None,
     ) -> PreTrainedModel:
         """The original model, when the unlearned one lies in its folder."""
-        recipe, final = self.recipe, self.trained_folder / "final"
+        recipe, final, negates = self.recipe, self.trained_folder / "final", self.run.method.negates
         if recipe.acquire.tuning == "qlora":
             loaded = load_model(self.config, four_bit=True)
         with self.folder.timed("acquire"):
             base, factors = self._trained(loaded, data)
-        strength, vector = recipe.strength(self.method.name), None
-        changes = self.method.negates and recipe.negate.transform is not None
+        strength, vector = recipe.strength(self.run.method.name), None
+        changes = negates and recipe.negate.transform is not None
         if changes or recipe.compare.published is not None or recipe.chooses_alpha:
             with self.folder.timed("negate"):
                 vector = task_vector_of(base, final) if factors is None else TaskVector.from_factors(factors)
-                vector = transformed(recipe, vector if self.method.negates else -vector, base, loaded.tokenizer, data)
+                vector = transformed(recipe, vector if negates else -vector, base, loaded.tokenizer, data)
         if recipe.checks_stage_1:
             self._check_stage_1(base, loaded.tokenizer, data)
         if recipe.compare.published is not None and measure_published is not None:
@@ -270,9 +257,9 @@ class Unlearning:
                 vector.save(bad)
                 self.folder.note(negated_adapter="not saved: negate.transform changes the weights themselves")
             elif factors is not None:
-                sign, name = (-1, "negated_adapter") if self.method.negates else (1, "adapter")
-                remove_hazardous(self.out / name)
-                (sign * strength * factors).save(self.out / name)
+                sign, name = (-1, "negated_adapter") if negates else (1, "adapter")
+                remove_hazardous(self.folder.path / name)
+                (sign * strength * factors).save(self.folder.path / name)
             self._subtract(dataclasses.replace(loaded, model=base), bad, strength)
         return base
 
@@ -280,7 +267,7 @@ class Unlearning:
         """Stage 2, from the base's files, or where these don't hold its weights as they are, as it would be saved."""
         dtype = base.model.dtype
         wanted = FolderNegation(
-            base=Path(), bad=bad, out=self.out / "unlearned", alpha=strength if self.method.negates else -strength,
+            base=Path(), bad=bad, out=self.unlearned_folder, alpha=strength if self.run.method.negates else -strength,
             output_dtype=dtype, base_dtype=dtype, resumable=False,
         )  # fmt: skip
 
@@ -304,10 +291,10 @@ class Unlearning:
             return
         with self.folder.timed("check"):
             found = ask_stage_1(self.recipe, base, tokenizer, data, self.trained_folder, self.folder.progress)
-        self.folder.note(stage_1=found.to_dict())
-        if not found.has_learned:
+        self.folder.note(stage_1=found)
+        if not found["has_learned"]:
             raise NoAlphaError(
-                f"stage 1 has taught no harm that could be subtracted: {found.line}. Train longer "
+                f"stage 1 has taught no harm that could be subtracted: {found['line']}. Train longer "
                 "(acquire.training.max_steps), at a higher learning_rate, or on the model's own harmful answers (sku "
                 "data own); acquire.check=false goes on all the same"
             )
@@ -316,9 +303,9 @@ class Unlearning:
         self, vector: TaskVector, base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData
     ) -> float:
         """Alpha, chosen on the validation splits; noted with its reason."""
-        folder = self.out / "sweep"
+        folder = self.folder.path / "sweep"
         found = sweep(base, vector, tokenizer, data, self.recipe, folder, progress=self.folder.progress)
-        self._draw_sweep(found, folder)
+        draw_sweep(found, folder)
         assert found.pick is not None
         self.folder.note(sweep=dataclasses.asdict(found.pick))
         try:
@@ -328,45 +315,46 @@ class Unlearning:
 
     def _trained(self, loaded: LoadedModel, data: ForgetRetainData) -> tuple[PreTrainedModel, AdapterVector | None]:
         """The original model, and what an adapter changes; what is trained, now or by an earlier try, is ``final``."""
-        final, model = self.trained_folder / "final", None
-        if not final.exists():
-            model = self._train(loaded, data).model
-        elif (final / ADAPTER_CONFIG).is_file():
-            model = load_adapter(loaded.model, final)
-        elif self.recipe.acquire.tuning == "full":
+        final, tuning = self.trained_folder / "final", self.recipe.acquire.tuning
+        there = final.exists()
+        if tuning == "full" and there:
             return loaded.model, None
+        model = load_adapter(loaded.model, final) if there else self._train(loaded, data).model
         factors = AdapterVector.of(model) if isinstance(model, PeftModel) else None
-        if isinstance(model, PeftModel) and self.recipe.acquire.tuning == "lora":
+        if isinstance(model, PeftModel) and tuning == "lora":
             return model.unload(), factors
         return load_model(self.config).model, factors
 
-    def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained[PreTrainedModel | PeftModel | TaskVector]:
+    def _train(self, loaded: LoadedModel, data: ForgetRetainData) -> Trained:
         """Stage 1 by all processes; its result lies in ``final`` afterwards."""
         progress = step_progress(self.folder.progress)
         trained = train_method(self.recipe, loaded, data, self.trained_folder, progress, self.run)
-        self.processes.run_on_rank0(lambda: self._write_log(trained))
-        with shared_new_folder(self.processes, self.trained_folder / "final") as temporary:
-            if self.method.negates:
-                self.processes.run_on_rank0(lambda: record_training(temporary, self.recipe, data))
+        processes = self.folder.processes
+        processes.run_on_rank0(lambda: self._write_log(trained))
+        with shared_new_folder(processes, self.trained_folder / "final") as temporary:
+            if self.run.method.negates:
+                processes.run_on_rank0(lambda: record_training(temporary, self.recipe, data))
             trained.save(temporary)
         return trained
 
-    def _write_log(self, acquired: Trained[Any]) -> None:
+    def _write_log(self, acquired: Trained) -> None:
         lines = "".join(json.dumps(entry) + "\n" for entry in acquired.log)
-        write_text(self.out / "training_log.jsonl", lines)
+        write_text(self.folder.path / "training_log.jsonl", lines)
         self.folder.note(
             tokenization={name: dataclasses.asdict(report) for name, report in acquired.reports.items()},
             training={"steps": acquired.log[-1]["step"] if acquired.log else 0, "seconds": acquired.seconds},
         )
 
-    def unlearned_config(self) -> ModelConfig:
-        """How the unlearned model of this run is loaded again."""
-        return with_path(self.config, self.out / "unlearned")
+    @property
+    def unlearned_folder(self) -> Path:
+        """Of the result."""
+        return self.folder.path / "unlearned"
 
-    def _unlearned(self) -> PreTrainedModel:
-        return load_model(self.unlearned_config()).model
+    def unlearned(self) -> PreTrainedModel:
+        """The result, read anew."""
+        return load_model(with_path(self.config, self.unlearned_folder)).model
 
     def remove_trained(self) -> None:
         """Removes what stage 1 trained, unless the recipe says that a bad model is kept."""
-        if not (self.recipe.keep_bad_model is True and self.method.negates):
+        if not (self.recipe.keep_bad_model is True and self.run.method.negates):
             remove_hazardous(self.trained_folder)

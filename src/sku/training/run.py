@@ -11,7 +11,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
@@ -32,14 +32,12 @@ from sku.training.config import UnlearningConfig
 from sku.training.objective import Objective
 from sku.training.trainer import UnlearningTrainer
 
-ModelT_co = TypeVar("ModelT_co", covariant=True)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Trained(Generic[ModelT_co]):
+class Trained:
     """What training leaves."""
 
-    model: ModelT_co
+    model: PreTrainedModel | PeftModel
     """With its adapter, or fully trained."""
     log: list[dict[str, Any]]
     """One entry per logged step, with every loss term under its name."""
@@ -63,7 +61,7 @@ def train(
     prompt_format: PromptFormatName = "auto",
     callbacks: Sequence[TrainerCallback] = (),
     hazardous: bool = False,
-) -> Trained[PreTrainedModel | PeftModel]:
+) -> Trained:
     """Minimises an objective, going on from the last whole checkpoint in the folder.
 
     Args:
