@@ -35,9 +35,9 @@ def test_settings_are_put_in_as_a_run_takes_them(
     """Into the recipe that is made for the model; nothing is replaced, and nothing wrong is written."""
     monkeypatch.chdir(tmp_path)
     options = ["--set", "negate.twin={bad: 0, good: 1}", "--set", "acquire.training.max_steps=7", "--set", "name=mine"]
-    code, out, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", "--set", "acquire.check=false", *options)
+    code, out, err = command("init", "p.csv", "--model", "facebook/opt-2.7b", "--set", "acquire.twin=good", *options)
     assert code == 0, err
-    made, written = load_recipe("opt-2.7b-paper", ["acquire.check=false", *options[1::2]]), load_recipe("recipe.yaml")
+    made, written = load_recipe("opt-2.7b-paper", ["acquire.twin=good", *options[1::2]]), load_recipe("recipe.yaml")
     assert written.name == "mine"
     assert (written.acquire, written.negate, written.evaluate) == (made.acquire, made.negate, made.evaluate)
     assert "runs/mine" in out

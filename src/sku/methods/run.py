@@ -124,13 +124,10 @@ def resolve_method(recipe: Recipe, folder: Path, *, device: str | None = None) -
         device=pick_device(recipe.model.device).type if device is None else device,
         places=dict.fromkeys(own.training, f"methods.{method.name}.training"),
     )
-    if is_sku and recipe.acquire.twin == "good" and recipe.acquire.tuning == "full":
+    if is_sku and recipe.acquire.twin == "good" and (recipe.acquire.tuning == "full" or training.world_size > 1):
         raise RecipeError(
-            "acquire.twin good trains adapters: set acquire.tuning to lora or qlora, or acquire.twin=none"
-        )
-    if is_sku and recipe.acquire.twin == "good" and training.world_size > 1:
-        raise RecipeError(
-            "acquire.twin good trains two models in one process: start it without a launcher, or set acquire.twin=none"
+            "acquire.twin good trains two adapters in one process: set acquire.tuning to lora or qlora and start it "
+            "without a launcher, or set acquire.twin=none"
         )
     if is_sku and recipe.negate.transform is not None:
         transform_in(recipe.negate.transform)

@@ -171,10 +171,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         raise OutputError(f"{folder} is no run folder: it has no manifest.json; choose another --out") from None
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{path} is damaged ({error}); choose another --out") from error
-    needed = {"recipe_sha256", "status", "seconds"}
-    if not (
-        isinstance(content, dict) and content.get("schema_version") == RECORD_VERSION and needed <= content.keys()
-    ):
+    needed = {"schema_version", "recipe_sha256", "status", "seconds"}
+    if not isinstance(content, dict) or needed - content.keys() or content["schema_version"] != RECORD_VERSION:
         raise OutputError(f"{path} is damaged or not of this version of SKU; choose another --out")
     return content
 
