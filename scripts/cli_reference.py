@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ code 130, SIGTERM 143. Results go to standard output, progress and messages to s
 is one JSON document and nothing else. What holds for all commands, dry runs and completion among it:
 [using the command line](command_line.md).
 """
+SHARED = 3
+"""An option that so many commands have, with the same words, is described once for all."""
 
 
 def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -44,14 +47,6 @@ def commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
 def text_of(value: object) -> str:
     """A text as a cell of a table."""
     return " ".join(inspect.cleandoc(str(value or "")).split()).replace("|", "\\|")
-
-
-def default_of(parameter: Any) -> str:
-    """What holds where an option is left out, where that is something to know."""
-    default = parameter.default
-    if parameter.required or default is None or default is False or callable(default) or default in ((), []):
-        return ""
-    return f"`{default}`"
 
 
 def usage_line(path: str, command: Any) -> str:
@@ -71,48 +66,44 @@ def written(option: Any) -> str:
     return str(option.get_help_record(CONTEXT)[0])
 
 
-def table(heading: str, rows: list[tuple[str, str, str]]) -> Iterator[str]:
-    """A table of three columns, or nothing where there is no row."""
-    if rows:
-        yield f"\n| {heading} | | default |\n|---|---|---|\n"
-        yield from (f"| {name} | {text} | {default} |\n" for name, text, default in rows)
+def rows_of(command: Any) -> Iterator[tuple[str, str]]:
+    """Arguments and options of a command, each with what it is for and what holds where it is left out."""
+    for item in sorted(command.params, key=lambda item: item.param_type_name):
+        if getattr(item, "hidden", False) or item.name == "help":
+            continue
+        name = written(item) if item.param_type_name == "option" else item.metavar or item.name.upper()
+        default = item.default
+        if item.required:
+            more = " **Required.**" if item.param_type_name == "option" else ""
+        else:
+            more = "" if default in (None, False, (), []) or callable(default) else f" Default `{default}`."
+        yield f"`{text_of(name)}`", text_of(item.help) + more
 
 
-def section(path: str, command: Any) -> Iterator[str]:
-    """Everything about one command."""
-    yield f"\n{'##' if path.count(' ') < 2 else '###'} {path}\n\n"
-    yield f"```text\n{usage_line(path, command)}\n```\n\n"
-    yield inspect.cleandoc(command.help or "").replace("\f", "").strip() + "\n"
-    shown = [parameter for parameter in command.params if not getattr(parameter, "hidden", False)]
-    arguments = [item for item in shown if item.param_type_name == "argument"]
-    options = [item for item in shown if item.param_type_name == "option" and item.name != "help"]
-    yield from table(
-        "argument",
-        [(f"`{item.metavar or item.name.upper()}`", text_of(item.help), default_of(item)) for item in arguments],
-    )
-    yield from table(
-        "option",
-        [
-            (
-                f"`{text_of(written(item))}`",
-                text_of(item.help) + (" **Required.**" if item.required else ""),
-                default_of(item),
-            )
-            for item in options
-        ],
-    )
-    if hasattr(command, "commands"):
-        below = (
-            (f"`{path} {name}`", text_of(item.help).split(". ")[0].removesuffix("."))
-            for name, item in command.commands.items()
-        )
-        yield "\n| command | |\n|---|---|\n"
-        yield from (f"| {name} | {text} |\n" for name, text in below)
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """A table of two columns."""
+    return "\n| | |\n|---|---|\n" + "".join(f"| {name} | {text} |\n" for name, text in rows)
+
+
+def section(path: str, command: Any, shared: set[tuple[str, str]]) -> str:
+    """Everything about one command; of shared options the names."""
+    text = f"\n{'##' if path.count(' ') < 2 else '###'} {path}\n\n```text\n{usage_line(path, command)}\n```\n\n"
+    text += inspect.cleandoc(command.help or "").replace("\f", "").strip() + "\n"
+    rows = list(rows_of(command))
+    if own := [row for row in rows if row not in shared]:
+        text += table(own)
+    if names := [name for name, words in rows if (name, words) in shared]:
+        text += f"\nShared: {', '.join(names)}.\n"
+    return text
 
 
 def page() -> str:
     """The whole page."""
-    return HEAD + "".join("".join(section(path, command)) for path, command in commands(ROOT, "sku"))
+    found = list(commands(ROOT, "sku"))
+    counted = Counter(row for _, command in found for row in rows_of(command))
+    shared = {row: None for row, count in counted.items() if count >= SHARED}
+    head = f"{HEAD}\n## Shared by several commands\n{table(shared)}"
+    return head + "".join(section(path, command, set(shared)) for path, command in found)
 
 
 def main() -> int:
