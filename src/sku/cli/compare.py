@@ -16,8 +16,6 @@ from sku.config import EMBEDDED
 from sku.errors import RecipeError
 from sku.progress import quiet_libraries
 
-GROUPS = ("modules", "preservation", "random_answers")
-"""Names of ``sku.comparison.run.ABLATIONS``, which loads torch."""
 TABLE_FILE = "table.md"
 FIGURES = ("overview.png", "overview.svg")
 
@@ -28,14 +26,13 @@ def compare(
         str | None,
         typer.Option(
             help="Names from `sku init`, with commas between; all if left out.",
-            autocompletion=options.with_commas(options.method_names),
+            autocompletion=options.method_names,
         ),
     ] = None,
     ablate: Annotated[
         str | None,
         typer.Option(
             help="Take SKU apart instead: modules, preservation, random_answers, with commas; or all.",
-            autocompletion=options.with_commas(lambda: ("all", *GROUPS)),
         ),
     ] = None,
     seeds: Annotated[int, typer.Option("--seeds", min=1, help="Number of training seeds.")] = 3,

@@ -21,7 +21,6 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-import sku
 from sku.progress import let_libraries_speak, shown_progress, without_secret_addresses
 
 if TYPE_CHECKING:
@@ -159,8 +158,6 @@ def print_notes(texts: Iterable[str]) -> None:
         results.print(f"{'' if number else chr(10)}note      {text}")
 
 
-_levels: dict[str, int] = {}
-"""Of loggers that ``verbose`` has turned on, as they were before."""
 _loudness: Loudness = "usual"
 
 
@@ -177,15 +174,11 @@ def set_loudness(loudness: Loudness) -> None:
     if notes.quiet:
         warnings.simplefilter("ignore")
     let_libraries_speak(loudness == "verbose")
-    for name in _LOGGERS:
-        logger = logging.getLogger(name)
+    for logger in map(logging.getLogger, _LOGGERS):
         logger.removeHandler(_PRINTER)
         if loudness == "verbose":
-            _levels.setdefault(name, logger.level)
             logger.addHandler(_PRINTER)
             logger.setLevel(logging.INFO)
-        elif name in _levels:
-            logger.setLevel(_levels.pop(name))
 
 
 def print_cause(error: BaseException) -> None:
@@ -193,32 +186,15 @@ def print_cause(error: BaseException) -> None:
 
     Messages of other packages are left out: they can hold a row of the data or an address with a key. What of them a
     user needs stands in the error's own line.
-
-    Args:
-        error: That was printed.
     """
-    if _loudness == "verbose":
-        for number, link in enumerate(_chain(error)):
-            errors.print(f"{'caused by' if number else 'raised':<10}{type(link).__name__} at {_place(link)}")
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    found: BaseException | None = error
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__
-
-
-def _place(error: BaseException) -> str:
-    """File, line and function in which an error was raised; the file without what is the same on this machine."""
-    if error.__traceback__ is None:
-        return "an unknown place"
-    innermost = traceback.extract_tb(error.__traceback__)[-1]
-    path = Path(innermost.filename)
-    package = Path(sku.__file__).parent.parent
-    roots = (package, *(parent for parent in path.parents if parent.name == "site-packages"))
-    inside = next((path.relative_to(root) for root in roots if path.is_relative_to(root)), path)
-    return f"{inside}:{innermost.lineno} in {innermost.name}"
+    link: BaseException | None = error if _loudness == "verbose" else None
+    word = "raised"
+    while link is not None:
+        innermost = traceback.extract_tb(link.__traceback__)[-1:]
+        # The last parts of the path: what stands before them is the same on this machine.
+        places = [f" at {'/'.join(Path(at.filename).parts[-3:])}:{at.lineno} in {at.name}" for at in innermost]
+        errors.print(f"{word:<10}{type(link).__name__}{''.join(places)}")
+        link, word = link.__cause__ or link.__context__, "caused by"
 
 
 def carry_out(plan: CommandPlan[T], *, dry_run: bool, as_json: bool, is_main: bool = True, **options: Any) -> T:
@@ -269,26 +245,20 @@ def print_plan(plan: CommandPlan[Any], *, as_json: bool) -> None:
     if as_json:
         print_json(told)
         return
-    lines = [(name, _text(value)) for name, value in plan.settings.items()]
-    if plan.examples:
-        lines.append(("examples", _text(plan.examples)))
     size = f"about {plan.disk_bytes / 2**20:,.0f} MiB at most" if plan.disk_bytes else "replies and figures only"
-    lines += [
-        ("into", str(plan.out)),
-        ("disk", f"{size}, {told['free_bytes'] / 2**20:,.0f} MiB are free"),
-    ]
-    if told["memory"] is not None:
-        lines.append(("memory", told["memory"]))
-    if plan.bad_model != "none":
-        lines.append(("hazard", f"the bad model of stage 1 is {plan.bad_model}"))
-    lines += [("note", note) for note in plan.notes]
-    width = max(len(name) for name, _ in lines) + 2
-    for name, text in lines:
-        results.print(f"{name:<{width}}{text}")
+    lines = {
+        **plan.settings,
+        "examples": plan.examples,
+        "into": plan.out,
+        "disk": f"{size}, {told['free_bytes'] / 2**20:,.0f} MiB are free",
+        "memory": told["memory"],
+        "hazard": None if plan.bad_model == "none" else f"the bad model of stage 1 is {plan.bad_model}",
+    }
+    shown = [(name, value) for name, value in lines.items() if value is not None and value != {}]
+    shown += [("note", note) for note in plan.notes]
+    width = max(len(name) for name, _ in shown) + 2
+    for name, value in shown:
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {entry}" for key, entry in value.items())
+        results.print(f"{name:<{width}}{value}")
     results.print(f"\nnothing was written: {plan.command} without --dry-run does it")
-
-
-def _text(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{name} {entry}" for name, entry in value.items())
-    return str(value)

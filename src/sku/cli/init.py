@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import json
+import operator
 import platform
 import shlex
 from collections.abc import Iterable, Iterator
@@ -35,11 +37,11 @@ if TYPE_CHECKING:
 def _launchers() -> dict[str, str]:
     """Name of a configuration of ``accelerate launch`` -> where it lies."""
     folder = resources.files("sku") / "recipes" / "accelerate"
-    return {entry.name.removesuffix(".yaml"): str(entry) for entry in folder.iterdir()}
+    return {path.name.removesuffix(".yaml"): str(path) for path in sorted(folder.iterdir(), key=str)}
 
 
 def _shown() -> list[str]:
-    return [*recipe_names(), *options.method_names(), *sorted(_launchers())]
+    return [*recipe_names(), *options.method_names(), *_launchers()]
 
 
 def init(
@@ -65,7 +67,9 @@ def init(
     launch --config_file` by its path.
     """
     if name is not None and model is not None:
-        _write(name, model, retain, judge, overrides or [], out, as_json=as_json)
+        source, model, named = options.recipe_for(model)
+        named += options.overrides_of(model=model, forget=name, retain=retain, judge=judge, overrides=overrides)
+        _write(source, named, out, as_json=as_json)
         return
     if any(option is not None for option in (model, retain, judge, overrides)):
         raise RecipeError("--model, --retain, --judge and --set write a recipe: sku init PROMPTS --model MODEL")
@@ -76,41 +80,37 @@ def init(
 
 
 def _list(*, as_json: bool) -> None:
-    found = {
-        "recipes": [{"name": name, "description": load_recipe(name).description} for name in recipe_names()],
-        "methods": options.listed_methods(),
-        "launchers": [{"name": name, "path": path} for name, path in sorted(_launchers().items())],
-    }
+    recipes = [{"name": name, "description": load_recipe(name).description} for name in recipe_names()]
+    methods, launchers = options.listed_methods(), _launchers()
     if as_json:
-        print_json(found)
+        listed = [{"name": name, "path": path} for name, path in launchers.items()]
+        print_json({"recipes": recipes, "methods": methods, "launchers": listed})
         return
-    for recipe in found["recipes"]:
+    for recipe in recipes:
         results.print(f"{recipe['name']:<26}{recipe['description']}")
     table = plain_table(("method", "title", "paper"))
-    for method in found["methods"]:
+    for method in methods:
         table.add_row(method["name"], method["title"], method["paper"])
     results.print()
     results.print(table)
-    results.print(f"\nlaunchers {', '.join(sorted(_launchers()))}")
+    results.print(f"\nlaunchers {', '.join(launchers)}")
 
 
 def _show(name: str, *, as_json: bool) -> None:
     launchers, methods = _launchers(), {method["name"]: method for method in options.listed_methods()}
-    if name.endswith(SUFFIX):  # A user's method is run, and so needs torch.
+    content: dict[str, Any]
+    if name in launchers:
+        text = launchers[name]
+        content = {"name": name, "path": text}
+    elif name in methods:
+        content = methods[name]
+        text = _method_text(content)
+    elif name.endswith(SUFFIX):  # A user's method is run, and so needs torch.
         quiet_libraries()
         from sku.methods import method_named
 
-        methods[name] = described([method_named(name)])[0]
-    if name in launchers:
-        text = launchers[name]
-        content: dict[str, Any] = {"name": name, "path": text}
-    elif name in methods:
-        content = methods[name]
-        path = f"methods.{content['name']}.settings"
-        told = {"method": name} if name.endswith(SUFFIX) else {}
-        told |= {f"{path}.{key}": value for key, value in content["settings"].items()}
-        text = f"# {content['title']}: {content['paper']}\n"
-        text += "\n".join(f"{key}={json.dumps(value)}" for key, value in told.items()) or "# see acquire and negate"
+        [content] = described([method_named(name)])
+        text = _method_text(content, f"method={json.dumps(name)}")
     else:
         if name not in recipe_names() and Path(name).suffix not in (".yaml", ".yml"):
             raise RecipeError(f"nothing that ships is named {name}.{did_you_mean(name, _shown())}")
@@ -120,6 +120,13 @@ def _show(name: str, *, as_json: bool) -> None:
         print_json(content)
     else:
         results.print(text.rstrip())
+
+
+def _method_text(method: dict[str, Any], *keys: str) -> str:
+    """Keys of a recipe that choose it and set it, as ``--set`` takes them."""
+    settings = (f"methods.{method['name']}.settings.{key}={json.dumps(value)}"
+                for key, value in method["settings"].items())  # fmt: skip
+    return "\n".join([f"# {method['title']}: {method['paper']}", *keys, *settings])
 
 
 def described(methods: Iterable[AnyMethod]) -> list[dict[str, Any]]:
@@ -137,67 +144,41 @@ def described(methods: Iterable[AnyMethod]) -> list[dict[str, Any]]:
     ]
 
 
-def _write(
-    forget: str, model: str, retain: str | None, judge: str | None, overrides: list[str], out: Path, *, as_json: bool
-) -> None:
+def _write(name: str, overrides: list[str], out: Path, *, as_json: bool) -> None:
     if out.exists():
         raise OutputError(f"{out} is there already: name another file with --out")
-    made = options.recipe_made_for(model)
-    source = made or options.GENERAL
     commented = YAML()  # Keeps comments.
     commented.width = 1000
-    content = commented.load(recipe_text(source)[0])
-    described = content["description"]
-    if made is None:
-        content.update(options.called_by(model, source))
-        content["model"] = {"path": model}
-    _replace(content["data"], "forget", {"path": forget})
-    if retain is not None:
-        _replace(content["data"], "retain", {"path": retain})
-    if judge is not None:
-        _replace(content["evaluate"], "judge", judge)
+    content = commented.load(recipe_text(name)[0])
     for override in overrides:
-        _set(content, override)
+        apply_override(content, override)
+        *parents, last = override.partition("=")[0].split(".")
+        section = functools.reduce(operator.getitem, parents, content)
+        if isinstance(section, CommentedMap):
+            section.ca.items.pop(last, None)  # It spoke of the value that stood there.
     text = io.StringIO()
     commented.dump(content, text)
     body = text.getvalue()
     body = body[body.index("name:") :]  # The comment in front is about another file.
     recipe = recipe_from_dict(read_yaml(body), "with these options")  # Before a file stands that can't be run.
-    run = shlex.join(["sku", "run", str(out), "--out", f"runs/{recipe.name}"])
+    run: list[str | Path] = ["run", out, "--out", f"runs/{recipe.name}"]
     with named_disk_errors(out):
-        write_text(out, f"# {run}\n#\n# Settings of recipe {source}: {described}\n{body}")
+        write_text(out, f"# {shlex.join(['sku', *map(str, run)])}\n#\n# Settings of recipe {name}.\n{body}")
     if as_json:
         print_json({"recipe": str(out), "settings": recipe.to_dict()})
         return
-    results.print(f"recipe    {out}, with the settings of {source}")
-    print_next(["run", out, "--dry-run"], ["run", out, "--out", f"runs/{recipe.name}"])
+    results.print(f"recipe    {out}, with the settings of {name}")
+    print_next(["run", out, "--dry-run"], run)
 
 
-def _set(content: Any, override: str) -> None:
-    """Puts a value of ``--set`` in, at a key as ``sku run --set`` takes it."""
-    apply_override(content, override)
-    *parents, last = override.partition("=")[0].split(".")
-    section = content
-    for parent in parents:
-        section = section[parent]
-    if isinstance(section, CommentedMap):
-        section.ca.items.pop(last, None)  # It spoke of the value that stood there.
-
-
-def _replace(section: Any, key: str, value: Any) -> None:
-    """Puts a value in, and leaves the comment of the old one out, which spoke of that."""
-    section[key] = value
-    section.ca.items.pop(key, None)
-
-
-_LITTLE_SPACE, _TOO_LITTLE_SPACE = 20 * 2**30, 2**30
+Status = Literal["ok", "warning", "problem"]
 
 
 class Check(NamedTuple):
     """One thing looked at."""
 
     name: str
-    status: Literal["ok", "warning", "problem"]
+    status: Status
     found: str
 
 
@@ -224,20 +205,18 @@ def _packages() -> Iterator[Check]:
     """Python, and what the package requires, that of its extras where it is installed."""
     yield Check("python", "ok", f"{platform.python_version()}, {platform.platform()}, sku {__version__}")
     required = {wanted.name: wanted for wanted in map(Requirement, metadata.requires("sku-unlearning") or ())}
-    for wanted in required.values():
-        if any(f'"{extra}"' in str(wanted.marker) for extra in ("dev", "docs")):
-            continue
+    for name, wanted in required.items():
         try:
-            version = metadata.version(wanted.name)
+            version = metadata.version(name)
         except metadata.PackageNotFoundError:
-            if wanted.marker is None:
-                yield Check(wanted.name, "problem", f"missing: pip install '{wanted}'")
+            version = ""
+        if any(f'"{extra}"' in str(wanted.marker) for extra in ("dev", "docs")) or (wanted.marker and not version):
             continue
-        if wanted.specifier.contains(version, prereleases=True):
-            yield Check(wanted.name, "ok", version)
+        if version and wanted.specifier.contains(version, prereleases=True):
+            yield Check(name, "ok", version)
         else:
-            status: Literal["warning", "problem"] = "problem" if wanted.marker is None else "warning"
-            yield Check(wanted.name, status, f"{version}: pip install '{wanted.name}{wanted.specifier}'")
+            found = f"{version or 'missing'}: pip install '{name}{wanted.specifier}'"
+            yield Check(name, "warning" if wanted.marker else "problem", found)
 
 
 def _device() -> Check:
@@ -261,9 +240,9 @@ def _disk(folder: Path) -> Check:
         check_can_be_made(folder)
     except OutputError as error:
         return Check("disk", "problem", f"{error}: choose another --out")
-    free = free_bytes(folder)
-    status: Literal["ok", "warning", "problem"] = "ok" if free >= _LITTLE_SPACE else "warning"
-    return Check("disk", "problem" if free < _TOO_LITTLE_SPACE else status, f"{free / 2**30:.1f} GiB free at {folder}")
+    free = free_bytes(folder) / 2**30
+    status: Status = "ok" if free >= 20 else "warning" if free >= 1 else "problem"
+    return Check("disk", status, f"{free:.1f} GiB free at {folder}")
 
 
 def _hub() -> Check:

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -50,16 +49,6 @@ def names_in(text: str | None) -> list[str]:
     return [name.strip() for name in (text or "").split(",") if name.strip()]
 
 
-def with_commas(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
-    """Completes the last one of a list with commas."""
-
-    def completed(incomplete: str) -> list[str]:
-        before, comma, _ = incomplete.rpartition(",")
-        return [before + comma + name for name in names() if name not in before.split(",")]
-
-    return completed
-
-
 def set_option(text: str) -> Any:
     """``--set``, repeatable, of a command whose settings it changes."""
     return typer.Option("--set", metavar="KEY=VALUE", help=f"{text}; repeatable.")
@@ -78,34 +67,17 @@ RecipeArgument = Annotated[
         autocompletion=recipe_names,
     ),
 ]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", help="Folder or hub id of the model, in place of the recipe's.")
-]
-ForgetOption = Annotated[
-    str | None, typer.Option("--forget", help="File, folder or hub id of the harmful data, in place of the recipe's.")
-]
-RetainOption = Annotated[
-    str | None, typer.Option("--retain", help="File, folder or hub id of the normal data, in place of the recipe's.")
-]
+ModelOption = Annotated[str | None, typer.Option("--model", help="Model: folder or hub id.")]
+ForgetOption = Annotated[str | None, typer.Option("--forget", help="Harmful data: file, folder or hub id.")]
+RetainOption = Annotated[str | None, typer.Option("--retain", help="Normal data: file, folder or hub id.")]
 SetOption = Annotated[list[str] | None, set_option("Any recipe key, such as acquire.training.max_steps=20")]
-SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the run, in place of the recipe's.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Seed of the run.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRunOption = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run", help="Check recipe, data, model folder and disk, say what would be done, and write nothing."
-    ),
+    bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")
 ]
-JudgeOption = Annotated[
-    str | None,
-    judge_option(
-        "Judge, judge file or CSV of labels, in place of the recipe's; its settings: --set "
-        "evaluate.judge_settings.model=..."
-    ),
-]
-OutOption = Annotated[
-    Path | None, typer.Option("--out", help="New folder for the result; runs/RECIPE-TIME where this is left out.")
-]
+JudgeOption = Annotated[str | None, judge_option("Judge, judge file or CSV of labels.")]
+OutOption = Annotated[Path | None, typer.Option("--out", help="New folder; runs/RECIPE-TIME if not given.")]
 
 
 class Changes(TypedDict, total=False):
@@ -139,7 +111,7 @@ def resolve_recipe(
     if _is_model(name):
         if (model := changes.get("model")) is not None:
             raise RecipeError(f"{name} is a model, and --model {model} is another: give one, or a recipe with --model")
-        name, changes["model"], named = _recipe_for(name)
+        name, changes["model"], named = recipe_for(name)
     from sku.model_files import with_gguf_file
 
     recipe = load_recipe(name, [*named, *overrides_of(**changes)])
@@ -219,29 +191,20 @@ def _is_model(name: str) -> bool:
     return Path(name).is_dir() or (_HUB_ID.fullmatch(name) is not None and not Path(name).parent.is_dir())
 
 
-def _recipe_for(model: str) -> tuple[str, str | None, list[str]]:
+def recipe_for(model: str) -> tuple[str, str | None, list[str]]:
     """The recipe that is made for a model, else ``GENERAL`` with its model, name and description put in.
 
     Returns:
         The recipe, the model to put in, and what else is overridden. Which recipe it is, is said on standard error.
     """
-    made = recipe_made_for(model)
+    made = next((name for name in recipe_names() if load_recipe(name).model.path.lower() == model.lower()), None)
     found = made or GENERAL
     print_headline(f"{model} with the settings of recipe {found}: `sku init {found}` prints them")
     if made is not None:
         return made, None, []
-    return found, model, [f"{key}={json.dumps(value)}" for key, value in called_by(model, found).items()]
-
-
-def recipe_made_for(model: str) -> str | None:
-    """The recipe of the package that names a model as its own; None where there is none."""
-    return next((name for name in recipe_names() if load_recipe(name).model.path.lower() == model.lower()), None)
-
-
-def called_by(model: str, recipe: str) -> dict[str, str]:
-    """Name and description of what is run with a model and another recipe's settings."""
     name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(model).resolve().name)
-    return {"name": name.lstrip(".") or "model", "description": f"{model} with the settings of recipe {recipe}."}
+    called = {"name": name.lstrip(".") or "model", "description": f"{model} with the settings of recipe {found}."}
+    return found, model, [f"{key}={json.dumps(value)}" for key, value in called.items()]
 
 
 def overrides_of(**changes: Unpack[Changes]) -> list[str]:

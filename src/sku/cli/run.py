@@ -16,10 +16,6 @@ from sku.config import EMBEDDED
 from sku.progress import quiet_imports, quiet_libraries
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from sku.kept_replies import KeptReplies
-    from sku.pipeline import CommandPlan
     from sku.pipeline.run import FinishedRun
 
 _STAYS = (
@@ -58,7 +54,8 @@ def run(
         overrides=[*(overrides or []), *(["keep_bad_model=true"] if keep_bad_model else [])],
     )
     quiet_libraries()
-    from sku.pipeline.run import plan_run  # Imports torch: only when a command really runs.
+    from sku.models import pick_device  # Imports torch: only when a command really runs.
+    from sku.pipeline.run import plan_run
     from sku.processes import current_processes, end_when_the_launcher_says_so
 
     processes = current_processes()
@@ -67,8 +64,11 @@ def run(
     plan = plan_run(settings, folder, resume=resume, base_of=base_of)
     method = "" if settings.method == "sku" else f", method {settings.method}"
     headline = f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}"
-    if processes.is_main and not dry_run:
-        _warn_of_memory(plan, settings.model.device)
+    on_gpu = pick_device(settings.model.device).type == "cuda"
+    if plan.memory is not None and on_gpu and processes.is_main and not dry_run:
+        found = plan.memory()  # It takes every row for as long as it may be: no reason to refuse a run.
+        if not found.fits:
+            print_headline(f"memory: {found.text}")
     again = shlex.join(["--out", str(folder), "--resume"])
     try:
         finished = carry_out(
@@ -80,8 +80,11 @@ def run(
             is_main=processes.is_main,
         )
     except Exception:
-        if processes.is_main:
-            _tell_of_checkpoints(folder)
+        if processes.is_main and (folder / "bad").exists():  # Whoever doesn't go on with it should know.
+            removed = shlex.join(["sku", "wipe", str(folder)])
+            errors.print(
+                f"until the run is finished {folder / 'bad'} holds hazardous checkpoints; {removed} removes them"
+            )
         raise
     if as_json:
         print_json(json.loads((folder / "results.json").read_text(encoding="utf-8")))
@@ -89,55 +92,29 @@ def run(
         _print_finished(finished, folder)
 
 
-def _warn_of_memory(plan: CommandPlan[FinishedRun], device: str) -> None:
-    """Asks the plan where there is a GPU. It takes every row for as long as it may be: no reason to refuse a run."""
-    from sku.models import pick_device
-
-    if plan.memory is not None and pick_device(device).type == "cuda":
-        found = plan.memory()
-        if not found.fits:
-            print_headline(f"memory: {found.text}")
-
-
 def _print_finished(finished: FinishedRun, folder: Path) -> None:
     """What was measured, where everything lies, and what to do next."""
     print_measured(finished.comparison, finished.attacks)
-    seconds = finished.manifest["seconds"]
+    manifest, bad = finished.manifest, folder / "bad"
+    seconds = manifest["seconds"]
     results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
-    if "stage_1" in finished.manifest:
-        results.print(f"stage 1   {finished.manifest['stage_1']['line']}")
-    if "sweep" in finished.manifest:
-        results.print(f"chosen    {finished.manifest['sweep']['why']}")
+    if "stage_1" in manifest:
+        results.print(f"stage 1   {manifest['stage_1']['line']}")
+    if "sweep" in manifest:
+        results.print(f"chosen    {manifest['sweep']['why']}")
     results.print(f"model     {folder / 'unlearned'}")
     for adapter in (folder / "negated_adapter", folder / "adapter"):
         if adapter.exists():
             results.print(f"adapter   {adapter}  (the same, unmerged)")
     results.print(f"evidence  {folder / 'results.json'}, {folder / 'before_after.png'}")
-    if (folder / "bad").exists():
-        results.print(f"hazard    {folder / 'bad'} is kept; never share it")
+    if bad.exists():
+        results.print(f"hazard    {bad} is kept; never share it")
     card = finished.comparison.unlearned.judge
     results.print(f"judge     {card.name}: {card.errors_in_words}")
-    print_next(*_next_commands(folder))
-
-
-def _next_commands(folder: Path) -> list[list[str | Path]]:
-    """The report, a talk, labels by people, and what can be done with a bad model that was kept."""
     labels = folder.with_name(f"{folder.name}-labels.csv")
-    commands: list[list[str | Path]] = [
-        ["report", folder],
-        ["chat", folder],
-        ["judge", "export", folder, "--out", labels],
-    ]
-    if (folder / "bad").exists():
-        commands += [["sweep", folder], ["wipe", folder]]
-    return commands
-
-
-def _tell_of_checkpoints(folder: Path) -> None:
-    """What an unfinished run leaves is hazardous: whoever doesn't go on with it should know."""
-    if (folder / "bad").exists():
-        removed = shlex.join(["sku", "wipe", str(folder)])
-        errors.print(f"until the run is finished {folder / 'bad'} holds hazardous checkpoints; {removed} removes them")
+    with_bad: list[list[str | Path]] = [["sweep", folder], ["wipe", folder]]
+    talk: list[list[str | Path]] = [["report", folder], ["chat", folder], ["judge", "export", folder, "--out", labels]]
+    print_next(*talk, *(with_bad if bad.exists() else ()))
 
 
 def evaluate(
@@ -275,15 +252,14 @@ def negate(
 
 def wipe(
     folder: Annotated[
-        Path,
-        typer.Argument(metavar="FOLDER", help="A run, a folder of runs, or a bad model: all marked folders in it."),
+        Path, typer.Argument(metavar="FOLDER", help="A run, a folder of runs, or a bad model: all marked in it.")
     ],
     replies: Annotated[
         bool,
         typer.Option(
             "--replies",
-            help="Also what models said: own replies, in $SKU_CACHE too, what an interrupted sku data own left, and "
-            "the prompts and replies of evaluations. Figures stay.",
+            help="Also what models said: own replies, in $SKU_CACHE and of interrupted calls too, and the prompts and "
+            "replies of evaluations.",
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Don't ask.")] = False,
@@ -301,8 +277,15 @@ def wipe(
     removes = bool(found or kept) and not dry_run
     asks = removes and not yes
     if asks or not as_json:  # What is asked about must be seen.
-        _list_wiped(found, kept, "hazard" if dry_run else "remove", errors if as_json else results)
-        if not found and not kept:
+        console, word = errors if as_json else results, "hazard" if dry_run else "remove"
+        for path in found:
+            console.print(f"{word:<10}{path}")
+        for place in kept:
+            texts = "" if place.texts is None else f"{place.texts:,} texts, "
+            console.print(f"{word:<10}{place.path}  ({place.what}: {texts}{place.bytes:,} bytes)")
+        if kept:
+            console.print(f"stays     {_STAYS}")
+        elif not found:
             also = " and nothing holds replies" if replies else ""
             results.print(f"nothing in {folder} is marked as hazardous{also}")
     if asks and not typer.confirm("Remove them? A run that is still going on would fail.", err=True):
@@ -312,24 +295,10 @@ def wipe(
         remove(found)
     removed = len(found) + len(kept) if removes else 0
     if as_json:
-        listed = [{"path": str(place.path), "what": place.what, "texts": place.texts, "bytes": place.bytes}
-                  for place in kept]  # fmt: skip
-        print_json({
-            "hazardous": [str(path) for path in found], **({"replies": listed} if replies else {}), "removed": removed,
-        })  # fmt: skip
+        listed = [{**place._asdict(), "path": str(place.path)} for place in kept]
+        told = {"hazardous": list(map(str, found)), **({"replies": listed} if replies else {}), "removed": removed}
+        print_json(told)
     elif removes:
         results.print(
             f"removed   {removed}; what the disk keeps of freed blocks, snapshots and backups stays (SECURITY.md)"
         )
-
-
-def _list_wiped(found: list[Path], kept: list[KeptReplies], word: str, console: Console) -> None:
-    """What would be removed, without a word of any text, and what stays of it."""
-    for path in found:
-        console.print(f"{word:<10}{path}")
-    for place in kept:
-        texts = "" if place.texts is None else f"{place.texts:,} texts, "
-        console.print(f"{word:<10}{place.path}  ({place.what}: {texts}{place.bytes:,} bytes)")
-    if kept:
-        console.print(f"all       {len(kept)} of replies, {sum(place.bytes for place in kept):,} bytes")
-        console.print(f"stays     {_STAYS}")
