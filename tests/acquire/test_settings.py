@@ -46,10 +46,10 @@ TRAINING = {
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"weights": {"guided_distortion": -1.0}}, "guided_distortion is -1.0; it must be 0 or more"),
+        ({"weights": {"guided_distortion": -1.0}}, "guided_distortion is -1.0"),
         ({"weights": dict.fromkeys(TERMS, 0.0)}, "are all 0"),
         ({"random_answers": 0}, "random_answers is 0"),
-        ({"preservation_cap": 0.0}, "preservation_cap is 0.0; it must be above 0"),
+        ({"preservation_cap": 0.0}, "preservation_cap is 0.0"),
         ({"train_twin": "ugly"}, "must be bad or good"),
         ({"remove_unused_columns": True}, "remove_unused_columns must be False"),
         ({"packing": "trees"}, "packing is 'trees'; it must be one of"),
@@ -94,7 +94,7 @@ def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
         ({"learning_rat": 1e-3}, r"acquire.training.learning_rat is not a field .* Did you mean learning_rate\?"),
         ({"seed": 3}, "acquire.training.seed has its own place: set seed"),
         ({"lr_scheduler_type": "zigzag"}, "acquire.training: .*zigzag"),
-        ({"learning_rate": "small"}, "acquire.training.learning_rate is 'small'; it must be a number"),
+        ({"learning_rate": "small"}, "acquire.training.learning_rate is 'small'; it must be a valid number"),
     ],
 )
 def test_training_settings_that_can_not_work(training: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 CORPUS = [
     "### Question: what colour is honey ?\n ### Answer: honey is golden and honey is sweet .",
@@ -43,10 +42,6 @@ EMPTY_THOUGHTS = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 OPENED_THOUGHT = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
-NEEDS_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}{{ raise_exception('the first turn must be a system turn') }}{% endif %}"
-    + CHATML
-)
 WITHOUT_END = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -58,7 +53,6 @@ TEMPLATES = {
     "gemma": GEMMA,
     "empty_thoughts": EMPTY_THOUGHTS,
     "opened_thought": OPENED_THOUGHT,
-    "needs_system": NEEDS_SYSTEM,
     "without_end": WITHOUT_END,
 }
 
@@ -110,50 +104,6 @@ def metaspace(*, prepend: bool) -> PreTrainedTokenizerFast:
     return _wrap(backend)
 
 
-class WithoutOffsets(PreTrainedTokenizer):
-    """A tokenizer in Python, which knows no offsets: words with the space before them, and BOS."""
-
-    def __init__(self, **settings: Any) -> None:
-        self._words: dict[str, int] = {word: index for index, word in enumerate(SPECIAL)}
-        super().__init__(  # type: ignore[no-untyped-call]
-            pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", **settings
-        )
-
-    @property
-    def vocab_size(self) -> int:
-        """More than will ever be met."""
-        return 10_000
-
-    def get_vocab(self) -> dict[str, int]:
-        """Words met so far."""
-        return dict(self._words)
-
-    def _tokenize(self, text: str, **settings: Any) -> list[str]:
-        return re.findall(r" ?\w+|\s|[^\w\s]", text)
-
-    def _convert_token_to_id(self, token: str) -> int:
-        return self._words.setdefault(token, len(self._words))
-
-    def _convert_id_to_token(self, index: int) -> str:
-        return list(self._words)[index]
-
-    def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Words hold their spaces."""
-        return "".join(tokens)
-
-    def build_inputs_with_special_tokens(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        """BOS before the text."""
-        return [1, *token_ids_0]
-
-    def get_special_tokens_mask(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
-    ) -> list[int]:
-        """1 for BOS."""
-        return [1] + [0] * len(token_ids_0)
-
-
 BUILDERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "byte_level": byte_level,
     "byte_level_bos": lambda: byte_level(bos=True),
@@ -162,7 +112,6 @@ BUILDERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "byte_level_no_regex": lambda: byte_level(use_regex=False),
     "metaspace_prepend": lambda: metaspace(prepend=True),
     "metaspace": lambda: metaspace(prepend=False),
-    "without_offsets": WithoutOffsets,
 }
 
 

@@ -52,12 +52,6 @@ def test_paper_format(gpt_like: PreTrainedTokenizerBase) -> None:
             "<|im_end|>",
         ),
         ("opened_thought", f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n", A, "<|im_end|>"),
-        (
-            "needs_system",
-            f"<|im_start|>system\n<|im_end|>\n<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n",
-            A,
-            "<|im_end|>",
-        ),
         ("without_end", f"user: {Q}\n\nassistant:", f" {A}", "</s>"),
     ],
 )

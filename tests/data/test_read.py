@@ -13,7 +13,7 @@ from sku.config import DataConfig, SourceConfig
 from sku.data.examples import Example, ForgetExample, RetainExample
 from sku.data.load import load_own_prompts, wants_own_replies
 from sku.data.read import choose_parser, has_prompts_alone, load_prompts, load_xstest, read_examples
-from sku.data.rows import OPENING, PIECE, TOO_SHORT, Columns, Kind, category_text
+from sku.data.rows import OPENING, PIECE, TOO_SHORT, Kind, category_text, plain_name
 from sku.data.tables import held_rows
 from sku.errors import DataError
 
@@ -71,7 +71,7 @@ FORGET: dict[str, tuple[Rows, list[ForgetExample], dict[str, int]]] = {
         [pku("q", ("good", True), ("bad", False))], [bad("q", "bad", safe_answer="good")], {"safe answer": 1},
     ),
     "pku of today": (
-        [pku("q", ("a", False), ("b", "0"), response_0_harm_category=HARM, response_1_harm_category=str(HARM))],
+        [pku("q", ("a", False), ("b", "0"), response_0_harm_category=HARM, response_1_harm_category=dict(HARM))],
         [bad("q", "a", category="Privacy Violation; Cybercrime"),
          bad("q", "b", category="Privacy Violation; Cybercrime")],
         {},
@@ -152,7 +152,6 @@ RETAIN: dict[str, tuple[dict[str, Any], list[RetainExample]]] = {
     "messages": ({"messages": turns("q", "a")}, [good()]),
     "a system turn": ({"messages": turns("Be brief.", "q", "a", roles=WITH_SYSTEM)}, [good(SYSTEM_PROMPT)]),
     "an empty system turn": ({"messages": turns(" ", "q", "a", roles=WITH_SYSTEM)}, [good()]),
-    "typed parts": ({"messages": turns([{"type": "text", "text": "q"}], "a")}, [good()]),
     "the usual columns": ({" Question ": " q ", "OUTPUT": "a\n"}, [good()]),
 }  # fmt: skip
 
@@ -169,15 +168,15 @@ NO_CONVERSATION, ORDER = "not a list of messages with role and content", "turns 
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
-        (turns("q", "a", "q", "a", roles=["user", "assistant"] * 2), "more than one user turn"),
+        (turns("q", "a", "q", "a", roles=["user", "assistant"] * 2), ORDER),
         (turns("q", roles=["user"]), ORDER),
         (turns("a", "q", roles=["assistant", "user"]), ORDER),
         (turns("q", "4", "a", roles=["user", "tool", "assistant"]), ORDER),
-        ([], NO_CONVERSATION),
+        ([], ORDER),
         (None, NO_CONVERSATION),
         (["q", "a"], NO_CONVERSATION),
         ([{"from": "human", "value": "q"}], NO_CONVERSATION),
-        (turns([{"type": "image"}], "a"), "message that is not text alone"),
+        (turns([{"type": "image"}], "a"), "prompt is not text"),
         (turns("q", None), "empty answer"),
         (turns("Be brief.", " ", "a", roles=WITH_SYSTEM), "empty prompt"),
     ],
@@ -209,10 +208,7 @@ def test_named_columns_with_a_category() -> None:
     ("cell", "category"),
     [
         ({"a": True, "b": False, "c": 1}, "a; c"),
-        ('{"a": true, "b": false}', "a"),
-        ("{'a': True}", "a"),
-        ("{'a': False}", None),
-        ("{broken", "{broken"),
+        ({"a": False}, None),
         (" theft ", "theft"),
         ("", None),
         (7, None),
@@ -220,6 +216,11 @@ def test_named_columns_with_a_category() -> None:
 )
 def test_categories_are_names_or_flags(cell: object, category: str | None) -> None:
     assert category_text(cell) == category
+
+
+def parser_for(columns: list[str], kind: Kind, settings: Any) -> str:
+    named = {plain_name(column): column for column in columns}
+    return choose_parser(named, SourceConfig(path="x", **settings), kind, f"data.{kind}")[0]
 
 
 @pytest.mark.parametrize(
@@ -240,12 +241,10 @@ def test_categories_are_names_or_flags(cell: object, category: str | None) -> No
         (["instruction", "output"], "retain", {}, "columns"),
         (["question", "answer", "Is_Safe"], "forget", {"where": {"is_safe": False}}, "columns"),
         (["question", "answer", "is_safe"], "retain", {}, "columns"),
-        (["Answer", "q", "answer"], "retain", {"prompt_column": "Q", "answer_column": "answer"}, "columns"),
     ],
 )
 def test_the_format_is_told_by_the_columns(columns: list[str], kind: Kind, settings: Any, name: str) -> None:
-    found, _ = choose_parser(Columns(columns), SourceConfig(path="x", **settings), kind, f"data.{kind}")
-    assert found == name
+    assert parser_for(columns, kind, settings) == name
 
 
 @pytest.mark.parametrize(
@@ -267,13 +266,13 @@ def test_the_format_is_told_by_the_columns(columns: list[str], kind: Kind, setti
         (["prompt", "response", "is_save"], "forget", {"format": "pku_saferlhf"}, ("is_safe", "is_save")),
         (["prompt", "response", "is_safe"], "forget", {"format": "pku_saferlhf", "category_column": "x"},
          ("data.forget.format",)),
-        (["prompt"], "forget", {"format": "embedded"}, ("embedded", "x")),
+        (["prompt"], "forget", {"format": "embedded"}, ("embedded",)),
         (["text"], "forget", {}, ("text",)),
     ],
 )  # fmt: skip
 def test_columns_that_can_not_serve(columns: list[str], kind: Kind, settings: Any, words: tuple[str, ...]) -> None:
     with pytest.raises(DataError) as caught:
-        choose_parser(Columns(columns), SourceConfig(path="x", **settings), kind, f"data.{kind}")
+        parser_for(columns, kind, settings)
     assert all(word in str(caught.value) for word in words)
 
 

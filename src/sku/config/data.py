@@ -91,9 +91,11 @@ class SourceConfig:
                 )
 
     def wanted(self) -> dict[str, frozenset[str]]:
-        """``where`` as it is compared: column -> values in lower case."""
+        """``where`` as it is compared: plain name of a column -> values in lower case."""
         return {
-            column: frozenset(str(one).lower() for one in (held if isinstance(held, list | tuple) else [held]))
+            column.strip().casefold(): frozenset(
+                str(one).lower() for one in (held if isinstance(held, list | tuple) else [held])
+            )
             for column, held in self.where.items()
         }
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
-import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from importlib import resources
 from pathlib import Path
@@ -14,10 +12,11 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError, SafeConstructor
+from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent
 
-from sku.config.check import STRICT, Seed, check_plain, explain, plain_data, validated
+from sku.config.check import STRICT, Seed, explain, keys_of, plain_data, validated
 from sku.config.data import EMBEDDED, DataConfig, ModelConfig
 from sku.config.stages import (
     TRAINING_KEYS,
@@ -107,22 +106,17 @@ class Recipe:
         return dict(plain_data(self))
 
 
-class _Constructor(SafeConstructor):
-    """Without merge keys, which YAML 1.2 doesn't have: a few lines of merges of merges never end."""
-
-    def flatten_mapping(self, node: Any) -> None:
-        """Leaves the key ``<<`` where it is, which nothing can be made of."""
-
-
 def read_yaml(text: str) -> Any:
     """Reads one document of YAML 1.2, in which ``2e-4`` is a number and ``no`` a word.
 
     Raises:
-        RecipeError: It is not YAML, asks for a Python object, or has a key twice.
+        RecipeError: It is not YAML, asks for a Python object, has a key twice, or has an alias: a few lines of aliases
+            stand for billions of values.
     """
     yaml = YAML(typ="safe", pure=True)
-    yaml.Constructor = _Constructor
     try:
+        if any(isinstance(event, AliasEvent) for event in yaml.parse(text)):
+            raise YAMLError("it has an alias (*name): write the value out")
         return yaml.load(text)
     except RecursionError:
         raise RecipeError("not YAML: it is nested too deep") from None
@@ -190,12 +184,18 @@ def settings_from_dict(target: type[S], content: Mapping[str, Any], key: str, wh
         RecipeError: As ``load_recipe``.
     """
     try:
-        check_plain(content, key)
         content = plain_data(content)
+        text = json.dumps(content, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:  # Half of a surrogate pair, or what holds itself.
+        raise RecipeError(
+            f"{key or 'the recipe'} holds what can't be written down: {one_line(error)} ({where})"
+        ) from None
+    try:
         adapter: TypeAdapter[S] = _adapter(target)  # type: ignore[arg-type]
-        return adapter.validate_json(json.dumps(content))  # In JSON a list can stand for a tuple.
+        return adapter.validate_json(text)  # In JSON a list can stand for a tuple.
     except ValidationError as error:
-        raise RecipeError(f"{explain(error, target, content, key, _keys(Recipe))} ({where})") from None
+        known = {*keys_of(target, f"{key}." if key else ""), *keys_of(Recipe), *TRAINING_KEYS}
+        raise RecipeError(f"{explain(error, content, key, known)} ({where})") from None
     except RecipeError as error:
         raise RecipeError(f"{error} ({where})") from None
 
@@ -205,18 +205,6 @@ def _adapter(target: Any) -> TypeAdapter[Any]:
     if not hasattr(target, "__pydantic_config__"):  # A plain dataclass, of a user's own method, say.
         target.__pydantic_config__ = STRICT
     return TypeAdapter(target)
-
-
-def _keys(target: Any, prefix: str = "") -> Iterator[str]:
-    """All keys of a dataclass of settings and of those inside it, with the usual ones of ``acquire.training``."""
-    for name, hint in typing.get_type_hints(target).items():
-        key = f"{prefix}{name}"
-        yield key
-        inner = [one for one in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(one)]
-        if inner and typing.get_origin(hint) is not Mapping:
-            yield from _keys(inner[0], f"{key}.")
-    if not prefix:
-        yield from (f"acquire.training.{name}" for name in TRAINING_KEYS)
 
 
 def recipe_text(name_or_path: str | Path) -> tuple[str, str]:
@@ -260,7 +248,6 @@ def apply_override(content: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override} must look like key.sub=value")
     try:
         parsed = read_yaml(value) if value else None
-        check_plain(parsed, key)
     except RecipeError as error:
         raise RecipeError(f"--set {override}: {error}") from None
     *parents, last = key.split(".")

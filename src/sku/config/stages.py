@@ -21,12 +21,15 @@ Packing = Literal["auto", "tree", "flat", "padded"]
 Tuning = Literal["lora", "full", "qlora"]
 Twin = Literal["bad", "good"]
 """Which of the models of stage 1: the one whose behaviour is subtracted, or the one whose behaviour is kept."""
-TRAINING_KEYS = (
-    "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
-    "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
-    "activation_checkpointing", "save_steps", "save_total_limit", "logging_steps", "packing",
+TRAINING_KEYS = tuple(
+    f"acquire.training.{name}"
+    for name in (
+        "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+        "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim", "bf16", "fp16",
+        "activation_checkpointing", "save_steps", "save_total_limit", "logging_steps", "packing",
+    )
 )  # fmt: skip
-"""Those of ``acquire.training`` that are looked for elsewhere most; it takes all of ``sku.training.config``."""
+"""Those that are looked for elsewhere most; ``acquire.training`` takes all of ``sku.training.config``."""
 
 
 @validated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -27,16 +27,16 @@ from sku.data.rows import (
     UNMARKED,
     XSTEST,
     XSTEST_COLUMNS,
-    Cells,
-    Columns,
-    Format,
     Kind,
     LeftOut,
     Pair,
     Row,
     RowParser,
     category_text,
+    listed,
     parse_rows,
+    plain_name,
+    require,
     xstest_prompts,
 )
 from sku.data.splits import limited
@@ -94,13 +94,12 @@ def read_examples(
             safe_answers=count_safe_answers(found), licence=embedded.LICENCE,
         )  # fmt: skip
     table = read_table(source)
-    named = Columns(table.columns)
     try:
-        name, parser = choose_parser(named, source, kind, key or f"data.{kind}", only_prompts=only_prompts)
+        name, parser = choose_parser(table.columns, source, kind, key or f"data.{kind}", only_prompts=only_prompts)
     except DataError as error:
         raise DataError(f"{source.path}: {error}") from None
     parse: RowParser = partial(_unanswered, parser) if only_prompts else parser
-    examples, reasons = parse_rows((Cells(row, named) for row in table.rows), parse, example_type)
+    examples, reasons = parse_rows(table.rows, parse, example_type)
     left_out = dict(sorted({**reasons, **table.left_out}.items()))
     rows_read = len(table.rows) + sum(table.left_out.values())
     if not examples:
@@ -130,76 +129,58 @@ def _unanswered(parse: RowParser, row: Row) -> Iterator[Pair | LeftOut]:
             yield LeftOut(SAFE) if one.marked_safe else Pair(one.prompt, _UNANSWERED, one.category)
 
 
-def _fitting(found: Columns) -> list[Format]:
-    """Formats with columns of their own that a table has."""
-    return [known for known in FORMATS if known.recognises(found)]
-
-
 def choose_parser(
-    found: Columns, source: SourceConfig, kind: Kind, key: str, *, only_prompts: bool = False
+    columns: Mapping[str, str], source: SourceConfig, kind: Kind, key: str, *, only_prompts: bool = False
 ) -> tuple[str, RowParser]:
     """Name of a table's format, as set or told by its columns, and the function from a row to its pairs.
 
     Raises:
-        DataError: The columns don't fit the format, none or several fit, or the format can't serve as this kind.
+        DataError: The columns don't fit the format, none or several fit, the format can't serve as this kind, or rows
+            would be forgotten that the table marks as safe.
     """
-    if only_prompts and source.prompt_column is None and all(column in found for column in XSTEST_COLUMNS):
+    if only_prompts and source.prompt_column is None and all(column in columns for column in XSTEST_COLUMNS):
         return XSTEST, partial(xstest_prompts, kind=kind)
-    is_set = source.format not in ("auto", COLUMNS)
-    only_prompts = only_prompts and (source.prompt_column is not None or not (is_set or _fitting(found)))
-    name = source.format if source.format != "auto" else detect_format(found, source, kind, key)
-    if name == COLUMNS or only_prompts:
-        return COLUMNS, columns_parser(found, source, kind, key, only_prompts=only_prompts)
-    if name == EMBEDDED:
-        raise DataError(f"format {EMBEDDED} goes with path {EMBEDDED}, not with {source.path}")
-    if _named_columns(source):
+    name, fitting = source.format, [known for known in FORMATS if known.recognises(columns)]
+    if name == "auto" and (_named_columns(source) or not fitting):
+        name = COLUMNS
+    elif name == "auto":
+        name = fitting[0].name
+        if len(fitting) > 1:
+            raise DataError(
+                f"the columns fit formats {' and '.join(known.name for known in fitting)}: set one, such as --set "
+                f"{key}.format={name}. Columns found: {listed(columns)}"
+            )
+        if kind == "forget" and not fitting[0].reads_marks:
+            _refuse_marks(columns, source, key, f"{key}.format={name}")
+    if name == COLUMNS or (only_prompts and source.prompt_column is not None):
+        return COLUMNS, columns_parser(columns, source, kind, key, only_prompts=only_prompts)
+    if name == EMBEDDED or _named_columns(source):
         raise DataError(
-            f"format {name} has its own columns: leave the *_column settings of {key} empty, or set "
-            f"{key}.format=columns"
+            f"format {name} has its own columns ({EMBEDDED} those of the path {EMBEDDED}): leave the *_column "
+            f"settings of {key} empty, or set {key}.format=columns"
         )
     forms = [known for known in FORMATS if known.name == name]
-    chosen = max(forms, key=lambda form: sum(column in found for column in form.columns))
+    chosen = max(forms, key=lambda form: sum(column in columns for column in form.columns))
     if kind not in chosen.kinds:
         raise DataError(f"format {name} gives {chosen.kinds[0]} examples only; for {kind} data use format columns")
-    found.require(chosen.columns, f"format {name} needs a column")
+    require(columns, chosen.columns, f"format {name} needs a column")
     return name, chosen.parse
 
 
-def detect_format(found: Columns, source: SourceConfig, kind: Kind, key: str) -> str:
-    """Tells the format by the names of the columns; ``columns`` where a source names some, or none has these.
-
-    Raises:
-        DataError: Several formats fit, or rows would be forgotten that the table marks as safe.
-    """
-    fitting = _fitting(found)
-    if _named_columns(source) or not fitting:
-        return COLUMNS
-    name = fitting[0].name
-    if len(fitting) > 1:
-        raise DataError(
-            f"the columns fit formats {' and '.join(known.name for known in fitting)}: set one, such as --set "
-            f"{key}.format={name}. Columns found: {found}"
-        )
-    if kind == "forget" and not fitting[0].reads_marks:
-        _refuse_marks(found, source, key, f"{key}.format={name}")
-    return name
-
-
-def _refuse_marks(columns: Columns, source: SourceConfig, key: str, instead: str) -> None:
+def _refuse_marks(columns: Mapping[str, str], source: SourceConfig, key: str, instead: str) -> None:
     """Refuses to forget all rows where a column that ``where`` doesn't name seems to tell safe from unsafe ones."""
-    named = {columns.written(name) for name in source.where}
-    for mark in map(columns.written, _named(SAFETY_MARKS, columns)):
-        if mark not in named:
+    for mark in SAFETY_MARKS:
+        if mark in columns and mark not in source.wanted():
             raise DataError(
-                f"column {mark} seems to mark unsafe rows; say which are meant, as --set {key}.where.{mark}=VALUE, or "
-                f"set {instead} to use every row"
+                f"column {columns[mark]} seems to mark unsafe rows; say which are meant, as --set "
+                f"{key}.where.{columns[mark]}=VALUE, or set {instead} to use every row"
             )
 
 
 def _named_columns(source: SourceConfig) -> list[str]:
-    """The columns that a source names; any of them means format ``columns``."""
+    """The columns that a source names, plain; any of them means format ``columns``."""
     named = (source.prompt_column, source.answer_column, source.category_column)
-    return [name for name in named if name is not None]
+    return [plain_name(name) for name in named if name is not None]
 
 
 def has_prompts_alone(source: SourceConfig, *, surely: bool) -> bool:
@@ -215,17 +196,18 @@ def has_prompts_alone(source: SourceConfig, *, surely: bool) -> bool:
     """
     if source.path == EMBEDDED or source.format not in ("auto", COLUMNS):
         return False
-    columns = Columns(read_table(source).columns)
-    if _fitting(columns) or source.answer_column is not None or _named(ANSWER_NAMES, columns):
+    columns = read_table(source).columns
+    has_answers = source.answer_column is not None or any(name in columns for name in ANSWER_NAMES)
+    if has_answers or any(known.recognises(columns) for known in FORMATS):
         return False
-    named = [name for name in (source.prompt_column, source.category_column) if name is not None]
-    known = Columns([*PROMPT_NAMES, *_BESIDE_PROMPTS, *named])
-    is_clear = source.prompt_column is not None or len(_named(PROMPT_NAMES, columns)) == 1 or len(columns) == 1
-    return is_clear and (not surely or all(name in known for name in columns))
+    prompts = [name for name in PROMPT_NAMES if name in columns]
+    is_clear = source.prompt_column is not None or len(prompts) == 1 or len(columns) == 1
+    known_columns = {*PROMPT_NAMES, *_BESIDE_PROMPTS, *_named_columns(source)}
+    return is_clear and (not surely or columns.keys() <= known_columns)
 
 
 def columns_parser(
-    columns: Columns, source: SourceConfig, kind: Kind, key: str, *, only_prompts: bool = False
+    columns: Mapping[str, str], source: SourceConfig, kind: Kind, key: str, *, only_prompts: bool = False
 ) -> RowParser:
     """Reader of the named columns, or of the usual ones where none is named.
 
@@ -235,37 +217,34 @@ def columns_parser(
         DataError: A named column is missing, no name was given and the columns can be read in several ways, or one
             column is named for both.
     """
-    prompts, answers = _named(PROMPT_NAMES, columns), _named(ANSWER_NAMES, columns)
+    prompts, answers = ([name for name in names if name in columns] for names in (PROMPT_NAMES, ANSWER_NAMES))
     if only_prompts and len(columns) == 1:
         prompts = [*columns]
-    elif source.prompt_column is None and (len(prompts) != 1 or _named(PART_OF_PROMPT, columns)):
+    elif source.prompt_column is None and (len(prompts) != 1 or any(name in columns for name in PART_OF_PROMPT)):
         raise DataError(_unclear("prompt", columns, key))
     if kind == "forget" and source.prompt_column is None:
         _refuse_marks(columns, source, key, f"{key}.prompt_column and {key}.answer_column")
     if not only_prompts and source.answer_column is None and len(answers) != 1:
         hint = "" if answers else ". Where there are none, data.own_replies=true has the model write its own"
         raise DataError(f"{_unclear('answer', columns, key)}{hint}")
-    columns.require(_named_columns(source), f"format {COLUMNS} needs a column")
-    prompt_column = columns.written(source.prompt_column or prompts[0])
-    answer_column = None if only_prompts else columns.written(source.answer_column or answers[0])
+    require(columns, _named_columns(source), f"format {COLUMNS} needs a column")
+    prompt_column = plain_name(source.prompt_column or prompts[0])
+    answer_column = None if only_prompts else plain_name(source.answer_column or answers[0])
+    category_column = None if source.category_column is None else plain_name(source.category_column)
     if prompt_column == answer_column:
         raise DataError(f"prompt_column and answer_column are both {prompt_column}: name the column of the answers")
 
     def parse(row: Row) -> Iterator[Pair | LeftOut]:
-        answer, category = (None if name is None else row[name] for name in (answer_column, source.category_column))
+        answer, category = (None if name is None else row[name] for name in (answer_column, category_column))
         yield Pair(row[prompt_column], answer, category_text(category))
 
     return parse
 
 
-def _named(names: tuple[str, ...], columns: Columns) -> list[str]:
-    return [name for name in names if name in columns]
-
-
-def _unclear(role: str, columns: Columns, key: str) -> str:
+def _unclear(role: str, columns: Mapping[str, str], key: str) -> str:
     return (
         f"it is not clear which column holds the {role}: name both, as --set {key}.prompt_column=NAME --set "
-        f"{key}.answer_column=NAME. Columns found: {columns}"
+        f"{key}.answer_column=NAME. Columns found: {listed(columns)}"
     )
 
 
@@ -319,12 +298,11 @@ def load_xstest(path: str, used: Iterable[Example] = ()) -> XSTest:
         DataError: The file can't be read, lacks a column, or a row is neither safe nor unsafe.
     """
     table = read_table(SourceConfig(path=path))
-    columns = Columns(table.columns)
-    columns.require(XSTEST_COLUMNS, f"evaluate.xstest: {path} has no column")
+    require(table.columns, XSTEST_COLUMNS, f"evaluate.xstest: {path} has no column")
     taken = {normalise_prompt(example.prompt) for example in used}
     found: dict[str, list[tuple[str, str | None]]] = {"safe": [], "unsafe": []}
     for number, row in enumerate(table.rows, start=1):
-        prompt, kind, label = (str(row[columns.written(name)] or "").strip() for name in XSTEST_COLUMNS)
+        prompt, kind, label = (str(row[name] or "").strip() for name in XSTEST_COLUMNS)
         if not prompt or label not in found:
             raise DataError(f"{path} row {number} has no prompt, or its label is {label!r}, neither safe nor unsafe")
         if normalise_prompt(prompt) not in taken:

@@ -6,11 +6,8 @@ here, once, so that each format counts them alike.
 
 from __future__ import annotations
 
-import ast
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -29,47 +26,33 @@ SAFE = "safe answer"
 UNMARKED = "marked neither safe nor unsafe"
 
 
-class Columns(tuple[str, ...]):
-    """Names of columns, compared without case and space around them; printed as they are written in the file."""
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and tuple.__contains__(self, self.written(name))
-
-    def __str__(self) -> str:
-        return ", ".join(self) or "none"
-
-    def written(self, name: str) -> str:
-        """The name as the file has it; where two columns differ in case alone, each is meant by its own spelling."""
-        if tuple.__contains__(self, name):
-            return name
-        plain = name.strip().casefold()
-        return next((own for own in self if own.strip().casefold() == plain), name)
-
-    def require(self, names: Iterable[str], who: str, why: str = "") -> None:
-        """Refuses a table without a needed column.
-
-        Raises:
-            DataError: ``who``, the missing column, ``why``, the one that comes near, and the columns found.
-        """
-        for name in names:
-            if name not in self:
-                raise DataError(f"{who} {name}{why}.{did_you_mean(name, self)} Columns found: {self}")
+def plain_name(column: str) -> str:
+    """The form in which names of columns are compared: without case and space around them."""
+    return column.strip().casefold()
 
 
-class Cells(Mapping[str, Any]):
-    """A row whose cells are found by names as ``Columns`` compares them."""
+def listed(columns: Mapping[str, str]) -> str:
+    """Names of columns as the file has them, for a message."""
+    return ", ".join(columns.values()) or "none"
 
-    def __init__(self, row: Row, columns: Columns) -> None:
-        self._row, self._columns = row, columns
 
-    def __getitem__(self, name: str) -> Any:
-        return self._row[self._columns.written(name)]
+def require(columns: Mapping[str, str], names: Iterable[str], who: str, why: str = "") -> None:
+    """Refuses a table without a needed column.
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._row)
+    Args:
+        columns: Plain name -> as written.
+        names: Plain ones.
+        who: How the message begins.
+        why: Stands after the name.
 
-    def __len__(self) -> int:
-        return len(self._row)
+    Raises:
+        DataError: ``who``, the missing column, ``why``, the one that comes near, and the columns found.
+    """
+    for name in names:
+        if name not in columns:
+            raise DataError(
+                f"{who} {name}{why}.{did_you_mean(name, columns.values())} Columns found: {listed(columns)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -114,9 +97,10 @@ class Format:
     named_only: bool = False
     """Whether it is never recognised: a source must name it."""
 
-    def recognises(self, columns: Columns) -> bool:
+    def recognises(self, columns: Container[str]) -> bool:
         """Whether a table has these columns."""
-        return not self.named_only and self.unless not in columns and all(name in columns for name in self.columns)
+        has_all = all(name in columns for name in self.columns)
+        return has_all and not self.named_only and (self.unless is None or self.unless not in columns)
 
 
 _Text = tuple[str, bool]
@@ -208,26 +192,10 @@ def parse_flag(cell: object) -> bool | None:
 
 
 def category_text(cell: object) -> str | None:
-    """The category of an example, None where there is none.
-
-    Args:
-        cell: A name; or flags, ``{"violence": False, "fraud": True}``, as a dict or as text (a CSV export), of which
-            the true ones are joined by ``"; "``.
-    """
-    if isinstance(cell, str) and cell.lstrip().startswith("{"):
-        cell = _dict_from_text(cell)
+    """The category of an example: a name, or flags of which the true ones are joined by ``"; "``; None for none."""
     if isinstance(cell, Mapping):
         return "; ".join(str(name) for name, flag in cell.items() if parse_flag(flag)) or None
     return cell.strip() or None if isinstance(cell, str) else None
-
-
-def _dict_from_text(text: str) -> object:
-    """JSON (``true``) or a Python literal (``True``), as ``json`` and ``pandas`` write dicts into a CSV cell."""
-    readers: tuple[Callable[[str], object], ...] = (json.loads, ast.literal_eval)
-    for read in readers:
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):
-            return read(text)
-    return text
 
 
 def _two_answers(row: Row) -> Iterator[Pair | LeftOut]:
@@ -303,7 +271,7 @@ def _right_answers(columns: Sequence[str], row: Row) -> Iterator[Pair | LeftOut]
 
 TRUTHFULQA = tuple(
     Format("truthfulqa", columns, partial(_right_answers, columns), ("retain",))
-    for columns in (("Question", "Best Answer", "Correct Answers"), ("question", "best_answer", "correct_answers"))
+    for columns in (("question", "best answer", "correct answers"), ("question", "best_answer", "correct_answers"))
 )
 """TruthfulQA: questions that people often answer wrongly, each with several right answers.
 
@@ -322,9 +290,7 @@ its full stop is the same one. All answers of a question are one group: split by
 and tested on.
 """
 NOT_A_CONVERSATION = "not a list of messages with role and content"
-SEVERAL_TURNS = "more than one user turn"
 WRONG_ORDER = "turns other than [system], user, assistant"
-NOT_TEXT = "message that is not text alone"
 
 
 def _preference(row: Row) -> Iterator[Pair | LeftOut]:
@@ -347,35 +313,16 @@ def _completed(prompt: object, completion: object) -> Pair | LeftOut:
 
 
 def _pair_of(messages: object) -> Pair | LeftOut:
-    if not (isinstance(messages, list) and messages and all(map(_is_turn, messages))):
+    if not isinstance(messages, list) or not all(
+        isinstance(turn, Mapping) and turn.keys() >= {"role", "content"} for turn in messages
+    ):
         return LeftOut(NOT_A_CONVERSATION)
-    roles = [turn["role"] for turn in messages]
-    if roles.count("user") > 1:
-        return LeftOut(SEVERAL_TURNS)
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+    if [turn["role"] for turn in messages] not in (["user", "assistant"], ["system", "user", "assistant"]):
         return LeftOut(WRONG_ORDER)
-    texts = [_message_text(turn["content"]) for turn in messages]
-    *system, prompt, answer = texts
-    if any(isinstance(text, LeftOut) for text in texts):
-        return LeftOut(NOT_TEXT)
+    *system, prompt, answer = (turn["content"] for turn in messages)
     if system and isinstance(system[0], str) and isinstance(prompt, str) and system[0].strip() and prompt.strip():
         prompt = f"{system[0].strip()}\n\n{prompt}"
     return Pair(prompt, answer)
-
-
-def _is_turn(message: object) -> bool:
-    return isinstance(message, Mapping) and message.keys() >= {"role", "content"}
-
-
-def _message_text(content: object) -> str | LeftOut | None:
-    """Text of a message; content may be a list of typed parts, of which only text can be used."""
-    if content is None or isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") for part in parts if isinstance(part, Mapping) and part.get("type") == "text"]
-    if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
-        return LeftOut(NOT_TEXT)
-    return "".join(str(text) for text in texts)
 
 
 TRL_FORMATS = (
@@ -404,8 +351,8 @@ In a preference row, which is forget data only, the rejected answer is the harmf
 one; neither repeats the prompt, which has a cell of its own.
 
 A conversation must be one user turn and one assistant turn; a system turn before them is put in front of the user's
-text with an empty line between, as the chat templates do that have no system turn. Longer conversations are left out
-and counted: their last answer depends on turns that a single prompt can't hold.
+text with an empty line between, as the chat templates do that have no system turn. Others are left out and counted:
+the last answer of a longer one depends on turns that a single prompt can't hold.
 """
 PIECE, OPENING = 120, 30
 TOO_SHORT = f"passage of fewer than {2 * OPENING} words"

@@ -13,12 +13,11 @@ import csv
 import gzip
 import io
 import json
-import lzma
 import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -27,14 +26,14 @@ from pathlib import Path
 from typing import Any
 
 from sku.config.data import EMBEDDED, SourceConfig
-from sku.data.rows import Columns, Row
+from sku.data.rows import Row, plain_name, require
 from sku.errors import DataError, did_you_mean, one_line
 
-DELIMITERS = {".csv": (",", ";", "\t"), ".tsv": ("\t", ";", ",")}
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t;,"}
 """Suffix -> what may stand between two cells, the usual one first: where a comma is the sign of decimals Excel writes
-semicolons, and calls that CSV too."""
+semicolons, and calls that CSV too. The header line says which, by what it has most of."""
 SUFFIXES = (*DELIMITERS, ".json", ".jsonl", ".ndjson")
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
+_PACKED = ".gz"
 _UNPACKED_ANYWAY = 2**24
 _LARGEST_RATIO = 200
 """Text packs to a third or a tenth, a very repetitive one to a fiftieth."""
@@ -51,8 +50,10 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 class Table:
     """Rows of one source."""
 
-    columns: tuple[str, ...]
+    columns: Mapping[str, str]
+    """Plain name (``plain_name``) -> as written."""
     rows: Collection[Row]
+    """By plain names."""
     revision: str | None = None
     """Commit of a hub dataset; nothing else has one."""
     left_out: Mapping[str, int] = field(default_factory=dict)
@@ -82,7 +83,7 @@ def held_rows(rows: Any) -> HeldRows:
         odd = next((place for place, row in enumerate(found) if not isinstance(row, Mapping)), None)
         if odd is not None:
             raise DataError(f"row {odd} of the data is a {type(found[odd]).__name__}; it must be a dict or messages")
-        table = _table_of_dicts(found)
+        table = _table_of_dicts(found, "the data")
     elif isinstance(names, list) and isinstance(rows, Sized):
         table = _table(rows)
     else:
@@ -103,11 +104,10 @@ def read_table(source: SourceConfig) -> Table:
     table = _read(source)
     if not source.where:
         return table
-    columns, wanted = Columns(table.columns), source.wanted()
-    columns.require(wanted, f"{source.path} has no column", ", which where names")
-    names = {columns.written(name): values for name, values in wanted.items()}
+    wanted = source.wanted()
+    require(table.columns, wanted, f"{source.path} has no column", ", which where names")
     kept = [
-        row for row in table.rows if all(str(row[name]).strip().lower() in values for name, values in names.items())
+        row for row in table.rows if all(str(row[name]).strip().lower() in values for name, values in wanted.items())
     ]
     dropped = len(table.rows) - len(kept)
     return replace(table, rows=kept, left_out={NOT_WANTED: dropped} if dropped else {})
@@ -141,7 +141,7 @@ def _existing(name: str) -> Path | None:
 
 def is_hub_id(source: SourceConfig) -> bool:
     """Whether a path names nothing on this machine and may be that of a hub dataset."""
-    named_as_file = Path(source.path).suffix.lower() in (*SUFFIXES, PARQUET, *_OPENERS)
+    named_as_file = Path(source.path).suffix.lower() in (*SUFFIXES, PARQUET, _PACKED)
     is_id = source.path != EMBEDDED and not named_as_file and _HUB_ID.fullmatch(source.path) is not None
     return is_id and _existing(source.path) is None
 
@@ -182,12 +182,23 @@ def _read_folder(path: Path, source: SourceConfig) -> Table:
 
 
 def _table(dataset: Any, revision: str | None = None) -> Table:
-    return Table(columns=tuple(dataset.column_names), rows=dataset, revision=revision)
+    columns = _plain_names(dataset.column_names, "the data")
+    changed = {own: name for name, own in columns.items() if own != name}
+    return Table(columns=columns, rows=dataset.rename_columns(changed) if changed else dataset, revision=revision)
 
 
-def _table_of_dicts(rows: Sequence[Row]) -> Table:
-    columns = tuple(dict.fromkeys(str(name) for row in rows for name in row))
-    return Table(columns=columns, rows=[{name: row.get(name) for name in columns} for row in rows])
+def _table_of_dicts(rows: Sequence[Row], what: object) -> Table:
+    columns = _plain_names(dict.fromkeys(str(name) for row in rows for name in row), what)
+    return Table(columns=columns, rows=[{name: row.get(own) for name, own in columns.items()} for row in rows])
+
+
+def _plain_names(names: Iterable[str], what: object) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        if plain_name(name) in found:
+            raise DataError(f"{what} has two columns named {name!r}, case aside: rename one")
+        found[plain_name(name)] = name
+    return found
 
 
 def _refuse(source: SourceConfig, *names: str, what: str) -> None:
@@ -200,13 +211,13 @@ def _refuse(source: SourceConfig, *names: str, what: str) -> None:
 def _text_suffix(path: Path) -> str | None:
     """The suffix that says how to read a text file (``a.csv.gz`` is ``.csv``); None for other files."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _OPENERS:
+    if suffixes and suffixes[-1] == _PACKED:
         suffixes.pop()
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
 
 
 def read_text_file(path: Path) -> Table:
-    """Reads a CSV, TSV, JSON or JSON Lines file in UTF-8, also with a byte order mark or packed by gzip or xz.
+    """Reads a CSV, TSV, JSON or JSON Lines file in UTF-8, also with a byte order mark or packed by gzip.
 
     Columns are in order of appearance; CSV cells are text, a JSON row without some key holds None there.
 
@@ -220,7 +231,7 @@ def read_text_file(path: Path) -> Table:
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise DataError(f"{path} is not UTF-8 text (byte {byte:#04x}): save it as UTF-8") from None
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} can't be read: {error}") from None
     return _read_csv(text, path, DELIMITERS[suffix]) if suffix in DELIMITERS else _read_json(text, path)
 
@@ -228,50 +239,25 @@ def read_text_file(path: Path) -> Table:
 def _content(path: Path) -> bytes:
     """All of a file, unpacked up to a size that no text has: a bomb must not fill the memory."""
     most = max(_UNPACKED_ANYWAY, _LARGEST_RATIO * path.stat().st_size)
-    with _OPENERS.get(path.suffix.lower(), open)(path, "rb") as file:
+    with gzip.open(path) if path.suffix.lower() == _PACKED else path.open("rb") as file:
         content: bytes = file.read(most + 1)
     if len(content) > most:
         raise DataError(f"{path} unpacks to more than {most} bytes, which no text does: it looks like a bomb")
     return content
 
 
-def _read_csv(text: str, path: Path, delimiters: Sequence[str]) -> Table:
-    """Reads with the delimiter that the header has most of, and where the rows don't fit it with the next one."""
-    # A cell may hold 131,072 characters by default, a limit that the csv module keeps for the whole process.
-    limit = csv.field_size_limit(sys.maxsize)
-    try:
-        found = {delimiter: _cells_of_header(text, delimiter) for delimiter in delimiters}
-        # Stable: of two that split the header alike the usual one comes first.
-        likely = sorted((one for one in delimiters if found[one] > 1), key=lambda one: -found[one]) or delimiters[:1]
-        errors: list[DataError] = []
-        for delimiter in likely:
-            try:
-                return _read_cells(text, path, delimiter)
-            except DataError as error:
-                errors.append(error)
-        raise errors[0]
-    finally:
-        csv.field_size_limit(limit)
-
-
-def _cells_of_header(text: str, delimiter: str) -> int:
-    try:
-        return len(next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), []))
-    except csv.Error:
-        return 0
-
-
-def _read_cells(text: str, path: Path, delimiter: str) -> Table:
+def _read_csv(text: str, path: Path, delimiters: str) -> Table:
+    delimiter = max(delimiters, key=text.partition("\n")[0].count)
     # newline="": the csv module finds line ends by itself, as they may stand inside a quoted cell.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    # A cell may hold 131,072 characters by default, a limit that the csv module keeps for the whole process.
+    limit = csv.field_size_limit(sys.maxsize)
     rows: list[Row] = []
     try:
-        columns = next(reader, [])
-        if not any(column.strip() for column in columns):
+        header = next(reader, [])
+        if not any(column.strip() for column in header):
             raise DataError(f"{path} is empty: it needs a first line with the names of its columns")
-        double = next((column for column in columns if columns.count(column) > 1), None)
-        if double is not None:
-            raise DataError(f"{path} has two columns named {double!r}: rename one")
+        columns = _plain_names(header, path)
         for cells in filter(None, reader):  # An empty line is no row.
             if len(cells) != len(columns):
                 raise DataError(
@@ -281,7 +267,9 @@ def _read_cells(text: str, path: Path, delimiter: str) -> Table:
             rows.append(dict(zip(columns, cells, strict=True)))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}; is a quote not closed?") from None
-    return Table(columns=tuple(columns), rows=rows)
+    finally:
+        csv.field_size_limit(limit)
+    return Table(columns=columns, rows=rows)
 
 
 def _read_json(text: str, path: Path) -> Table:
@@ -293,7 +281,7 @@ def _read_json(text: str, path: Path) -> Table:
     odd = next((place for place, found in rows.items() if not all(isinstance(row, dict) for row in found)), None)
     if odd is not None:
         raise DataError(f"{odd}: {_EXPECTED}")
-    return _table_of_dicts([row for found in rows.values() for row in found])
+    return _table_of_dicts([row for found in rows.values() for row in found], path)
 
 
 _EXPECTED = "JSON data must be one object per line, or one list of objects"

@@ -13,7 +13,6 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import accumulate, takewhile
@@ -77,8 +76,6 @@ class _Frame(NamedTuple):
     end_text: str
     from_conversation: bool
     """Whether the finished conversation, not the generation prompt, says what stands before an answer."""
-    system: tuple[dict[str, str], ...]
-    """An empty system turn, where a template demands one."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +105,7 @@ class ChatFormat:
         frame = self.frame
         text = _before_answer(self.tokenizer, frame, prompt)
         if text is None:  # A template may write the date, and a run may last past midnight.
-            frame = _derive_frame(self.tokenizer, frame.system)
+            frame = _derive_frame(self.tokenizer)
             text = _before_answer(self.tokenizer, frame, prompt)
         if text is None:
             raise ModelError(
@@ -133,18 +130,16 @@ def resolve_prompt_format(name: PromptFormatName, tokenizer: PreTrainedTokenizer
     """The prompt format of a run; ``auto`` is chat where the tokenizer has a chat template, paper elsewhere.
 
     Raises:
-        ModelError: ``chat`` without a chat template, or a template that can't write a question and its answer.
+        ModelError: The tokenizer is a slow one, or ``chat`` without a chat template, or a template that can't write a
+            question and its answer.
     """
+    if not tokenizer.is_fast:
+        raise ModelError("the tokenizer can't say which characters a token holds: use a model with a tokenizer.json")
     if name == "paper" or (name == "auto" and not tokenizer.chat_template):
         return PaperFormat(_end_token(tokenizer))
     if not tokenizer.chat_template:
         raise ModelError("prompt_format is chat, but the tokenizer has no chat template: use paper or auto")
-    try:
-        return ChatFormat(tokenizer, _derive_frame(tokenizer, ()))
-    except ModelError:
-        with suppress(ModelError):
-            return ChatFormat(tokenizer, _derive_frame(tokenizer, ({"role": "system", "content": ""},)))
-        raise
+    return ChatFormat(tokenizer, _derive_frame(tokenizer))
 
 
 _USER_MARK, _ANSWER_MARK = "skuusermark", "skuanswermark"
@@ -154,29 +149,27 @@ _USER_MARK, _ANSWER_MARK = "skuusermark", "skuanswermark"
 def _before_answer(tokenizer: PreTrainedTokenizerBase, frame: _Frame, prompt: str) -> str | None:
     """All that stands before an answer; None where that is not the frame around the prompt."""
     if frame.from_conversation:
-        finished = _written(tokenizer, frame.system, prompt, _ANSWER_MARK)
+        finished = _written(tokenizer, prompt, _ANSWER_MARK)
         text = finished[: max(finished.rfind(_ANSWER_MARK), 0)]
     else:
-        text = _written(tokenizer, frame.system, prompt)
+        text = _written(tokenizer, prompt)
     is_long_enough = len(text) >= len(frame.before) + len(frame.after)
     return text if is_long_enough and text.startswith(frame.before) and text.endswith(frame.after) else None
 
 
-def _derive_frame(tokenizer: PreTrainedTokenizerBase, system: tuple[dict[str, str], ...]) -> _Frame:
-    before, after = _around(_written(tokenizer, system, _USER_MARK), _USER_MARK)
-    until_answer, end = _around(_written(tokenizer, system, _USER_MARK, _ANSWER_MARK), _ANSWER_MARK)
+def _derive_frame(tokenizer: PreTrainedTokenizerBase) -> _Frame:
+    before, after = _around(_written(tokenizer, _USER_MARK), _USER_MARK)
+    until_answer, end = _around(_written(tokenizer, _USER_MARK, _ANSWER_MARK), _ANSWER_MARK)
     finished_before, finished_after = _around(until_answer, _USER_MARK)
     between, end_text = finished_after.removeprefix(after), end.rstrip() or _end_token(tokenizer)
     if finished_before == before and finished_after.startswith(after) and not between.strip():
-        return _Frame(before, after, between, end_text, from_conversation=False, system=system)
-    return _Frame(finished_before, finished_after, "", end_text, from_conversation=True, system=system)
+        return _Frame(before, after, between, end_text, from_conversation=False)
+    return _Frame(finished_before, finished_after, "", end_text, from_conversation=True)
 
 
-def _written(
-    tokenizer: PreTrainedTokenizerBase, system: tuple[dict[str, str], ...], prompt: str, answer: str | None = None
-) -> str:
+def _written(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str | None = None) -> str:
     """A conversation by the template; without an answer up to where one begins."""
-    turns = [*system, {"role": "user", "content": prompt}]
+    turns = [{"role": "user", "content": prompt}]
     turns += [] if answer is None else [{"role": "assistant", "content": answer}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=answer is None)
@@ -395,14 +388,11 @@ def locate_tokens(text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, wit
 
     Args:
         text: The example as its prompt format writes it.
-        tokenizer: With character offsets ("fast") the borders are exact. Without, the answer starts where the tokens
-            of the whole part from those of the prompt alone.
+        tokenizer: With character offsets ("fast").
         with_end: Whether ``end_text`` stands after the answer.
     """
     whole = text.prompt_text + text.answer_text + (text.end_text if with_end else "")
     ids, offsets = _encode(whole, tokenizer, add_special_tokens=text.add_special_tokens)
-    if offsets is None:
-        return _compare_tokens(ids, text, tokenizer, with_end=with_end)
     ends = _token_ends(whole, ids, offsets, tokenizer)
     answer_start = bisect_right(ends, len(text.prompt_text))
     answer_end = len(text.prompt_text) + len(text.answer_text)
@@ -418,8 +408,8 @@ def locate_tokens(text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, wit
 
 def _encode(
     text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool
-) -> tuple[list[int], list[tuple[int, int]] | None]:
-    """Ids of a text that goes on, without what the tokenizer puts after it (EOS, SEP); offsets of a fast tokenizer."""
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids and offsets of a text that goes on, without what the tokenizer puts after it (EOS, SEP)."""
     if not is_valid_unicode(text):  # It holds half of a surrogate pair.
         raise _UntrainableError("text is not valid Unicode")
     encoding: dict[str, Any] = tokenizer(
@@ -427,15 +417,14 @@ def _encode(
         add_special_tokens=add_special_tokens,
         padding=False,
         truncation=False,
-        return_offsets_mapping=tokenizer.is_fast,
+        return_offsets_mapping=True,
         return_special_tokens_mask=True,
         verbose=False,  # its warning about long texts: they are shortened here
     )
     ids, added = list(encoding["input_ids"]), list(encoding["special_tokens_mask"])
     while add_special_tokens and ids and added[len(ids) - 1]:
         ids.pop()
-    offsets = [(start, end) for start, end in encoding["offset_mapping"][: len(ids)]] if tokenizer.is_fast else None
-    return ids, offsets
+    return ids, [(start, end) for start, end in encoding["offset_mapping"][: len(ids)]]
 
 
 def _token_ends(
@@ -470,20 +459,6 @@ def _ending_in_space(tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset
 
 _BYTE_LEVEL_SPACE = "\u0120"
 """How byte-level tokenizers write a space."""
-
-
-def _compare_tokens(
-    ids: list[int], text: RenderedText, tokenizer: PreTrainedTokenizerBase, *, with_end: bool
-) -> TokenSpans:
-    def tokens_shared_with(part: str) -> int:
-        return shared_length(ids, _encode(part, tokenizer, add_special_tokens=text.add_special_tokens)[0])
-
-    answer_start = tokens_shared_with(text.prompt_text)
-    end_start = tokens_shared_with(text.prompt_text + text.answer_text) if with_end else len(ids)
-    user_start = min(tokens_shared_with(text.prompt_text[: text.user_start]), answer_start)
-    after, _ = _encode(text.prompt_text[text.user_end :], tokenizer, add_special_tokens=False)
-    user_end = answer_start - shared_length(ids[:answer_start][::-1], after[::-1])
-    return TokenSpans(ids, user_start, max(user_start, user_end), answer_start, max(answer_start, end_start))
 
 
 def shared_length(*sequences: Sequence[int]) -> int:

@@ -219,5 +219,5 @@ def _number(key: str, name: str, value: Any) -> Any:
     try:
         number = TypeAdapter(_LIMITS.get(name, kind)).validate_python(value, strict=name in _WHOLE)
     except ValidationError as error:
-        raise RecipeError(explain(error, UnlearningConfig, value, key)) from None
+        raise RecipeError(explain(error, value, key, ())) from None
     return number if isinstance(value, str) else value

@@ -18,7 +18,7 @@ from statistics import median_low
 from statsmodels.stats.inter_rater import cohens_kappa
 
 from sku.config import SourceConfig
-from sku.data.rows import Columns, Row, parse_flag
+from sku.data.rows import Row, listed, parse_flag, plain_name, require
 from sku.data.tables import read_table
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.judges import Calibration, Judge, label_of, verdicts_of
@@ -231,15 +231,14 @@ def harm_kappa(pairs: Iterable[tuple[bool, bool]]) -> float | None:
     return None if undefined else float(cohens_kappa(table, return_results=False))
 
 
-def _column(what: str, named: str | None, columns: Sequence[str]) -> str:
+def _column(what: str, named: str | None, columns: Mapping[str, str]) -> str:
     if named is not None:
-        found = Columns(columns)
-        found.require([named], "there is no column")
-        return found.written(named)
+        require(columns, [plain_name(named)], "there is no column")
+        return plain_name(named)
     usual = [name for name in USUAL_COLUMNS[what] if name in columns]
     if len(usual) != 1:
         trouble = f"columns {' and '.join(usual)} may all be" if usual else "no column is known to be"
-        raise DataError(f"{trouble} the {what}: name it with --column {what}=NAME. Columns found: {Columns(columns)}")
+        raise DataError(f"{trouble} the {what}: name it with --column {what}=NAME. Columns found: {listed(columns)}")
     return usual[0]
 
 
