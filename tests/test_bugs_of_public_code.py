@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import TrainerMaker
-from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
+from sku.data.batches import ROWS, JointCollator, JointExample, Rows
 from sku.data.examples import ForgetExample, ForgetRetainData, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_forget_retain
@@ -31,17 +31,17 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> To
     return Encoder(tokenizer, PAPER).example(ForgetExample(prompt=prompt, answer=answer), train_on_end=False)
 
 
-def collated(rows: list[TokenizedExample], pad: int) -> PaddedRows:
+def collated(rows: list[TokenizedExample], pad: int) -> Rows:
     examples = [JointExample(rows=((RowType.FORGET, row),), forget_index=0) for row in rows]
-    found = JointCollator(pad_token_id=pad)(examples)[ROWS]
-    assert isinstance(found, PaddedRows)
-    return found
+    return JointCollator(pad_token_id=pad)(examples)[ROWS]
 
 
-def our_guided_loss(logits: Tensor, rows: PaddedRows) -> Tensor:
+def our_guided_loss(logits: Tensor, rows: Rows) -> Tensor:
     """As the trainer picks positions: those whose next token has a label."""
     kept = rows.kept[RowType.FORGET]
-    return guided_distortion_loss(logits[rows.kept_RT][kept.score_N], kept.targets_N, kept.row_N, len(logits))
+    return guided_distortion_loss(
+        logits[rows.model_inputs["logits_to_keep"]][kept.score_N], kept.targets_N, kept.row_N, len(logits)
+    )
 
 
 def test_the_answer_does_not_start_at_the_number_of_fields(tokenizer: PreTrainedTokenizerFast) -> None:

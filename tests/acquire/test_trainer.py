@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from conftest import ModelMaker, TrainerMaker, assert_same_bits, sku_config, weights_of
-from sku.data.batches import ROWS, JointCollator, PaddedRows
+from sku.data.batches import ROWS, JointCollator, Rows
 from sku.data.examples import ForgetRetainData, RowType
 from sku.data.load import load_training_pairs
 from sku.errors import ModelError, RecipeError
@@ -30,10 +30,8 @@ def batch_of(trainer: SkuTrainer, places: list[int]) -> dict[str, Any]:
     return collator([dataset[place] for place in places])
 
 
-def padded(batch: dict[str, Any]) -> PaddedRows:
-    rows = batch[ROWS]
-    assert isinstance(rows, PaddedRows)
-    return rows
+def padded(batch: dict[str, Any]) -> Rows:
+    return batch[ROWS]
 
 
 def terms_of(trainer: SkuTrainer, batch: dict[str, Any]) -> dict[str, Tensor]:

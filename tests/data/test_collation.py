@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sku.data.batches import ROWS, JointCollator, JointExample, PaddedRows
+from sku.data.batches import ROWS, JointCollator, JointExample
 from sku.data.examples import RowType
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import DataError
@@ -47,7 +47,6 @@ def test_a_batch_written_out() -> None:
     expected = {
         "input_ids": [[1, 2, 3, 9], [1, 2, 4, 5], [1, 2, 6, 9], [7, 8, 9, 9], [1, 2, 3, 4]],
         "forget_index": [3, 0],
-        "retain_index": [5, -1],
         "retain_rows": [5],
         "counts": [1, 1],
     }
@@ -55,8 +54,20 @@ def test_a_batch_written_out() -> None:
     for name, values in expected.items():
         assert batch[name].dtype == torch.int64
         assert batch[name].tolist() == values, name
-    assert rows.attention_mask.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1]]
-    assert rows.kept_RT.int().tolist() == [[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 0]]
+    assert rows.model_inputs["attention_mask"].tolist() == [
+        [1, 1, 1, 0],
+        [1, 1, 1, 1],
+        [1, 1, 1, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 1],
+    ]
+    assert rows.model_inputs["logits_to_keep"].int().tolist() == [
+        [0, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 1, 0, 0],
+        [1, 0, 0, 0],
+        [1, 1, 1, 0],
+    ]
     kept = {kind: (found.targets_N.tolist(), found.row_N.tolist(), found.example_M.tolist())
             for kind, found in rows.kept.items()}  # fmt: skip
     assert kept == {
@@ -101,12 +112,11 @@ def test_no_pad_is_learned_or_attended_to_and_no_real_token_is_taken_for_one(
 ) -> None:
     """Bug 8: padding was told by ``id == 1``. Here the pad id is a real token's id too."""
     padded = JointCollator(pad_token_id=pad)([joint(row(prompt, answer)) for prompt, answer in rows])[ROWS]
-    assert isinstance(padded, PaddedRows)
     kept = padded.kept[FORGET]
     for index, (prompt, answer) in enumerate(rows):
         length = len(prompt) + len(answer)
-        assert padded.attention_mask[index].sum() == length
-        assert padded.attention_mask[index, :length].all()
+        assert padded.model_inputs["attention_mask"][index].sum() == length
+        assert padded.model_inputs["attention_mask"][index, :length].all()
         assert kept.targets_N[kept.row_N == index].tolist() == answer
         assert padded.input_ids[index, :length].tolist() == prompt + answer
-        assert not padded.kept_RT[index, length - 1 :].any()
+        assert not padded.model_inputs["logits_to_keep"][index, length - 1 :].any()

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sku.data.batches import ROWS, JointCollator, JointExample, PackedRows, Segment, SourceRow, plan_paths
+from sku.data.batches import ROWS, JointCollator, JointExample, Rows, Segment, SourceRow, plan_paths
 from sku.data.examples import RetainTokens, RowType
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import DataError
@@ -31,10 +31,8 @@ def source(kind: RowType, example: int, prompt: list[int], answer: list[int]) ->
 
 def pack_rows(
     rows: list[SourceRow], num_examples: int, *, share: bool, retain_tokens: RetainTokens = "answer"
-) -> PackedRows:
-    packed = JointCollator("tree" if share else "flat", retain_tokens=retain_tokens).lay_out(rows, num_examples)
-    assert isinstance(packed, PackedRows)
-    return packed
+) -> Rows:
+    return JointCollator("tree" if share else "flat", retain_tokens=retain_tokens).lay_out(rows, num_examples)
 
 
 SOURCES = [
@@ -54,7 +52,7 @@ def test_a_tree_by_hand() -> None:
     assert packed.paths.segments == (
         Segment(3), Segment(1, 0), Segment(2, 0), Segment(1, 0), Segment(3), Segment(1),
     )  # fmt: skip
-    assert packed.score_places_U.tolist() == [2, 3, 4, 5, 6, 8, 9, 10]
+    assert packed.model_inputs["logits_to_keep"].tolist() == [2, 3, 4, 5, 6, 8, 9, 10]
     mismatched = packed.kept[MISMATCHED]
     # The prompt's last token serves the first target of each answer after it.
     assert mismatched.place_N.tolist() == [2, 4, 5, 2, 6]
@@ -83,7 +81,7 @@ def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None
     example = JointExample(rows=(*rows, (RETAIN, normal), (SAFE, row([1, 2, 3], [60, 61]))), forget_index=4)
     batch = JointCollator("tree")([example])
     assert batch["forget_index"].tolist() == [4]
-    assert batch["retain_index"].tolist() == [7]
+    assert batch["retain_rows"].tolist() == [7]
     packed = batch[ROWS]
     assert [(each.kind, each.example) for each in packed.rows] == [
         (FORGET, 0), (MISMATCHED, 0), (RETAIN, 0), (SAFE, 0),
@@ -95,7 +93,7 @@ def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None
         JointCollator("tree")([])
 
 
-def paths_read_back(packed: PackedRows) -> list[list[int]]:
+def paths_read_back(packed: Rows) -> list[list[int]]:
     keys = packed.input_ids[0][packed.paths.key_index_K]
     return [keys[start:end].tolist() for start, end in pairwise(packed.paths.key_starts.tolist())]
 
@@ -161,8 +159,7 @@ def test_a_plan_comes_whole_from_a_worker() -> None:
     packed.paths.dense_mask(3)
     again = pickle.loads(pickle.dumps(packed))
     assert torch.equal(again.paths.dense_mask(3), packed.paths.dense_mask(3))
-    assert torch.equal(again.score_places_U, packed.score_places_U)
-    assert packed.to("cpu") is packed
+    assert torch.equal(again.model_inputs["logits_to_keep"], packed.model_inputs["logits_to_keep"])
     moved = packed.to("meta")
     assert moved.paths.segments == packed.paths.segments
     assert moved.kept[FORGET].score_N.is_meta

@@ -29,7 +29,7 @@ def spoil(trainer: SkuTrainer, monkeypatch: pytest.MonkeyPatch, call: int) -> tu
         outputs, terms = real(model, inputs)
         if calls == call:
             weights.update(weights_of(trainer))
-            ids.extend([int(inputs["forget_index"][1]), int(inputs["retain_index"][1])])
+            ids.extend([int(inputs["forget_index"][1]), int(inputs["retain_rows"][1])])
             spoiled = terms["random_disassociation"].clone()
             spoiled[1] = torch.nan
             # The gradient is NaN as well, of every weight.

@@ -14,7 +14,6 @@ positions of the rows of one kind (a shared place counts once for each row), M =
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -37,9 +36,7 @@ class _Tensors:
     """A dataclass of tensors, and of such dataclasses, that goes to another device as one."""
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Self:
-        """The same with its tensors on another device; the same object where they are there."""
-        if next(value for value in vars(self).values() if isinstance(value, Tensor)).device == torch.device(device):
-            return self
+        """The same with its tensors on another device."""
         moved: Self = _changed(self, lambda tensor: tensor.to(device, non_blocking=non_blocking))
         return moved
 
@@ -213,11 +210,16 @@ class KeptPlaces(_Tensors):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rows(_Tensors, ABC):
+class Rows(_Tensors):
     """Rows of a batch as a model reads them in one forward pass, and which of their scores are whose."""
 
-    input_ids: Tensor
-    """``[R, T]``, or ``[1, T]`` packed."""
+    model_inputs: dict[str, Any]
+    """Arguments of the model; the scores that it gives for them are the U, in their order.
+
+    Padded: ``input_ids`` ``[R, T]``, ``attention_mask`` (which alone tells what is padding: the pad id can be that of
+    a real token), ``logits_to_keep`` ``[R, T]`` bool. Packed: ``input_ids`` ``[1, T]``, ``position_ids`` (place of a
+    token in its own row), ``packed_paths``, ``logits_to_keep`` ``[U]``, places that rise, each once.
+    """
     kept: dict[RowType, KeptPlaces]
     """Kind of rows -> theirs."""
     rows: tuple[SourceRow, ...]
@@ -227,46 +229,20 @@ class Rows(_Tensors, ABC):
     """That has laid them out."""
 
     @property
-    @abstractmethod
-    def model_inputs(self) -> dict[str, Any]:
-        """Arguments of the model; the scores that it gives for them are the U, in their order."""
+    def input_ids(self) -> Tensor:
+        """``[R, T]``, or ``[1, T]`` packed."""
+        ids: Tensor = self.model_inputs["input_ids"]
+        return ids
 
-    def of_kind(self, kind: RowType) -> Self:
+    @property
+    def paths(self) -> AttentionPaths | None:
+        """The plan of packed rows."""
+        return self.model_inputs.get("packed_paths")
+
+    def of_kind(self, kind: RowType) -> Rows:
         """The rows of one kind laid out alone, on the same device, as a reference model is asked for them."""
         rows = [row for row in self.rows if row.kind == kind]
-        alone = self.collator.lay_out(rows, self.num_examples).to(self.input_ids.device, non_blocking=True)
-        assert isinstance(alone, type(self))
-        return alone
-
-
-@dataclass(frozen=True, kw_only=True)
-class PaddedRows(Rows):
-    """Rows of equal length. What is padding ``attention_mask`` alone tells: the pad id can be that of a real token."""
-
-    attention_mask: Tensor
-    """``[R, T]``: 1 on the rows' own tokens."""
-    kept_RT: Tensor
-    """bool: the places whose scores are needed."""
-
-    @property
-    def model_inputs(self) -> dict[str, Any]:
-        """As in ``Rows``."""
-        return {"input_ids": self.input_ids, "attention_mask": self.attention_mask, "logits_to_keep": self.kept_RT}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackedRows(Rows):
-    """Rows as one packed row."""
-
-    paths: AttentionPaths
-    score_places_U: Tensor
-    """Places whose scores are needed, rising, each once."""
-
-    @property
-    def model_inputs(self) -> dict[str, Any]:
-        """As in ``Rows``; the position of a token is its place in its own row."""
-        own = {"position_ids": self.paths.position_T[None], "packed_paths": self.paths}
-        return {"input_ids": self.input_ids, **own, "logits_to_keep": self.score_places_U}
+        return self.collator.lay_out(rows, self.num_examples).to(self.input_ids.device, non_blocking=True)
 
 
 class JointCollator:
@@ -290,7 +266,7 @@ class JointCollator:
 
         Returns:
             - ``rows``: ``Rows``; ``input_ids``: theirs.
-            - ``forget_index``, ``retain_index``: ``[B]`` int64, positions in the datasets, -1 where there is none.
+            - ``forget_index``: ``[B]`` int64, positions in the dataset.
             - ``retain_rows``: int64, one for each normal pair, its position in the dataset.
             - ``counts``: ``[B]`` int64, 1 for examples that are trained on, 0 for one that isn't.
 
@@ -305,13 +281,12 @@ class JointCollator:
         ]
         if not rows:
             raise DataError("a batch without any row can't be trained on: all modules are off or it has no examples")
-        normal = [example.retain_rows for example in examples]
+        normal = [place for example in examples for place in example.retain_rows]
         laid_out = self.lay_out(rows, len(examples))
         return {
             "input_ids": laid_out.input_ids,
             "forget_index": torch.tensor([example.forget_index for example in examples], dtype=torch.long),
-            "retain_index": torch.tensor([places[0] if places else -1 for places in normal], dtype=torch.long),
-            "retain_rows": torch.tensor([place for places in normal for place in places], dtype=torch.long),
+            "retain_rows": torch.tensor(normal, dtype=torch.long),
             "counts": torch.tensor([example.counts for example in examples], dtype=torch.long),
             ROWS: laid_out,
         }
@@ -319,10 +294,12 @@ class JointCollator:
     def lay_out(self, rows: Sequence[SourceRow], num_examples: int) -> Rows:
         """Lays rows (at least one; those of one of the B joint examples follow each other) out on the CPU."""
         positions = [_kept_positions(row, self.retain_tokens) for row in rows]
-        options: dict[str, Any] = {"rows": tuple(rows), "num_examples": num_examples, "collator": self}
-        return (self._padded if self.packing == "padded" else self._packed)(rows, positions, options)
+        inputs, kept = (self._padded if self.packing == "padded" else self._packed)(rows, positions)
+        return Rows(model_inputs=inputs, kept=kept, rows=tuple(rows), num_examples=num_examples, collator=self)
 
-    def _padded(self, rows: Sequence[SourceRow], positions: Sequence[Tensor], options: dict[str, Any]) -> PaddedRows:
+    def _padded(
+        self, rows: Sequence[SourceRow], positions: Sequence[Tensor]
+    ) -> tuple[dict[str, Any], dict[RowType, KeptPlaces]]:
         ids = [torch.tensor(row.tokens.input_ids, dtype=torch.long) for row in rows]
         input_ids = pad_sequence(ids, batch_first=True, padding_value=self.pad_token_id)
         all_places = torch.arange(input_ids.numel()).view_as(input_ids)
@@ -330,9 +307,11 @@ class JointCollator:
         kept_RT = torch.zeros_like(input_ids, dtype=torch.bool)
         kept_RT.view(-1)[score_places] = True
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        return PaddedRows(input_ids=input_ids, kept=kept, attention_mask=mask, kept_RT=kept_RT, **options)
+        return {"input_ids": input_ids, "attention_mask": mask, "logits_to_keep": kept_RT}, kept
 
-    def _packed(self, rows: Sequence[SourceRow], positions: Sequence[Tensor], options: dict[str, Any]) -> PackedRows:
+    def _packed(
+        self, rows: Sequence[SourceRow], positions: Sequence[Tensor]
+    ) -> tuple[dict[str, Any], dict[RowType, KeptPlaces]]:
         # What stands after the last kept position is seen by none that counts.
         sequences = [
             row.tokens.input_ids[: int(kept[-1]) + 1 if len(kept) else 0]
@@ -360,9 +339,8 @@ class JointCollator:
                     ids.extend(own)
         score_places, kept = _kept_places(rows, positions, places)
         paths = plan_paths(segments)
-        return PackedRows(
-            input_ids=torch.tensor([ids]), kept=kept, paths=paths, score_places_U=score_places, **options
-        )
+        inputs = {"input_ids": torch.tensor([ids]), "position_ids": paths.position_T[None], "packed_paths": paths}
+        return {**inputs, "logits_to_keep": score_places}, kept
 
 
 def _kept_places(

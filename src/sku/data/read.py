@@ -140,7 +140,8 @@ def choose_parser(
     """
     if only_prompts and source.prompt_column is None and all(column in columns for column in XSTEST_COLUMNS):
         return XSTEST, partial(xstest_prompts, kind=kind)
-    name, fitting = source.format, [known for known in FORMATS if known.recognises(columns)]
+    fitting = [known for known in FORMATS if known.recognises(columns)]
+    name: str = source.format
     if name == "auto" and (_named_columns(source) or not fitting):
         name = COLUMNS
     elif name == "auto":

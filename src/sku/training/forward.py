@@ -23,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sku.data.batches import PackedRows, Rows
+from sku.data.batches import Rows
 from sku.data.examples import RowType
 from sku.losses import Head, HeadScores
 from sku.models import embedding_weight
@@ -51,7 +51,7 @@ def run_rows(rows: Rows, model: nn.Module, plain: PreTrainedModel | PeftModel, *
         ModelError: The model's attention would misread a packed row, or asks for something that can't be packed.
     """
     options = {**rows.model_inputs, "use_cache": False} | ({"output_hidden_states": True} if hidden_states else {})
-    if not isinstance(rows, PackedRows):
+    if rows.paths is None:
         return model(**options)
     # Stays so until training ends: activation checkpointing runs layers again in the backward.
     use_packed_attention(plain)
@@ -71,7 +71,7 @@ def scores_of_kind(rows: Rows, kind: RowType, outputs: Any, hidden_layers: Seque
     Returns:
         One pair of scores and target for each kept position of each row, and where they belong.
     """
-    kept, scores = rows.kept[kind], outputs.logits[0] if isinstance(rows, PackedRows) else outputs.logits
+    kept, scores = rows.kept[kind], outputs.logits[0] if rows.paths is not None else outputs.logits
     made = not isinstance(scores, HeadScores)
     rows_N = _take_rows(scores if made else scores.hidden_NH, kept.score_N)
     return ScoredRows(

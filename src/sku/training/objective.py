@@ -163,7 +163,7 @@ def check_finite(terms: Mapping[str, Tensor], inputs: Mapping[str, Tensor], step
 
     Args:
         terms: Name -> loss of each joint example, ``[B]``.
-        inputs: The batch, for its ``forget_index`` and ``retain_index``.
+        inputs: The batch, for its ``forget_index`` and ``retain_rows``.
         step: The optimizer step that they are for, from 1.
 
     Raises:
@@ -180,7 +180,8 @@ def check_finite(terms: Mapping[str, Tensor], inputs: Mapping[str, Tensor], step
     for name, value in zip(terms, values, strict=True):
         if not math.isfinite(value):
             is_bad_B = ~torch.stack(losses).isfinite().all(0)
-            forget, retain = (inputs[f"{key}_index"][is_bad_B].tolist() for key in ("forget", "retain"))
+            retain_BR = inputs["retain_rows"].reshape(len(is_bad_B), len(inputs["retain_rows"]) // len(is_bad_B))
+            forget, retain = inputs["forget_index"][is_bad_B].tolist(), retain_BR[is_bad_B].flatten().tolist()
             raise NonFiniteLossError(
                 f"loss term {name} is {value} at step {step}, forget examples {forget}, retain examples {retain}; "
                 f"{_ADVICE}"
