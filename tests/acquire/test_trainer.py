@@ -31,7 +31,8 @@ def batch_of(trainer: SkuTrainer, places: list[int]) -> dict[str, Any]:
 
 
 def padded(batch: dict[str, Any]) -> Rows:
-    return batch[ROWS]
+    rows: Rows = batch[ROWS]
+    return rows
 
 
 def terms_of(trainer: SkuTrainer, batch: dict[str, Any]) -> dict[str, Tensor]:

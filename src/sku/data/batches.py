@@ -235,8 +235,8 @@ class Rows(_Tensors):
         return ids
 
     @property
-    def paths(self) -> AttentionPaths | None:
-        """The plan of packed rows."""
+    def paths(self) -> Any:
+        """The ``AttentionPaths`` of packed rows, None of padded ones."""
         return self.model_inputs.get("packed_paths")
 
     def of_kind(self, kind: RowType) -> Rows:
