@@ -84,9 +84,7 @@ def naive_loss(model: Any, teacher: Any, batch: NaiveBatch, weights: Sequence[fl
 
 
 def _logits(model: Any, rows: Padded) -> Tensor:
-    logits: Tensor = model(
-        input_ids=rows.input_ids, attention_mask=rows.model_inputs["attention_mask"], use_cache=False
-    ).logits
+    logits: Tensor = model(input_ids=rows.input_ids, attention_mask=rows.attention_mask, use_cache=False).logits
     return logits
 
 

@@ -31,9 +31,10 @@ def tokenize(tokenizer: PreTrainedTokenizerFast, prompt: str, answer: str) -> To
     return Encoder(tokenizer, PAPER).example(ForgetExample(prompt=prompt, answer=answer), train_on_end=False)
 
 
-def collated(rows: list[TokenizedExample], pad: int) -> Rows:
-    examples = [JointExample(rows=((RowType.FORGET, row),), forget_index=0) for row in rows]
-    return JointCollator(pad_token_id=pad)(examples)[ROWS]
+def collated(tokens: list[TokenizedExample], pad: int) -> Rows:
+    examples = [JointExample(rows=((RowType.FORGET, row),), forget_index=0) for row in tokens]
+    rows: Rows = JointCollator(pad_token_id=pad)(examples)[ROWS]
+    return rows
 
 
 def our_guided_loss(logits: Tensor, rows: Rows) -> Tensor:
