@@ -13,8 +13,7 @@ from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import ExampleLoss
-from sku.report.method_records import NORMAL_KEY, PREFILL, UNSEEN_KEY, MethodRecord, Point, Role
-from sku.sweep import UtilityCost
+from sku.report.method_records import NORMAL_KEY, PREFILL, UNSEEN_KEY, MethodRecord, Point
 
 JUDGE: JudgeCard = dataclasses.replace(RefusalRulesJudge.card, tells_safe=True)
 METHODS = ("sku", "gradient_ascent", "npo", "simnpo", "dpo", "rmu")
@@ -49,7 +48,7 @@ def make_point(
     losses: Mapping[str, Iterable[float]] | None = None,
     tokens: Sequence[int] | None = None,
     strength: float = 1.0,
-    cost: float | None = None,
+    cost: float = 0.0,
 ) -> Point:
     """A point from letters: ``replies`` and ``prefill`` of unseen harmful prompts, ``normal`` of normal ones."""
     found = {
@@ -59,7 +58,7 @@ def make_point(
     }
     return Point(
         strength=strength,
-        cost=None if cost is None else UtilityCost(value=cost, bound_by="KL on retain_validation"),
+        cost=cost,
         replies={key: rows for key, rows in found.items() if rows},
         losses={
             split: [
@@ -71,16 +70,9 @@ def make_point(
     )
 
 
-def make_record(
-    name: str, published: Point | None = None, best: Point | None = None, *, seed: int = 0, **changes: Any
-) -> MethodRecord:
-    points: dict[Role, Point] = {}
-    if published is not None:
-        points["published"] = published
-    if best is not None:
-        points["best"] = best
+def make_record(name: str, point: Point | None = None, *, seed: int = 0, **changes: Any) -> MethodRecord:
     plain = {"title": name.replace("_", " "), "control": False, "judge": JUDGE, **changes}
-    return MethodRecord(name=name, seed=seed, points=points, **plain)
+    return MethodRecord(name=name, seed=seed, point=point, **plain)
 
 
 def failed_record(name: str, seed: int, failure: str) -> MethodRecord:
@@ -111,12 +103,9 @@ def invented_comparison(methods: Sequence[str] = METHODS, *, seeds: int = 3, pro
     for index, name in enumerate(methods):
         speed, cost = 0.6 + 0.25 * index, 0.02 * 1.5**index
         for seed in range(seeds):
-            both = [
-                point(0.96 * math.exp(-speed * 2 * at), 0.98 * math.exp(-speed * at), cost * at**2, at)
-                for at in (1.0, math.sqrt(0.045 / cost))
-            ]
-            records.append(make_record(name, *both, seed=seed))
+            at = math.sqrt(0.045 / cost)
+            own = point(0.96 * math.exp(-speed * 2 * at), 0.98 * math.exp(-speed * at), cost * at**2, at)
+            records.append(make_record(name, own, seed=seed))
     for name, shares in {"base": (0.96, 0.98, 0.0), "random_direction": (0.94, 0.97, 0.03)}.items():
-        own = point(*shares)
-        records.append(make_record(name, own, own, control=True))
+        records.append(make_record(name, point(*shares), control=True))
     return records

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from matplotlib.figure import Figure
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.statistics import Estimate
-from sku.report.method_overview import CONTROL, METHOD, Measure, Row, draw_measure, overview_figure
+from sku.report.method_overview import CONTROL, METHOD, Measure, draw_measure, overview_figure
 from sku.report.method_records import MethodRecord
 from sku.report.method_tables import ComparisonRow
 
@@ -36,33 +35,29 @@ def estimate(value: float, low: float, high: float) -> Estimate:
     return Estimate(value=value, low=low, high=high)
 
 
-def row(name: str = "a", *, control: bool = False, failed: bool = False, **roles: dict[str, Estimate]) -> Row:
-    own = ComparisonRow(
-        name=name, title=name, control=control, failed=failed, estimates={}, prefill_tokens=None, prefill_lengths=(),
-        strength=None, utility_cost=None, bound_by="", seeds="",
+def row(
+    name: str = "a", found: Estimate | None = None, *, control: bool = False, failed: bool = False
+) -> ComparisonRow:
+    return ComparisonRow(
+        name=name, title=name, control=control, failed=failed, prefill_tokens=None, prefill_lengths=(), strength=None,
+        estimates={} if found is None else {RATE.field: found, RATIO.field: found}, utility_cost=None, bound_by="",
+        seeds="",
     )  # fmt: skip
-    return {
-        role: dataclasses.replace(own, estimates=estimates)  # type: ignore[misc]
-        for role, estimates in {**roles, "published": roles.get("published", {})}.items()
-    }
 
 
-def column(measure: Measure, *rows: Row) -> Axes:
+def column(measure: Measure, *rows: ComparisonRow) -> Axes:
     axes = Figure().subplots()
     draw_measure(axes, measure, rows)
     return axes
 
 
 def dots(axes: Axes) -> list[tuple[Any, ...]]:
-    """x, y, marker, filled, colour."""
+    """x, y, marker, colour."""
     drawn: list[Any] = [line for line in axes.lines if line.get_marker() != "None"]
     return [
-        (
-            pytest.approx(line.get_xdata()[0]), pytest.approx(line.get_ydata()[0]), line.get_marker(),
-            line.get_markerfacecolor() != "white", line.get_markeredgecolor(),
-        )
+        (pytest.approx(line.get_xdata()[0]), line.get_ydata()[0], line.get_marker(), line.get_color())
         for line in drawn
-    ]  # fmt: skip
+    ]
 
 
 def intervals(axes: Axes) -> list[Any]:
@@ -70,38 +65,27 @@ def intervals(axes: Axes) -> list[Any]:
     return [pytest.approx(tuple(line.get_xdata())) for line in drawn if line.get_marker() == "None"]
 
 
-def test_best_is_filled_and_above_the_hollow_published_one() -> None:
+def test_a_dot_with_its_interval_in_each_row() -> None:
     axes = column(
-        RATE,
-        row(best={RATE.field: estimate(0.1, 0.05, 0.2)}, published={RATE.field: estimate(0.3, 0.2, 0.4)}),
-        row("b", published={RATE.field: estimate(1, 0.9, 1)}),
-        row("base", control=True, published={RATE.field: estimate(0.5, 0.4, 0.6)}),
-    )
-    best, published, alone, control = dots(axes)
-    assert best == (10, -0.18, "o", True, METHOD)
-    assert published == (30, 0.18, "o", False, METHOD)
-    assert alone == (100, 1, "o", False, METHOD)
-    assert control == (50, 2, "o", False, CONTROL)
-    assert intervals(axes) == [(5, 20), (20, 40), (90, 100), (40, 60)]
+        RATE, row("a", estimate(0.1, 0.05, 0.2)), row("b", estimate(1, 0.9, 1)),
+        row("base", estimate(0.5, 0.4, 0.6), control=True),
+    )  # fmt: skip
+    assert dots(axes) == [(10, 0, "o", METHOD), (100, 1, "o", METHOD), (50, 2, "o", CONTROL)]
+    assert intervals(axes) == [(5, 20), (90, 100), (40, 60)]
     assert axes.yaxis_inverted(), "the first row stands on top"
 
 
 def test_ratios_beyond_the_axis_are_told_by_a_number() -> None:
-    axes = column(
-        RATIO,
-        row(
-            best={RATIO.field: estimate(1.5, 1.2, 9)}, published={RATIO.field: estimate(1.2143e10, 9e9, 2e10)}
-        ),
-    )  # fmt: skip
+    axes = column(RATIO, row("a", estimate(1.5, 1.2, 9)), row("b", estimate(1.2143e10, 9e9, 2e10)))
     assert axes.get_xscale() == "log"
     assert axes.get_xlim() == pytest.approx((0.9, 2))
-    assert [(x, marker) for x, _, marker, _, _ in dots(axes)] == [(1.5, "o"), (2, ">")]
+    assert [(x, marker) for x, _, marker, _ in dots(axes)] == [(1.5, "o"), (2, ">")]
     assert intervals(axes)[0] == (1.2, 2)
     assert "\u00d71.21e+10" in [text.get_text() for text in axes.texts]
 
 
 def test_small_changes_get_a_closer_axis_that_holds_all_of_them() -> None:
-    left, right = column(RATIO, row(published={RATIO.field: estimate(0.8, 0.7, 1.01)})).get_xlim()
+    left, right = column(RATIO, row("a", estimate(0.8, 0.7, 1.01))).get_xlim()
     assert left < 0.7
     assert right == pytest.approx(1.25)
 
@@ -118,7 +102,7 @@ def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path
     titles = [name.replace("_", " ") for name in METHODS]
     controls = ["base", "random direction"]
     assert [word for word in words if word in {*titles, *controls}] == titles + controls
-    assert {"Gibberish", "Exact answers", "Perplexity / base", "at equal utility", "as published"} <= set(words)
+    assert {"Gibberish", "Exact answers", "Perplexity / base"} <= set(words)
     assert "Over-refusal" not in words
     assert overview_figure(records, tmp_path / "b.svg").read_bytes() == path.read_bytes()
     less = [

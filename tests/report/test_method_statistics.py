@@ -18,7 +18,6 @@ from sku.report.method_records import (
     Difference,
     MethodRecord,
     Point,
-    Role,
     difference_to,
     points_of,
     worst_prefill,
@@ -46,16 +45,17 @@ def found(estimate: Estimate | None) -> Estimate:
     return estimate
 
 
-def rate(records: list[MethodRecord], role: Role, key: str, hit: str) -> Estimate | None:
-    return method_records.rate(points_of(records, role), key, hit)
+def rate(records: list[MethodRecord], key: str, hit: str) -> Estimate | None:
+    return method_records.rate(points_of(records), key, hit)
 
 
 def perplexity_ratio(records: list[MethodRecord], base: MethodRecord, split: str) -> Estimate | None:
-    return method_records.perplexity_ratio(points_of(records, "published"), base, split)
+    assert base.point is not None
+    return method_records.perplexity_ratio(points_of(records), base.point, split)
 
 
 def compared(a: list[MethodRecord], b: list[MethodRecord]) -> Difference:
-    difference = difference_to(a, b, "published", KEY, "harmful")
+    difference = difference_to(a, b, KEY, "harmful")
     assert difference is not None
     return difference
 
@@ -72,7 +72,7 @@ def all_resampled_means(table: Sequence[Sequence[float]]) -> list[float]:
 
 def test_two_seeds_and_four_prompts() -> None:
     """3 of 8 replies are harmful; of the 1,024 equally likely resamples 2.5 % lie below 0 and 2.5 % above 0.875."""
-    estimate = found(rate(row("hhrr", "hrrr"), "published", KEY, "harmful"))
+    estimate = found(rate(row("hhrr", "hrrr"), KEY, "harmful"))
     assert estimate.value == 3 / 8
     low, high = np.quantile(all_resampled_means([[1, 1, 0, 0], [1, 0, 0, 0]]), [0.025, 0.975])
     assert (estimate.low, estimate.high) == (low, high) == (0.0, 0.875)
@@ -80,8 +80,8 @@ def test_two_seeds_and_four_prompts() -> None:
 
 def test_seeds_that_disagree_widen_the_interval() -> None:
     """Both rows hold 20 of 40 hits; in the second one the seed decides all of them."""
-    alike = found(rate(row("hr" * 10, "rh" * 10), "published", KEY, "harmful"))
-    apart = found(rate(row("h" * 20, "r" * 20), "published", KEY, "harmful"))
+    alike = found(rate(row("hr" * 10, "rh" * 10), KEY, "harmful"))
+    apart = found(rate(row("h" * 20, "r" * 20), KEY, "harmful"))
     assert alike.value == apart.value == 0.5
     assert (apart.low, apart.high) == (0.0, 1.0)
     assert 0.2 < alike.low < alike.high < 0.8
@@ -90,10 +90,10 @@ def test_seeds_that_disagree_widen_the_interval() -> None:
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_none_of_200_is_not_certainly_none(seeds: int) -> None:
     """Wilson: upper bound z^2 / (n + z^2) with z = 1.96 and n = 200 prompts, however many seeds."""
-    estimate = found(rate(row(*["r" * 200] * seeds), "published", KEY, "harmful"))
+    estimate = found(rate(row(*["r" * 200] * seeds), KEY, "harmful"))
     assert (estimate.value, estimate.low) == (0.0, 0.0)
     assert estimate.high == pytest.approx(1.959964**2 / (200 + 1.959964**2), abs=1e-6)
-    all_of_them = found(rate(row(*["h" * 200] * seeds), "published", KEY, "harmful"))
+    all_of_them = found(rate(row(*["h" * 200] * seeds), KEY, "harmful"))
     assert (all_of_them.value, all_of_them.high) == (1.0, 1.0)
     assert all_of_them.low == pytest.approx(1 - estimate.high)
 
@@ -103,13 +103,13 @@ def test_what_is_counted() -> None:
     point = make_point("hreduessss", judged="1100000000", normal="aaod", exact="10-1")
     records = [make_record("sku", point)]
     for hit in ("harmful", "gibberish", "unjudged"):
-        assert found(rate(records, "published", KEY, hit)).value == 0.1
-    assert found(rate(records, "published", KEY, "coherent_safe")).value == 0.7
-    assert found(rate(records, "published", KEY, "harmful_ungated")).value == 0.2
+        assert found(rate(records, KEY, hit)).value == 0.1
+    assert found(rate(records, KEY, "coherent_safe")).value == 0.7
+    assert found(rate(records, KEY, "harmful_ungated")).value == 0.2
     normal = "retain_test/reply"
-    assert found(rate(records, "published", normal, "over_refusal")).value == 0.25
-    assert found(rate(records, "published", normal, "gibberish")).value == 0.25
-    assert found(rate(records, "published", normal, "exact_answer")).value == pytest.approx(2 / 3)
+    assert found(rate(records, normal, "over_refusal")).value == 0.25
+    assert found(rate(records, normal, "gibberish")).value == 0.25
+    assert found(rate(records, normal, "exact_answer")).value == pytest.approx(2 / 3)
 
 
 def test_perplexity_ratio() -> None:
@@ -180,10 +180,10 @@ def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() 
         return dataclasses.replace(point, replies={**point.replies, key: make_replies(key, one)})
 
     a, b = [make_record("a", asked("hhhr", "hrrr"))], [make_record("b", asked("rrrr", "hhhh"))]
-    assert [found(rate(row, "published", PREFILL, "harmful")).value for row in (a, b)] == [0.75, 1.0]
-    assert [worst_prefill(points_of(row, "published")) for row in (a, b)] == ["1", "5"]
-    assert worst_prefill(points_of(a, "published"), points_of(b, "published")) == "5"
-    difference = difference_to(a, b, "published", PREFILL, "harmful")
+    assert [found(rate(row, PREFILL, "harmful")).value for row in (a, b)] == [0.75, 1.0]
+    assert [worst_prefill(points_of(row)) for row in (a, b)] == ["1", "5"]
+    assert worst_prefill(points_of(a), points_of(b)) == "5"
+    difference = difference_to(a, b, PREFILL, "harmful")
     assert difference is not None
     assert difference.value == -0.75
     rows = comparison_rows([*a, *b])
@@ -193,17 +193,15 @@ def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() 
 def test_what_was_not_measured_is_none_and_what_does_not_fit_is_refused() -> None:
     """A model that broke has a finite ratio: at most 700 nats a token count."""
     base = with_losses((10, 10), name="base")[0]
-    assert rate(row("hr"), "published", "forget_test/prefill", "harmful") is None
-    assert rate(row("hr"), "best", KEY, "harmful") is None
-    assert rate([failed_record("sku", 0, "NaN")], "published", KEY, "harmful") is None
+    assert rate(row("hr"), "forget_test/prefill", "harmful") is None
+    assert rate([failed_record("sku", 0, "NaN")], KEY, "harmful") is None
     assert perplexity_ratio(with_losses((10, 10)), base, "normal:benign") is None
-    assert perplexity_ratio(with_losses((10, 10)), failed_record("base", 0, "NaN"), "retain_test") is None
     ruined = found(perplexity_ratio(with_losses((1e9, 10), (10, 10)), base, "retain_test"))
     assert ruined.value == pytest.approx(math.exp(350))
     assert (ruined.low, ruined.high) == (1, math.exp(700))
     refused: tuple[Callable[[], object], ...] = (
-        lambda: rate(row("hr", "hrr"), "published", KEY, "harmful"),
-        lambda: difference_to(row("hr"), row("hrr"), "published", KEY, "harmful"),
+        lambda: rate(row("hr", "hrr"), KEY, "harmful"),
+        lambda: difference_to(row("hr"), row("hrr"), KEY, "harmful"),
         lambda: perplexity_ratio(with_losses((1, 2, 3)), base, "retain_test"),
     )
     for wrong in refused:

@@ -22,13 +22,13 @@ from .invented_records import JUDGE, failed_record, make_point, make_record
 LOSSES = {"retain_test": (10, 10), "forget_test": (20, 20)}
 
 
-def one_row(records: list[MethodRecord], name: str, role: str = "published") -> ComparisonRow:
-    return next(row for row in comparison_rows(records, role) if row.name == name)  # type: ignore[arg-type]
+def one_row(records: list[MethodRecord], name: str) -> ComparisonRow:
+    return next(row for row in comparison_rows(records) if row.name == name)
 
 
 def base(replies: str = "hhhh") -> MethodRecord:
     point = make_point(replies, prefill=replies, normal="aaaa", exact="1111", losses=LOSSES)
-    return make_record("base", point, point, control=True)
+    return make_record("base", point, control=True)
 
 
 def test_columns_hold_what_they_say() -> None:
@@ -51,7 +51,7 @@ def test_columns_hold_what_they_say() -> None:
     assert len({line.count("|") for line in markdown.splitlines()[:3]}) == 1
 
 
-def test_a_row_of_which_every_seed_failed_still_stands_in_both_tables() -> None:
+def test_a_row_of_which_every_seed_failed_still_stands() -> None:
     failures = [failed_record("npo", seed, "the loss | is NaN") for seed in range(3)]
     records = [make_record("sku", make_point("hr", losses=LOSSES)), base("hh"), *failures]
     text = markdown_comparison(comparison_rows(records), "")
@@ -59,18 +59,15 @@ def test_a_row_of_which_every_seed_failed_still_stands_in_both_tables() -> None:
     assert set(line.split(" | ")[1:-1]) == {"\u2013"}
     assert line.endswith("0/3 failed: the loss \\| is NaN |")
     assert row_order(records) == ["sku", "npo", "base"], "controls last"
-    assert "| npo | \u2013 | \u2013 |" in markdown_differences(records, "published")
+    assert "| npo | \u2013 | \u2013 |" in markdown_differences(records)
 
 
 def test_rows_at_equal_utility() -> None:
     """Of two seeds and two prompts that are shown one reply is harmful."""
-    points = make_point("hhhh"), make_point("hr", strength=0.4)
-    stronger = points[0], make_point("rr", strength=0.6)
-    records = [
-        make_record("sku", *points), make_record("sku", *stronger, seed=1), make_record("sku", points[0], seed=2),
-        make_record("npo", points[0]), base("hh"),
-    ]  # fmt: skip
-    sku, npo, control = (one_row(records, name, "best") for name in ("sku", "npo", "base"))
+    points = make_point("hr", strength=0.4), make_point("rr", strength=0.6), None
+    records = [*(make_record("sku", point, seed=seed) for seed, point in enumerate(points)), make_record("npo")]
+    records.append(base("hh"))
+    sku, npo, control = (one_row(records, name) for name in ("sku", "npo", "base"))
     assert sku.strength == pytest.approx(0.5)
     assert sku.estimates["harmful_unseen"].value == 0.25
     assert sku.seeds == "2/3 no strength within the utility budget"
@@ -83,13 +80,13 @@ def test_rows_at_equal_utility() -> None:
 
 
 def test_a_row_says_what_its_strength_costs_and_what_binds_it() -> None:
-    points = make_point("hhhh"), make_point("hrrr", strength=0.4, cost=1.0)
+    point = make_point("hrrr", strength=0.4, cost=1.0)
     seeds = [
-        make_record("sku", *points, seed=seed, bound_by=bound)
+        make_record("sku", point, seed=seed, bound_by=bound)
         for seed, bound in enumerate(["KL on retain_validation", "over-refusal", "KL on retain_validation"])
     ]
-    alone = make_record("npo", *points)
-    rows = {row.name: row for row in comparison_rows([*seeds, alone, base()], "best")}
+    alone = make_record("npo", point)
+    rows = {row.name: row for row in comparison_rows([*seeds, alone, base()])}
     assert rows["sku"].utility_cost == pytest.approx(1.0)
     assert rows["sku"].bound_by == "KL on retain_validation (2); over-refusal (1)"
     assert rows["npo"].bound_by == "nothing, up to the largest strength"
@@ -117,7 +114,7 @@ def test_differences() -> None:
     """
     sku = make_record("sku", make_point("rrrr", prefill="rrrr"))
     npo = make_record("npo", make_point("hhhr", prefill="hhhh"), title="NPO")
-    lines = markdown_differences([npo, sku], "published").splitlines()
+    lines = markdown_differences([npo, sku]).splitlines()
     name, replies, first_p, prefilled, second_p = lines[2].strip("| ").split(" | ")
     assert name == "NPO"
     assert replies == "+75.0 (+25.0 to +100.0)"
@@ -131,4 +128,4 @@ def test_a_judge_that_can_not_tell_the_base_from_harmless_says_so() -> None:
         errors = Calibration(data="d", data_sha256="0", harmful=100, harmful_found=99, safe=100, safe_found=safe_found)
         judge = dataclasses.replace(JUDGE, calibration=errors)
         records = [make_record(name, make_point("h" * 45 + "r" * 5), judge=judge) for name in ("base", "sku")]
-        assert ("this judge can't measure it" in legend_line(records, "published")) == told
+        assert ("this judge can't measure it" in legend_line(records)) == told

@@ -91,9 +91,8 @@ def _print(folder: Path, *, as_json: bool) -> None:
     if len(failed) < len(records):
         files += [overview_figure(records, folder / name) for name in FIGURES]
     if as_json:
-        roles = {role: method_tables.comparison_rows(records, role) for role in ("best", "published")}
-        plain = {role: [dataclasses.asdict(row) for row in found] for role, found in roles.items()}
-        print_json({**plain, "failed": failed})
+        rows = [dataclasses.asdict(row) for row in method_tables.comparison_rows(records)]
+        print_json({"rows": rows, "failed": failed})
         return
     results.print(comparison_table(records))
     for name, failure in failed.items():

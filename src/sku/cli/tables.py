@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from sku.attacks import AttackReport
     from sku.evaluate.comparison import Comparison
     from sku.evaluate.statistics import Estimate
-    from sku.report.method_records import MethodRecord, Role
+    from sku.report.method_records import MethodRecord
     from sku.report.words import TableRow
 
 
@@ -75,7 +75,7 @@ def print_attacks(report: AttackReport) -> None:
 
 
 def comparison_table(records: Sequence[MethodRecord]) -> Table:
-    """The comparison in short, for the terminal: unseen prompts, every method at equal utility, then as published."""
+    """The comparison in short, for the terminal: unseen prompts, every method at equal utility."""
     from sku.report.method_tables import comparison_rows, ratio_text
     from sku.report.words import percent
 
@@ -84,21 +84,18 @@ def comparison_table(records: Sequence[MethodRecord]) -> Table:
     def share(estimate: Estimate | None) -> str:
         return "\u2013" if estimate is None else percent(estimate.value)
 
-    headings: dict[Role, str] = {"best": "at equal utility", "published": "as published"}
-    for role, heading in headings.items():
-        table.add_row(Text(heading, style="bold"))
-        for row in comparison_rows(records, role):
-            found = row.estimates.get
-            ratio = found("perplexity_normal")
-            worst = "" if row.prefill_tokens is None else f" ({row.prefill_tokens})"
-            table.add_row(
-                f" {row.title}",
-                share(found("harmful_unseen")),
-                share(found("prefill_unseen")) + worst,
-                share(found("gibberish_unseen")),
-                share(found("exact_answers")),
-                "\u2013" if ratio is None else f"\u00d7{ratio_text(ratio.value)}",
-                "\u2013" if row.strength is None else f"{row.strength:.3g}",
-                row.seeds.split(" ")[0],
-            )
+    for row in comparison_rows(records):
+        found = row.estimates.get
+        ratio = found("perplexity_normal")
+        worst = "" if row.prefill_tokens is None else f" ({row.prefill_tokens})"
+        table.add_row(
+            row.title,
+            share(found("harmful_unseen")),
+            share(found("prefill_unseen")) + worst,
+            share(found("gibberish_unseen")),
+            share(found("exact_answers")),
+            "\u2013" if ratio is None else f"\u00d7{ratio_text(ratio.value)}",
+            "\u2013" if row.strength is None else f"{row.strength:.3g}",
+            row.seeds.split(" ")[0],
+        )
     return table

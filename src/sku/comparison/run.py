@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sku.config import CompareConfig, MethodConfig, Recipe, TwinShares, refuse_final
+from sku.config import MethodConfig, Recipe, TwinShares, refuse_final
 from sku.config.check import content_sha256
 from sku.data.load import load_data
 from sku.errors import EvaluationError, OutputError, RecipeError, did_you_mean
@@ -52,21 +52,21 @@ class Row:
     """Whether the row is there to be compared with, not to be proposed."""
 
     def recipe_of(self, seed: int) -> Recipe:
-        """Of one run: its strength is chosen, and that of the method as published is evaluated beside it.
+        """Of one run: its strength is chosen.
 
-        Sampled replies, attacks and what needs files or models of its own are left to a run without a comparison.
+        Harmful prompts of other sources, sampled replies, attacks and what needs its own files or models are left to
+        a run without a comparison.
         """
         recipe = changed(self.recipe, seed=seed, check=False)
-        name = method_named(recipe.method).name
-        published = recipe.strength(name)
         if recipe.method == "sku":
             recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"), methods={})
         else:
+            name = method_named(recipe.method).name
             own = recipe.methods.get(name, MethodConfig())
             recipe = dataclasses.replace(recipe, methods={name: dataclasses.replace(own, strength="auto")})
         return dataclasses.replace(
             recipe,
-            compare=CompareConfig(published=published),
+            data=dataclasses.replace(recipe.data, harmful={}),
             sweep=dataclasses.replace(recipe.sweep, harm_target=None, if_none="nearest"),
             evaluate=dataclasses.replace(
                 recipe.evaluate, samples=0, similarity_model=None, xstest=None, lm_eval=(), attacks=()
@@ -215,6 +215,7 @@ def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: T
         SkuError: The data can't be loaded, or the judge's errors are unknown.
     """
     check_place(out)
+    refuse_final(rows[0].recipe.data, "a comparison, which chooses strengths,")
     runs = [(row, seed, row.recipe_of(seed)) for seed in seeds for row in rows]
     check_rows([recipe for _, _, recipe in runs], out)
     for row, seed, recipe in runs:
@@ -246,7 +247,6 @@ def check_rows(recipes: Sequence[Recipe], out: Path) -> None:
     for recipe in recipes:
         resolve_method(recipe, out)
     first = recipes[0]
-    refuse_final(first.data, "a comparison, which chooses strengths,")
     check_judge(first, load_data(first.data, first.seed, forget_validation=first.forget_validation))
 
 

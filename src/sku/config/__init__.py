@@ -20,7 +20,6 @@ from sku.config.recipe import recipe_names as recipe_names
 from sku.config.recipe import settings_from_dict as settings_from_dict
 from sku.config.stages import AcquireConfig as AcquireConfig
 from sku.config.stages import Attack as Attack
-from sku.config.stages import CompareConfig as CompareConfig
 from sku.config.stages import EvaluateConfig as EvaluateConfig
 from sku.config.stages import LoraSettings as LoraSettings
 from sku.config.stages import MethodConfig as MethodConfig

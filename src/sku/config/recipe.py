@@ -22,7 +22,6 @@ from sku.config.stages import (
     TRAINING_KEYS,
     VALIDATION_SHARE,
     AcquireConfig,
-    CompareConfig,
     EvaluateConfig,
     MethodConfig,
     NegateConfig,
@@ -54,7 +53,6 @@ class Recipe:
     """What is run: ``sku``, or another name that ``sku init`` lists."""
     methods: Mapping[str, MethodConfig] = field(default_factory=dict)
     """Settings of the other methods, by name."""
-    compare: CompareConfig = field(default_factory=CompareConfig)
     keep_bad_model: bool | Literal["never"] = False
     """Keep the hazardous model of stage 1 after the run. It answers harmful prompts on purpose. ``false`` keeps it,
     private and marked, only of a run that was interrupted or failed, for ``--resume`` (``sku wipe`` removes it);

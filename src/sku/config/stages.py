@@ -1,4 +1,4 @@
-"""Keys ``acquire``, ``negate``, ``sweep``, ``evaluate``, ``methods`` and ``compare``: the stages of a run."""
+"""Keys ``acquire``, ``negate``, ``sweep``, ``evaluate`` and ``methods``: the stages of a run."""
 
 from __future__ import annotations
 
@@ -239,12 +239,3 @@ class MethodConfig:
     strength: Positive | Literal["auto"] = 1.0
     """theta_u = theta_o + strength * what the method changed; for a task vector this is its alpha. ``auto`` chooses it
     on held-out data, as ``sweep`` says."""
-
-
-@validated
-class CompareConfig:
-    """What ``sku compare`` puts into the recipes of its runs."""
-
-    published: Positive | None = None
-    """Of one run of a comparison, in which ``sku compare`` sets it: the method's own strength, evaluated beside the
-    chosen one. All runs are then asked the same trained-on prompts, whichever their training visits."""

@@ -181,11 +181,6 @@ class ForgetRetainData:
         prompts = {normalise_prompt(self.forget_train[place].prompt) for place in self.visited}
         return sum(normalise_prompt(example.prompt) in prompts for example in examples)
 
-    def answered(self) -> ForgetRetainData:
-        """The same without the sets of which only replies tell: harmful prompts of other sources, prompts alone."""
-        normal = {name: examples for name, examples in self.normal.items() if has_answers(examples)}
-        return dataclasses.replace(self, normal=normal, harmful={})
-
     def splits(self) -> dict[str, Sequence[Example]]:
         """Examples of each split, by name; ``forget_validation`` only where there is one.
 

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from transformers import PreTrainedModel
-
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts, wants_own_replies
@@ -274,11 +272,7 @@ class _Run:
             del loaded  # So that its memory is free for the models that are read anew.
             base, unlearned = self.unlearning.by_all_processes(held, data)
         else:
-
-            def measure_published(model: PreTrainedModel, original: PreTrainedModel) -> object:
-                return measuring.evaluated("published", model, original, starts=before.starts)
-
-            base, unlearned = self.unlearning.by_one_process(loaded, data, measure_published)
+            base, unlearned = self.unlearning.by_one_process(loaded, data)
         # The unlearned model stands: nothing needs the bad one any more.
         self.processes.run_on_rank0(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
@@ -309,8 +303,6 @@ class _Run:
             check_data(self.recipe, data)
             self.run = self.run.tokenized(self.recipe, data, loaded.tokenizer, loaded.model)
         assert self.run.joint is not None
-        if self.recipe.compare.published is not None:
-            return data.answered(), loaded
         visited = visited_examples(self.run.joint, self.run.training, processes=self.processes.count)
         return dataclasses.replace(data, visited=visited), loaded
 

@@ -199,14 +199,12 @@ class Unlearning:
         self,
         loaded: LoadedModel,
         data: ForgetRetainData,
-        measure_published: Callable[[PreTrainedModel, PreTrainedModel], object] | None = None,
     ) -> tuple[PreTrainedModel, PreTrainedModel]:
         """Stages 1 and 2, and the choice of alpha between them where there is one to choose.
 
         Args:
             loaded: The original model; its weights may be trained in place.
             data: The splits.
-            measure_published: Called with the model at ``compare.published`` and the original one.
 
         Returns:
             The original and the unlearned model.
@@ -215,14 +213,9 @@ class Unlearning:
             NoAlphaError: No alpha will do.
             SkuError: Anything else a user can mend.
         """
-        return self._stages(loaded, data, measure_published), self.unlearned()
+        return self._stages(loaded, data), self.unlearned()
 
-    def _stages(
-        self,
-        loaded: LoadedModel,
-        data: ForgetRetainData,
-        measure_published: Callable[[PreTrainedModel, PreTrainedModel], object] | None = None,
-    ) -> PreTrainedModel:
+    def _stages(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel:
         """The original model, when the unlearned one lies in its folder."""
         recipe, final, negates = self.recipe, self.trained_folder / "final", self.run.method.negates
         if recipe.acquire.tuning == "qlora":
@@ -231,19 +224,12 @@ class Unlearning:
             base, factors = self._trained(loaded, data)
         strength, vector = recipe.strength(self.run.method.name), None
         changes = negates and recipe.negate.transform is not None
-        if changes or recipe.compare.published is not None or recipe.chooses_alpha:
+        if changes or recipe.chooses_alpha:
             with self.folder.timed("negate"):
                 vector = task_vector_of(base, final) if factors is None else TaskVector.from_factors(factors)
                 vector = transformed(recipe, vector if negates else -vector, base, loaded.tokenizer, data)
         if recipe.checks_stage_1:
             self._check_stage_1(base, loaded.tokenizer, data)
-        if recipe.compare.published is not None and measure_published is not None:
-            assert vector is not None
-            with self.folder.timed("evaluate_published"):
-                published = copy.deepcopy(base)
-                subtract_into(published, base, vector, recipe.compare.published)
-                measure_published(published, base)
-                del published
         if recipe.chooses_alpha:
             assert vector is not None
             with self.folder.timed("sweep"):

@@ -237,7 +237,7 @@ def _why(run: RecordedRun) -> str:
 
 
 def _public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Without local folders and settings of judges; ``methods`` and ``compare`` are not of this model."""
+    """Without local folders and settings of judges; other ``methods`` are not of this model."""
 
     def shown(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -246,7 +246,7 @@ def _public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
             return [shown(entry) for entry in value]
         return public_name(value) if isinstance(value, str) and "/" in value else value
 
-    own = {name: value for name, value in recipe.items() if name not in ("methods", "compare")}
+    own = {name: value for name, value in recipe.items() if name != "methods"}
     methods = {name: value for name, value in recipe.get("methods", {}).items() if name == recipe["method"]}
     return {name: shown(value) for name, value in (own | ({"methods": methods} if methods else {})).items()}
 

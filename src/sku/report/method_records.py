@@ -12,14 +12,13 @@ Shapes: S = seeds, P = prompts or fixed answers, R = ``RESAMPLES``.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import compress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ from numpy.typing import NDArray
 from sku.errors import EvaluationError
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import HARMFUL_PROMPT_RATES, MAX_EXPONENT, NORMAL_PROMPT_RATES, ReplyOutcome
-from sku.evaluate.records import ExampleLoss, JsonArtifact, grouped, prefills_in_order
+from sku.evaluate.records import ExampleLoss, JsonArtifact, grouped, prefills_in_order, read_json_object
 from sku.evaluate.results import EvaluationResult, read_result
 from sku.evaluate.statistics import (
     Estimate,
@@ -36,7 +35,7 @@ from sku.evaluate.statistics import (
     sign_flip_p_value,
     wilson_interval,
 )
-from sku.sweep import Sweep, UtilityCost
+from sku.sweep import Sweep
 
 RESAMPLES = 2_000
 _SEED = 0
@@ -46,8 +45,6 @@ BASE = "base"
 UNSEEN_KEY, NORMAL_KEY = "forget_test/reply", "retain_test/reply"
 PREFILL = "forget_test/prefill"
 """Begins the keys of unseen prompts that were asked with a prefill."""
-Role = Literal["published", "best"]
-"""Which strength of a method a table shows: its own, or the chosen one."""
 _AGAIN = "run the comparison again"
 Table = NDArray[np.float64]
 Counted = Mapping[str, Sequence[bool]]
@@ -83,12 +80,12 @@ def run_name(row: str, seed: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One evaluated strength of a method."""
+    """A method at one strength, evaluated."""
 
     strength: float
     """Multiple of what the method changed; 0 for the base model."""
-    cost: UtilityCost | None = None
-    """On the validation splits; None where it was not measured."""
+    cost: float = 0.0
+    """``UtilityCost`` on the validation splits."""
     replies: Mapping[str, Sequence[ReplyOutcome]]
     """``forget_test/reply``, ``retain_test/reply``, and for each prefill such as ``forget_test/prefill/3`` or
     ``forget_test/prefill/answer/20``, in the order of the prompts' ids, so that two rows can be paired."""
@@ -113,7 +110,7 @@ class Point:
         return [rates[hit](row) for row in rows]
 
 
-def point_of_result(result: EvaluationResult, strength: float, cost: UtilityCost | None = None) -> Point:
+def point_of_result(result: EvaluationResult, strength: float, cost: float = 0.0) -> Point:
     """What a table shows of an evaluation with its rows."""
     replies = grouped(
         sorted(result.outcomes, key=lambda row: row.id),
@@ -135,13 +132,13 @@ class MethodRecord:
     """Of the training."""
     failure: str | None = None
     """One line on why it failed, else None."""
-    points: Mapping[Role, Point] = field(default_factory=dict)
-    """``best`` is missing where no strength is within the budget."""
+    point: Point | None = None
+    """At the chosen strength; None where it failed, or no strength is within the budget."""
     bound_by: str | None = None
     """What is beyond its limit a little above the largest strength within the budget; None where nothing is, up to the
     largest strength tried."""
     judge: JudgeCard | None = None
-    """None where it failed."""
+    """None without a point."""
 
 
 def read_records(folder: Path) -> list[MethodRecord]:
@@ -157,42 +154,41 @@ def read_records(folder: Path) -> list[MethodRecord]:
             name = run_name(row.name, seed)
             if name in comparison.failed:
                 records.append(MethodRecord(**vars(row), seed=seed, failure=comparison.failed[name]))
-            elif (folder / name / "evaluation" / "published").is_dir():
+            elif _is_complete(folder / name):
                 records.append(_read_run(folder / name, row, seed))
     complete = next((record for record in records if record.failure is None), None)
     if complete is not None:
         result = read_result(folder / run_name(complete.name, complete.seed) / "evaluation" / BASE)
-        base = point_of_result(result, 0.0, UtilityCost(value=0.0, bound_by=""))
         records.append(MethodRecord(
             name=BASE, title="Base model", control=True, seed=complete.seed, judge=result.judge,
-            points={"published": base, "best": base},
+            point=point_of_result(result, 0.0),
         ))  # fmt: skip
     _check_asked_alike(records, folder)
     return records
 
 
+def _is_complete(place: Path) -> bool:
+    """One in which no strength will do is complete, too."""
+    manifest = place / "manifest.json"
+    return manifest.exists() and read_json_object(manifest, _AGAIN).get("status") in ("complete", "no_alpha")
+
+
 def _read_run(place: Path, row: RowTitle, seed: int) -> MethodRecord:
     sweep = Sweep.read(place / "sweep")
-    published = read_result(place / "evaluation" / "published")
-    try:
-        strength = float(json.loads((place / "manifest.json").read_text("utf-8"))["recipe"]["compare"]["published"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise EvaluationError(f"{place / 'manifest.json'} is not that of a run of a comparison: {_AGAIN}") from None
-    points: dict[Role, Point] = {"published": point_of_result(published, strength)}
-    chosen = next(
-        (point for point in sweep.points if sweep.pick is not None and point.alpha == sweep.pick.alpha), None
-    )
-    if chosen is not None:
-        unlearned = read_result(place / "evaluation" / "unlearned")
-        points["best"] = point_of_result(unlearned, chosen.alpha, sweep.cost(chosen))
-    bound_by = None if sweep.border is None else sweep.border.bound_by
-    return MethodRecord(**vars(row), seed=seed, points=points, bound_by=bound_by, judge=published.judge)
+    record = MethodRecord(**vars(row), seed=seed, bound_by=None if sweep.border is None else sweep.border.bound_by)
+    alpha = None if sweep.pick is None else sweep.pick.alpha
+    chosen = next((point for point in sweep.points if point.alpha == alpha), None)
+    if chosen is None:
+        return record
+    result = read_result(place / "evaluation" / "unlearned")
+    point = point_of_result(result, chosen.alpha, sweep.cost(chosen).value)
+    return dataclasses.replace(record, point=point, judge=result.judge)
 
 
 def _check_asked_alike(records: Sequence[MethodRecord], folder: Path) -> None:
     """Refuses records that can't stand in one table: of other prompts, fixed answers or judges."""
     first: dict[str, Any] = {}
-    for record, point in [(own, point) for own in records for point in own.points.values()]:
+    for record, point in ((record, record.point) for record in records if record.point is not None):
         asked = {
             "prompts": {key: [row.id for row in rows] for key, rows in point.replies.items()},
             "fixed answers": {
@@ -219,20 +215,20 @@ class Difference(Estimate):
     """Two-sided permutation test of no difference, before any correction for several tests."""
 
 
-def points_of(records: Iterable[MethodRecord], role: Role, counted: Counted | None = None) -> list[Point]:
-    """The points of one row that have a role, in order of the seeds, with the prompts of ``counted_of``, or all."""
+def points_of(records: Iterable[MethodRecord], counted: Counted | None = None) -> list[Point]:
+    """The points of one row in order of the seeds, with the prompts of ``counted_of``, or all."""
     ordered = sorted(records, key=lambda record: record.seed)
-    return [_only(record.points[role], counted or {}) for record in ordered if role in record.points]
+    return [_only(record.point, counted or {}) for record in ordered if record.point is not None]
 
 
-def counted_of(records: Iterable[MethodRecord], role: Role) -> Counted:
+def counted_of(records: Iterable[MethodRecord]) -> Counted:
     """The prompts that all rows of a table have the judge's verdict for: a row that babbles gets no more than others.
 
     Raises:
         EvaluationError: The points hold different numbers of replies.
     """
     failed: dict[str, list[list[bool]]] = {}
-    for point in points_of(records, role):
+    for point in points_of(records):
         for key in point.replies.keys() - {NORMAL_KEY}:
             failed.setdefault(key, []).append(point.hits(key, "no_verdict"))
     return {key: (_stacked(rows, key).sum(axis=0) == 0).tolist() for key, rows in failed.items()}
@@ -291,7 +287,7 @@ def rate(points: Sequence[Point], key: str, hit: str) -> Estimate | None:
     return Estimate(value=value, low=low, high=high)
 
 
-def perplexity_ratio(points: Sequence[Point], base_record: MethodRecord, split: str) -> Estimate | None:
+def perplexity_ratio(points: Sequence[Point], base: Point, split: str) -> Estimate | None:
     """Perplexity of fixed answers over the base model's: geometric mean over seeds.
 
     Per seed ``exp((sum of nll - sum of the base's nll) / sum of tokens)``, at most ``e^700`` (``MAX_EXPONENT``). In
@@ -300,8 +296,7 @@ def perplexity_ratio(points: Sequence[Point], base_record: MethodRecord, split: 
     Raises:
         EvaluationError: The losses belong to different numbers of answers.
     """
-    base = base_record.points.get("published")
-    if not points or base is None or any(split not in point.losses for point in (*points, base)):
+    if not points or any(split not in point.losses for point in (*points, base)):
         return None
     tokens_P = np.asarray([row.tokens for row in base.losses[split]], dtype=np.float64)
     nll_SP = _stacked([[row.nll for row in point.losses[split]] for point in (base, *points)], split)
@@ -318,7 +313,6 @@ def perplexity_ratio(points: Sequence[Point], base_record: MethodRecord, split: 
 def difference_to(
     records_a: Sequence[MethodRecord],
     records_b: Sequence[MethodRecord],
-    role: Role,
     key: str,
     hit: str,
     counted: Counted | None = None,
@@ -337,7 +331,7 @@ def difference_to(
     Raises:
         EvaluationError: The rows were asked different numbers of prompts.
     """
-    both = [points_of(records, role, counted) for records in (records_a, records_b)]
+    both = [points_of(records, counted) for records in (records_a, records_b)]
     key = f"{PREFILL}/{worst_prefill(*both, hit=hit)}" if key == PREFILL else key
     a_SP, b_SP = (_hits(points, key, hit) for points in both)
     if a_SP.size == 0 or b_SP.size == 0:
@@ -349,7 +343,7 @@ def difference_to(
         )
     value = float(a_SP.mean() - b_SP.mean())
     seeds_a, seeds_b = (
-        {record.seed for record in records if role in record.points} for records in (records_a, records_b)
+        {record.seed for record in records if record.point is not None} for records in (records_a, records_b)
     )
     prompts_RP, a_RS, b_RS = draws(a_SP.shape[1], len(a_SP), len(b_SP))
     b_RS = a_RS if seeds_a == seeds_b else b_RS

@@ -23,7 +23,6 @@ from sku.report.method_records import (
     Difference,
     MethodRecord,
     Point,
-    Role,
     counted_of,
     difference_to,
     harm_bounds,
@@ -58,10 +57,6 @@ _TESTED = (UNSEEN_KEY, PREFILL)
 REFERENCE = "sku"
 """Row that the others are compared with, where it is complete."""
 _NOT_BRIEF = ("gibberish_normal", "perplexity_harmful_unseen", "utility_cost")
-_HEADINGS: Mapping[Role, str] = {
-    "best": "At equal utility: each method at the strength chosen within the utility budget",
-    "published": "As published: each method at its own strength",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +88,7 @@ class ComparisonRow:
     and for harmful."""
 
 
-def comparison_rows(records: Sequence[MethodRecord], role: Role = "published") -> list[ComparisonRow]:
+def comparison_rows(records: Sequence[MethodRecord]) -> list[ComparisonRow]:
     """One row per method or control, also where every seed failed: methods in the order of the records, then controls.
 
     Perplexities are over the record named ``base``, absent where there is none.
@@ -102,8 +97,8 @@ def comparison_rows(records: Sequence[MethodRecord], role: Role = "published") -
         EvaluationError: Records don't fit together.
     """
     base = next(iter(seeds_of(records, BASE)), None)
-    counted = counted_of(records, role)
-    return [_row(seeds_of(records, name), base, role, counted) for name in row_order(records)]
+    counted = counted_of(records)
+    return [_row(seeds_of(records, name), base, counted) for name in row_order(records)]
 
 
 def row_order(records: Iterable[MethodRecord]) -> list[str]:
@@ -113,20 +108,14 @@ def row_order(records: Iterable[MethodRecord]) -> list[str]:
 
 
 def comparison_markdown(records: Sequence[MethodRecord]) -> str:
-    """All tables of a comparison, at equal utility and as published.
-
-    Differences to SKU with their tests stand below each, where SKU is among the rows and complete.
+    """All tables of a comparison: differences to SKU with their tests stand below, where SKU is complete.
 
     Raises:
         EvaluationError: The records don't fit together.
     """
-    parts: list[str] = []
-    for role, heading in _HEADINGS.items():
-        rows = markdown_comparison(comparison_rows(records, role), legend_line(records, role))
-        parts += [f"### {heading}\n", rows]
-        if points_of(seeds_of(records, REFERENCE), role):
-            parts.append(markdown_differences(records, role))
-    return "\n".join(parts)
+    rows = markdown_comparison(comparison_rows(records), legend_line(records))
+    differs = points_of(seeds_of(records, REFERENCE))
+    return f"{rows}\n{markdown_differences(records)}" if differs else rows
 
 
 def brief_markdown(records: Sequence[MethodRecord]) -> str:
@@ -135,8 +124,7 @@ def brief_markdown(records: Sequence[MethodRecord]) -> str:
     Raises:
         EvaluationError: The records don't fit together.
     """
-    rows = comparison_rows(records, "best")
-    return markdown_comparison(rows, legend_line(records, "best"), left_out=_NOT_BRIEF)
+    return markdown_comparison(comparison_rows(records), legend_line(records), left_out=_NOT_BRIEF)
 
 
 def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out: Collection[str] = ()) -> str:
@@ -163,26 +151,26 @@ def markdown_comparison(rows: Sequence[ComparisonRow], legend: str, *, left_out:
     return f"{table(names, zip(*cells, strict=True), cell=bars_escaped)}\n{legend}\n"
 
 
-def markdown_differences(records: Sequence[MethodRecord], role: Role) -> str:
+def markdown_differences(records: Sequence[MethodRecord]) -> str:
     """Harmful rates of each row minus those of ``REFERENCE``, as a Markdown table with a legend under it.
 
-    Some seed of the reference has a point of the role. p-values are Holm-corrected over the whole table.
+    Some seed of the reference has a point. p-values are Holm-corrected over the whole table.
 
     Raises:
         EvaluationError: Records don't fit together.
     """
     own = seeds_of(records, REFERENCE)
     names = [name for name in row_order(records) if name != REFERENCE]
-    counted, hit = counted_of(records, role), deciding_hit(records)
+    counted, hit = counted_of(records), deciding_hit(records)
     found = {
         (name, key): difference
         for name in names
         for key in _TESTED
-        if (difference := difference_to(seeds_of(records, name), own, role, key, hit, counted)) is not None
+        if (difference := difference_to(seeds_of(records, name), own, key, hit, counted)) is not None
     }
     corrected = dict(zip(found, holm([difference.p_value for difference in found.values()]), strict=True))
     keys = [key for key in _TESTED if any(tested == key for _, tested in found)]
-    tried = prefills_tried(point for record in records for point in record.points.values())
+    tried = prefills_tried(points_of(records))
     at = " for the two together" if len(tried) > 1 else ""
     harm = HARM_WORDS[hit]
     headings = {UNSEEN_KEY: f"{harm}, unseen", PREFILL: f"{harm}, unseen, {prefill_words(tried)}{at}"}
@@ -197,20 +185,19 @@ def markdown_differences(records: Sequence[MethodRecord], role: Role) -> str:
     return (
         f"{table(columns, rows, cell=bars_escaped)}\nRate of the row minus the rate of {own[0].title}, in points: "
         "below 0 the row is less harmful. p: two-sided paired permutation test over prompts, Holm-corrected over the "
-        f"{len(found)} tests of this table. {legend_line(records, role)}\n"
+        f"{len(found)} tests of this table. {legend_line(records)}\n"
     )
 
 
-def legend_line(records: Sequence[MethodRecord], role: Role) -> str:
+def legend_line(records: Sequence[MethodRecord]) -> str:
     """What a reader must know of the numbers: strength, intervals, seeds, prompts and judge."""
-    complete = [record for record in records if role in record.points]
+    complete = [record for record in records if record.point is not None]
     if not complete:
-        return f"No record is complete and has a {role} point."
-    counted = counted_of(records, role)
-    shown = points_of(complete, role, counted)[0]
+        return "No run is complete and has a strength within the utility budget."
+    counted = counted_of(records)
+    shown = points_of(complete, counted)[0]
     legend = (resources.files("sku.report") / "templates" / "legend.md.jinja").read_text(encoding="utf-8")
     told: str = Template(legend, undefined=StrictUndefined, trim_blocks=True).render(
-        role=role,
         resamples=RESAMPLES,
         seeds=len({record.seed for record in complete}),
         asked=", ".join(prompts_asked(shown)),
@@ -235,7 +222,7 @@ def judge_sentence(records: Sequence[MethodRecord]) -> str:
     if judge is None:
         return "Judge: not named."
     bound = " (an upper bound of the harmful share)" if judge.name == "refusal_rules" else ""
-    harm = rate(points_of(seeds_of(records, BASE), "published"), UNSEEN_KEY, judge.deciding_rate)
+    harm = rate(points_of(seeds_of(records, BASE)), UNSEEN_KEY, judge.deciding_rate)
     doubt = ""
     if harm is not None and not judge.can_measure(harm.value, harm.low):
         doubt = f"; {CANT_MEASURE}: harmless replies alone could give the base model's harmful rate"
@@ -283,15 +270,15 @@ def seeds_of(records: Iterable[MethodRecord], name: str) -> list[MethodRecord]:
     return sorted((record for record in records if record.name == name), key=lambda record: record.seed)
 
 
-def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role, counted: Counted) -> ComparisonRow:
-    points, whole = points_of(records, role, counted), points_of(records, role)
+def _row(records: Sequence[MethodRecord], base: MethodRecord | None, counted: Counted) -> ComparisonRow:
+    points, whole = points_of(records, counted), points_of(records)
     worst = worst_prefill(points, hit=deciding_hit(records))
     keys = {name: f"{PREFILL}/{worst}" if key == PREFILL else key for name, (_, key, _) in RATES.items()}
     strengths = [point.strength for point in points]
-    costs = [point.cost.value for point in points if point.cost is not None]
+    costs = [point.cost for point in points]
 
     def ratio(split: str) -> Estimate | None:
-        return None if base is None else perplexity_ratio(points, base, split)
+        return None if base is None or base.point is None else perplexity_ratio(points, base.point, split)
 
     sets = dict.fromkeys(split for point in points for split in point.losses if split.startswith(NORMAL))
     others = [found for split in sets if (found := ratio(split)) is not None]
@@ -316,17 +303,15 @@ def _row(records: Sequence[MethodRecord], base: MethodRecord | None, role: Role,
             for name, (_, _, hit) in RATES.items()
             if hit in HARM_WORDS and whole and not all(counted.get(keys[name], ()))
         },
-        seeds=_seeds_text(records, role),
+        seeds=_seeds_text(records),
     )
 
 
-def _seeds_text(records: Sequence[MethodRecord], role: Role) -> str:
+def _seeds_text(records: Sequence[MethodRecord]) -> str:
     """``2/3 failed: reason; 1 without ...``: nothing that is missing goes unsaid."""
-    missing = [record for record in records if role not in record.points]
+    missing = [record for record in records if record.point is None]
     reasons = Counter(
-        f"failed: {record.failure}"
-        if record.failure is not None
-        else ("no strength within the utility budget" if role == "best" else "no published point")
+        "no strength within the utility budget" if record.failure is None else f"failed: {record.failure}"
         for record in missing
     )
     told = "; ".join(reason if count == len(missing) else f"{count} {reason}" for reason, count in reasons.items())
