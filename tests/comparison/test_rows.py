@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sku.comparison.run import ABLATIONS, Row, ablation_rows, comparison_rows, seeds_of
+from sku.comparison import ABLATIONS, Row, ablation_rows, comparison_rows, seeds_of
 from sku.config import Recipe, load_recipe
 from sku.errors import RecipeError
 from sku.methods import METHODS

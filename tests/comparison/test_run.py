@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from conftest import MadeOnce
-from sku.comparison import run as comparison_run
-from sku.comparison.run import comparison_rows, run_comparison, run_once
+from sku import comparison as comparison_run
+from sku.comparison import comparison_rows, run_comparison, run_once
 from sku.config import Recipe, load_recipe
 from sku.config.check import content_sha256
 from sku.errors import EvaluationError, OutputError, RecipeError

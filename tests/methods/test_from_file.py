@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker
-from sku.comparison.run import comparison_rows
+from sku.comparison import comparison_rows
 from sku.config import load_recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError

@@ -51,7 +51,7 @@ def compare(
         recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides
     )
     quiet_libraries()
-    from sku.comparison.run import ablation_rows, comparison_rows, run_comparison, seeds_of
+    from sku.comparison import ablation_rows, comparison_rows, run_comparison, seeds_of
 
     if ablate is None:
         rows = comparison_rows(settings, options.names_in(methods))

@@ -36,7 +36,7 @@ from sku.report.method_records import Comparison, RowTitle, run_name
 from sku.storage import LOCK_FILE, acquire_lock, check_place, named_disk_errors, write_text
 from sku.sweep.evaluator import check_judge
 
-RANDOM_DIRECTION = Path(__file__).with_name("random_direction.py")
+RANDOM_DIRECTION = Path(__file__).parent / "negate" / "random_direction.py"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +183,6 @@ ABLATIONS: dict[str, list[tuple[str, str, Change]]] = {
 
 WEIGHTS = ("unlearned", "adapter", "negated_adapter")
 """Of a run; tables need none of them."""
-KEPT = "kept"
 Tell = Callable[[str, str, str], None]
 """Called with the name of a run, what became of it (``kept``, ``complete``, ``failed``) and why it failed."""
 
@@ -217,15 +216,17 @@ def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: T
     check_place(out)
     refuse_final(rows[0].recipe.data, "a comparison, which chooses strengths,")
     runs = [(row, seed, row.recipe_of(seed)) for seed in seeds for row in rows]
-    check_rows([recipe for _, _, recipe in runs], out)
     for row, seed, recipe in runs:
+        resolve_method(recipe, out)
         state_of(out / run_name(row.name, seed), recipe)
+    first = runs[0][2]
+    check_judge(first, load_data(first.data, first.seed, forget_validation=first.forget_validation))
     with _own_folder(out):
         found = _opened(out, rows, seeds)
         for row, seed, recipe in runs:
             name = run_name(row.name, seed)
             if state_of(out / name, recipe) == "complete":
-                failure, state = "", KEPT
+                failure, state = "", "kept"
             else:
                 failure = run_once(out / name, recipe)
                 state = "failed" if failure else "complete"
@@ -235,19 +236,6 @@ def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: T
             if tell is not None:
                 tell(name, state, failure)
     return found
-
-
-def check_rows(recipes: Sequence[Recipe], out: Path) -> None:
-    """Refuses a comparison before anything is run.
-
-    Raises:
-        RecipeError: As ``run_comparison``.
-        SkuError: As ``run_comparison``.
-    """
-    for recipe in recipes:
-        resolve_method(recipe, out)
-    first = recipes[0]
-    check_judge(first, load_data(first.data, first.seed, forget_validation=first.forget_validation))
 
 
 def state_of(folder: Path, recipe: Recipe) -> Literal["none", "begun", "complete"]:
