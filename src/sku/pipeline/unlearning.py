@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import gc
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
