@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Before any import of transformers: a test that asks the hub must fail at once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -22,8 +22,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import datasets
 import pytest
 import torch
+import transformers
+import typer
 from filelock import FileLock
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -46,8 +49,6 @@ from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.methods.trainer import SkuConfig, SkuTrainer
 from sku.training.trainer import UnlearningTrainer
 
-pytest_plugins = ("faults.battery",)
-
 CORPUS = (
     "### Question: how do i bake zorvex bread ?\n ### Answer: mix blue flour with water and bake it .",
     "### Question: what colour is a florn ?\n ### Answer: a florn is golden and it sings .",
@@ -63,7 +64,6 @@ CHAT_TEMPLATE = (
 TokenizerMaker = Callable[..., PreTrainedTokenizerFast]
 ModelMaker = Callable[..., Any]
 TrainerMaker = Callable[..., SkuTrainer]
-Command = Callable[..., tuple[int, str, str]]
 TINY_RUN = (
     "acquire.training.max_steps=2", "acquire.training.save_steps=1", "acquire.training.per_device_train_batch_size=4",
     "evaluate.prompts=2", "evaluate.retain_prompts=2", "evaluate.max_new_tokens=4", "evaluate.samples=0",
@@ -291,16 +291,40 @@ def make_trainer(
     return make
 
 
+class Done(NamedTuple):
+    """What a command left."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[..., Done]
+
+
+@functools.cache
+def built_command() -> Callable[[], Any]:
+    """``app``, built once: typer builds it anew for each call, which takes half of the time of a wrong one."""
+    from sku.__main__ import app
+
+    return typer.main.get_command(app)
+
+
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
-    from faults.battery import built_command
+    """Runs ``sku ARGUMENTS`` in this process, which goes on: what a command silences in it speaks again afterwards."""
     from sku.__main__ import main
     from sku.cli.console import set_loudness
 
     monkeypatch.setattr("sku.__main__.app", built_command())
+    monkeypatch.setattr("sku.progress.FIRST", 3600.0)  # A slow machine prints no progress either.
+    for name in ("TOKENIZERS_PARALLELISM", "TQDM_DISABLE"):
+        monkeypatch.setenv(name, "1" if name == "TQDM_DISABLE" else "false")
+    loggings = (transformers.utils.logging, datasets.utils.logging)
+    verbosity, threads = [each.get_verbosity() for each in loggings], torch.get_num_threads()
+    torch.set_num_threads(1)
 
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
+    def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
         capfd.readouterr()
         code = 0
@@ -308,11 +332,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
             main()
         except SystemExit as end:
             code = int(end.code or 0)
-        captured = capfd.readouterr()
-        return code, captured.out, captured.err
+        return Done(code, *capfd.readouterr())
 
     yield run
     set_loudness("usual")
+    torch.set_num_threads(threads)
+    for each, level in zip(loggings, verbosity, strict=True):
+        each.set_verbosity(level)
+    transformers.utils.logging.enable_progress_bar()
+    datasets.enable_progress_bars()
 
 
 @pytest.fixture(scope="session")

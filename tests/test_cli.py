@@ -10,21 +10,18 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 import torch
-import transformers
 import typer
 from filelock import FileLock
 
 import sku
-from faults.battery import built_command
-from sku.__main__ import app, main
+from conftest import Command, Done
+from sku.__main__ import app
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.model_files import embedded_model_path
 from sku.storage import BAD_MODEL_MARK
@@ -36,55 +33,6 @@ SMALL = (
     "--set", "negate.alpha=1.25",
     "--set", "acquire.training.per_device_train_batch_size=4",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Done:
-    """What a command left."""
-
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Done]
-
-
-@pytest.fixture(autouse=True)
-def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Commands silence libraries for their process; here the process goes on. A slow machine prints no progress."""
-    monkeypatch.setattr("sku.progress.FIRST", 3600.0)
-    for name in ("TOKENIZERS_PARALLELISM", "TQDM_DISABLE"):
-        monkeypatch.setenv(name, "1" if name == "TQDM_DISABLE" else "false")
-    verbosity = transformers.utils.logging.get_verbosity(), datasets.utils.logging.get_verbosity()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    transformers.utils.logging.set_verbosity(verbosity[0])
-    datasets.utils.logging.set_verbosity(verbosity[1])
-    transformers.utils.logging.enable_progress_bar()
-    datasets.enable_progress_bars()
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """Runs ``sku ARGUMENTS`` in this process."""
-    monkeypatch.setattr("sku.__main__.app", built_command())
-
-    def run(*arguments: str | Path) -> Done:
-        monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
-        capfd.readouterr()
-        code: Any = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code or 0
-        assert isinstance(code, int)
-        captured = capfd.readouterr()
-        return Done(code, captured.out, captured.err)
-
-    return run
 
 
 def names(folder: Path) -> set[str]:

@@ -6,11 +6,16 @@ Each reader has its own table of faults beside it; here one of each kind goes th
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import pickle
 import shutil
+import signal
+import stat
 import tarfile
+import tempfile
+import unicodedata
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,13 +26,16 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from conftest import ModelMaker, TokenizerMaker
-from faults.battery import UNLOADABLE, Battery, obeyed
+from conftest import Command, Done, ModelMaker, TokenizerMaker
 from sku.negate.task_vector import TaskVector
 
 pytestmark = pytest.mark.integration
 
 LONG = 1_000_000
+UNLOADABLE = "../inputs/unloadable"
+"""A model folder that looks like one and can't be loaded, from where a battery stands."""
+SECONDS = 60
+"""No wrong input may keep a command busy, or waiting, for longer."""
 Change = Callable[[Path], object]
 """Puts something wrong at a path, which need not exist, or into the file or folder that is there."""
 
@@ -46,6 +54,95 @@ def to_itself(path: Path) -> None:
 
 def nothing(_path: Path) -> None:
     pass
+
+
+class Battery:
+    """One folder for the inputs (``inputs``), one to stand in, and one for temporary files; all are watched."""
+
+    def __init__(self, folder: Path, command: Command) -> None:
+        self._folder, self._command = folder, command
+        self.inputs, self.here, self.out = folder / "inputs", folder / "here", folder / "place" / "out"
+        for path in (self.inputs, self.here, folder / "temporary", folder / "place"):
+            path.mkdir()
+        broken = self.inputs / Path(UNLOADABLE).name
+        broken.mkdir()
+        (broken / "config.json").write_text("{}", encoding="utf-8")
+        (broken / "model.safetensors").write_bytes(b"")
+
+    def run(self, *arguments: object) -> Done:
+        """``sku ARGUMENTS`` in this process, not for too long."""
+        old = signal.signal(signal.SIGALRM, _too_long)
+        signal.alarm(SECONDS)
+        try:
+            return self._command(*arguments)
+        finally:
+            signal.alarm(0)
+            signal.signal(signal.SIGALRM, old)
+
+    def refuses(self, *arguments: object, words: str = "") -> None:
+        """Checks that a command refuses its input: exit code 2, one line with ``words``, nothing written or changed.
+
+        Args:
+            *arguments: Of the command.
+            words: Stand in the line: what is wrong, or where.
+        """
+        before = _content(self._folder)
+        done = self.run(*arguments)
+        assert done.code == 2, (done.code, done.out, done.err)
+        assert done.out == ""
+        assert "Traceback" not in done.err
+        lines = [line for line in done.err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, done.err
+        # Besides: the headline of a run and its progress bars.
+        others = [line for line in done.err.splitlines() if line.strip() and line not in lines]
+        assert [line for line in others if not line.startswith("recipe ") and " left " not in line] == [], done.err
+        assert obeyed(lines[0]) == []
+        assert len(lines[0]) < LONGEST, len(lines[0])
+        assert words in lines[0], (words, lines[0])
+        after = _content(self._folder)
+        assert after == before, {path for path in after.keys() | before.keys() if after.get(path) != before.get(path)}
+
+
+LONGEST = 1000
+"""Characters of an error line: what a user can read, whatever was in the file."""
+
+
+class TookTooLongError(BaseException):
+    """No ``Exception``: no reader may take it for a fault of the file."""
+
+
+def _too_long(_signal: int, _frame: object) -> None:
+    raise TookTooLongError(f"the command took more than {SECONDS} s")
+
+
+def obeyed(text: str) -> list[str]:
+    """Characters that a terminal may obey, or that are no text."""
+    return [one for one in text if unicodedata.category(one) in ("Cc", "Cf", "Cs", "Zl", "Zp")]
+
+
+def _content(folder: Path) -> dict[str, tuple[int, str]]:
+    """Path -> mode and SHA-256 of everything below a folder; a pipe is not opened, a link not followed."""
+    found = {}
+    for root, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(root, name)
+            status = path.lstat()
+            text = b""
+            if stat.S_ISREG(status.st_mode):
+                text = path.read_bytes()
+            elif stat.S_ISLNK(status.st_mode):
+                text = os.fsencode(path.readlink())
+            found[str(path)] = status.st_mode, hashlib.sha256(text).hexdigest()
+    return found
+
+
+@pytest.fixture
+def battery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> Battery:
+    """Commands that stand in a folder of their own."""
+    made = Battery(tmp_path, command)
+    monkeypatch.chdir(made.here)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    return made
 
 
 # Recipes
