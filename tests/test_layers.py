@@ -41,7 +41,7 @@ ALLOWED = {
     "report": "_version config errors progress storage evaluate attacks sweep",
     "sweep": "config errors storage data models processes methods negate evaluate",
     "chat": "config errors storage data models negate evaluate report",
-    "push": "errors storage negate report",
+    "push": "errors storage progress negate report",
     "comparison": "config errors from_file storage data models processes training methods negate evaluate report "
     "sweep",
 }

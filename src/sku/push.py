@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import cast
+from typing import NamedTuple, cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -17,6 +15,7 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from safetensors import SafetensorError, safe_open
 
 from sku.errors import OutputError, one_line
+from sku.progress import without_secrets
 from sku.report.card import CARD_FILE, TAG, check_adapter, read_card, reflection_of
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.storage import HAZARD_KEY, is_marked_hazardous
@@ -36,29 +35,14 @@ _HttpError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
 _LOGIN = "log in with `hf auth login` and a token that may write there"
 
 
-@dataclass(frozen=True, kw_only=True)
-class SharedFile:
-    """One file of an upload."""
-
-    name: str
-    """Path inside the repository."""
-    size: int
-    """In bytes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PushPlan:
+class PushPlan(NamedTuple):
     """What will be uploaded, checked."""
 
     folder: Path
     repo_id: str
     part: Part
-    files: tuple[SharedFile, ...]
-
-    @property
-    def size(self) -> int:
-        """Of all files, in bytes."""
-        return sum(file.size for file in self.files)
+    files: Mapping[str, int]
+    """Path inside the repository -> bytes."""
 
 
 def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowledged: bool = False) -> PushPlan:
@@ -88,7 +72,7 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
         why = run.manifest.get("negated_adapter") or "runs with tuning lora or qlora leave one"
         raise OutputError(f"{run_folder} holds no {part}: {why if part == 'adapter' else 'run it again'}")
     _check_not_hazardous(run, folder)
-    files = tuple(_files(folder))
+    files = dict(_files(folder))
     _check_weights(folder, files)
     if part == "adapter":
         check_adapter(run, acknowledged=acknowledged)
@@ -96,9 +80,9 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
             from sku.negate.adapters import check_refactored  # Imports torch, which an upload has no use for.
 
             check_refactored(folder)
-    if CARD_FILE not in {file.name for file in files} or TAG not in (read_card(folder).get("tags") or ()):
+    if CARD_FILE not in files or TAG not in (read_card(folder).get("tags") or ()):
         raise OutputError(f"{folder} has no model card of SKU: --license NAME or --base-model ID writes it")
-    return PushPlan(folder=folder, repo_id=repo_id, part=part, files=files)
+    return PushPlan(folder, repo_id, part, files)
 
 
 def upload(plan: PushPlan, *, public: bool = False, revision: str | None = None) -> str:
@@ -131,7 +115,7 @@ def upload(plan: PushPlan, *, public: bool = False, revision: str | None = None)
         # without their card.
         done = api.create_commit(
             plan.repo_id,
-            [CommitOperationAdd(file.name, plan.folder / file.name) for file in plan.files],
+            [CommitOperationAdd(name, plan.folder / name) for name in plan.files],
             commit_message=f"Unlearned {plan.part} with its card (sku push)",
             revision=revision,
         )
@@ -147,8 +131,8 @@ def _check_not_hazardous(run: RecordedRun, folder: Path) -> None:
         )
 
 
-def _files(folder: Path) -> Iterator[SharedFile]:
-    """Everything in a folder, where all of it may be shared."""
+def _files(folder: Path) -> Iterator[tuple[str, int]]:
+    """Name and size of everything in a folder, where all of it may be shared."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_symlink():
@@ -161,20 +145,20 @@ def _files(folder: Path) -> Iterator[SharedFile]:
             raise OutputError(
                 f"{path} is no part of a model that sku push knows: nothing is uploaded; remove the file"
             )
-        yield SharedFile(name=name, size=path.stat().st_size)
+        yield name, path.stat().st_size
 
 
-def _check_weights(folder: Path, files: Sequence[SharedFile]) -> None:
+def _check_weights(folder: Path, files: Iterable[str]) -> None:
     """Weights are there and whole: a header that fits the size of its file."""
-    weights = [file for file in files if file.name.endswith(".safetensors")]
+    weights = [folder / name for name in files if name.endswith(".safetensors")]
     if not weights:
         raise OutputError(f"{folder} holds no weights in safetensors: nothing is uploaded")
-    for file in weights:
+    for path in weights:
         try:
-            with safe_open(folder / file.name, framework="numpy"):
+            with safe_open(path, framework="numpy"):
                 pass  # It compares the header with the file's size.
         except (OSError, SafetensorError) as error:
-            raise OutputError(f"{folder / file.name} is damaged or cut off: nothing is uploaded; run again") from error
+            raise OutputError(f"{path} is damaged or cut off: nothing is uploaded; run again") from error
 
 
 @contextmanager
@@ -185,36 +169,22 @@ def _named_hub_errors(repo_id: str) -> Iterator[None]:
     except OutputError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, _HttpError) as error:
-        raise OutputError(_message(repo_id, _told_by_hub(error))) from error
-
-
-def _told_by_hub(error: BaseException) -> BaseException:
-    """The client wraps what happened to a weight file in an error of its own."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, HfHubHTTPError | ConnectionError | TimeoutError | _HttpError):
-            return found
-        found = found.__cause__
-    return error
+        raise OutputError(_message(repo_id, error)) from error
 
 
 def _message(repo_id: str, error: BaseException) -> str:
-    told, again = _told(error), "nothing was committed; the same command goes on"
-    if not isinstance(error, HfHubHTTPError):
-        if isinstance(error, ConnectionError | TimeoutError | _HttpError):
-            return f"the hub is out of reach ({told}): {again}"
-        return f"the upload to {repo_id} failed: {told}"
-    status = error.response.status_code
+    of_hub, found = (ConnectionError, TimeoutError, _HttpError), error
+    # The client wraps what happened to a weight file in an error of its own.
+    while not isinstance(found, of_hub) and found.__cause__ is not None:
+        found = found.__cause__
+    if not isinstance(found, of_hub):
+        return f"the upload to {repo_id} failed: {without_secrets(one_line(error))}"
+    told, again = without_secrets(one_line(found)), "nothing was committed; the same command goes on"
+    if not isinstance(found, HfHubHTTPError):
+        return f"the hub is out of reach ({told}): {again}"
+    status = found.response.status_code
     if status in (401, 403, 404):
         return f"the hub refuses {repo_id} (HTTP {status}), or has none that you may write to: {_LOGIN}"
-    if status == 409:
-        return f"the hub reports a conflict on {repo_id} (HTTP 409: {told}): wait, then push again"
-    if status == 429 or status >= 500:
-        return f"the hub fails (HTTP {status}) after several tries: {again}"
+    if status in (409, 429) or status >= 500:
+        return f"the hub fails (HTTP {status}: {told}): {again}, after a while"
     return f"the hub refuses {repo_id} (HTTP {status}: {told})"
-
-
-def _told(error: BaseException) -> str:
-    text = one_line(error)
-    token = os.environ.get("HF_TOKEN") or get_token()
-    return text.replace(token, "***") if token else text

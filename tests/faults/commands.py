@@ -1,19 +1,36 @@
-"""``sku`` commands as forked processes that can be stopped, signalled and killed."""
+"""``sku`` commands as forks of the test's own process, which has imported all: stopped, signalled and killed.
+
+A fork is ``sku`` as a shell would start it: the same entry point, with files as its output. It notes its file
+operations, and lets a fault happen at one of them.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import importlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-PACKAGE = HERE.parents[1] / "src"
+from faults.file_operations import Operation, watch
+from faults.full_disk import Branches, FullDisk
+from faults.phases import PHASES, phase_of
+
+PACKAGE = Path(__file__).parents[2] / "src"
+_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
+_IMPORTED = (
+    "matplotlib.backends.backend_agg", "matplotlib.backends.backend_svg", "peft", "rouge_score.rouge_scorer",
+    "transformers.models.llama.modeling_llama", "transformers.trainer", "sku.__main__", "sku.pipeline.negate",
+    "sku.pipeline.run", "sku.pipeline.stages",
+)  # fmt: skip
+"""What a run imports, sooner or later."""
 
 
 @dataclass(frozen=True)
@@ -29,16 +46,13 @@ class Ended:
 class Command:
     """A command that has been started."""
 
-    def __init__(self, server: ForkServer, pid: int, output: Path) -> None:
-        """Only the server makes one."""
-        self._server, self.pid, self._output = server, pid, output
+    def __init__(self, pid: int, output: Path) -> None:
+        self.pid, self._output = pid, output
 
     def stops(self) -> bool:
         """Waits until it stops or ends; whether it stopped."""
-        answer = self._server.ask({"wait": self.pid})
-        if not answer["stopped"]:
-            self._status: int = answer["status"]
-        return bool(answer["stopped"])
+        _, self._status = os.waitpid(self.pid, os.WUNTRACED)
+        return os.WIFSTOPPED(self._status)
 
     def send(self, sent: signal.Signals, *, after: float = 0) -> None:
         """Sends a signal to a stopped command, which goes on first for some seconds where it is told to.
@@ -64,75 +78,122 @@ class Command:
         out, err = (path.read_text(encoding="utf-8") if path.exists() else "" for path in printed)
         return Ended(os.waitstatus_to_exitcode(self._status), out, err)
 
-    def operations(self) -> list[dict[str, str]]:
-        """The file operations that it was watched at: ``phase``, ``event``, ``path``."""
-        lines = (self._output / "operations.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+    def noted(self, name: str) -> list[dict[str, Any]]:
+        """``operations`` that it was watched at (``phase``, ``event``, ``path``), or ``branches`` with a full disk.
 
-    def branches(self) -> list[dict[str, Any]]:
-        """Each fork with a full disk: ``event``, ``path``, ``fault``, ``code``, ``err``, ``out``, ``left`` (files)."""
-        lines = (self._output / "branches.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        Of each of these: ``event``, ``path``, ``fault``, ``code``, ``err``, ``out``, ``left`` (files).
+        """
+        return [json.loads(line) for line in (self._output / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-class ForkServer:
-    """The process that forks commands."""
+class Forks:
+    """Forks commands."""
 
     def __init__(self, folder: Path) -> None:
-        """Starts it.
-
-        Args:
-            folder: For what commands print.
-        """
+        """Imports what a run does, and puts what commands print into a folder."""
         self._folder, self._count = folder, 0
-        environment = {
-            **os.environ, "PYTHONPATH": f"{PACKAGE}{os.pathsep}{HERE.parent}", "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1", "COLUMNS": "200",
-        }  # fmt: skip
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "faults.fork_server"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=environment,
-            start_new_session=True,
-        )
-        assert self._answer() == {}
+        for name in _IMPORTED:
+            importlib.import_module(name)
 
-    def start(self, *argv: object, watch: Path, run: Path, **faults: Any) -> Command:
+    def start(self, *argv: object, watched: Path, run: Path, stdout: str = "stdout.txt", **faults: Any) -> Command:
         """Starts ``sku ARGV``.
 
         Args:
             *argv: Of the command.
-            watch: Folder below which file operations are seen.
+            watched: Folder below which file operations are seen.
             run: The run's folder, which tells the phase.
-            **faults: What ``fork_server`` takes besides.
+            stdout: File for it.
+            **faults: ``branch`` for ``Branches``, else for ``_Watcher``.
         """
         self._count += 1
         output = self._folder / str(self._count)
         output.mkdir()
-        places = {"output": str(output), "watch": str(watch), "run": str(run)}
-        asked = {"argv": [str(word) for word in argv], **places, **faults}
-        return Command(self, self.ask(asked)["pid"], output)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _become(output, stdout, *map(str, argv))
+                if "branch" in faults:
+                    import sku.progress
 
-    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One request and its answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+                    # Without the thread that prints them again: a fork would copy its locks.
+                    sku.progress.Lines.repeat = lambda self, wait: None  # type: ignore[method-assign]
+                    watch(watched, Branches(watched, output, **faults["branch"]).see)
+                else:
+                    watch(watched, _Watcher(output, run, **faults).see)
+                code = _code_of_sku()
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)
+            finally:  # Nothing may go back into the test.
+                traceback.print_exc()
+                os._exit(99)
+        return Command(pid, output)
 
-    def close(self) -> None:
-        """Ends the server, and with it what it started."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
 
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        assert line, "the fork server died"
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+class _Watcher:
+    """Notes each operation, and lets a fault happen at one of them.
+
+    With ``stop_at`` PHASE and N the process stops before its N-th operation in that phase, or before the first one of
+    a later phase; with ``again`` a second time, so many operations later. With ``fault`` the disk takes nothing more
+    from there on, instead of a stop.
+    """
+
+    def __init__(
+        self, output: Path, run: Path, *, keeps_bad: bool = False, stop_at: tuple[str, int] | None = None,
+        again: int = 0, fault: str | None = None,
+    ) -> None:  # fmt: skip
+        self._run, self._keeps_bad, self._stop_at, self._again = run, keeps_bad, stop_at, again
+        self._file = os.open(output / "operations.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._counts: dict[str, int] = {}
+        self._disk = FullDisk(fault) if fault else None
+
+    def see(self, operation: Operation) -> None:
+        phase = phase_of(self._run, keeps_bad=self._keeps_bad)
+        self._counts[phase] = self._counts.get(phase, 0) + 1
+        entry = {"phase": phase, "event": operation.event, "path": str(operation.path)}
+        os.write(self._file, (json.dumps(entry) + "\n").encode())
+        if self._stop_at is not None:
+            aimed, number = self._stop_at
+            late = PHASES.index(phase) - PHASES.index(aimed)
+            if late < 0 or (late == 0 and self._counts[phase] != number):
+                return
+            self._stop_at = None
+            if self._disk is not None:
+                self._disk.strike()
+            else:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                return
+        if self._disk is not None:
+            self._disk.see(operation)
+        self._again -= 1
+        if self._again == 0:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _become(output: Path, stdout: str, *argv: str) -> None:
+    """Makes the fork what a shell would have started."""
+    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    gc.freeze()  # What was imported is never collected: the fork need not look through it.
+    os.chdir(output)
+    writes = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, path, flags in ((0, os.devnull, os.O_RDONLY), (1, stdout, writes), (2, "stderr.txt", writes)):
+        opened = os.open(path, flags, 0o600)
+        os.dup2(opened, number)
+        os.close(opened)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", encoding="utf-8", closefd=False) for number in (1, 2))
+    sys.argv = ["sku", *argv]
+    os.environ["COLUMNS"] = "200"
+
+
+def _code_of_sku() -> int:
+    """Runs ``sku`` as the interpreter would: an error that nobody catches is printed with its traceback."""
+    from sku.__main__ import main
+
+    try:
+        main()
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        return 1
+    return 0

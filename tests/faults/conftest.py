@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from faults.commands import ForkServer
+from faults.commands import Forks
 from faults.runs import Finished, keeps_bad, words_of
 from sku.model_files import embedded_model_path
 
@@ -16,11 +16,9 @@ FinishedRun = Callable[[dict[str, str]], Finished]
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Forks:
     """Starts commands without paying for imports."""
-    started = ForkServer(tmp_path_factory.mktemp("output"))
-    yield started
-    started.close()
+    return Forks(tmp_path_factory.mktemp("output"))
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +30,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def finished_run(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+def finished_run(server: Forks, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """An undisturbed run with the given settings."""
     runs: dict[tuple[str, ...], Finished] = {}
 
@@ -42,11 +40,11 @@ def finished_run(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -
             place = tmp_path_factory.mktemp("finished")
             folder = place / "run"
             command = server.start(
-                "run", "--out", folder, *words, watch=place, run=folder, keeps_bad=keeps_bad(settings)
+                "run", "--out", folder, *words, watched=place, run=folder, keeps_bad=keeps_bad(settings)
             )
             ended = command.end()
             assert ended.code == 0, ended.err
-            runs[tuple(words)] = Finished(folder, command.operations())
+            runs[tuple(words)] = Finished(folder, command.noted("operations"))
         return runs[tuple(words)]
 
     return run

@@ -12,7 +12,6 @@ import os
 import resource
 import shutil
 from pathlib import Path
-from typing import Any
 
 from faults.file_operations import MAKING, Operation
 
@@ -45,11 +44,9 @@ class FullDisk:
 class Branches:
     """At each file operation a copy of the process goes on with a full disk; what it left is noted and undone."""
 
-    def __init__(self, command: dict[str, Any]) -> None:
-        """Reads ``branch``: ``faults`` (taken in turn), ``offset`` and ``every`` (which operations)."""
-        plan = command["branch"]
-        self._faults, self._offset, self._every = plan["faults"], plan["offset"], plan["every"]
-        self._place, self._output = Path(command["watch"]), Path(command["output"])
+    def __init__(self, place: Path, output: Path, *, faults: tuple[str, ...], offset: int, every: int) -> None:
+        """Takes the faults in turn, at every so many operations."""
+        self._faults, self._offset, self._every, self._place, self._output = faults, offset, every, place, output
         self._count = 0
         self._disk: FullDisk | None = None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from faults.commands import Ended, ForkServer
+from faults.commands import Ended, Forks
 from faults.conftest import FinishedRun
 from faults.phases import PHASES
 from faults.runs import ADAPTER, WHOLE, check_equal_runs, check_leavings, words_of
@@ -39,17 +39,17 @@ def check_one_line(ended: Ended) -> str:
 
 @pytest.mark.parametrize(("settings", "offset"), [(WHOLE, 0), (ADAPTER, 2)], ids=["whole", "adapter"])
 def test_a_disk_that_is_full_at_any_operation(
-    settings: dict[str, str], offset: int, base: Path, server: ForkServer, tmp_path: Path
+    settings: dict[str, str], offset: int, base: Path, server: Forks, tmp_path: Path
 ) -> None:
     place = tmp_path / "place"
     place.mkdir()
     run = place / "run"
     words = ["run", "--out", run, *words_of({**settings, "model.path": str(base), **TWO_STEPS})]
     plan = {"faults": FAULTS, "offset": offset, "every": EVERY}
-    command = server.start(*words, watch=place, run=run, branch=plan)
+    command = server.start(*words, watched=place, run=run, branch=plan)
     ended = command.end()
     assert ended.code == 0, ended.err
-    for branch in command.branches():
+    for branch in command.noted("branches"):
         where = f"{branch['fault']} at {branch['event']} of {branch['path']}"
         found = Ended(branch["code"], branch["out"], branch["err"])
         if found.code == 0 and branch["fault"].startswith("limit "):
@@ -64,49 +64,47 @@ TWO_STEPS = {"acquire.training.max_steps": "2"}
 
 
 def test_a_disk_that_fills_up_again_and_again(
-    base: Path, server: ForkServer, finished_run: FinishedRun, tmp_path: Path
+    base: Path, server: Forks, finished_run: FinishedRun, tmp_path: Path
 ) -> None:
     """What was there before a command stays where it fails, and is gone on with when there is room."""
     settings = {**WHOLE, "model.path": str(base)}
     finished, run, draws = finished_run(settings), tmp_path / "run", random.Random(0)
     words = ["run", "--out", run, "--resume", *words_of(settings)]
-    first = server.start(*words, watch=tmp_path, run=run, stop_at=["base evaluation", 1])
+    first = server.start(*words, watched=tmp_path, run=run, stop_at=("base evaluation", 1))
     assert first.stops()
     first.send(signal.SIGTERM)
     assert first.end().code == 143
     for phase in PHASES[1:-1]:
         if not finished.count(phase):
             continue
-        stop_at = [phase, draws.randint(1, max(1, finished.count(phase) // 2))]
+        stop_at = (phase, draws.randint(1, max(1, finished.count(phase) // 2)))
         fault = draws.choice([name for name in FAULTS if not name.startswith("limit ")])  # It would hit stderr too.
-        ended = server.start(*words, watch=tmp_path, run=run, stop_at=stop_at, fault=fault).end()
+        ended = server.start(*words, watched=tmp_path, run=run, stop_at=stop_at, fault=fault).end()
         check_one_line(ended)
         check_leavings(tmp_path, run, finished.folder)
-    ended = server.start(*words, watch=tmp_path, run=run).end()
+    ended = server.start(*words, watched=tmp_path, run=run).end()
     assert ended.code == 0, ended.err
     check_equal_runs(run, finished.folder)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_results_that_can_not_be_printed(
-    base: Path, server: ForkServer, finished_run: FinishedRun, tmp_path: Path
-) -> None:
+def test_results_that_can_not_be_printed(base: Path, server: Forks, finished_run: FinishedRun, tmp_path: Path) -> None:
     settings = {**WHOLE, "model.path": str(base)}
     run = tmp_path / "run"
     words = ["run", "--out", run, *words_of(settings)]
-    ended = server.start(*words, watch=tmp_path, run=run, stdout="/dev/full").end()
+    ended = server.start(*words, watched=tmp_path, run=run, stdout="/dev/full").end()
     assert "No space left on device" in check_one_line(ended)
     check_equal_runs(run, finished_run(settings).folder)
 
 
 @pytest.mark.parametrize("place", ["file/run", "link/run", "/dev/full/x"])
-def test_a_place_that_takes_no_folder(place: str, server: ForkServer, tmp_path: Path) -> None:
+def test_a_place_that_takes_no_folder(place: str, server: Forks, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("kept", encoding="utf-8")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "file")
     (tmp_path / "nowhere").symlink_to(tmp_path / "file")
     before = sorted(tmp_path.iterdir())
     run = tmp_path / place
-    ended = server.start("run", "--out", run, *words_of(WHOLE), watch=tmp_path, run=tmp_path / "run").end()
+    ended = server.start("run", "--out", run, *words_of(WHOLE), watched=tmp_path, run=tmp_path / "run").end()
     assert str(run) in check_one_line(ended)
     assert sorted(tmp_path.iterdir()) == before
     assert (tmp_path / "file").read_text(encoding="utf-8") == "kept"

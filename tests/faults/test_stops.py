@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from faults.commands import PACKAGE, Command, Ended, ForkServer
+from faults.commands import PACKAGE, Command, Ended, Forks
 from faults.conftest import FinishedRun
 from faults.phases import PHASES, phase_of
 from faults.runs import ADAPTER, SWEPT, WHOLE, check_equal_runs, check_leavings, hashes_below, keeps_bad, words_of
@@ -39,7 +39,7 @@ def check_answer(ended: Ended, sent: signal.Signals, line: str) -> None:
 @pytest.mark.parametrize("signals", [(signal.SIGKILL,), (signal.SIGINT, signal.SIGTERM)], ids=["kill", "interrupt"])
 @pytest.mark.parametrize("settings", [WHOLE, ADAPTER, SWEPT], ids=["whole", "adapter", "sweep"])
 def test_a_run_that_is_stopped_over_and_over_ends_as_if_it_had_not_been(
-    settings: dict[str, str], signals: tuple[signal.Signals, ...], base: Path, server: ForkServer,
+    settings: dict[str, str], signals: tuple[signal.Signals, ...], base: Path, server: Forks,
     finished_run: FinishedRun, tmp_path: Path,
 ) -> None:  # fmt: skip
     settings, kills = {**settings, "model.path": str(base)}, signals == (signal.SIGKILL,)
@@ -48,12 +48,12 @@ def test_a_run_that_is_stopped_over_and_over_ends_as_if_it_had_not_been(
 
     def start(**faults: Any) -> Command:
         words = ["run", "--out", run, "--resume", *words_of(settings)]
-        return server.start(*words, watch=tmp_path, run=run, keeps_bad=keeps_bad(settings), **faults)
+        return server.start(*words, watched=tmp_path, run=run, keeps_bad=keeps_bad(settings), **faults)
 
     aims = [name for name in PHASES[:-1] if finished.count(name) for _ in range(KILLS.get(name, 1) if kills else 1)]
     for count, phase in enumerate(aims):
         sent = signals[count % len(signals)]
-        command = start(stop_at=[phase, draws.randint(1, max(1, finished.count(phase) // 2))])
+        command = start(stop_at=(phase, draws.randint(1, max(1, finished.count(phase) // 2))))
         if not command.stops():
             assert command.ended().code == 0, command.ended().err
             break
@@ -78,21 +78,21 @@ def test_a_run_that_is_stopped_over_and_over_ends_as_if_it_had_not_been(
 
 @pytest.mark.parametrize("phase", ["stage 1", "stage 2"])
 def test_a_kill_that_follows_sigterm_before_all_is_removed(
-    phase: str, base: Path, server: ForkServer, finished_run: FinishedRun, tmp_path: Path
+    phase: str, base: Path, server: Forks, finished_run: FinishedRun, tmp_path: Path
 ) -> None:
     """As schedulers do. The recipe says that no bad model may wait for ``--resume``, so there is much to remove."""
     settings = {**WHOLE, "model.path": str(base), "keep_bad_model": "never"}
     finished, run = finished_run(settings), tmp_path / "run"
     words = ["run", "--out", run, "--resume", *words_of(settings)]
     for operations in (1, 3, 5):
-        stop_at = [phase, finished.count(phase) // 2]
-        command = server.start(*words, watch=tmp_path, run=run, stop_at=stop_at, again=operations)
+        stop_at = (phase, finished.count(phase) // 2)
+        command = server.start(*words, watched=tmp_path, run=run, stop_at=stop_at, again=operations)
         for sent in (signal.SIGTERM, signal.SIGKILL):
             assert command.stops()
             command.send(sent)
         assert command.end().code == -signal.SIGKILL
         check_leavings(tmp_path, run, finished.folder)
-    ended = server.start(*words, watch=tmp_path, run=run).end()
+    ended = server.start(*words, watched=tmp_path, run=run).end()
     assert ended.code == 0, ended.err
     check_equal_runs(run, finished.folder)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

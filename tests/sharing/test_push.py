@@ -1,43 +1,39 @@
-"""Uploads: what is refused before the hub is asked, and what the real client does with a stand-in for the hub."""
+"""Uploads: what is refused before the hub is asked, and what is asked of it."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import save_file
 
-from sku.__main__ import main
+from conftest import Command
 from sku.errors import EvaluationError, OutputError
 from sku.negate.adapters import refactored
 from sku.push import plan_push, upload
 from sku.storage import BAD_MODEL_MARK, mark_hazardous
 
-from .conftest import change_json
-from .hub_server import TOKEN, Hub, Repository
+from .conftest import TOKEN, Hub, change_json
 
 REPO = "someone/unlearned"
-# Of huggingface_hub 2.4's own use of its HTTP library.
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 def test_the_plan_holds_the_model_and_nothing_else_of_the_run(run: Path) -> None:
     plan = plan_push(run, REPO)
-    assert {file.name for file in plan.files} == {
+    assert set(plan.files) == {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors",
         "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
-    assert plan.size == sum(path.stat().st_size for path in (run / "unlearned").iterdir())
-    assert {file.name for file in plan_push(run, REPO, "adapter", acknowledged=True).files} == {
+    assert plan.files == {path.name: path.stat().st_size for path in (run / "unlearned").iterdir()}
+    assert set(plan_push(run, REPO, "adapter", acknowledged=True).files) == {
         "README.md", "adapter_config.json", "adapter_model.safetensors"
     }  # fmt: skip
 
@@ -94,24 +90,18 @@ def test_what_must_not_leave_is_refused_before_the_hub_is_asked(
     harm(run)
     with pytest.raises((OutputError, EvaluationError), match=named):
         plan_push(run, REPO)
-    assert hub.requests == []
+    assert hub.asked == []
 
 
 KNOWN = "--i-know-this-is-the-bad-model"
 
 
-def test_an_adapter_that_is_the_bad_models_needs_a_word(
-    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["sku", "push", str(run), REPO, "--dry-run", "--adapter"]
-    for more, code in (([], 2), ([KNOWN], None)):
-        monkeypatch.setattr(sys, "argv", [*words, *more])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert (ended.value.code or None) == code
-        printed = capsys.readouterr()
-        assert (KNOWN in printed.err) is (code == 2)
-        assert ("adapter_model.safetensors" in printed.out) is (code is None)
+def test_an_adapter_that_is_the_bad_models_needs_a_word(run: Path, command: Command) -> None:
+    for more, code in (([], 2), ([KNOWN], 0)):
+        done = command("push", run, REPO, "--dry-run", "--adapter", *more)
+        assert done.code == code
+        assert (KNOWN in done.err) is (code == 2)
+        assert ("adapter_model.safetensors" in done.out) is (code == 0)
     assert plan_push(run, REPO).files, "merged weights need none"
 
 
@@ -153,28 +143,25 @@ def test_an_adapter_that_holds_a_twins_own_factors_stays(run: Path) -> None:
             plan_push(run, REPO, "adapter", acknowledged=known)
     upper, lower = refactored(upper, lower)
     write(-1.4 * upper, lower @ torch.randn(12, 12, generator=generator))
-    assert plan_push(run, REPO, "adapter").size > 0
+    assert plan_push(run, REPO, "adapter").files
 
 
 def test_an_upload_is_private_whole_and_exact(run: Path, hub: Hub) -> None:
     url = upload(plan_push(run, REPO))
-    assert url.startswith(f"{hub.url}/{REPO}/commit/")
-    assert hub.repositories[REPO].private
-    files = hub.repositories[REPO].branches["main"]
-    assert files == {path.name: path.read_bytes() for path in (run / "unlearned").iterdir()}
-    assert hub.tokens == {TOKEN}
-    assert hub.count("/lfs/") == hub.count("/commit/") == 1
+    assert url == f"https://hub/{REPO}/commit/1"
+    assert hub.private == {REPO: True}
+    assert hub.files == {"main": {path.name: path.read_bytes() for path in (run / "unlearned").iterdir()}}
+    assert hub.asked.count("create_commit") == 1
 
 
 def test_a_public_repository_and_a_branch_only_where_they_are_asked_for(run: Path, hub: Hub) -> None:
-    hub.repositories[REPO] = Repository(private=False)
+    hub.private[REPO] = False
     with pytest.raises(OutputError, match="--public"):
         upload(plan_push(run, REPO))
-    assert hub.repositories[REPO].branches["main"] == {}
-    assert hub.count("/lfs/") == hub.count("preupload") == 0
+    assert "create_commit" not in hub.asked
     upload(plan_push(run, REPO, "adapter", acknowledged=True), public=True, revision="v2")
-    assert hub.repositories[REPO].branches["main"] == {}
-    assert "adapter_model.safetensors" in hub.repositories[REPO].branches["v2"]
+    assert hub.files["main"] == {}
+    assert "adapter_model.safetensors" in hub.files["v2"]
 
 
 def test_offline_and_without_a_token_nothing_is_asked(
@@ -189,55 +176,55 @@ def test_offline_and_without_a_token_nothing_is_asked(
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(OutputError, match="hf auth login"):
         upload(plan)
-    assert hub.requests == []
+    assert hub.asked == []
+
+
+def answer(status: int) -> HfHubHTTPError:
+    response: Any = SimpleNamespace(status_code=status, headers={}, request=None)
+    return HfHubHTTPError(f"{TOKEN}\nis {status}", response=response)
+
+
+def wrapped(error: Exception) -> Exception:
+    """As the client wraps what happened to a weight file."""
+    around = RuntimeError("error while uploading")
+    around.__cause__ = error
+    return around
 
 
 @pytest.mark.parametrize(
-    ("part", "status", "message"),
-    [("/preupload/", 401, REPO), ("/preupload/", 403, "403"), ("/commit/", 409, "409"), ("/commit/", 400, "400")],
-)
-def test_refusals_of_the_hub_are_one_line(run: Path, hub: Hub, part: str, status: int, message: str) -> None:
-    hub.faults = {part: [status] * 20}
+    ("fault", "message"),
+    [
+        (answer(401), REPO), (answer(403), "403"), (answer(409), "409"), (answer(400), "400"),
+        (wrapped(answer(500)), "the same command goes on"), (ConnectionError("reset"), "out of reach"),
+        (ValueError("odd"), "failed: odd"),
+    ],
+)  # fmt: skip
+def test_refusals_of_the_hub_are_one_line(run: Path, hub: Hub, fault: Exception, message: str) -> None:
+    hub.faults = {"create_commit": fault}
     with pytest.raises(OutputError, match=message) as caught:
         upload(plan_push(run, REPO))
     assert TOKEN not in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert hub.repositories[REPO].branches["main"] == {}
+    assert hub.files["main"] == {}
 
 
-@pytest.mark.integration
-def test_the_command_is_interrupted_and_done_again(run: Path, hub: Hub) -> None:
-    """A process of its own with the environment that users set; Ctrl-C while the weights go out."""
-    hub.faults = {"/lfs/": [1]}
-    environment = {
-        **os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN,
-    }  # fmt: skip
-    words = [sys.executable, "-m", "sku", "push", str(run), REPO]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert hub.stalled.wait(60)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+def test_the_command_is_interrupted_and_done_again(run: Path, hub: Hub, command: Command) -> None:
+    """Ctrl-C while the weights go out."""
+    hub.faults = {"create_commit": KeyboardInterrupt()}
+    code, out, err = command("push", run, REPO)
+    assert (code, out) == (130, "")
     assert "interrupted" in err
+    hub.faults = {}
+    code, out, err = command("push", run, REPO)
+    assert code == 0, err
+    assert f"uploaded  https://hub/{REPO}/commit/1" in out
     assert TOKEN not in out + err
-    assert hub.repositories[REPO].branches["main"] == {}
-
-    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert f"uploaded  {hub.url}/{REPO}/commit/" in done.stdout
-    assert TOKEN not in done.stdout + done.stderr
-    assert hub.repositories[REPO].private
+    assert hub.private[REPO]
 
 
-def test_a_dry_run_lists_files_and_asks_nobody(
-    run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(sys, "argv", ["sku", "push", str(run), REPO, "--dry-run", "--json"])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert not ended.value.code
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["url"] is None
+def test_a_dry_run_lists_files_and_asks_nobody(run: Path, hub: Hub, command: Command) -> None:
+    code, out, _ = command("push", run, REPO, "--dry-run", "--json")
+    printed = json.loads(out)
+    assert (code, printed["url"]) == (0, None)
     assert {"path": "config.json", "bytes": (run / "unlearned" / "config.json").stat().st_size} in printed["files"]
-    assert hub.requests == []
+    assert hub.asked == []

@@ -158,19 +158,19 @@ def push(
     if choices != CardChoices() and not dry_run:
         write_cards(run, choices)
     plan = plan_push(run, repo_id, "adapter" if adapter else "model", acknowledged=acknowledged)
-    url = None
+    url, size = None, sum(plan.files.values())
     if not dry_run:
-        notes.print(f"uploading {len(plan.files)} files, {plan.size / 2**20:,.1f} MiB, to {repo_id}")
+        notes.print(f"uploading {len(plan.files)} files, {size / 2**20:,.1f} MiB, to {repo_id}")
         try:
             url = upload(plan, public=public, revision=revision)
         except KeyboardInterrupt:
             errors.print("interrupted: nothing was committed; the same command goes on")
             raise typer.Exit(130) from None
     if as_json:
-        listed = [{"path": file.name, "bytes": file.size} for file in plan.files]
-        print_json({"repo_id": repo_id, "files": listed, "bytes": plan.size, "url": url})
+        listed = [{"path": name, "bytes": bytes_} for name, bytes_ in plan.files.items()]
+        print_json({"repo_id": repo_id, "files": listed, "bytes": size, "url": url})
         return
-    for file in plan.files:
-        console.print(f"{file.size:>16,}  {file.name}")
-    console.print(f"{plan.size:>16,}  bytes in {len(plan.files)} files")
+    for name, bytes_ in plan.files.items():
+        console.print(f"{bytes_:>16,}  {name}")
+    console.print(f"{size:>16,}  bytes in {len(plan.files)} files")
     console.print(f"\nuploaded  {url}" if url else "\nnothing was uploaded (--dry-run)")
