@@ -1,5 +1,5 @@
-from .comparison.run import comparison_rows as comparison_rows
-from .comparison.run import run_comparison as run_comparison
+from .comparison import comparison_rows as comparison_rows
+from .comparison import run_comparison as run_comparison
 from .config import EvaluateConfig as EvaluateConfig
 from .config import ModelConfig as ModelConfig
 from .config import ModulesConfig as ModulesConfig
