@@ -6,8 +6,6 @@ import dataclasses
 import functools
 import json
 import logging
-import socket
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +13,6 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from safetensors import safe_open
 
@@ -28,7 +24,7 @@ PICKLED_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 _PLAIN_TYPES = ("F64", "F32", "F16", "BF16")
 INDEX_FILE = "model.safetensors.index.json"
 _SECONDS = 4.0
-"""That one connection to the hub may take: its own clients try five times, most of a minute."""
+"""That one request to the hub may take: its own clients try five times, most of a minute."""
 _CONVERT_MODEL = "AutoModelForCausalLM.from_pretrained(FOLDER, dtype='auto').save_pretrained(NEW_FOLDER)"
 
 _log = logging.getLogger(__name__)
@@ -102,13 +98,8 @@ def with_gguf_file(config: ModelConfig) -> ModelConfig:
             f"model {folder} holds {len(found)} GGUF files ({', '.join(found)}): name one, such as "
             f"model.gguf_file={found[0]}"
         )
-    _say_taken(folder, found[0])
+    _log.warning("model %s holds one GGUF file and no safetensors: %s is taken (gguf_file)", folder, found[0])
     return dataclasses.replace(config, gguf_file=found[0])
-
-
-@functools.cache
-def _say_taken(folder: Path, name: str) -> None:
-    _log.warning("model %s holds one GGUF file and no safetensors: %s is taken (gguf_file)", folder, name)
 
 
 def is_path(name: str) -> bool:
@@ -265,15 +256,16 @@ def naming_the_model(path: str) -> Iterator[None]:
         raise ModelError(f"model {path} can't be loaded: {first_line(error)}") from error
 
 
+@functools.cache
 def out_of_reach() -> str | None:
-    """Why the hub can't be asked, for a message; None where it can, as far as one connection tells."""
-    from huggingface_hub import constants
+    """Why the hub can't be asked, for a message; None where it can, as far as one request tells."""
+    from huggingface_hub import constants, get_session
 
-    if constants.HF_HUB_OFFLINE:
-        return "the hub is switched off (HF_HUB_OFFLINE)"
-    if getproxies() or _connects(constants.ENDPOINT):  # A proxy answers for hosts whose names are not known here.
-        return None
-    return f"the hub can't be reached ({constants.ENDPOINT})"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_SECONDS)
+    except Exception as error:  # Of the hub's client or of the one below it.
+        return f"the hub can't be reached: {first_line(error)}"
+    return None
 
 
 def is_cached(repository: str, file: str, revision: str | None) -> bool:
@@ -285,23 +277,3 @@ def is_cached(repository: str, file: str, revision: str | None) -> bool:
         return isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
     except HFValidationError:
         return False
-
-
-@functools.cache
-def _connects(endpoint: str) -> bool:
-    """In a thread that is not waited for: the lookup of a name has no limit of time of its own."""
-    address = urlsplit(endpoint)
-    answered = threading.Event()
-
-    def connect() -> None:
-        try:
-            port = address.port or (80 if address.scheme == "http" else 443)
-            socket.create_connection((address.hostname or "", port), timeout=_SECONDS).close()
-        except OSError:
-            return
-        answered.set()
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(_SECONDS)
-    return answered.is_set()
