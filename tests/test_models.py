@@ -291,9 +291,7 @@ def test_gguf_weights_are_unpacked_even_where_a_kernel_could_use_them_packed(
     assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
-def test_the_only_gguf_file_of_a_folder_is_taken_and_said(
-    gguf_folder: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_only_gguf_file_of_a_folder_is_taken_and_said(gguf_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     named = ModelConfig(path=str(gguf_folder), gguf_file="tiny.Q8_0.gguf", device="cpu")
     alone = dataclasses.replace(named, gguf_file=None)
     weights = load_model(named).model.state_dict()

@@ -263,7 +263,7 @@ def out_of_reach() -> str | None:
 
     try:
         get_session().head(constants.ENDPOINT, timeout=_SECONDS)
-    except Exception as error:  # Of the hub's client or of the one below it.
+    except Exception as error:  # noqa: BLE001 - of httpx or httpx2, as the hub's client has it
         return f"the hub can't be reached: {first_line(error)}"
     return None
 

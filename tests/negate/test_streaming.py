@@ -394,7 +394,7 @@ REFUSED: tuple[tuple[Callable[[Folders], object], dict[str, Any], type[Exception
     (changed("adapter", lambda t: t.update({A: t[A][:2].clone()}), ADAPTER), {"form": "adapter"},
      TaskVectorError, "up_proj"),
     (changed("adapter", lambda t: t.update({A: t[A][:, :5].clone()}), ADAPTER), {"form": "adapter"},
-     TaskVectorError, UP),
+     TaskVectorError, "up_proj"),
     (lambda folders: (folders.path / "adapter" / ADAPTER).unlink(), {"form": "adapter"}, ModelError, ADAPTER),
     (
         lambda folders: (folders.path / "adapter" / "adapter_config.json").write_text("{"), {"form": "adapter"},

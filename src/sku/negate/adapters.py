@@ -37,7 +37,7 @@ from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError, fi
 from sku.hazard import mark_model, mark_settings
 from sku.model_files import check_no_pickles
 from sku.models import changed_by_adapter, with_adapter
-from sku.negate.arithmetic import EMPTY_ADAPTER, LowRank
+from sku.negate.arithmetic import EMPTY_ADAPTER, LowRank, check_same_names, check_same_shape, quantized_weight
 from sku.negate.files import ADAPTER_FILE
 from sku.storage import HAZARD_KEY, is_marked_hazardous, mark_hazardous, new_folder
 
@@ -108,7 +108,7 @@ def check_plain_lora(settings: PeftConfig, adapter: str) -> None:
         )
 
 
-def adapted_weights(model: PeftModel, adapter: str) -> Iterator[tuple[str, LowRank[Tensor]]]:
+def adapted_weights(model: PeftModel, adapter: str) -> Iterator[tuple[str, LowRank]]:
     """The weights that an adapter changes, without computing a change.
 
     Args:
@@ -154,7 +154,7 @@ def adapted_weights(model: PeftModel, adapter: str) -> Iterator[tuple[str, LowRa
 class AdapterVector:
     """What an adapter adds to the original weights, in factors."""
 
-    factors: Mapping[str, LowRank[Tensor]]
+    factors: Mapping[str, LowRank]
     """Weight name -> its change, float32 on the CPU."""
     base_name: str | None = None
     """Name or folder of the original model, as the adapter says."""
@@ -342,15 +342,16 @@ def cosines(size: int) -> Tensor:
     return matrix
 
 
-def adapter_in_folder(model: PreTrainedModel, folder: Path) -> dict[str, LowRank[Tensor]]:
-    """What a saved adapter changes, with PEFT's own reading of its settings; the factors are without memory.
+def adapter_in_folder(model: PreTrainedModel, folder: Path) -> dict[str, LowRank]:
+    """What a saved adapter changes, in float32, with PEFT's own reading of its settings.
 
     Args:
         model: Without weights; gets the adapter.
         folder: Of the adapter.
 
     Raises:
-        TaskVectorError: The adapter is no plain LoRA, or changes layers that are no matrices.
+        TaskVectorError: The adapter is no plain LoRA, changes layers that are no matrices, or its file has other
+            factors than its settings say.
         ModelError: Its settings can't be read or don't fit the model.
     """
     try:
@@ -363,7 +364,26 @@ def adapter_in_folder(model: PreTrainedModel, folder: Path) -> dict[str, LowRank
     assert isinstance(settings, LoraConfig)
     settings.init_lora_weights = False  # Some ways to begin take the weights apart, and here are none.
     try:
-        adapted = with_adapter(model, settings)
+        adapted = dict(adapted_weights(with_adapter(model, settings), "default"))
     except RecipeError as error:
         raise ModelError(f"adapter {folder} does not fit the base model: {error}") from error
-    return dict(adapted_weights(adapted, "default"))
+    expected = {place for name, change in adapted.items() for place in change.file_names(name)}
+    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+        # PEFT adds the frozen embedding to the file where the adapter changes it; loading takes the factors alone.
+        found = {name for name in file.keys() if ".lora_" in name}  # noqa: SIM118 - not a mapping
+        check_same_names(expected, found, "the adapter's settings", "its file")
+
+        def read(place: str, planned: Tensor) -> Tensor:
+            factor: Tensor = file.get_tensor(place)
+            if not factor.is_floating_point() or factor.element_size() < 2:
+                raise quantized_weight(place, factor.dtype)
+            check_same_shape(place, planned, factor)
+            return factor.to(torch.float32, copy=True)
+
+        factors = {}
+        for name, change in adapted.items():
+            upper, lower = change.file_names(name)
+            factors[name] = dataclasses.replace(
+                change, upper_Or=read(upper, change.upper_Or), lower_rI=read(lower, change.lower_rI)
+            )
+    return factors

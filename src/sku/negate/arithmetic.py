@@ -15,12 +15,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Generic, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -42,17 +42,6 @@ Rounding = Literal["nearest", "stochastic"]
 """How float32 results become those of a shorter type."""
 EMPTY_ADAPTER = "the adapter is zero: stage 1 changed nothing, so there is nothing to negate"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-class Shaped(Protocol):
-    """A tensor, or the entry of one in a file, or what makes up one."""
-
-    @property
-    def shape(self) -> Sequence[int]:
-        """Its shape."""
-
-
-Factor = TypeVar("Factor", bound=Shaped)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,12 +236,12 @@ def block_pool(threads: int) -> Iterator[Executor]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank(Generic[Factor]):
-    """``scaling * B A``, the change of one weight, or its transpose: of factors in memory or in a file."""
+class LowRank:
+    """``scaling * B A``, the change of one weight, or its transpose."""
 
-    upper_Or: Factor
+    upper_Or: Tensor
     """B."""
-    lower_rI: Factor
+    lower_rI: Tensor
     """A."""
     scaling: float = 1.0
     transposed: bool = False
@@ -275,13 +264,13 @@ class LowRank(Generic[Factor]):
         """PEFT's ``lora_alpha``; it takes other numbers than whole ones, too."""
         return self.scaling * self.rank  # type: ignore[return-value]
 
-    def rows(self: LowRank[Tensor], start: int, stop: int) -> Tensor:
+    def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the change, as the model keeps the weight, from one to before another: float32."""
         if self.transposed:
             return (self.upper_Or @ self.lower_rI[:, start:stop]).T * self.scaling
         return self.upper_Or[start:stop] @ self.lower_rI * self.scaling
 
-    def delta(self: LowRank[Tensor]) -> Tensor:
+    def delta(self) -> Tensor:
         """All rows, block by block: a product of the whole need not agree with that of some rows in the last bit."""
         rows, columns = self.shape
         step = block_rows(columns)
@@ -390,3 +379,36 @@ def unusable_difference(name: str) -> TaskVectorError:
 def unusable_result(name: str, dtype: object) -> TaskVectorError:
     """The refusal of a result with values that are not finite."""
     return TaskVectorError(f"{name} would hold NaN or infinity in {dtype}; lower alpha or keep float32")
+
+
+def check_same_names(first: Iterable[str], second: Iterable[str], first_name: str, second_name: str) -> None:
+    """Refuses two sets of weights with different names.
+
+    Raises:
+        TaskVectorError: With the first name that is in one set only, and how many there are.
+    """
+    first_names, second_names = set(first), set(second)
+    for only, here, there in (
+        (first_names - second_names, first_name, second_name), (second_names - first_names, second_name, first_name),
+    ):  # fmt: skip
+        if only:
+            raise TaskVectorError(f"{len(only)} weights are in {here} but not in {there}, the first is {min(only)}")
+
+
+def check_same_shape(name: str, first: Any, second: Any) -> None:
+    """Refuses weights of one name and two shapes.
+
+    Raises:
+        TaskVectorError: With both shapes.
+    """
+    if tuple(first.shape) != tuple(second.shape):
+        raise TaskVectorError(
+            f"{name} has shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the other"
+        )
+
+
+def quantized_weight(name: str, dtype: object) -> TaskVectorError:
+    """The refusal of a weight that is no floating-point number of at least two bytes."""
+    return TaskVectorError(
+        f"{name} is {dtype}: quantized weights have no exact difference. Use full-precision weights"
+    )

@@ -9,7 +9,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from sku.errors import ModelError, TaskVectorError, first_line
-from sku.negate.arithmetic import LowRank, Shaped
+from sku.negate.arithmetic import LowRank, check_same_names, check_same_shape, quantized_weight
 from sku.negate.files import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
@@ -37,10 +37,10 @@ EQUAL_MODELS = "base and bad model are equal: stage 1 changed nothing, there is 
 BadForm = Literal["model", "adapter", "vector"]
 _OLD_BUFFERS = re.compile(r"\.(rotary_emb\.inv_freq|(attn|attention)\.(masked_)?bias)$")
 """Constants that older versions of transformers stored and today's make anew: rotary frequencies, causal masks."""
-Change = StoredTensor | LowRank[StoredTensor]
+Change = StoredTensor | LowRank
 """The bad model's weight, or the difference from the base's."""
 T = TypeVar("T", Tensor, StoredTensor)
-C = TypeVar("C", bound=Shaped)
+C = TypeVar("C", Tensor, StoredTensor, LowRank)
 
 
 class Source(ABC, Generic[T]):
@@ -140,39 +140,6 @@ def match_changes(base: Source[T], changes: Mapping[str, C], tied: Mapping[str, 
             check_same_shape(place, base.weights[place], change)
             placed[place] = change
     return Matched(changes=placed, twins=frozenset(twins))
-
-
-def check_same_names(first: Iterable[str], second: Iterable[str], first_name: str, second_name: str) -> None:
-    """Refuses two sets of weights with different names.
-
-    Raises:
-        TaskVectorError: With the first name that is in one set only, and how many there are.
-    """
-    first_names, second_names = set(first), set(second)
-    for only, here, there in (
-        (first_names - second_names, first_name, second_name), (second_names - first_names, second_name, first_name),
-    ):  # fmt: skip
-        if only:
-            raise TaskVectorError(f"{len(only)} weights are in {here} but not in {there}, the first is {min(only)}")
-
-
-def check_same_shape(name: str, first: Shaped, second: Shaped) -> None:
-    """Refuses weights of one name and two shapes.
-
-    Raises:
-        TaskVectorError: With both shapes.
-    """
-    if tuple(first.shape) != tuple(second.shape):
-        raise TaskVectorError(
-            f"{name} has shape {tuple(first.shape)} in one model and {tuple(second.shape)} in the other"
-        )
-
-
-def quantized_weight(name: str, dtype: object) -> TaskVectorError:
-    """The refusal of a weight that is no floating-point number of at least two bytes."""
-    return TaskVectorError(
-        f"{name} is {dtype}: quantized weights have no exact difference. Use full-precision weights"
-    )
 
 
 def _check_same_integers(base: Source[T], bad: Source[T]) -> None:
@@ -381,9 +348,8 @@ def match_folders(source: FolderSource, bad: Path, form: BadForm) -> tuple[Match
     if form == "adapter":
         from sku.negate.adapters import adapter_in_folder  # Imports PEFT.
 
-        adapted = adapter_in_folder(source.skeleton.model, bad)
         file = read_layout(_file_of(bad, form))
-        return match_changes(source, _of_adapter(adapted, file), {}), (file,)
+        return match_changes(source, adapter_in_folder(source.skeleton.model, bad), {}), (file,)
     file = read_layout(_file_of(bad, form))
     tied = read_ties(file.metadata, file.path)
     for tensor in file.tensors:
@@ -398,27 +364,6 @@ def _file_of(folder: Path, form: BadForm) -> Path:
     if not path.is_file():
         raise ModelError(f"adapter {folder} holds no {ADAPTER_FILE}; load it with PEFT and save it again")
     return path
-
-
-def _of_adapter(adapted: Mapping[str, LowRank[Tensor]], file: StoredFile) -> dict[str, LowRank[StoredTensor]]:
-    factors = {tensor.name: tensor for tensor in file.tensors}
-    expected = {place for name, change in adapted.items() for place in change.file_names(name)}
-    # PEFT adds the frozen embedding to the file where the adapter changes it; loading takes the factors alone.
-    found = {name for name in factors if ".lora_" in name}
-    check_same_names(expected, found, "the adapter's settings", "its file")
-    changes: dict[str, LowRank[StoredTensor]] = {}
-    for name, change in adapted.items():
-        upper, lower = (factors[place] for place in change.file_names(name))
-        for factor in (upper, lower):
-            if not factor.is_weight:
-                raise quantized_weight(factor.name, factor.dtype)
-        if len(upper.shape) != 2 or len(lower.shape) != 2 or {upper.shape[1], lower.shape[0]} != {change.rank}:
-            raise TaskVectorError(
-                f"{upper.name} has shape {upper.shape} and its partner {lower.shape}, which are no factors of rank "
-                f"{change.rank}"
-            )
-        changes[name] = LowRank(upper_Or=upper, lower_rI=lower, scaling=change.scaling, transposed=change.transposed)
-    return changes
 
 
 def _is_old_buffer(tensor: StoredTensor) -> bool:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, as_completed, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import sha256
 from io import FileIO
 from pathlib import Path
@@ -343,7 +342,6 @@ class _ShardWriter:
         self._seed = wanted.seed if wanted.rounding == "stochastic" else None
         self._local = threading.local()
         self._arithmetic = Arithmetic()
-        self._factors = lru_cache(maxsize=4)(self._read_factors)
 
     def write(self, layout: ShardLayout, folder: Path, pool: Executor, advance: Callable[[int], None]) -> TensorSums:
         """Writes a file whole: under another name until it is flushed to the disk.
@@ -427,14 +425,7 @@ class _ShardWriter:
         if isinstance(change, StoredTensor):
             return self._read(change, block.start, self._buffer("other", change.dtype, block.stop - block.start))
         columns = block.work.base.shape[1]
-        return self._factors(change).rows(block.start // columns, block.stop // columns).reshape(-1)
-
-    def _read_factors(self, change: LowRank[StoredTensor]) -> LowRank[Tensor]:
-        upper, lower = (
-            self._read(tensor, 0, torch.empty(tensor.elements, dtype=tensor.dtype)).float().reshape(tensor.shape)
-            for tensor in (change.upper_Or, change.lower_rI)
-        )
-        return LowRank(upper_Or=upper, lower_rI=lower, scaling=change.scaling, transposed=change.transposed)
+        return change.rows(block.start // columns, block.stop // columns).reshape(-1)
 
     def _read(self, tensor: StoredTensor, start: int, values: Tensor) -> Tensor:
         """Fills flat numbers with the elements of a stored tensor from ``start`` on, and gives them back."""

@@ -35,6 +35,8 @@ from sku.models import LoadedModel, check_plain_weights, load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.arithmetic import (
     Negation,
+    check_same_names,
+    check_same_shape,
     dot_float64,
     overflows,
     subtract_tensors,
@@ -47,8 +49,6 @@ from sku.negate.matching import (
     VECTOR_FORMAT,
     ModelSource,
     bad_form,
-    check_same_names,
-    check_same_shape,
     match_changes,
     match_models,
     read_ties,
