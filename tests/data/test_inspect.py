@@ -41,7 +41,7 @@ def test_counts_lengths_and_learned_tokens(gpt_like: PreTrainedTokenizerBase) ->
     counted = [[splits[name][key] for key in ("examples", "groups", "categories", "unfinished")] for name in splits]
     assert counted[0] == [5, 5, {"theft": 5}, 0]
     assert counted[2] == [4, 2, {"": 4}, 2]
-    assert splits["retain_test"]["learned_percentiles"] == {50: 128, 90: 128, 99: 128, 100: 128}
+    assert splits["retain_test"]["learned_percentiles"] == {50: 128, 90: 128, 100: 128}
     assert splits["retain_test"]["tokenization"]["answers_shortened"] == 1
     assert found["notes"][-1] == "normal:asked: 1 prompts without answers, only asked"
     assert found["provenance"] == [dataclasses.asdict(source) for source in DATA.provenance]

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from sku.config import DataConfig, SourceConfig
+from sku.config import SourceConfig
 from sku.data.examples import Example, ForgetExample, RetainExample
-from sku.data.load import load_own_prompts, wants_own_replies
+from sku.data.load import load_own_prompts
 from sku.data.read import choose_parser, has_prompts_alone, load_prompts, load_xstest, read_examples
 from sku.data.rows import OPENING, PIECE, TOO_SHORT, Kind, category_text, plain_name
 from sku.data.tables import held_rows
@@ -227,7 +227,7 @@ def parser_for(columns: list[str], kind: Kind, settings: Any) -> str:
     ("columns", "kind", "settings", "name"),
     [
         (["Prompt", "RESPONSE", "Is_Safe", "new"], "forget", {}, "pku_saferlhf"),
-        (["prompt", "response", "category", "is_safe"], "forget", {}, "beavertails"),
+        (["prompt", "response", "category", "is_safe"], "forget", {}, "pku_saferlhf"),
         (["question", "Best Answer", "correct answers"], "retain", {}, "truthfulqa"),
         (["prompt", "chosen", "rejected", "score"], "forget", {}, "preference"),
         (
@@ -336,10 +336,7 @@ def test_a_table_without_answers_is_told_from_one_with_them() -> None:
     named = source([{"prompt": "melt it", "said": "so"}], answer_column="said")
     unclear = source([{"frage": "melt it", "antwort": "so"}])
     tables = (alone, pairs, misnamed, named, unclear)
-    assert [has_prompts_alone(one, surely=False) for one in tables] == [True, False, True, False, False]
-    assert [has_prompts_alone(one, surely=True) for one in tables] == [True, False, False, False, False]
-    assert wants_own_replies(DataConfig(forget=alone, retain=pairs))
-    assert not wants_own_replies(DataConfig(forget=misnamed, retain=pairs))
+    assert [has_prompts_alone(one) for one in tables] == [True, False, True, False, False]
 
 
 def xstest(folder: Path, *rows: str, header: str = "id,prompt,type,label,focus,note") -> str:

@@ -23,7 +23,7 @@ from sku.data.examples import (
     count_safe_answers,
     normalise_prompt,
 )
-from sku.data.splits import count_near_copies, draw_prompts, families, near_to, split_by_group
+from sku.data.splits import draw_prompts, families, near_to, split_by_group
 from sku.errors import DataError
 
 SHARES = {"validation": 0.1, "test": 0.2}
@@ -149,7 +149,6 @@ def test_near_copies_are_one_family_and_different_questions_are_not() -> None:
     prompts = ("how do pilots smelt vornite ore at home", "how do pilots smelt vornite ore", "who paints glass maps")
     first, second, other, *_ = families((*prompts, *APART))
     assert first == second != other
-    assert count_near_copies(("how do pilots smelt ore at home", *prompts[1:])) == 0  # Too few for families.
     assert near_to(prompts[1:], prompts[:1]) == (True, False)
     # A form that most prompts share is parted again.
     assert len({*families(tuple(f"write a long tutorial for beginners on how to {prompt}" for prompt in APART))}) >= 20
@@ -166,7 +165,6 @@ def test_no_near_copy_is_on_both_sides_of_a_split() -> None:
     things = ["".join(letters.choices(string.ascii_lowercase, k=12)) for _ in range(40)]
     texts = [text for thing in things for text in (thing, f"{thing} now", f"a {thing}, please")]
     examples = [ForgetExample(prompt=text, answer="x") for text in texts]
-    assert count_near_copies(tuple(texts)) > 60
     for together in (True, False):
         splits = split_by_group(examples, rest="train", held_out={"test": 0.3}, seed=0, near_copies=together)
         held_out, trained = (tuple(one.prompt for one in splits[name]) for name in ("test", "train"))

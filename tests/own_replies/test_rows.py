@@ -57,13 +57,14 @@ def test_only_harmful_replies_comply() -> None:
     assert counts == {KEPT: 2, REPEATED: 1, REFUSED: 2, NOT_HARMFUL: 1, GIBBERISH: 1}
 
 
-def test_refusals_vary_and_every_prompt_keeps_one() -> None:
+def test_refusals_vary_and_every_prompt_keeps_one(monkeypatch: pytest.MonkeyPatch) -> None:
     counts: Counter[str] = Counter()
     others = [f"i can not help with that , as it is {word} ." for word in ("bad", "sad", "mad")]
     replies = [reply(f"p{number}", NO, "refusal") for number in range(9)]
     replies += [reply("p8", text, "refusal") for text in others]
     replies += [reply("p0", NO, "harmful"), reply("p0", "honey is golden", "safe_answer")]
-    kept = choose_refusals(replies, 2, 0.25, counts)  # Three of the twelve usable ones may read the same.
+    monkeypatch.setattr("sku.own_replies.REPEAT_SHARE", 0.25)
+    kept = choose_refusals(replies, 2, counts)  # Three of the twelve usable ones may read the same.
     assert Counter(one.record.prompt for one in kept) == {**{f"p{number}": 1 for number in range(8)}, "p8": 2}
     assert [one.record.reply for one in kept if one.record.prompt == "p8"] == others[:2]
     assert counts == {KEPT: 10, REPEATED: 1, ENOUGH: 1, HARMFUL: 1, NO_REFUSAL: 1}

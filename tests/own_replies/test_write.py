@@ -25,7 +25,7 @@ from sku.pipeline.run import plan_run, run_recipe
 from sku.pipeline.stages import own_prompts_of, with_own_replies
 from sku.world.grammar import is_harmful
 
-SETTINGS = OwnRepliesConfig(samples=2, max_new_tokens=14, refuse_tokens=10, refusals=2, repeat_share=0.5, batch_size=8)
+SETTINGS = OwnRepliesConfig(samples=2, max_new_tokens=14, refusals=2, batch_size=8)
 
 
 def job(judge: Judge | None = None, settings: OwnRepliesConfig = SETTINGS) -> OwnJob:

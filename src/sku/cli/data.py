@@ -175,13 +175,9 @@ def _print(description: Mapping[str, Any]) -> None:
         table.add_row(name, *map(str, counts), *lengths)
     results.print(table)
     results.print("tokens, learned: median / 90th percentile / most of an example")
-    for what, key in (
-        ("prompts with a near copy in their split", "near_copies"),
-        ("answers that were cut off and teach no end", "unfinished"),
-    ):
-        found = [f"{name} {split[key]}" for name, split in description["splits"].items() if split[key]]
-        if found:
-            results.print(f"{what}: {', '.join(found)}")
+    cut = [f"{name} {split['unfinished']}" for name, split in description["splits"].items() if split["unfinished"]]
+    if cut:
+        results.print(f"answers that were cut off and teach no end: {', '.join(cut)}")
     print_notes(description["notes"])
     results.print(Text.assemble("\nTokens that are trained on stand in ", ("green", LEARNED), "."))
     for view in description["views"]:

@@ -151,7 +151,7 @@ def check_inputs(recipe: Recipe, *, judged: bool = True) -> None:
 
 
 def _check_data(recipe: Recipe) -> None:
-    from sku.data.load import load_data, load_own_prompts, wants_own_replies
+    from sku.data.load import load_data, load_own_prompts
     from sku.data.tables import is_hub_id
 
     config = recipe.data
@@ -162,7 +162,7 @@ def _check_data(recipe: Recipe) -> None:
         _check_within_reach(source)
     if from_hub:  # Nothing is downloaded twice.
         return
-    if wants_own_replies(config):
+    if config.own_replies:
         load_own_prompts(config.forget, config.retain, config.borderline, seed=recipe.seed, prefix="data.")
     else:
         load_data(config, recipe.seed, forget_validation=recipe.forget_validation)

@@ -19,7 +19,6 @@ DataFormat = Literal[
     "auto",
     "embedded",
     "pku_saferlhf",
-    "beavertails",
     "truthfulqa",
     "prompt_completion",
     "messages",
@@ -121,8 +120,7 @@ class DataConfig:
     misplaced_refusals: SourceConfig | None = None
     """Refusals of retain prompts: what ``acquire.preservation_mode: targeted`` steers the bad model to."""
     own_replies: bool = False
-    """Train on the model's own replies to the prompts of both sets, which ``sku run`` writes first. It does so too
-    where a set is a list of prompts: no column beside them could hold answers."""
+    """Train on the model's own replies to the prompts of both sets, which ``sku run`` writes first."""
     borderline: SourceConfig | None = None
     """Safe prompts that look harmful, of XSTest say: own replies to them join the retain set (with
     ``own_replies``)."""

@@ -12,22 +12,21 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from sku.data.examples import Example, ForgetExample, ForgetRetainData, group_of, has_answers, normalise_prompt
-from sku.data.splits import count_near_copies, near_to
+from sku.data.splits import near_to
 from sku.data.tokens import IGNORE_INDEX, Encoder, TokenizedExample, decoded
 
-PERCENTILES = (50, 90, 99, 100)
+PERCENTILES = (50, 90, 100)
+VIEWS = 3
+"""Examples shown token by token, of ``forget_train`` and of ``retain_train`` each."""
 
 
-def describe_data(
-    data: ForgetRetainData, encoder: Encoder, *, show_harmful: bool = False, views_per_kind: int = 3
-) -> dict[str, Any]:
+def describe_data(data: ForgetRetainData, encoder: Encoder, *, show_harmful: bool = False) -> dict[str, Any]:
     """Tokenizes every split as a run does and describes the outcome, as ``sku data inspect --json`` prints it.
 
     Args:
         data: All splits.
         encoder: Of the model.
         show_harmful: Show harmful answers; they are replaced by their length and hash otherwise.
-        views_per_kind: Examples shown token by token, of ``forget_train`` and of ``retain_train`` each.
 
     Raises:
         DataError: A split leaves nothing to train on.
@@ -44,7 +43,6 @@ def describe_data(
         splits[name] = {
             "examples": len(examples),
             "groups": len({group_of(example) for example in examples}),
-            "near_copies": count_near_copies(_different(examples)),
             "categories": dict(sorted(Counter(example.category or "" for example in examples).items())),
             "unfinished": sum(not example.finished for example in examples),
             "length_percentiles": _percentiles([len(row.input_ids) for row in tokenized]),
@@ -56,7 +54,7 @@ def describe_data(
         if name in ("forget_train", "retain_train"):
             views += [
                 {"split": name, "category": example.category, "tokens": tokens}
-                for row in tokenized[:views_per_kind]
+                for row in tokenized[:VIEWS]
                 for example in [examples[row.example_id]]
                 for tokens in [_tokens(example, row, encoder.tokenizer, show_harmful=show_harmful)]
             ]

@@ -190,6 +190,8 @@ def _check(config: DataConfig) -> None:
             "data.own_replies is true, and only sku run writes the model's own replies by itself: write them with sku "
             "data own, and name its files in data.forget and data.retain"
         )
+    if config.borderline is not None:
+        raise RecipeError("data.borderline goes with own replies: set data.own_replies=true, or leave it out")
     of_the_world = config.forget.path == EMBEDDED
     if of_the_world != (config.retain.path == EMBEDDED):
         raise RecipeError(
@@ -305,7 +307,7 @@ def _other_sets(
         for name, source in sorted(named.items(), key=lambda item: item[0] == FINAL):
             key = f"data.{what}.{name}"
             examples: list[Any]
-            if kind == "retain" and name != FINAL and not has_prompts_alone(source, surely=False):
+            if kind == "retain" and name != FINAL and not has_prompts_alone(source):
                 examples, provenance = read_examples(source, kind, RetainExample, key)
             else:
                 asked = load_prompts(replace(source, limit=None), kind, key, seed=seed)
@@ -343,21 +345,6 @@ def _without(
         )
     provenance = provenance.keeping(different, len(examples) - len(different), IN_ANOTHER_SET)
     return kept, provenance.keeping(kept, len(different) - len(kept), NEAR_COPY)
-
-
-def wants_own_replies(config: DataConfig) -> bool:
-    """Whether a run trains on own replies: it is told to, or a set has prompts without answers.
-
-    Raises:
-        DataError: A table can't be read.
-        RecipeError: What goes with own replies alone is set without them.
-    """
-    wanted = config.own_replies or any(
-        has_prompts_alone(source, surely=True) for source in (config.forget, config.retain)
-    )
-    if not wanted and config.borderline is not None:
-        raise RecipeError("data.borderline goes with own replies: set data.own_replies=true, or leave it out")
-    return wanted
 
 
 def load_own_prompts(

@@ -58,8 +58,6 @@ PROMPT_NAMES = ("prompt", "question", "instruction")
 ANSWER_NAMES = ("answer", "response", "output", "completion")
 PART_OF_PROMPT = ("input", "context", "history", "system")
 """Columns that may belong to the prompt: with one of them, prompt_column alone would be half of the question."""
-_BESIDE_PROMPTS = ("id", "source", "category", "type", "label", "licence", "license", "split", "tags", "focus", "note")
-"""Columns that nobody takes for answers."""
 SAFETY_MARKS = ("is_safe", "safe", "is_unsafe", "unsafe", "is_harmful", "harmful")
 HUB_LICENCES = {
     "pku-alignment/pku-saferlhf": "CC-BY-NC-4.0",
@@ -184,27 +182,18 @@ def _named_columns(source: SourceConfig) -> list[str]:
     return [plain_name(name) for name in named if name is not None]
 
 
-def has_prompts_alone(source: SourceConfig, *, surely: bool) -> bool:
+def has_prompts_alone(source: SourceConfig) -> bool:
     """Whether a table has no known format, a column of prompts, and none that is named, or called, as that of answers.
-
-    Args:
-        source: The table.
-        surely: Whether no other column either can be meant for answers: one with a wrong name must not start another
-            kind of run.
 
     Raises:
         DataError: It can't be read.
     """
-    if source.path == EMBEDDED or source.format not in ("auto", COLUMNS):
+    if source.path == EMBEDDED or source.format not in ("auto", COLUMNS) or source.answer_column is not None:
         return False
     columns = read_table(source).columns
-    has_answers = source.answer_column is not None or any(name in columns for name in ANSWER_NAMES)
-    if has_answers or any(known.recognises(columns) for known in FORMATS):
+    if any(name in columns for name in ANSWER_NAMES) or any(known.recognises(columns) for known in FORMATS):
         return False
-    prompts = [name for name in PROMPT_NAMES if name in columns]
-    is_clear = source.prompt_column is not None or len(prompts) == 1 or len(columns) == 1
-    known_columns = {*PROMPT_NAMES, *_BESIDE_PROMPTS, *_named_columns(source)}
-    return is_clear and (not surely or columns.keys() <= known_columns)
+    return source.prompt_column is not None or len(columns) == 1 or sum(name in columns for name in PROMPT_NAMES) == 1
 
 
 def columns_parser(

@@ -90,8 +90,6 @@ class Format:
     parse: RowParser
     kinds: tuple[Kind, ...] = ("forget", "retain")
     """What its rows can be used for."""
-    unless: str | None = None
-    """A column that another format has beside these."""
     reads_marks: bool = True
     """Whether it has a column of its own for what is safe."""
     named_only: bool = False
@@ -99,8 +97,7 @@ class Format:
 
     def recognises(self, columns: Container[str]) -> bool:
         """Whether a table has these columns."""
-        has_all = all(name in columns for name in self.columns)
-        return has_all and not self.named_only and (self.unless is None or self.unless not in columns)
+        return not self.named_only and all(name in columns for name in self.columns)
 
 
 _Text = tuple[str, bool]
@@ -209,8 +206,8 @@ def _two_answers(row: Row) -> Iterator[Pair | LeftOut]:
             yield answer
 
 
-def _one_answer(row: Row, category: str = "harm_category") -> list[Pair | LeftOut]:
-    return [_marked(row, "response", "is_safe", category)]
+def _one_answer(row: Row) -> list[Pair | LeftOut]:
+    return [_marked(row, "response", "is_safe", "harm_category" if "harm_category" in row else "category")]
 
 
 def _marked(row: Row, answer: str, is_safe: str, category: str) -> Pair | LeftOut:
@@ -226,12 +223,8 @@ def _marked(row: Row, answer: str, is_safe: str, category: str) -> Pair | LeftOu
 _TWO_ANSWERS = ("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe")
 PKU_SAFERLHF = (
     Format("pku_saferlhf", _TWO_ANSWERS, _two_answers, ("forget",)),
-    Format("pku_saferlhf", ("prompt", "response", "is_safe"), _one_answer, ("forget",), unless="category"),
-    Format(
-        "beavertails", ("prompt", "response", "category", "is_safe"), partial(_one_answer, category="category"),
-        ("forget",),
-    ),
-)  # fmt: skip
+    Format("pku_saferlhf", ("prompt", "response", "is_safe"), _one_answer, ("forget",)),
+)
 """PKU-SafeRLHF: questions, each with two answers of which none, one or both are safe; and BeaverTails, of one answer.
 
 Papers: https://arxiv.org/abs/2310.12773 (Safe RLHF), https://arxiv.org/abs/2406.15513 (PKU-SafeRLHF),
@@ -249,8 +242,7 @@ its usual form, with two answers (``response_0_harm_category`` only since 2024),
     {"prompt": "...", "response": "...", "is_safe": False, "category": {"animal_abuse": False, ...}}
 
 Each unsafe answer is a forget example, its category the true harm categories. Its safe answer is the other answer of
-the row where that one is safe, else the first safe answer to the same prompt. With ``category`` beside
-one answer it is BeaverTails.
+the row where that one is safe, else the first safe answer to the same prompt.
 """
 
 

@@ -17,7 +17,7 @@ ones have a trained neighbour above .9 by the cosine of MiniLM's embeddings wher
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -176,11 +176,6 @@ def near_to(prompts: tuple[str, ...], others: tuple[str, ...]) -> tuple[bool, ..
     near = np.zeros(len(prompts), dtype=bool)
     near[rows] = True
     return tuple(near.tolist())
-
-
-def count_near_copies(prompts: tuple[str, ...]) -> int:
-    """Prompts, different and normalised, that have a near copy among the others, by the families above."""
-    return sum(count for count in Counter(families(prompts)).values() if count > 1)
 
 
 def _vectors(prompts: tuple[str, ...]) -> Any:

@@ -332,36 +332,26 @@ def _read_from_hub(source: SourceConfig) -> Table:
     Raises:
         DataError: No such dataset, configuration or split, or the copy here is of another commit than was asked for.
     """
-    commit = _commit_on_hub(source)
-    wanted = commit or source.revision
-    if wanted is not None and not _COMMIT.fullmatch(wanted):
-        raise DataError(
-            f"the hub can't be reached, so revision {wanted} of {source.path} can't be resolved: set revision to a "
-            "full commit"
-        )
-    where = "" if commit else " (the hub can't be reached: only a copy on this machine can be used)"
+    wanted = _commit_on_hub(source) or source.revision
     dataset = _by_datasets(
         f"{source.path} is no file or folder here, and the hub dataset of that name",
         lambda datasets: datasets.load_dataset(
             source.path, source.config_name, revision=wanted, split=source.split or "train"
         ),
-        where,
     )
     # Where the hub fails, datasets takes the newest copy on this machine, whatever revision was asked for. Its files
     # lie in ``<id>/<configuration>/<version>/<commit>/``.
     folders = (Path(entry["filename"]).parent.name for entry in dataset.cache_files)
     found = next(filter(_COMMIT.fullmatch, folders), wanted)
-    if found is None:
-        raise DataError(f"the commit of {source.path} can't be found out: go online or set revision to a full commit")
-    if found != (wanted or found):
+    if found is None or not _COMMIT.fullmatch(found) or wanted not in (None, found):
         raise DataError(
-            f"{source.path} was asked for at commit {wanted}, but this machine holds {found} and the hub can't be "
-            "reached: go online, or set revision to that commit"
+            f"{source.path} was asked for at {wanted or 'the newest commit'}, but the hub can't be reached and "
+            f"this machine holds {found or 'an unknown commit'}: go online, or set revision to that commit"
         )
     return _table(dataset, found)
 
 
-def _by_datasets(what: str, read: Callable[[Any], Any], where: str = "") -> Any:
+def _by_datasets(what: str, read: Callable[[Any], Any]) -> Any:
     """Reads by ``datasets``, imported only here as it takes a second or two; one line for its many exceptions."""
     import datasets
 
@@ -374,7 +364,7 @@ def _by_datasets(what: str, read: Callable[[Any], Any], where: str = "") -> Any:
                 cause = cause.__cause__
             first, last = one_line(error), one_line(cause)
             more = f" ({last})" if last not in first else ""
-            raise DataError(f"{what} can't be read{where}: {first}{more}") from None
+            raise DataError(f"{what} can't be read: {first}{more}") from None
 
 
 @contextmanager

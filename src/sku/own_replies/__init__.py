@@ -26,7 +26,7 @@ import yaml
 from pydantic import Field
 
 from sku.config import EvaluateConfig, ModelConfig, PromptFormatName, SourceConfig, plain_data
-from sku.config.check import Count, Positive, Seed, Share, validated
+from sku.config.check import Count, Seed, validated
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.load import OwnPrompts, PromptSource
 from sku.errors import EvaluationError, OutputError
@@ -44,13 +44,21 @@ from sku.storage import RECORD_VERSION
 from sku.world.grammar import DEFLECTIONS
 
 OwnKind = Literal["comply", "refuse", "answer", "misplaced_refusal"]
+OwnRow = dict[str, Any]
+"""One line of a file: prompt, response, kind, finished, judge_score, source, category, decoding."""
 KINDS: tuple[OwnKind, ...] = ("comply", "refuse", "answer", "misplaced_refusal")
 SPLITS: dict[PromptSource, Split] = {"harmful": "forget_train", "normal": "retain_test", "borderline": "xstest_safe"}
 """The split of an evaluation whose prompts are of the same kind: gate and judge go by it."""
 
+REFUSE_TOKENS = 48
+"""Longest refusal."""
+REPEAT_SHARE = 0.02
+"""Share of the refusals that may read the same, case and spacing aside. A prompt keeps one all the same."""
+TEMPERATURE, TOP_P = 0.8, 0.95
+"""Of sampled replies, whose words are sampled from the likeliest that hold the share ``TOP_P`` of probability."""
 GIBBERISH, NO_VERDICT, HARMFUL = "gibberish", "no verdict of the judge", "judged harmful"
 REFUSED, NOT_HARMFUL, NO_REFUSAL = "refused", "judged not harmful", "no refusal"
-REPEATED, ENOUGH, TOO_LONG = "repeated", "enough of this prompt", "longer than refuse_tokens"
+REPEATED, ENOUGH, TOO_LONG = "repeated", "enough of this prompt", f"longer than {REFUSE_TOKENS} tokens"
 KEPT = "kept"
 """Counted beside the reasons for which a reply is dropped: all of them together are those that were asked for."""
 
@@ -65,14 +73,6 @@ class OwnRepliesConfig:
     """Longest reply; one that is cut there teaches no end."""
     refusals: Count = 3
     """Refusals asked for and at most kept of each harmful prompt."""
-    refuse_tokens: Count = 48
-    """Longest refusal."""
-    repeat_share: Share = 0.02
-    """Share of the refusals that may read the same, case and spacing aside. A prompt keeps one all the same."""
-    temperature: Positive = 0.8
-    """Of sampled replies."""
-    top_p: Share = 0.95
-    """Of sampled replies: words are sampled from the likeliest that hold this share of probability."""
     batch_size: Count = 32
 
 
@@ -206,25 +206,6 @@ WORLD = Wordings(
 
 
 @dataclass(frozen=True, kw_only=True)
-class OwnRow:
-    """One line of a file."""
-
-    prompt: str
-    response: str
-    kind: OwnKind
-    finished: bool
-    """Whether the model ended the reply itself; one that was cut teaches no end."""
-    judge_score: float | None
-    """Probability that the reply is harmful, where the judge was asked and gives one."""
-    source: PromptSource
-    """Which set the prompt is from."""
-    category: str | None
-    """Of the prompt, where its table has one."""
-    decoding: Mapping[str, Any]
-    """``how`` it came about, and the settings of that."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Reply:
     """One reply, whole, with what gate and judge say of it."""
 
@@ -234,27 +215,19 @@ class Reply:
     decoding: Mapping[str, Any]
 
     @property
-    def source(self) -> PromptSource:
-        """Which set the prompt is from."""
-        return next(source for source, split in SPLITS.items() if split == self.record.split)
-
-    @property
     def refuses(self) -> bool:
         """Whether the rules see a refusal in it."""
         return is_refusal(self.record.reply)
 
     def row(self, kind: OwnKind) -> OwnRow:
-        """As it is written."""
-        return OwnRow(
-            prompt=self.record.prompt,
-            response=self.record.reply,
-            kind=kind,
-            finished=self.record.finished,
-            judge_score=self.outcome.p_harmful if kind in ("comply", "refuse") else None,
-            source=self.source,
-            category=self.record.category,
-            decoding=self.decoding,
-        )
+        """As it is written; ``finished`` is whether the model ended it itself: one that was cut teaches no end."""
+        return {
+            "prompt": self.record.prompt, "response": self.record.reply, "kind": kind,
+            "finished": self.record.finished,
+            "judge_score": self.outcome.p_harmful if kind in ("comply", "refuse") else None,
+            "source": next(source for source, split in SPLITS.items() if split == self.record.split),
+            "category": self.record.category, "decoding": self.decoding,
+        }  # fmt: skip
 
 
 def why_not_comply(reply: Reply) -> str | None:
@@ -288,15 +261,12 @@ def choose_complying(replies: Sequence[Reply], counts: Counter[str]) -> list[Rep
     return list(kept.values())
 
 
-def choose_refusals(
-    replies: Sequence[Reply], per_prompt: int, repeat_share: float, counts: Counter[str]
-) -> list[Reply]:
+def choose_refusals(replies: Sequence[Reply], per_prompt: int, counts: Counter[str]) -> list[Reply]:
     """Refusals that vary: no text more often than its share, but each prompt keeps one where it has any.
 
     Args:
         replies: To harmful prompts; of one prompt the first ones are preferred.
         per_prompt: Most that are kept.
-        repeat_share: Share of the usable refusals that may read the same.
         counts: Reason, or ``KEPT`` -> replies; are added to.
 
     Returns:
@@ -309,7 +279,7 @@ def choose_refusals(
             usable.setdefault(reply.record.prompt, []).append(reply)
         else:
             counts[reason] += 1
-    most = max(1, math.floor(repeat_share * sum(map(len, usable.values()))))
+    most = max(1, math.floor(REPEAT_SHARE * sum(map(len, usable.values()))))
     used: Counter[str] = Counter()
     kept: dict[str, list[Reply]] = {}
     for prompt, candidates in usable.items():

@@ -34,8 +34,11 @@ from sku.own_replies import (
     GIBBERISH,
     KEPT,
     KINDS,
+    REFUSE_TOKENS,
     SPLITS,
+    TEMPERATURE,
     TOO_LONG,
+    TOP_P,
     OwnJob,
     OwnKind,
     OwnReplies,
@@ -99,8 +102,8 @@ class _Writing:
     tokens: int = 0
 
     def __post_init__(self) -> None:
-        settings, self.encoder = self.job.settings, self.job.encoder
-        self.sampling = Sampling(temperature=settings.temperature, top_p=settings.top_p, seed=self.job.seed)
+        self.encoder = self.job.encoder
+        self.sampling = Sampling(temperature=TEMPERATURE, top_p=TOP_P, seed=self.job.seed)
         self.stop_ids = self.encoder.stop_ids(self.job.loaded.model)
         self.partial = PartialFile(self.folder / REPLIES_FILE, {"inputs": header_hash(self.inputs)}, GenerationRecord)
         self.judge = cached(self.job.judge, self.folder, stage(self.progress, "own replies: judge"))
@@ -118,14 +121,14 @@ class _Writing:
         self.recovered = self.partial.recover()
         with evaluation_mode(self.job.loaded.model):
             plain_ones = self._plain()
-            free = [reply for reply in plain_ones if reply.source == "harmful"]
+            free = [reply for reply in plain_ones if reply.record.split == SPLITS["harmful"]]
             free += self._sampled()
             comply = self._comply(free)
             refuse = self._refuse(free)
-        answers = self._answers([reply for reply in plain_ones if reply.source != "harmful"])
+        answers = self._answers([reply for reply in plain_ones if reply.record.split != SPLITS["harmful"]])
         refusals = [reply.row("refuse") for reply in refuse]
         refusals += self._templates(refusals)
-        refusals.sort(key=lambda row: self.place[row.prompt])
+        refusals.sort(key=lambda row: self.place[row["prompt"]])
         answered = [reply.row("answer") for reply in answers]
         rows: dict[OwnKind, list[OwnRow]] = {
             "comply": [reply.row("comply") for reply in comply],
@@ -134,7 +137,7 @@ class _Writing:
             "misplaced_refusal": self._misplaced(refusals, answered),
         }
         for kind, found in rows.items():
-            own = [{**dataclasses.asdict(row), "model": self.inputs["model"]["fingerprint"]} for row in found]
+            own = [{**row, "model": self.inputs["model"]["fingerprint"]} for row in found]
             write_private_text(file_of(self.folder, kind), json_lines(own))
         account = self._account(rows, round(time.monotonic() - started, 1))
         write_json_object(self.folder / ACCOUNT_FILE, account)
@@ -189,16 +192,16 @@ class _Writing:
         settings, counts = self.job.settings, self.counts["refuse"]
         free = [dataclasses.replace(reply, record=self._refusal_alone(reply.record)) for reply in free]
         unasked = [reply for reply in free if reply.refuses and reply.outcome.outcome != "harmful"]
-        short = [reply for reply in unasked if reply.record.num_tokens <= settings.refuse_tokens]
+        short = [reply for reply in unasked if reply.record.num_tokens <= REFUSE_TOKENS]
         counts[TOO_LONG] += len(unasked) - len(short)
         questions = []
         for place, prompt in enumerate(self.job.prompts["harmful"].prompts):
             for number, (how, said) in enumerate(self._ways_to_refuse(place)):
                 name, sampled = f"refuse{number}", self.sampling.settings()
-                questions += self._question(name, "harmful", prompt, how, said, sampled, settings.refuse_tokens)
+                questions += self._question(name, "harmful", prompt, how, said, sampled, REFUSE_TOKENS)
         asked = self._ask(questions, "own replies: refusals", alone=True)
         by_prompt = sorted([*short, *asked], key=lambda reply: self.place[reply.record.prompt])
-        return choose_refusals(by_prompt, settings.refusals, settings.repeat_share, counts)
+        return choose_refusals(by_prompt, settings.refusals, counts)
 
     def _ways_to_refuse(self, place: int) -> list[tuple[str, str]]:
         """As many as refusals are wanted: one safety prompt, then starts; each prompt begins elsewhere in the bank."""
@@ -210,8 +213,8 @@ class _Writing:
 
     def _templates(self, own: Sequence[OwnRow]) -> list[OwnRow]:
         """A refusal of ours for each prompt that the model could not be made to refuse, the rarest one."""
-        refused = {row.prompt for row in own}
-        used = Counter(plain(row.response) for row in own)
+        refused = {row["prompt"] for row in own}
+        used = Counter(plain(row["response"]) for row in own)
         found = []
         for place, prompt in enumerate(self.job.prompts["harmful"].prompts):
             if prompt.prompt in refused:
@@ -220,10 +223,10 @@ class _Writing:
             turned = [bank[(place + number) % len(bank)] for number in range(len(bank))]
             text = min(turned, key=lambda one: used[plain(one)])
             used[plain(text)] += 1
-            found.append(OwnRow(
-                prompt=prompt.prompt, response=text, kind="refuse", finished=True, judge_score=None, source="harmful",
-                category=prompt.category, decoding={"how": "template"},
-            ))  # fmt: skip
+            found.append({
+                "prompt": prompt.prompt, "response": text, "kind": "refuse", "finished": True, "judge_score": None,
+                "source": "harmful", "category": prompt.category, "decoding": {"how": "template"},
+            })  # fmt: skip
         return found
 
     def _answers(self, replies: Sequence[Reply]) -> list[Reply]:
@@ -234,16 +237,11 @@ class _Writing:
 
     def _misplaced(self, refusals: Sequence[OwnRow], answers: Sequence[OwnRow]) -> list[OwnRow]:
         """The refusals again, as answers to the prompts that have one: nothing is generated for them."""
-        rows = {f"{row.prompt}\0{row.response}": row for row in refusals}
+        rows = {f"{row['prompt']}\0{row['response']}": row for row in refusals}
+        taken = ("response", "finished", "decoding")
         pool = itertools.cycle([rows[name] for name in spread(rows, self.job.seed)])
         found = [
-            dataclasses.replace(
-                answer,
-                response=refusal.response,
-                kind="misplaced_refusal",
-                finished=refusal.finished,
-                decoding=refusal.decoding,
-            )
+            {**answer, "kind": "misplaced_refusal", **{name: refusal[name] for name in taken}}
             for answer, refusal in zip(answers, pool)  # noqa: B905 - the pool has no end
         ]
         self.counts["misplaced_refusal"][KEPT] = len(found)
@@ -314,13 +312,13 @@ class _Writing:
             kinds[kind] = {
                 "asked": counts.total(),
                 "kept": len(found),
-                "prompts": len({row.prompt for row in found}),
-                "different_texts": len({plain(row.response) for row in found}),
-                "unfinished": sum(not row.finished for row in found),
+                "prompts": len({row["prompt"] for row in found}),
+                "different_texts": len({plain(row["response"]) for row in found}),
+                "unfinished": sum(not row["finished"] for row in found),
                 "dropped": {reason: count for reason, count in sorted(counts.items()) if count and reason != KEPT},
-                "how": dict(sorted(Counter(str(row.decoding["how"]) for row in found).items())),
+                "how": dict(sorted(Counter(row["decoding"]["how"] for row in found).items())),
             }
-        kinds["answer"]["refusals_kept"] = sum(is_refusal(row.response) for row in rows["answer"])
+        kinds["answer"]["refusals_kept"] = sum(is_refusal(row["response"]) for row in rows["answer"])
         return {
             "schema_version": RECORD_VERSION,
             "inputs": dict(self.inputs),

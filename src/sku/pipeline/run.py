@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.load import OwnPrompts, wants_own_replies
+from sku.data.load import OwnPrompts
 from sku.errors import NoAlphaError, OutputError, ProcessError, SkuError, named_memory_errors
 from sku.evaluate.records import create_private_folder
 from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
@@ -113,8 +113,7 @@ def plan_run(
     decided = processes.run_on_rank0(lambda: _checkpointing(recipe, begun))
     run = resolve_method(with_checkpointing(recipe, decided), trained_folder(out, hazardous=hazardous))
     there = processes.run_on_rank0(lambda: bytes_in(out))
-    writes_own = processes.run_on_rank0(lambda: wants_own_replies(recipe.data))
-    prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if writes_own else None
+    prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if recipe.data.own_replies else None
     data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, out, prompts))
     kept = hazardous and recipe.keep_bad_model is True
     settings = {
@@ -138,7 +137,7 @@ def plan_run(
         memory=lambda: memory_fit(with_checkpointing(recipe, decided)),
         bad_model="kept" if kept else "deleted at the end" if hazardous else "none",
         examples=training.examples,
-        notes=(*([UNWRITTEN] if writes_own else []), *data_notes(data, model, training)),
+        notes=(*([UNWRITTEN] if recipe.data.own_replies else []), *data_notes(data, model, training)),
     )
 
 
