@@ -181,13 +181,18 @@ def set_loudness(loudness: Loudness) -> None:
             logger.setLevel(logging.INFO)
 
 
+def is_verbose() -> bool:
+    """Whether ``--verbose`` was given."""
+    return _loudness == "verbose"
+
+
 def print_cause(error: BaseException) -> None:
     """Under ``--verbose``: what raised an error and what led to it, by kind and place, innermost last.
 
     Messages of other packages are left out: they can hold a row of the data or an address with a key. What of them a
     user needs stands in the error's own line.
     """
-    link: BaseException | None = error if _loudness == "verbose" else None
+    link: BaseException | None = error if is_verbose() else None
     word = "raised"
     while link is not None:
         innermost = traceback.extract_tb(link.__traceback__)[-1:]

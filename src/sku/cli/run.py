@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from sku.cli import options
-from sku.cli.console import carry_out, errors, notes, perform, print_headline, print_json, print_next, results
+from sku.cli.console import (
+    carry_out,
+    errors,
+    is_verbose,
+    notes,
+    perform,
+    print_headline,
+    print_json,
+    print_next,
+    results,
+)
 from sku.cli.tables import print_measured
 from sku.config import EMBEDDED
 from sku.progress import quiet_imports, quiet_libraries
@@ -96,25 +106,23 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
     """What was measured, where everything lies, and what to do next."""
     print_measured(finished.comparison, finished.attacks)
     manifest, bad = finished.manifest, folder / "bad"
-    seconds = manifest["seconds"]
-    results.print(f"\n{json.dumps(seconds)[1:-1]} seconds, {sum(seconds.values()):.0f} in all".replace('"', ""))
-    if "stage_1" in manifest:
-        results.print(f"stage 1   {manifest['stage_1']['line']}")
-    if "sweep" in manifest:
-        results.print(f"chosen    {manifest['sweep']['why']}")
-    results.print(f"model     {folder / 'unlearned'}")
-    for adapter in (folder / "negated_adapter", folder / "adapter"):
-        if adapter.exists():
-            results.print(f"adapter   {adapter}  (the same, unmerged)")
-    results.print(f"evidence  {folder / 'results.json'}, {folder / 'before_after.png'}")
-    if bad.exists():
-        results.print(f"hazard    {bad} is kept; never share it")
+    results.print()
+    if is_verbose():
+        results.print(f"seconds   {json.dumps(manifest['seconds'])[1:-1]}".replace('"', ""))
+        if "stage_1" in manifest:
+            results.print(f"stage 1   {manifest['stage_1']['line']}")
+        if "sweep" in manifest:
+            results.print(f"chosen    {manifest['sweep']['why']}")
     card = finished.comparison.unlearned.judge
     results.print(f"judge     {card.name}: {card.errors_in_words}")
-    labels = folder.with_name(f"{folder.name}-labels.csv")
+    names = ("unlearned", "negated_adapter", "adapter", "results.json")
+    written = ", ".join(name for name in names if (folder / name).exists())
+    results.print(f"written   {folder}: {written}; {sum(manifest['seconds'].values()):.0f} seconds")
+    if bad.exists():
+        results.print(f"hazard    {bad} is kept; never share it")
     with_bad: list[list[str | Path]] = [["sweep", folder], ["wipe", folder]]
-    talk: list[list[str | Path]] = [["report", folder], ["chat", folder], ["judge", "export", folder, "--out", labels]]
-    print_next(*talk, *(with_bad if bad.exists() else ()))
+    talk: list[list[str | Path]] = [["report", folder], ["chat", folder], ["push", folder, "NAMESPACE/NAME"]]
+    print_next(*talk, *(with_bad if bad.exists() else (["wipe", "--replies", folder],)))
 
 
 def evaluate(

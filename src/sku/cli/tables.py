@@ -8,26 +8,40 @@ from typing import TYPE_CHECKING
 from rich.table import Column, Table
 from rich.text import Text
 
-from sku.cli.console import plain_table, print_notes, results
+from sku.cli.console import is_verbose, plain_table, print_notes, results
 
 if TYPE_CHECKING:
     from sku.attacks import AttackReport
     from sku.evaluate.comparison import Comparison
     from sku.evaluate.statistics import Estimate
     from sku.report.method_records import MethodRecord
+    from sku.report.tables import KeyFigure
     from sku.report.words import TableRow
 
 
 def print_measured(comparison: Comparison, attacks: AttackReport | None) -> None:
-    """All that was measured: the verdict first."""
-    from sku.report.tables import before_after_rows
+    """The verdict, then what a reader looks at first; under ``--verbose`` all measures and notes."""
+    from sku.report.tables import before_after_rows, key_figures, on_terminal
 
     print_verdict(comparison.verdict.line)
     results.print()
-    results.print(before_after_table(before_after_rows(comparison)))
-    print_notes(comparison.notes)
+    if is_verbose():
+        results.print(before_after_table(before_after_rows(comparison)))
+        print_notes(comparison.notes)
+    else:
+        results.print(key_table(key_figures(comparison, on_terminal(comparison.rate))))
     if attacks is not None:
         print_attacks(attacks)
+
+
+def key_table(figures: Iterable[KeyFigure]) -> Table:
+    """Few figures, a line each."""
+    table = plain_table((Column("", max_width=44),), ("base", "unlearned", "95 %"))
+    for one in figures:
+        table.add_row(one.label, one.before, one.after, one.bounds)
+        if one.caution:
+            table.add_row(Text(f"  {one.caution}", style="bold"))
+    return table
 
 
 def before_after_table(rows: Iterable[TableRow]) -> Table:
