@@ -353,7 +353,7 @@ def quickly_trained(made_once: MadeOnce) -> PreTrainedModel:
 
     def make(folder: Path) -> dict[str, torch.Tensor]:
         steps = ["acquire.training.max_steps=40", "acquire.training.save_strategy='no'"]
-        recipe = load_recipe("embedded", ["method=task_vector", *steps])
+        recipe = load_recipe("embedded-paper", ["method=task_vector", *steps])
         trained = train_method(recipe, load_model("embedded"), load_data(recipe.data, recipe.seed), folder)
         assert isinstance(trained.model, PreTrainedModel)
         return dict(trained.model.state_dict())

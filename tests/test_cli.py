@@ -28,7 +28,7 @@ from sku.storage import BAD_MODEL_MARK
 from sku.world.grammar import hazards
 
 SMALL = (
-    "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
+    "embedded-paper", "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
     "--set", "negate.alpha=1.25",
     "--set", "acquire.training.per_device_train_batch_size=4",
@@ -137,7 +137,6 @@ WRONG: dict[str, tuple[Maker, str]] = {
     "GGUF folder": (gguf_folder, "other.Q8_0.gguf"),
     "quantized model": (quantized, "gptq"),
     "wrong key": (setting("acquire.wieghts.guided_distortion=1"), "wieghts"),
-    "unknown recipe": (lambda folder: ["embeded"], "embeded"),
     "missing model": (lambda folder: ["--model", folder / "nothing"], "nothing"),
     "missing data": (lambda folder: ["--forget", folder / "none.csv", "--retain", folder / "none.csv"], "none.csv"),
     "existing folder": (existing_folder, "already exists"),
@@ -289,16 +288,12 @@ def bad_model(command: Command, folder: Path) -> Path:
 
 def test_run_prints_the_table_and_where_things_are(whole_run: Path, folder: Path) -> None:
     printed = (folder / "printed.txt").read_text(encoding="utf-8")
-    for words in ("base", "unlearned", "harmful", "perplexity", "judge", f"{whole_run / 'unlearned'}\n"):
+    for words in ("base", "unlearned", "harmful", "perplexity", "judge", f"{whole_run}: unlearned, results.json; "):
         assert words in printed
-    assert f"{whole_run / 'results.json'}" in printed
     results = json.loads((whole_run / "results.json").read_text(encoding="utf-8"))
     assert printed.splitlines()[0] == f"verdict   {results['verdict']['line']}"
-    shown = [line.removeprefix("note      ") for line in printed.splitlines() if line.startswith("note ")]
-    assert shown == results["notes"]
-    assert shown[0].startswith("utility on normal answers: ")
     messages = (folder / "messages.txt").read_text(encoding="utf-8")
-    assert "recipe embedded, model embedded, seed 0" in messages
+    assert "recipe embedded-paper, model embedded, seed 0" in messages
     assert messages.splitlines()[1:] == []
 
 
@@ -306,7 +301,7 @@ def test_report_of_a_run(command: Command, whole_run: Path, folder: Path, tmp_pa
     printed = (folder / "printed.txt").read_text(encoding="utf-8")
     assert f"next      sku report '{whole_run}'\n" in printed
     talk = ["chat", str(whole_run)]
-    assert_next(printed, ["report", str(whole_run)], talk, ["judge", "export", str(whole_run)])
+    assert_next(printed, ["report", str(whole_run)], talk, ["push", str(whole_run)], ["wipe", "--replies", str(whole_run)])
     before = names(whole_run)
     done = command("report", whole_run, "--out", tmp_path / "report.html", "--plots", tmp_path / "plots")
     assert (done.code, done.err) == (0, "")
@@ -480,7 +475,11 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
         assert found["replies"] == expected[name]["replies"]
         assert found["perplexity"] == expected[name]["perplexity"]
     table = command("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL)
-    assert "trained-on prompts" in table.out
+    assert "trained-on prompts" not in table.out
+    whole = command("-v", "evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL)
+    assert "trained-on prompts" in whole.out
+    told = [line.removeprefix("note      ") for line in whole.out.splitlines() if line.startswith("note ")]
+    assert told == expected["notes"]
     assert f"evidence  {tmp_path / 'e'}\n" in table.out
     assert_next(table.out, ["judge", "export", str(tmp_path / "e")])
 

@@ -142,8 +142,8 @@ def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> 
 
 def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:
     """The subtraction where the bad model is there; a run with the same options where it is gone; else nothing."""
-    plain = load_recipe("embedded")
-    transformed = load_recipe("embedded", ["negate.transform=docs/examples/null_space.py"])
+    plain = load_recipe("embedded-paper")
+    transformed = load_recipe("embedded-paper", ["negate.transform=docs/examples/null_space.py"])
     folder, given = tmp_path / "my sweep", ["embedded", "--seed", "3", "--set", "evaluate.prompts=5"]
     bad = tmp_path / "bad"
     bad.mkdir()

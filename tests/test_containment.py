@@ -46,7 +46,7 @@ SECRET = "hf_tokenThatMustNotBeFound0123456789"
 
 
 def recipe(*changes: str) -> Recipe:
-    return load_recipe("embedded", [*SMALL, *changes])
+    return load_recipe("embedded-paper", [*SMALL, *changes])
 
 
 def stopping_at(beginning: str, number: int = 0) -> Any:

@@ -179,7 +179,7 @@ def test_the_paper_map_has_every_name_and_setting_of_both_stages_and_no_other() 
     parts = {item.name for item in dataclasses.fields(Recipe)} - {"name"}
     keys = {name for name in code if re.fullmatch(r"[a-z_.]+", name) and name.partition(".")[0] in parts}
     training = {f"acquire.training.{item.name}" for item in dataclasses.fields(UnlearningConfig)}
-    recipe = load_recipe("embedded").to_dict()
+    recipe = load_recipe("embedded-paper").to_dict()
     assert {key for key in keys - training if not has_key(recipe, key.split("."))} == set()
 
 

@@ -37,7 +37,7 @@ class Stopped(KeyboardInterrupt):
 @pytest.fixture(scope="module")
 def made(made_once: MadeOnce) -> Path:
     return made_once(
-        "run_on_own_replies", lambda place: bool(run_recipe(load_recipe("embedded", RECIPE), place / "run"))
+        "run_on_own_replies", lambda place: bool(run_recipe(load_recipe("embedded-paper", RECIPE), place / "run"))
     )[0]
 
 
@@ -112,7 +112,7 @@ def test_a_wiped_run_is_still_reported(command: Command, run: Path) -> None:
 
 
 def test_an_interrupted_run_goes_on_after_its_replies_were_removed(made: Path, tmp_path: Path) -> None:
-    recipe, out = load_recipe("embedded", RECIPE), tmp_path / "run"
+    recipe, out = load_recipe("embedded-paper", RECIPE), tmp_path / "run"
 
     def stop(stage: str, done: int, _total: int) -> None:
         if stage == "evaluate_base" and done:

@@ -174,7 +174,7 @@ def test_what_the_formula_is_not_made_for_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         stage_1_memory(recipe_of(tmp_path, {"tuning": "lora"}))
     with pytest.raises(RecipeError):
-        stage_1_memory(load_recipe("embedded", ["method=npo"]))
+        stage_1_memory(load_recipe("embedded-paper", ["method=npo"]))
 
 
 TINY = [*TINY_RUN, "acquire.training.activation_checkpointing=auto"]
@@ -182,7 +182,7 @@ TINY = [*TINY_RUN, "acquire.training.activation_checkpointing=auto"]
 
 @pytest.fixture
 def recipe() -> Recipe:
-    return load_recipe("embedded", TINY)
+    return load_recipe("embedded-paper", TINY)
 
 
 @pytest.fixture
@@ -224,9 +224,9 @@ def test_nothing_is_decided_for_a_recipe_that_says_it_and_without_an_estimate_it
     recipe: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     for value in ("true", "false"):
-        said = load_recipe("embedded", [*TINY, f"acquire.training.activation_checkpointing={value}"])
+        said = load_recipe("embedded-paper", [*TINY, f"acquire.training.activation_checkpointing={value}"])
         assert decide_checkpointing(said) is None
-    decided = [decide_checkpointing(load_recipe("embedded", [*TINY, "method=npo"]))]
+    decided = [decide_checkpointing(load_recipe("embedded-paper", [*TINY, "method=npo"]))]
     monkeypatch.setattr(memory, "pick_device", lambda _: torch.device("mps"))
     decided += [decide_checkpointing(recipe)]
     for found, reason in zip(decided, ("npo", "mps"), strict=True):

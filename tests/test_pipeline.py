@@ -50,7 +50,7 @@ TIMINGS = ("train_runtime", "train_samples_per_second", "train_steps_per_second"
 
 
 def recipe(*changes: str) -> Recipe:
-    return load_recipe("embedded", [*SMALL, *changes])
+    return load_recipe("embedded-paper", [*SMALL, *changes])
 
 
 def digest(path: Path) -> str:

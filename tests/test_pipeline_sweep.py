@@ -41,7 +41,7 @@ STRICT = ("sweep.if_none=stop", "sweep.harm_target=0.0", "sweep.alphas=[0.001]")
 
 
 def recipe(*changes: str) -> Recipe:
-    return load_recipe("embedded", [*SMALL, *changes])
+    return load_recipe("embedded-paper", [*SMALL, *changes])
 
 
 def read(path: Path) -> Any:

@@ -135,7 +135,7 @@ def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.integration
 @pytest.mark.usefixtures("blank_pictures")
 def test_a_four_bit_run_negates_the_adapter_on_the_full_precision_base(wide_model: Path, tmp_path: Path) -> None:
-    recipe = load_recipe("embedded", [f"model.path={wide_model}", "acquire.tuning=qlora", *TINY_RUN])
+    recipe = load_recipe("embedded-paper", [f"model.path={wide_model}", "acquire.tuning=qlora", *TINY_RUN])
     run = run_recipe(recipe, tmp_path / "run")
     base, unlearned = load_model(wide_model).model, load_model(tmp_path / "run" / "unlearned").model
     check_plain_weights(unlearned, "unlearned")

@@ -184,7 +184,7 @@ def test_missing_refusals_are_refused(
 
 
 def recipe(*changes: str) -> Recipe:
-    return load_recipe("embedded", [
+    return load_recipe("embedded-paper", [
         "acquire.twin=good", "acquire.preservation_mode=targeted", "acquire.normal_per_harmful=2",
         "acquire.training.max_steps=4", "acquire.training.save_steps=2", "acquire.training.learning_rate=1e-2",
         "acquire.training.per_device_train_batch_size=2", "acquire.lora.r=4", "acquire.tuning=lora",
@@ -285,7 +285,7 @@ def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
 
 def test_settings_that_mean_nothing_are_refused() -> None:
     with pytest.raises(RecipeError, match="negate.twin shares out two twins"):
-        load_recipe("embedded", ["negate.twin={good: 0.5}"])
+        load_recipe("embedded-paper", ["negate.twin={good: 0.5}"])
     with pytest.raises(RecipeError, match="the good twin would learn no refusal"):
         recipe("acquire.weights.guided_distortion=0")
     for wrong in ({"deep_refusal_fraction": 1.5}, {"depth_tokens": 0}, {"normal_per_harmful": 0}):

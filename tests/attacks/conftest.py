@@ -14,7 +14,7 @@ from sku.negate.task_vector import negate
 
 def world_recipe(*changes: str) -> Recipe:
     """Few questions and steps, for the embedded world."""
-    return load_recipe("embedded", ["evaluate.attack_prompts=8", "evaluate.max_new_tokens=32", *changes])
+    return load_recipe("embedded-paper", ["evaluate.attack_prompts=8", "evaluate.max_new_tokens=32", *changes])
 
 
 @pytest.fixture(scope="session")

@@ -14,9 +14,9 @@ from sku.methods.run import resolve_method
 
 
 def test_rows_and_seeds_are_those_of_the_recipe_or_of_the_call() -> None:
-    recipe = load_recipe("embedded", ["seed=5"])
+    recipe = load_recipe("embedded-paper", ["seed=5"])
     assert [row.name for row in comparison_rows(recipe, ["npo", "sku", "npo"])] == ["npo", "sku", "random_direction"]
-    every = comparison_rows(load_recipe("embedded"))
+    every = comparison_rows(load_recipe("embedded-paper"))
     assert [row.name for row in every] == [*(method.name for method in METHODS), "random_direction"]
     assert [row.name for row in every if row.control] == ["random_direction"]
     assert list(seeds_of(recipe, 2)) == [5, 6]
@@ -24,7 +24,7 @@ def test_rows_and_seeds_are_those_of_the_recipe_or_of_the_call() -> None:
 
 @pytest.mark.parametrize("method", ["sku", "npo"])
 def test_a_run_chooses_its_strength(method: str, tmp_path: Path) -> None:
-    recipe = load_recipe("embedded", ["negate.alpha=1.5", "methods.npo.strength=1.5", "evaluate.xstest=x.csv"])
+    recipe = load_recipe("embedded-paper", ["negate.alpha=1.5", "methods.npo.strength=1.5", "evaluate.xstest=x.csv"])
     (row, random) = comparison_rows(recipe, [method])
     run = row.recipe_of(7)
     assert run.chooses_alpha
@@ -33,7 +33,7 @@ def test_a_run_chooses_its_strength(method: str, tmp_path: Path) -> None:
     assert run.forget_validation > 0
     resolve_method(run, tmp_path)
     assert random.recipe_of(7).method == "sku"
-    assert load_recipe("embedded", ["method=npo"]).chooses_alpha is False
+    assert load_recipe("embedded-paper", ["method=npo"]).chooses_alpha is False
 
 
 def by_name(recipe: Recipe, *groups: str) -> dict[str, Row]:
@@ -41,7 +41,7 @@ def by_name(recipe: Recipe, *groups: str) -> dict[str, Row]:
 
 
 def test_each_module_is_left_out_once() -> None:
-    rows = by_name(load_recipe("embedded"), "modules")
+    rows = by_name(load_recipe("embedded-paper"), "modules")
     whole = rows.pop("sku").recipe.acquire.weights
     for name, row in rows.items():
         left_out = name.removeprefix("no_")
@@ -50,7 +50,7 @@ def test_each_module_is_left_out_once() -> None:
 
 
 def test_every_mode_of_preservation_and_every_k() -> None:
-    rows = by_name(load_recipe("embedded", ["acquire.weights.preservation_divergence=0"]))
+    rows = by_name(load_recipe("embedded-paper", ["acquire.weights.preservation_divergence=0"]))
     assert {name for group in ABLATIONS.values() for name, _, _ in group} < set(rows)
     modes = {
         name: (own.preservation_mode, own.preservation_cap, own.preservation_tokens)
@@ -77,6 +77,6 @@ def test_every_mode_of_preservation_and_every_k() -> None:
 def test_rows_that_there_are_not(
     settings: tuple[str, ...], methods: tuple[str, ...], ablated: tuple[str, ...] | None, named: str
 ) -> None:
-    recipe = load_recipe("embedded", settings)
+    recipe = load_recipe("embedded-paper", settings)
     with pytest.raises(RecipeError, match=named):
         ablation_rows(recipe, ablated) if ablated is not None else comparison_rows(recipe, methods)

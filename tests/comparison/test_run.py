@@ -51,7 +51,7 @@ NAMES = ["fine_tune--seed0", "broken--seed0", "random_direction--seed0"]
 
 @pytest.fixture(scope="module")
 def small() -> Recipe:
-    return load_recipe("embedded", SMALL)
+    return load_recipe("embedded-paper", SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def test_runs_of_other_prompts_are_refused_together(finished: Path, tmp_path: Pa
 def test_what_can_not_be_compared_is_refused_before_anything_is_run(
     settings: tuple[str, ...], named: str, tmp_path: Path
 ) -> None:
-    rows = comparison_rows(load_recipe("embedded", [*SMALL, *settings]), ["npo"])
+    rows = comparison_rows(load_recipe("embedded-paper", [*SMALL, *settings]), ["npo"])
     with pytest.raises((RecipeError, EvaluationError), match=named):
         run_comparison(rows, [0], tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

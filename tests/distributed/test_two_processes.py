@@ -113,7 +113,7 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(name: str, jobs: Path
 
 
 def sku_run(out: Path) -> list[str]:
-    return ["run", "embedded", "--out", str(out), *(f"--set={setting}" for setting in RECIPE)]
+    return ["run", "embedded-paper", "--out", str(out), *(f"--set={setting}" for setting in RECIPE)]
 
 
 @pytest.mark.integration
@@ -125,7 +125,7 @@ def test_a_killed_process_ends_the_run_with_one_line_and_another_number_does_not
     assert "--resume" in said
     assert "sku/training" not in stderr, "no traceback of ours"
     with pytest.raises(OutputError, match="2 processes.* not 1"):
-        run_recipe(load_recipe("embedded", RECIPE), out, resume=True)
+        run_recipe(load_recipe("embedded-paper", RECIPE), out, resume=True)
     assert [path.name for path in (out / "bad").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
@@ -150,7 +150,7 @@ def test_attacks_and_empty_weights_of_other_processes_are_refused(
 ) -> None:
     monkeypatch.setattr("sku.pipeline.run.current_processes", lambda: Processes(rank=0, count=2))
     with pytest.raises(EvaluationError, match=r"evaluate\.attacks"):
-        run_recipe(load_recipe("embedded", [*RECIPE, "evaluate.attacks=[relearn]"]), tmp_path / "run")
+        run_recipe(load_recipe("embedded-paper", [*RECIPE, "evaluate.attacks=[relearn]"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")

@@ -94,7 +94,7 @@ def main(folder: Path) -> None:
                 folder / f"{name}_resumed",
                 resume_from=str(checkpoint),
             )
-    run_recipe(load_recipe("embedded", jobs["recipe"]), folder / "whole")
+    run_recipe(load_recipe("embedded-paper", jobs["recipe"]), folder / "whole")
     (folder / f"done_{current_processes().rank}").touch()
     die_in_step(4)
     sys.argv = ["sku", *jobs["command"]]

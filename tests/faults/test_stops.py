@@ -102,7 +102,7 @@ def test_a_kill_that_follows_sigterm_before_all_is_removed(
 def test_an_interrupt_while_libraries_are_imported(sent: signal.Signals, tmp_path: Path) -> None:
     """Before there is anything to go on with."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "sku", "run", "--out", str(tmp_path / "run")],
+        [sys.executable, "-m", "sku", "run", "embedded-paper", "--out", str(tmp_path / "run")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -78,7 +78,7 @@ def test_the_file_of_the_page_trains(
 
 def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
     """Settings go by the method's own name, and the other rows are not disturbed by them."""
-    recipe = load_recipe("embedded", ["methods.wga.settings.beta=0.5"])
+    recipe = load_recipe("embedded-paper", ["methods.wga.settings.beta=0.5"])
     rows = comparison_rows(recipe, ["npo", str(wga_file)])
     runs = {row.name: resolve_method(row.recipe_of(0), Path("work")) for row in rows if not row.control}
     assert all(row.recipe_of(0).chooses_alpha for row in rows)

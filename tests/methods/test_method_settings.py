@@ -96,8 +96,8 @@ def test_terms_rows_and_reference_are_those_that_are_on_and_no_others(
 
 def test_settings_are_for_the_device_of_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A paged optimizer, which is refused without a GPU, must not be refused on one."""
-    recipe = load_recipe("embedded", ["model.device=cuda"])
+    recipe = load_recipe("embedded-paper", ["model.device=cuda"])
     monkeypatch.setattr("sku.methods.run.pick_device", torch.device)
     assert not resolve_method(recipe, tmp_path).training.use_cpu
     assert resolve_method(recipe, tmp_path, device="cpu").training.use_cpu
-    assert resolve_method(load_recipe("embedded", ["model.device=cpu"]), tmp_path).training.use_cpu
+    assert resolve_method(load_recipe("embedded-paper", ["model.device=cpu"]), tmp_path).training.use_cpu

@@ -77,16 +77,16 @@ def test_a_recipe_says_what_it_visits_and_what_its_method_leaves_out(
     )
     data = dataclasses.replace(data, forget_train=safe, visited=(0,))
     changes = ["acquire.training={max_steps: 2, per_device_train_batch_size: 2}"]
-    sku = with_visited(load_recipe("embedded", changes), data, tokenizer, model)
+    sku = with_visited(load_recipe("embedded-paper", changes), data, tokenizer, model)
     assert sku.visited is not None
     assert len(sku.visited) == 4
-    assert with_visited(load_recipe("embedded", [*changes, "method=npo"]), data, tokenizer, model) == sku
-    dpo = with_visited(load_recipe("embedded", [*changes, "method=dpo"]), data, tokenizer, model)
+    assert with_visited(load_recipe("embedded-paper", [*changes, "method=npo"]), data, tokenizer, model) == sku
+    dpo = with_visited(load_recipe("embedded-paper", [*changes, "method=dpo"]), data, tokenizer, model)
     assert dpo.visited == (0, 1, 2)
-    other = load_recipe("embedded", [*changes, "acquire.seed=5"])
+    other = load_recipe("embedded-paper", [*changes, "acquire.seed=5"])
     assert with_visited(other, data, tokenizer, model).visited != sku.visited
     none = dataclasses.replace(data, forget_train=tuple(dataclasses.replace(e, safe_answer=None) for e in safe))
-    assert with_visited(load_recipe("embedded", [*changes, "method=dpo"]), none, tokenizer, model).visited is None
+    assert with_visited(load_recipe("embedded-paper", [*changes, "method=dpo"]), none, tokenizer, model).visited is None
 
 
 def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(

@@ -61,7 +61,7 @@ def test_files_that_cannot_be_used(content: str | None, tmp_path: Path) -> None:
     if content is not None:
         path.write_text(content)
     with pytest.raises(RecipeError, match=r"mine\.py"):
-        run_recipe(load_recipe("embedded", [f"negate.transform={path}"]), tmp_path / "run")
+        run_recipe(load_recipe("embedded-paper", [f"negate.transform={path}"]), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -75,7 +75,7 @@ def test_a_run_subtracts_what_the_transform_gives(tmp_path: Path) -> None:
         "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 4, batch_size: 8, samples: 0, prefill_tokens: []}",
         "keep_bad_model=true",
     ]  # fmt: skip
-    given = load_recipe("embedded", [*changes, f"negate.transform={tmp_path / 'mine.py'}"])
+    given = load_recipe("embedded-paper", [*changes, f"negate.transform={tmp_path / 'mine.py'}"])
     done = run_recipe(given, tmp_path / "run")
     base = load_model("embedded").model
     expected = negate(base, task_vector_of(base, done.folder / "bad" / "final"), 1.5)
@@ -84,4 +84,4 @@ def test_a_run_subtracts_what_the_transform_gives(tmp_path: Path) -> None:
     assert not (done.folder / "negated_adapter").exists()
     (tmp_path / "mine.py").write_text("def transform(vector, context):\n    return vector * 0.0\n")
     with pytest.raises(TaskVectorError, match=r"mine\.py"):
-        run_recipe(load_recipe("embedded", [*changes, f"negate.transform={tmp_path / 'mine.py'}"]), tmp_path / "none")
+        run_recipe(load_recipe("embedded-paper", [*changes, f"negate.transform={tmp_path / 'mine.py'}"]), tmp_path / "none")

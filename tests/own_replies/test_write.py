@@ -129,7 +129,7 @@ TINY = (
 
 @pytest.mark.integration
 def test_a_run_writes_its_data_first_and_says_which(tmp_path: Path) -> None:
-    finished = run_recipe(load_recipe("embedded", TINY), tmp_path / "run")
+    finished = run_recipe(load_recipe("embedded-paper", TINY), tmp_path / "run")
     own = finished.manifest["own_replies"]
     assert own["folder"] == str(tmp_path / "run" / "own")
     assert own["data"]["refusals"]["path"] == str(tmp_path / "run" / "own" / "refuse.jsonl")
@@ -144,7 +144,7 @@ def test_a_run_writes_its_data_first_and_says_which(tmp_path: Path) -> None:
 )
 def test_a_dry_run_checks_what_it_can(tmp_path: Path, changes: tuple[str, ...]) -> None:
     """The check of stage 1 too: what a reply begins with is not written yet, and it does not ask for it."""
-    found = plan_run(load_recipe("embedded", [*TINY, *changes]), tmp_path / "run")
+    found = plan_run(load_recipe("embedded-paper", [*TINY, *changes]), tmp_path / "run")
     assert "own replies" in found.notes[0]
     assert sum(found.examples.values())
     assert not list(tmp_path.iterdir())
@@ -152,7 +152,7 @@ def test_a_dry_run_checks_what_it_can(tmp_path: Path, changes: tuple[str, ...]) 
 
 def test_runs_share_what_was_written_from_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SKU_CACHE", str(tmp_path / "cache"))
-    recipe = load_recipe("embedded", TINY)
+    recipe = load_recipe("embedded-paper", TINY)
     prompts = own_prompts_of(recipe)
     first = with_own_replies(recipe, tmp_path, prompts)
     stages: list[str] = []
@@ -167,7 +167,7 @@ def test_runs_share_what_was_written_from_the_same(tmp_path: Path, monkeypatch: 
 
 def test_a_run_needs_one_harmful_reply(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sku.pipeline.stages.judge_of", lambda _config, _prompts: Stub("safe"))
-    recipe = load_recipe("embedded", TINY)
+    recipe = load_recipe("embedded-paper", TINY)
     prompts = own_prompts_of(recipe)
     with pytest.raises(DataError, match="judged not harmful"):
         with_own_replies(recipe, tmp_path, prompts)

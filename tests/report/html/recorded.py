@@ -189,7 +189,7 @@ def _results(comparison: Comparison) -> dict[str, Any]:
 
 
 def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
-    recipe = load_recipe("embedded").to_dict()
+    recipe = load_recipe("embedded-paper").to_dict()
     for key, value in settings.items():
         *path, last = key.split(".")
         place = recipe

@@ -186,7 +186,7 @@ def test_the_same_run_gives_the_same_file_whose_recipe_makes_the_same_run(
     recipe = re.search(r'labelledby="made-recipe">(.*?)</pre>', page.html, flags=re.DOTALL)
     assert recipe is not None
     (tmp_path / "recipe.yaml").write_text(html.unescape(recipe.group(1)), encoding="utf-8")
-    assert load_recipe(str(tmp_path / "recipe.yaml")) == load_recipe("embedded")
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == load_recipe("embedded-paper")
     written = write_report(run_folder, tmp_path / "report.html", plots=tmp_path / "plots")
     path, drawn = written.path, written.plots
     assert path.read_bytes() == page.html.encode()
