@@ -28,7 +28,8 @@ from sku.storage import BAD_MODEL_MARK
 from sku.world.grammar import hazards
 
 SMALL = (
-    "embedded-paper", "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
+    "embedded-paper",
+    "--set", "acquire.training.max_steps=2", "--set", "acquire.training.save_steps=1", "--set", "evaluate.prompts=3",
     "--set", "evaluate.retain_prompts=3", "--set", "evaluate.max_new_tokens=8", "--set", "evaluate.attacks=[]",
     "--set", "negate.alpha=1.25",
     "--set", "acquire.training.per_device_train_batch_size=4",
@@ -301,7 +302,9 @@ def test_report_of_a_run(command: Command, whole_run: Path, folder: Path, tmp_pa
     printed = (folder / "printed.txt").read_text(encoding="utf-8")
     assert f"next      sku report '{whole_run}'\n" in printed
     talk = ["chat", str(whole_run)]
-    assert_next(printed, ["report", str(whole_run)], talk, ["push", str(whole_run)], ["wipe", "--replies", str(whole_run)])
+    assert_next(
+        printed, ["report", str(whole_run)], talk, ["push", str(whole_run)], ["wipe", "--replies", str(whole_run)]
+    )
     before = names(whole_run)
     done = command("report", whole_run, "--out", tmp_path / "report.html", "--plots", tmp_path / "plots")
     assert (done.code, done.err) == (0, "")

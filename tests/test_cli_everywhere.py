@@ -132,7 +132,7 @@ def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> 
     """Rank 8 on the two attention projections of four layers of width 128: 8 times 2 x 128 for each, in float32."""
     lora = ("--set", "acquire.tuning=lora", "--set", "acquire.lora={r: 8, target_modules: [q_proj, v_proj]}")
     sets = (*lora, "--set", "negate.alpha=1", "--set", "acquire.training.save_strategy='no'")
-    code, out, err = command("run", "--dry-run", "--json", "--out", tmp_path / "out", *sets)
+    code, out, err = command("run", "embedded-paper", "--dry-run", "--json", "--out", tmp_path / "out", *sets)
     assert code == 0, err
     found = json.loads(out)
     assert found["settings"]["model"].startswith("embedded, 935,040 parameters")

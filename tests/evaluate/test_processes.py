@@ -67,7 +67,9 @@ def free_port() -> int:
 @pytest.mark.integration
 def test_two_processes_come_to_the_result_of_one(tmp_path: Path) -> None:
     options = [f"--set={setting}" for setting in SETTINGS]
-    two = launched("-m", "sku", "evaluate", "embedded", "embedded-paper", "--json", *options, "--out", str(tmp_path / "two"))
+    two = launched(
+        "-m", "sku", "evaluate", "embedded", "embedded-paper", "--json", *options, "--out", str(tmp_path / "two")
+    )
     assert two.returncode == 0, two.stderr[-3000:]
     comparison = run_evaluation(load_recipe("embedded-paper", SETTINGS), "embedded", tmp_path / "one").comparison
     said = json.loads(two.stdout)

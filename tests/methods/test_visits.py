@@ -86,7 +86,9 @@ def test_a_recipe_says_what_it_visits_and_what_its_method_leaves_out(
     other = load_recipe("embedded-paper", [*changes, "acquire.seed=5"])
     assert with_visited(other, data, tokenizer, model).visited != sku.visited
     none = dataclasses.replace(data, forget_train=tuple(dataclasses.replace(e, safe_answer=None) for e in safe))
-    assert with_visited(load_recipe("embedded-paper", [*changes, "method=dpo"]), none, tokenizer, model).visited is None
+    assert (
+        with_visited(load_recipe("embedded-paper", [*changes, "method=dpo"]), none, tokenizer, model).visited is None
+    )
 
 
 def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(

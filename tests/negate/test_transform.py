@@ -84,4 +84,6 @@ def test_a_run_subtracts_what_the_transform_gives(tmp_path: Path) -> None:
     assert not (done.folder / "negated_adapter").exists()
     (tmp_path / "mine.py").write_text("def transform(vector, context):\n    return vector * 0.0\n")
     with pytest.raises(TaskVectorError, match=r"mine\.py"):
-        run_recipe(load_recipe("embedded-paper", [*changes, f"negate.transform={tmp_path / 'mine.py'}"]), tmp_path / "none")
+        run_recipe(
+            load_recipe("embedded-paper", [*changes, f"negate.transform={tmp_path / 'mine.py'}"]), tmp_path / "none"
+        )
