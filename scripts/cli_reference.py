@@ -1,37 +1,28 @@
-"""Writes ``docs/cli.md`` from the commands themselves.
-
-    python scripts/cli_reference.py            write the page
-    python scripts/cli_reference.py --check    say whether it is up to date (exit code 1 where it is not)
+"""The site's page of all commands (``reference/cli.md``), made of the commands themselves when the site is built.
 
 It reads the parameters, not the help that a terminal shows, so width and colour play no part.
 """
 
 from __future__ import annotations
 
-import argparse
 import inspect
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from sku.__main__ import app
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 ROOT: Any = typer.main.get_command(app)
 CONTEXT = ROOT.context_class(ROOT, info_name="sku")
 HEAD = """\
 # Command line
 
-<!-- Written by scripts/cli_reference.py: change the commands, not this page. -->
-
 Every command prints its options with `-h`. A mistake is one line on standard error and exit code 2; `Ctrl-C` is exit
 code 130, SIGTERM 143. Results go to standard output, progress and messages to standard error. With `--json` the result
 is one JSON document and nothing else. What holds for all commands, dry runs and completion among it:
-[using the command line](command_line.md).
+[using the command line](../command_line.md).
 """
 SHARED = 3
 """An option that so many commands have, with the same words, is described once for all."""
@@ -104,19 +95,3 @@ def page() -> str:
     shared = {row: None for row, count in counted.items() if count >= SHARED}
     head = f"{HEAD}\n## Shared by several commands\n{table(shared)}"
     return head + "".join(section(path, command, set(shared)) for path, command in found)
-
-
-def main() -> int:
-    """Writes or checks."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    if not parser.parse_args().check:
-        PAGE.write_text(page(), encoding="utf-8")
-    elif not PAGE.is_file() or PAGE.read_text(encoding="utf-8") != page():
-        print(f"{PAGE} is not up to date: run python scripts/cli_reference.py", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -3,6 +3,7 @@
 - A page may link to a file beside ``docs/``: ``[SECURITY.md](../SECURITY.md)`` works where the repository is read. On
   the site such a file is nowhere. With ``repo_url`` set, the link goes there; without it the text stays and the link
   goes. A file that does not exist is a warning, which ``--strict`` makes an error.
+- The page of all commands is made when the site is built, where ``nav`` has it.
 - A page that takes a script, a style or a picture from another server is an error: the site has to work without one.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import logging
 import posixpath
 import re
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,7 +21,9 @@ from xml.etree import ElementTree
 from markdown import Extension, Markdown
 from markdown.treeprocessors import Treeprocessor
 from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
 
+COMMANDS = "reference/cli.md"
 log = logging.getLogger("mkdocs.hooks.site")
 _FROM_ELSEWHERE = re.compile(
     r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?(?:https?:)?//[^"'\s>]*"""
@@ -75,6 +79,16 @@ def on_config(config: Any) -> Any:
     repository = Path(config.config_file_path).parent
     config.markdown_extensions.append(_LinksOutExtension(repository, config.repo_url))
     return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Adds the page of all commands."""
+    if COMMANDS in str(config.nav):
+        sys.path.insert(0, str(Path(__file__).parent))  # mkdocs takes it away after it has read this file.
+        from cli_reference import page
+
+        files.append(File.generated(config, COMMANDS, content=page()))
+    return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
