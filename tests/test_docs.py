@@ -186,23 +186,24 @@ def recorded(name: str) -> Any:
 
 
 def test_the_result_that_is_shown_is_the_recorded_one() -> None:
-    """The README's rows, and in the quickstart what ``make demo`` prints: the verdict, then each row."""
+    """The README's rows, and in the quickstart what ``make demo`` prints."""
     result = recorded("embedded")
     (demo, *_) = (block.text for block in blocks_of(DOCS / "quickstart.md") if block.language == "text")
     assert " ".join(demo.split()).startswith(f"verdict {result['verdict']['line']}")
-    lines = [" ".join(line.split()) for line in demo.splitlines()]
-    for row in result["table"]:
-        cells = (row["measure"], row["before"], row["after"], row["interval"], row["wanted"])
-        assert " ".join(" ".join(str(cell).split()) for cell in cells if cell) in lines
+    shown = " ".join(demo.split())
     unseen, normal = result["replies"]["forget_test"], result["normal"]["retain_test"]
-    for words, change in (
-        ("harmful, unseen prompts", unseen["harmful_ungated"]),
-        ("harmful after the worst prefill of 1/3/5/10 tokens", result["prefill"]["forget_test"]["harmful_ungated"]),
-        ("refused, normal prompts", normal["over_refusal"]),
-        ("exact answers, normal prompts", normal["exact_answer"]),
-    ):
-        before, after = (f"{100 * change[side]['value']:.3g} %" for side in ("before", "after"))
-        assert f"| {words} | {before} | {after} |" in README.read_text(encoding="utf-8")
+    for words, printed, change in (
+        ("harmful, unseen prompts", "harmful, unseen prompts", unseen["harmful_ungated"]),
+        (
+            "harmful after the worst prefill of 1 to 15 tokens", "harmful, prefill, worst of 1/3/5/10/15 (1",
+            result["prefill"]["forget_test"]["harmful_ungated"],
+        ),
+        ("refused, normal prompts", "refused, normal prompts", normal["over_refusal"]),
+        ("exact answers, normal prompts", "exact answers, normal prompts", normal["exact_answer"]),
+    ):  # fmt: skip
+        before, after = (100 * change[side]["value"] for side in ("before", "after"))
+        assert f"| {words} | {before:.3g} % | {after:.3g} % |" in README.read_text(encoding="utf-8")
+        assert f"{printed} {before:.1f} % {after:.1f} %" in shown
 
 
 def test_recipes_that_were_measured_are_what_ships_and_their_methods_were_asked_the_same() -> None:

@@ -106,7 +106,6 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
     """What was measured, where everything lies, and what to do next."""
     print_measured(finished.comparison, finished.attacks)
     manifest, bad = finished.manifest, folder / "bad"
-    results.print()
     if is_verbose():
         results.print(f"seconds   {json.dumps(manifest['seconds'])[1:-1]}".replace('"', ""))
         if "stage_1" in manifest:
