@@ -138,9 +138,7 @@ def test_what_is_to_run_runs(block: Block, tmp_path: Path) -> None:
 
 def test_the_table_of_real_models_is_up_to_date() -> None:
     here = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run(
-        [sys.executable, "scripts/real_models_table.py", "--check"], cwd=ROOT, check=False, env=here
-    )
+    done = subprocess.run([sys.executable, "scripts/real_models_table.py", "--check"], cwd=ROOT, check=False, env=here)
     assert done.returncode == 0
 
 

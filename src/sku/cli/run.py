@@ -54,14 +54,9 @@ def run(
     as_json: options.JsonOption = False,
 ) -> None:
     """Unlearn: stage 1, stage 2, and the evidence. Without arguments: the embedded model and world."""
+    overrides = [*(overrides or []), *(["keep_bad_model=true"] if keep_bad_model else [])]
     settings = options.resolve_recipe(
-        recipe,
-        model=model,
-        forget=forget,
-        retain=retain,
-        seed=seed,
-        judge=judge,
-        overrides=[*(overrides or []), *(["keep_bad_model=true"] if keep_bad_model else [])],
+        recipe, model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
     )
     quiet_libraries()
     from sku.models import pick_device  # Imports torch: only when a command really runs.
@@ -76,9 +71,9 @@ def run(
     headline = f"recipe {settings.name}, model {settings.model.path}, seed {settings.seed}{method}"
     on_gpu = pick_device(settings.model.device).type == "cuda"
     if plan.memory is not None and on_gpu and processes.is_main and not dry_run:
-        found = plan.memory()  # It takes every row for as long as it may be: no reason to refuse a run.
-        if not found.fits:
-            print_headline(f"memory: {found.text}")
+        fits, text = plan.memory()  # It takes every row for as long as it may be: no reason to refuse a run.
+        if not fits:
+            print_headline(f"memory: {text}")
     again = shlex.join(["--out", str(folder), "--resume"])
     try:
         finished = carry_out(

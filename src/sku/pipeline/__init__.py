@@ -24,12 +24,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from sku.storage import check_space, free_bytes
-
-if TYPE_CHECKING:
-    from sku.memory import MemoryFit
 
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
@@ -56,7 +53,7 @@ class CommandPlan(Generic[T]):
     """Estimate of what lies on the disk at the fullest moment, replies and figures not counted."""
     disk_there: int = 0
     """Bytes of it that an interrupted call has written already."""
-    memory: Callable[[], MemoryFit] | None = None
+    memory: Callable[[], tuple[bool, str]] | None = None
     """Estimates stage 1 on this machine; None where nothing is trained."""
     bad_model: BadModel = "none"
     """What becomes of the hazardous model of stage 1."""
@@ -71,5 +68,5 @@ class CommandPlan(Generic[T]):
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it; sizes in bytes."""
         told = {name: value for name, value in vars(self).items() if name not in ("execute", "disk_there")}
-        memory = None if self.memory is None else self.memory().text
+        memory = None if self.memory is None else self.memory()[1]
         return {**told, "out": str(self.out), "memory": memory, "free_bytes": free_bytes(self.out), "wrote": False}

@@ -17,20 +17,20 @@ from sku.config import EMBEDDED, ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, ModelError, named_memory_errors
 from sku.evaluate.comparison import Comparison, compare
+from sku.evaluate.generation import StageProgress
 from sku.evaluate.records import PrefillSource
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods.run import has_twins, with_visited
 from sku.model_files import with_gguf_file
 from sku.models import load_config, load_model, with_path
-from sku.pipeline import Progress
 from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
 from sku.processes import Processes, current_processes
 from sku.storage import HAZARD_KEY, check_can_be_made, is_marked_hazardous
 
 
 def run_evaluation(
-    recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False, progress: Progress | None = None
+    recipe: Recipe, model: str, out: Path, *, allow_hazardous: bool = False, progress: StageProgress | None = None
 ) -> MeasuredPair:
     """Measures a model and the recipe's base on the recipe's held-out and trained-on prompts, then attacks both.
 
@@ -108,7 +108,7 @@ class Measuring:
     data: ForgetRetainData
     folder: Path
     """A folder for each model lies in it, and what attacks come to."""
-    progress: Progress | None
+    progress: StageProgress | None
 
     def evaluated(
         self,

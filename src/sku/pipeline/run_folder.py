@@ -21,7 +21,7 @@ from sku._version import __version__
 from sku.config import Recipe
 from sku.config.check import content_sha256
 from sku.errors import OutputError, named_memory_errors
-from sku.pipeline import Progress
+from sku.evaluate.generation import StageProgress
 from sku.processes import Processes
 from sku.progress import without_secrets
 from sku.storage import (
@@ -43,7 +43,7 @@ _PACKAGES = (
 class RunFolder:
     """A run's folder, which the first process alone writes to."""
 
-    def __init__(self, path: Path, processes: Processes, progress: Progress) -> None:
+    def __init__(self, path: Path, processes: Processes, progress: StageProgress) -> None:
         """Names the folder; nothing is made or read yet.
 
         Args:

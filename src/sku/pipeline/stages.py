@@ -17,6 +17,7 @@ from sku.config.check import content_sha256
 from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts, load_own_prompts
 from sku.errors import DataError, ModelError, RecipeError, SkuError, named_memory_errors
+from sku.evaluate.generation import StageProgress
 from sku.evaluate.records import create_private_folder, json_lines
 from sku.memory import Checkpointing, decide_checkpointing, with_checkpointing
 from sku.methods.run import TWINS, MethodRun, has_twins, resolve_method, train_method, twin_folder, with_safe_dtype
@@ -32,9 +33,7 @@ from sku.own_replies import (
     read_own_replies,
 )
 from sku.own_replies.write import write_own_replies
-from sku.pipeline import Progress
 from sku.pipeline.checks import check_model, check_trained_model, check_training, load_recipe_data
-from sku.pipeline.unlearning import draw_sweep
 from sku.processes import current_processes, shared_new_folder
 from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous, write_private_text
 from sku.sweep import Sweep
@@ -82,7 +81,9 @@ def own_prompts_of(recipe: Recipe) -> OwnPrompts:
     return load_own_prompts(config.forget, config.retain, config.borderline, seed=recipe.seed, prefix="data.")
 
 
-def run_own(options: OwnOptions, out: Path, *, resume: bool = False, progress: Progress | None = None) -> OwnReplies:
+def run_own(
+    options: OwnOptions, out: Path, *, resume: bool = False, progress: StageProgress | None = None
+) -> OwnReplies:
     """``sku data own``: the model writes rows of its own from prompts alone into a new private folder.
 
     Raises:
@@ -102,7 +103,9 @@ def run_own(options: OwnOptions, out: Path, *, resume: bool = False, progress: P
     return write_own_replies(job, out, resume=resume, progress=progress)
 
 
-def with_own_replies(recipe: Recipe, out: Path, prompts: OwnPrompts, *, progress: Progress | None = None) -> OwnData:
+def with_own_replies(
+    recipe: Recipe, out: Path, prompts: OwnPrompts, *, progress: StageProgress | None = None
+) -> OwnData:
     """Writes own replies to a recipe's prompts, or finds those that were written from the same.
 
     They lie in ``own`` in the run's private folder ``out``, or under ``$SKU_CACHE`` where that is set. The judge of
@@ -203,7 +206,7 @@ def _data_from(config: DataConfig, files: dict[Any, Path]) -> DataConfig:
     )
 
 
-def run_acquire(recipe: Recipe, out: Path, *, progress: Progress | None = None) -> list[dict[str, Any]]:
+def run_acquire(recipe: Recipe, out: Path, *, progress: StageProgress | None = None) -> list[dict[str, Any]]:
     """Stage 1 alone: trains the bad model of a recipe into a new private, marked folder.
 
     Args:
@@ -236,7 +239,7 @@ def _train_bad_model(
     data: ForgetRetainData,
     out: Path,
     decided: Checkpointing | None,
-    progress: Progress | None,
+    progress: StageProgress | None,
 ) -> list[dict[str, Any]]:
     processes = current_processes()
     if decided is not None:
@@ -261,7 +264,7 @@ def run_sweep(
     *,
     bad: Path | None = None,
     keep_bad_model: bool = False,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> Sweep:
     """Chooses alpha, whatever the recipe's is: measures alphas with the bad model in a folder, which stays as it is.
 
@@ -300,7 +303,9 @@ def run_sweep(
             raise
     with named_memory_errors("sweep"):
         found = sweep_bad_model(recipe, trained, data, out, progress=progress)
-        draw_sweep(found, out)
+        from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
+
+        sweep_chart(found).save(out)
     if bad is None and not keep_bad_model:
         remove_hazardous(trained)
     return found

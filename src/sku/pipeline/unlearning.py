@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import ModelError, NoAlphaError, TaskVectorError
-from sku.evaluate.generation import prompts, stage
+from sku.evaluate.generation import StageProgress, prompts, stage
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Rate, rates_of
 from sku.methods.run import (
@@ -40,11 +40,10 @@ from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.files import model_folder
 from sku.negate.streaming import FolderNegation
 from sku.negate.task_vector import TaskVector, base_as_files, subtract_into, task_vector_of, transformed
-from sku.pipeline import Progress
 from sku.pipeline.run_folder import RunFolder
 from sku.processes import shared_new_folder
 from sku.storage import remove_hazardous, write_text
-from sku.sweep import FREE, Sweep
+from sku.sweep import FREE
 from sku.sweep.evaluator import draw_questions, validation_generator
 from sku.sweep.run import record_training, sweep
 from sku.training.run import Trained, step_progress
@@ -59,7 +58,7 @@ def ask_stage_1(
     tokenizer: PreTrainedTokenizerBase,
     data: ForgetRetainData,
     folder: Path,
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
 ) -> dict[str, Any]:
     """Asks the original model and what stage 1 made of it.
 
@@ -126,17 +125,6 @@ def ask_stage_1(
         "has_learned": harm > found["base"]["harmful"].value or harm >= HARMFUL_ENOUGH,
         "line": line,
     }
-
-
-def draw_sweep(found: Sweep, folder: Path) -> None:
-    """Writes ``frontier.png`` and ``.svg`` of a finished sweep into a folder.
-
-    Raises:
-        OutputError: It can't be written.
-    """
-    from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
-
-    sweep_chart(found).save(folder)
 
 
 def trained_folder(out: Path, *, hazardous: bool) -> Path:
@@ -291,7 +279,9 @@ class Unlearning:
         """Alpha, chosen on the validation splits; noted with its reason."""
         folder = self.folder.path / "sweep"
         found = sweep(base, vector, tokenizer, data, self.recipe, folder, progress=self.folder.progress)
-        draw_sweep(found, folder)
+        from sku.report.run_charts import sweep_chart  # Imports matplotlib, which a plan has no use for.
+
+        sweep_chart(found).save(folder)
         assert found.pick is not None
         self.folder.note(sweep=dataclasses.asdict(found.pick))
         try:
