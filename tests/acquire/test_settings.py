@@ -71,7 +71,7 @@ def test_settings_of_the_trainer_are_plain_data_for_those_who_log_them(tmp_path:
 
 
 def recipe_of(**acquire: Any) -> Recipe:
-    return dataclasses.replace(load_recipe(), data=SOURCES, acquire=AcquireConfig(**acquire))
+    return dataclasses.replace(load_recipe("embedded-paper"), data=SOURCES, acquire=AcquireConfig(**acquire))
 
 
 def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:

@@ -368,12 +368,12 @@ def test_weights_of_negate(battery: Battery, sound: Path, form: str, name: str) 
 
 
 @pytest.mark.parametrize(
-    ("command", "name"), [*(("run", name) for name in OF_EACH_KIND if name != "NaN"), ("evaluate", "cut off")]
+    ("asked", "name"), [*(("run", name) for name in OF_EACH_KIND if name != "NaN"), ("evaluate", "cut off")]
 )
-def test_weights_of_a_run(battery: Battery, sound: Path, command: str, name: str) -> None:
+def test_weights_of_a_run(battery: Battery, sound: Path, asked: str, name: str) -> None:
     base = copies(battery, sound, "base")["base"]
     WEIGHTS[name](base / "model.safetensors")
-    model = ("run", "--model", base) if command == "run" else ("evaluate", base)
+    model = ("run", "--model", base) if asked == "run" else ("evaluate", base)
     battery.refuses(*model, "--out", battery.out, words=str(base))
 
 
@@ -493,18 +493,18 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
 
 
 @pytest.mark.parametrize(
-    ("command", "folder"),
+    ("words", "folder"),
     [
-        *((command, folder) for command in COMMANDS[:-1] for folder in list(RUNS)[:2]),
+        *((words, folder) for words in COMMANDS[:-1] for folder in list(RUNS)[:2]),
         *((COMMANDS[0], folder) for folder in list(RUNS)[2:]),
         *((COMMANDS[-1], folder) for folder in RUNS if folder not in ("missing", "empty")),  # A run begins there.
     ],
 )
-def test_folders_of_runs(battery: Battery, folder: str, command: tuple[str, ...]) -> None:
+def test_folders_of_runs(battery: Battery, folder: str, words: tuple[str, ...]) -> None:
     path = battery.inputs / "a run"
     RUNS[folder](path)
     places = {"RUN": path, "OUT": battery.out}
-    battery.refuses(*(places.get(word, word) for word in command))
+    battery.refuses(*(places.get(word, word) for word in words))
 
 
 OTHERS: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
@@ -526,11 +526,11 @@ OTHERS: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "content", "command"), OTHERS.values(), ids=OTHERS.keys())
-def test_other_files(battery: Battery, name: str, content: str | bytes, command: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(("name", "content", "words"), OTHERS.values(), ids=OTHERS.keys())
+def test_other_files(battery: Battery, name: str, content: str | bytes, words: tuple[str, ...]) -> None:
     text(content)(battery.inputs / name)
     places = {"FILE": battery.inputs / name, "FOLDER": battery.inputs, "OUT": battery.out}
-    battery.refuses(*(places.get(word, word) for word in command), words="" if name == "judge.yaml" else name)
+    battery.refuses(*(places.get(word, word) for word in words), words="" if name == "judge.yaml" else name)
 
 
 OUTS: dict[str, Change] = {
@@ -543,12 +543,12 @@ OUTS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("command", [("run",), ("negate", "embedded", "embedded"), ("acquire",)])
+@pytest.mark.parametrize("words", [("run",), ("negate", "embedded", "embedded"), ("acquire",)])
 @pytest.mark.parametrize("name", OUTS, ids=lambda name: name[:10] or "empty")
-def test_out_that_can_not_be(battery: Battery, name: str, command: tuple[str, ...]) -> None:
+def test_out_that_can_not_be(battery: Battery, name: str, words: tuple[str, ...]) -> None:
     out = battery.inputs / name if name in list(OUTS)[:3] else name
     if isinstance(out, Path):
         OUTS[name](out)
     # The model can't be loaded either: the folder is looked at first.
-    wrong = () if command[0] == "negate" else ("--model", "./nowhere")
-    battery.refuses(*command, *wrong, "--out", out)
+    wrong = () if words[0] == "negate" else ("--model", "./nowhere")
+    battery.refuses(*words, *wrong, "--out", out)
