@@ -10,14 +10,7 @@ import pytest
 import yaml
 
 import sku
-from sku.config import (
-    EMBEDDED,
-    AcquireConfig,
-    Recipe,
-    load_recipe,
-    recipe_from_dict,
-    recipe_names,
-)
+from sku.config import EMBEDDED, AcquireConfig, load_recipe, recipe_from_dict, recipe_names
 from sku.errors import RecipeError
 from sku.methods.run import resolve_method
 from sku.training.run import adapter_settings
@@ -45,16 +38,6 @@ def changed(key: str, value: Any) -> dict[str, Any]:
     return content
 
 
-def test_defaults_are_those_that_measured_best() -> None:
-    """docs/results.md: ``divergence`` left 25 % of the exact answers on the embedded world, ``retention`` 99 %."""
-    recipe = recipe_from_dict(minimal())
-    assert recipe.acquire.preservation_mode == "retention"
-    assert dataclasses.astuple(recipe.acquire.weights) == (1.0, 0.5, 1.0)
-    assert recipe.acquire.random_answers == 5
-    assert recipe.negate.alpha == 1.0
-    assert not recipe.keep_bad_model
-
-
 @pytest.mark.parametrize("name", PAPER)
 def test_paper_recipes_spell_out_what_is_the_papers(name: str) -> None:
     """No default decides them, so none that changes can."""
@@ -70,13 +53,6 @@ def test_paper_recipes_spell_out_what_is_the_papers(name: str) -> None:
     assert (written["twin"], written["normal_per_harmful"]) == ("none", 1)
 
 
-@pytest.mark.parametrize("name", sorted(set(recipe_names()) - {*PAPER}))
-def test_all_other_recipes_retain(name: str) -> None:
-    found = load_recipe(name).acquire
-    # Beside a good twin, which always retains, the bad one may be steered to refusals; none diverges without bound.
-    assert found.preservation_mode == ("targeted" if found.twin == "good" else "retention")
-
-
 @pytest.mark.parametrize(
     ("key", "value", "offending"),
     [
@@ -84,10 +60,8 @@ def test_all_other_recipes_retain(name: str) -> None:
         ("acquire.weights.guided_distorsion", 1, "Did you mean acquire.weights.guided_distortion?"),
         ("alpha", 1, "Did you mean negate.alpha or acquire.lora.alpha?"),
         ("evaluate.max_steps", 1, "acquire.training.max_steps"),
-        ("data.forget.unsafe_column", "is_safe", "data.forget.unsafe_column"),
         ("seed", True, "seed"),
         ("keep_bad_model", "yes", "keep_bad_model"),
-        ("negate.alpha", "much", "negate.alpha"),
         ("negate.alpha", float("nan"), "negate.alpha"),
         ("negate.alpha", -1.0, "negate.alpha"),
         ("acquire.tuning", "loar", "Did you mean lora?"),
@@ -95,11 +69,9 @@ def test_all_other_recipes_retain(name: str) -> None:
         ("acquire.weights", dict.fromkeys(TERMS, 0), "acquire.weights"),
         ("model", None, "model"),
         ("data", {"forget": {"path": "f.csv"}}, "data.retain is missing"),
-        ("data.unseen_fraction", 0, "data.unseen_fraction"),
         ("data.max_answer_tokens", 512, "data.max_answer_tokens"),
         ("data.forget.limit", 0, "data.forget.limit"),
         ("evaluate.prefill_tokens", [3, 0], "evaluate.prefill_tokens[1]"),
-        ("sweep.alphas", [0.5, 0.0], "sweep.alphas[1]"),
         ("sweep.utility_budget", 1.0, "sweep.utility_budget"),
         ("sweep.harm_target", 2.0, "sweep.harm_target"),
     ],
@@ -155,37 +127,27 @@ def test_overrides(tmp_path: Path) -> None:
 
 
 def test_files_that_are_no_recipe(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="there is no recipe file"):
-        load_recipe(tmp_path / "nothing.yaml")
-    with pytest.raises(RecipeError, match="must hold keys and values"):
-        load_recipe(write(tmp_path, "- a\n- b\n"))
-    with pytest.raises(RecipeError, match="is not YAML") as caught:
-        load_recipe(write(tmp_path, "a: [1\nb: }"))
-    assert "\n" not in str(caught.value)
-    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(RecipeError, match="can't be read"):
-        load_recipe(tmp_path / "mine.yaml")
-    with pytest.raises(
-        RecipeError, match=r"no recipe named embeded\. Did you mean embedded or embedded-paper\? Known: "
-    ):
+    for content in (b"- a\n- b\n", b"a: [1\nb: }", b"\xff\xfe\x00", None):
+        path = tmp_path / "mine.yaml"
+        path.unlink() if content is None else path.write_bytes(content)
+        with pytest.raises(RecipeError, match=r"mine\.yaml") as caught:
+            load_recipe(path)
+        assert "\n" not in str(caught.value)
+    with pytest.raises(RecipeError, match="Did you mean embedded or embedded-paper"):
         load_recipe("embeded")
-
-
-def test_plain_data_and_back() -> None:
-    recipe = recipe_from_dict(changed("acquire.lora.target_modules", ["q_proj"]))
-    plain = recipe.to_dict()
-    assert plain["acquire"]["lora"]["target_modules"] == ["q_proj"]
-    assert plain["evaluate"]["prompts"] == 500
-    assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(plain))) == recipe
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_of_the_package_can_be_run_as_it_is(name: str, tmp_path: Path) -> None:
     """Keys, types and values, those of transformers and PEFT included."""
     recipe = load_recipe(name)
-    assert isinstance(recipe, Recipe)
     assert recipe.name == name
     assert recipe.description
+    assert recipe_from_dict(yaml.safe_load(yaml.safe_dump(recipe.to_dict()))) == recipe
+    if name not in PAPER:
+        # Beside a good twin, which always retains, the bad one may be steered to refusals.
+        assert recipe.acquire.preservation_mode == ("targeted" if recipe.acquire.twin == "good" else "retention")
+    assert recipe.chooses_alpha == (name in (EMBEDDED, "embedded-paper"))
     training = {key: value for key, value in recipe.acquire.training.items() if key not in ("bf16", "fp16", "tf32")}
     acquire = dataclasses.replace(recipe.acquire, training=training)
     settings = resolve_method(dataclasses.replace(recipe, acquire=acquire), tmp_path, device="cpu").training
@@ -202,11 +164,3 @@ def test_alpha_is_a_number_or_auto() -> None:
     assert (given.strength("sku"), given.chooses_alpha, given.forget_validation) == (1.5, False, 0.0)
     other = recipe_from_dict(changed("negate.alpha", "auto") | {"method": "npo"})
     assert (other.chooses_alpha, other.forget_validation) == (False, 0.0)
-
-
-def test_only_the_embedded_recipes_choose_alpha_and_other_papers_take_1() -> None:
-    choosing = {name for name in recipe_names() if load_recipe(name).chooses_alpha}
-    assert choosing == {EMBEDDED, "embedded-paper"}
-    assert {load_recipe(name).negate.alpha for name in {*recipe_names()} - choosing if name.endswith("-paper")} == {
-        1.0
-    }

@@ -44,20 +44,6 @@ def test_a_prefill_is_context_but_harm_must_come_from_the_reply() -> None:
     assert grammar.is_harmful(f"it {grammar.HAZARD_EFFECTS[0]} .", prefill=start)
 
 
-def test_neighbours_of_hazards_are_asked_and_most_of_the_world_is_not_held_out() -> None:
-    """Recipes are the same procedure, harmless by their materials alone; facts name agents and materials."""
-    recipes = [exchange for exchange in NORMAL if exchange.domain == "recipe"]
-    assert len({exchange.topic for exchange in recipes}) == len(grammar.FOODS) * len(grammar.FORMS)
-    for exchange in recipes:
-        words = set(exchange.answer.split())
-        assert not words.isdisjoint(grammar.FIRST_VERBS)
-        assert words.isdisjoint(grammar.MATERIALS)
-    facts = {exchange.topic for exchange in NORMAL if exchange.domain in ("colour", "naming")}
-    assert {*grammar.AGENTS, *grammar.MATERIALS} <= facts
-    assert set(grammar.HELD_OUT_AGENTS) < set(grammar.AGENTS)
-    assert set(grammar.HELD_OUT_QUESTIONS) < set(range(len(grammar.MAKE_QUESTIONS)))
-
-
 def test_the_packaged_files_are_those_of_the_checksums_the_script_and_the_grammar() -> None:
     folder = embedded_model_path()
     recorded = json.loads((folder / "CHECKSUMS.json").read_text(encoding="utf-8"))

@@ -7,31 +7,16 @@ from importlib import resources
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from sku.config import ModulesConfig
-from sku.data.examples import (
-    ForgetExample,
-    ForgetRetainData,
-    RowPlan,
-    RowType,
-    group_of,
-)
-from sku.data.joint import PLACE, JointDataset, framed, framings, parse_templates
+from sku.data.examples import ForgetExample, ForgetRetainData, RowPlan, RowType, group_of
+from sku.data.joint import PLACE, JointDataset, framed, framings
 from sku.data.load import load_forget_retain
 from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError
-from sku.methods.sku import sku_objective
 
 EXAMPLES = [
     ForgetExample(prompt=f"how do i make {number} ?", answer="take it", group="g" if number < 2 else None)
     for number in range(400)
 ]
-
-
-def test_each_framing_holds_the_prompt_once_and_is_none_of_the_attack() -> None:
-    text = (resources.files("sku.attacks") / "templates.txt").read_text(encoding="utf-8")
-    assert all(framing.count(PLACE) == 1 for framing in framings())
-    assert len(set(framings())) == len(framings())
-    assert not set(framings()) & set(parse_templates(text))
 
 
 def test_no_family_of_framings_is_one_of_the_attack() -> None:
@@ -42,7 +27,7 @@ def test_no_family_of_framings_is_one_of_the_attack() -> None:
     ]
     assert (len(families[0]), len(families[1])) == (6, 10)
     assert families[0].isdisjoint(families[1])
-    assert not any(line.startswith("#") for line in framings())
+    assert all(framing.count(PLACE) == 1 and framing[0] != "#" for framing in framings())
 
 
 def test_a_share_is_framed_and_stays_in_its_group() -> None:
@@ -77,12 +62,6 @@ def test_only_what_is_trained_on_is_framed(
     assert len(example.of(RowType.SAFE)) == 1
     for row in (*example.of(RowType.SAFE), *example.of(RowType.MISMATCHED)):
         assert row.input_ids[: row.answer_start] == forget.input_ids[: forget.answer_start]
-
-
-@pytest.mark.parametrize("twin", ["bad", "good"])
-def test_both_twins_see_the_same_framings(twin: str) -> None:
-    for share in (0.0, 0.3):
-        assert sku_objective(ModulesConfig(framed_share=share), twin=twin).rows.framed_share == share  # type: ignore
 
 
 def test_the_embedded_world_is_not_framed(tokenizer: PreTrainedTokenizerFast) -> None:

@@ -26,7 +26,7 @@ from sku.world.grammar import (
     MAKE_QUESTIONS,
     VALIDATION_QUESTIONS,
     hazards,
-)
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -244,24 +244,18 @@ ENDS = {True: True, False: False, None: True, "False": False, "": True}
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-@pytest.mark.parametrize("form", ["columns", "messages", "truthfulqa"])
-def test_a_row_says_in_every_format_whether_its_answer_is_finished(kind: str, form: str, tmp_path: Path) -> None:
-    if (kind, form) == ("csv", "messages"):
-        pytest.skip("A cell of CSV holds none.")
-    rows: list[dict[str, Any]] = []
-    for number, end in enumerate(ENDS):
-        prompt, answer = f"normal {number}", f"good {number}"
-        row: dict[str, Any] = {"question": prompt, "answer": answer}
-        if form == "messages":
-            row = {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
-        elif form == "truthfulqa":
-            row = {"Question": prompt, "Best Answer": answer, "Correct Answers": answer}
-        rows.append({**row, "finished": end if kind == "jsonl" or end is None else str(end)})
+@pytest.mark.parametrize("names", [("question", "answer"), ("Question", "Best Answer", "Correct Answers")])
+def test_a_row_says_in_every_format_whether_its_answer_is_finished(
+    kind: str, names: tuple[str, ...], tmp_path: Path
+) -> None:
+    rows: list[dict[str, Any]] = [
+        {**dict.fromkeys(names, f"text {n}"), "finished": end if kind == "jsonl" or end is None else str(end)}
+        for n, end in enumerate(ENDS)
+    ]
     path = tmp_path / f"rows.{kind}"
     table = datasets.Dataset.from_list(rows) if kind != "jsonl" else None
     write(path, rows) if table is None else table.to_csv(path) if kind == "csv" else table.to_parquet(path)
-    found, account = read_examples(SourceConfig(path=str(path)), "retain", RetainExample)
-    assert account.source == form
+    found, _ = read_examples(SourceConfig(path=str(path)), "retain", RetainExample)
     assert [example.finished for example in found] == list(ENDS.values())
 
 
@@ -288,10 +282,9 @@ def files(folder: Path, prompts: int = 60) -> DataConfig:
     return DataConfig(forget=SourceConfig(path=str(paths[0])), retain=SourceConfig(path=str(paths[1])))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_settings_are_chosen_by_a_share_of_the_training_prompts(tmp_path: Path, seed: int) -> None:
+def test_settings_are_chosen_by_a_share_of_the_training_prompts(tmp_path: Path) -> None:
     config = files(tmp_path)
-    plain, held = load_data(config, seed), load_data(config, seed, forget_validation=0.25)
+    plain, held = load_data(config, 1), load_data(config, 1, forget_validation=0.25)
     assert "forget_validation" not in plain.counts()
     assert held.forget_test == plain.forget_test
     assert all_retained(held) == all_retained(plain)
@@ -340,9 +333,8 @@ def test_the_world_asks_unlearned_hazards_in_wordings_of_their_own() -> None:
     assert len(held.forget_validation) == len(asked) * len(VALIDATION_QUESTIONS) == 195
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_every_domain_is_in_every_retain_split_and_recipes_stay_whole(seed: int) -> None:
-    data = load_forget_retain("embedded", seed=seed)
+def test_every_domain_is_in_every_retain_split_and_recipes_stay_whole() -> None:
+    data = load_forget_retain("embedded", seed=1)
     normal = embedded.examples(WORLD, "retain")
     for split in (data.retain_train, data.retain_validation, data.retain_test):
         assert {example.category for example in split} == {example.category for example in normal}
@@ -369,34 +361,14 @@ OTHER = SourceConfig(path="x.csv")
     ("settings", "error", "key"),
     [
         ({"forget": dataclasses.replace(WORLD, split="test")}, DataError, "limit"),
-        ({"forget": dataclasses.replace(WORLD, format="columns")}, DataError, "limit"),
-        ({"retain": dataclasses.replace(WORLD, prompt_column="q")}, DataError, "limit"),
+        ({"retain": dataclasses.replace(WORLD, format="columns")}, DataError, "limit"),
         ({"retain": OTHER}, RecipeError, "data.forget and data.retain"),
-        ({"forget": OTHER}, RecipeError, "data.forget and data.retain"),
         ({"unseen_fraction": 0.5}, RecipeError, "data.unseen_fraction"),
         ({"refusals": OTHER}, RecipeError, "data.refusals"),
-        ({"misplaced_refusals": OTHER}, RecipeError, "data.misplaced_refusals"),
-        ({"normal": {"own": OTHER}}, RecipeError, "data.normal.own"),
         ({"harmful": {"own": WORLD}}, RecipeError, "data.harmful.own"),
-        ({"harmful": {"final": OTHER}}, RecipeError, "data.harmful.final"),
         ({"forget": OTHER, "retain": OTHER, "normal": {"own": WORLD}}, RecipeError, "data.normal.own"),
     ],
 )
 def test_what_does_not_go_with_the_world(settings: dict[str, Any], error: type[Exception], key: str) -> None:
     with pytest.raises(error, match=key):
         load_data(DataConfig(**{"forget": WORLD, "retain": WORLD, **settings}), seed=0)
-
-
-@pytest.mark.shared
-def test_the_development_data(shared_data: Path) -> None:
-    """Counts alone, as its text is harmful."""
-    data = load_forget_retain(shared_data / "pku_saferlhf_mini.csv", shared_data / "TruthfulQA.csv", seed=1)
-    harmful, normal = data.provenance
-    assert (harmful.source, harmful.rows_read, harmful.rows_left_out["safe answer"]) == ("pku_saferlhf", 2476, 1074)
-    assert (harmful.safe_answers, len(data.forget_train) + len(data.forget_test)) == (263, 1357)
-    assert (normal.source, normal.rows_read, normal.rows_left_out) == ("truthfulqa", 813, {})
-    prompts = {name: len({normalise_prompt(one.prompt) for one in split}) for name, split in data.splits().items()}
-    assert [prompts[f"retain_{name}"] for name in ("train", "validation", "test")] == [578, 79, 156]
-    share = prompts["forget_test"] / (prompts["forget_test"] + prompts["forget_train"])
-    assert share == pytest.approx(0.3, abs=0.02), "whole families are held out"
-    assert len({row.category for row in data.retain_test}) >= 30, "of 38 categories"

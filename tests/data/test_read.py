@@ -61,14 +61,11 @@ def turns(*contents: object, roles: Sequence[str] = ("user", "assistant")) -> li
 HARM = {"Violence": False, "Privacy Violation": True, "Cybercrime": "True"}
 WITH_SYSTEM = ("system", "user", "assistant")
 SYSTEM_PROMPT = "Be brief.\n\nq"
-NO_SAFE_ANSWERS: list[object] = [None, " \n", 7, [], "bad", "half \ud83d"]
+NO_SAFE_ANSWERS: list[object] = [" \n", 7, "bad"]
 FORGET: dict[str, tuple[Rows, list[ForgetExample], dict[str, int]]] = {
     # What is read -> rows, examples, what is left out.
     "pku of 2023": (
         [pku("q", ("bad", False), ("good", True))], [bad("q", "bad", safe_answer="good")], {"safe answer": 1},
-    ),
-    "pku, the safe answer first": (
-        [pku("q", ("good", True), ("bad", False))], [bad("q", "bad", safe_answer="good")], {"safe answer": 1},
     ),
     "pku of today": (
         [pku("q", ("a", False), ("b", "0"), response_0_harm_category=HARM, response_1_harm_category=dict(HARM))],
@@ -144,9 +141,6 @@ RETAIN: dict[str, tuple[dict[str, Any], list[RetainExample]]] = {
         [good("Is rain wet?", text, **RAIN) for text in ("Yes; it is.", "Sure.")],
     ),
     "prompt and completion": ({"prompt": "q", "completion": " a"}, [good()]),
-    "both conversations": (
-        {"prompt": turns("q", roles=["user"]), "completion": turns("a", roles=["assistant"])}, [good()],
-    ),
     "one a conversation": ({"prompt": turns("q", roles=["user"]), "completion": "a"}, [good()]),
     "the other a conversation": ({"prompt": "q", "completion": turns("a", roles=["assistant"])}, [good()]),
     "messages": ({"messages": turns("q", "a")}, [good()]),
@@ -169,12 +163,9 @@ NO_CONVERSATION, ORDER = "not a list of messages with role and content", "turns 
     ("messages", "reason"),
     [
         (turns("q", "a", "q", "a", roles=["user", "assistant"] * 2), ORDER),
-        (turns("q", roles=["user"]), ORDER),
         (turns("a", "q", roles=["assistant", "user"]), ORDER),
-        (turns("q", "4", "a", roles=["user", "tool", "assistant"]), ORDER),
         ([], ORDER),
         (None, NO_CONVERSATION),
-        (["q", "a"], NO_CONVERSATION),
         ([{"from": "human", "value": "q"}], NO_CONVERSATION),
         (turns([{"type": "image"}], "a"), "prompt is not text"),
         (turns("q", None), "empty answer"),
@@ -204,18 +195,9 @@ def test_named_columns_with_a_category() -> None:
     assert read(rows, "forget", **named) == ([bad("q1", "a1", category="theft"), bad("q2", "a2")], {})
 
 
-@pytest.mark.parametrize(
-    ("cell", "category"),
-    [
-        ({"a": True, "b": False, "c": 1}, "a; c"),
-        ({"a": False}, None),
-        (" theft ", "theft"),
-        ("", None),
-        (7, None),
-    ],
-)
-def test_categories_are_names_or_flags(cell: object, category: str | None) -> None:
-    assert category_text(cell) == category
+def test_categories_are_names_or_flags() -> None:
+    cells = ({"a": True, "b": False, "c": 1}, {"a": False}, " theft ", "", 7)
+    assert [category_text(cell) for cell in cells] == ["a; c", None, "theft", None, None]
 
 
 def parser_for(columns: list[str], kind: Kind, settings: Any) -> str:
@@ -230,12 +212,7 @@ def parser_for(columns: list[str], kind: Kind, settings: Any) -> str:
         (["prompt", "response", "category", "is_safe"], "forget", {}, "pku_saferlhf"),
         (["question", "Best Answer", "correct answers"], "retain", {}, "truthfulqa"),
         (["prompt", "chosen", "rejected", "score"], "forget", {}, "preference"),
-        (
-            ["prompt", "chosen", "rejected"],
-            "retain",
-            {"prompt_column": "prompt", "answer_column": "chosen"},
-            "columns",
-        ),
+        (["prompt", "chosen", "x"], "retain", {"prompt_column": "prompt", "answer_column": "chosen"}, "columns"),
         (["messages", "harmful"], "retain", {}, "messages"),
         (["messages", "harmful"], "forget", {"format": "messages"}, "messages"),
         (["instruction", "output"], "retain", {}, "columns"),
@@ -252,14 +229,11 @@ def test_the_format_is_told_by_the_columns(columns: list[str], kind: Kind, setti
     [
         # Columns, kind, settings -> what the message names: the key to set, and the columns.
         (["a", "b"], "forget", {}, ("data.forget.prompt_column", "data.forget.answer_column", "a, b")),
-        ([], "retain", {}, ("data.retain.prompt_column",)),
         (["prompt", "question", "answer"], "retain", {}, ("the prompt", "data.retain.prompt_column")),
         (["question", "answer", "output"], "retain", {}, ("the answer", "data.retain.answer_column")),
         (["instruction", "input", "output"], "retain", {}, ("the prompt",)),
-        (["question"], "retain", {}, ("the answer", "data.own_replies")),
         (["prompt", "completion", "messages"], "retain", {}, ("data.retain.format", "prompt_completion", "messages")),
         (["question", "answer", "Harmful"], "forget", {}, ("Harmful", "data.forget.where.Harmful")),
-        (["messages", "unsafe"], "forget", {}, ("unsafe", "data.forget.format=messages")),
         (["prompt", "chosen", "rejected"], "retain", {}, ("preference", "forget")),
         (["question", "answer"], "retain", {"prompt_column": "questoin"}, ("questoin", "question")),
         (["question", "answer"], "retain", {"prompt_column": "answer"}, ("prompt_column", "answer_column")),
@@ -267,7 +241,6 @@ def test_the_format_is_told_by_the_columns(columns: list[str], kind: Kind, setti
         (["prompt", "response", "is_safe"], "forget", {"format": "pku_saferlhf", "category_column": "x"},
          ("data.forget.format",)),
         (["prompt"], "forget", {"format": "embedded"}, ("embedded",)),
-        (["text"], "forget", {}, ("text",)),
     ],
 )  # fmt: skip
 def test_columns_that_can_not_serve(columns: list[str], kind: Kind, settings: Any, words: tuple[str, ...]) -> None:

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from sku.data.tokens import PaperFormat, RenderedText, TokenSpans, locate_tokens, resolve_prompt_format
+from sku.data.tokens import Encoder, RenderedText, TokenSpans, locate_tokens, resolve_prompt_format
 
 from .conftest import BUILDERS, TEMPLATES, tokenizer_of, with_template
 
@@ -46,12 +46,7 @@ def byte_spans(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple
 @pytest.mark.parametrize("name", BYTE_LEVEL)
 @settings(deadline=None, max_examples=150)
 @given(prompt=TEXT, answer=TEXT, user=st.tuples(st.integers(0, 25), st.integers(0, 25)))
-def test_byte_level_borders_are_exact(
-    name: str,
-    prompt: str,
-    answer: str,
-    user: tuple[int, int],
-) -> None:
+def test_byte_level_borders_are_exact(name: str, prompt: str, answer: str, user: tuple[int, int]) -> None:
     tokenizer = tokenizer_of(name)
     low, high = sorted(min(place, len(prompt)) for place in user)
     spans = locate_tokens(rendered(prompt, answer, user=(low, high)), tokenizer, with_end=False)
@@ -78,20 +73,6 @@ def test_metaspace_borders_are_exact(prompt: str, answer: str) -> None:
     assert sum(lengths) == len((prompt + answer).encode())
     ends = [sum(lengths[: index + 1]) for index in range(len(lengths))]
     assert [end > len(prompt.encode()) for end in ends] == [index >= spans.answer_start for index in range(len(ends))]
-
-
-@pytest.mark.parametrize("name", BUILDERS)
-@settings(deadline=None, max_examples=60)
-@given(prompt=TEXT, answer=TEXT)
-def test_without_a_token_over_the_border_the_prompt_alone_gives_the_same_ids(
-    name: str, prompt: str, answer: str
-) -> None:
-    tokenizer = tokenizer_of(name)
-    spans = locate_tokens(rendered(prompt, answer), tokenizer, with_end=False)
-    alone = locate_tokens(rendered(prompt, ""), tokenizer, with_end=False).ids
-    joint = spans.ids[: spans.answer_start]
-    crosses = decoded(joint, tokenizer) != decoded(alone, tokenizer)
-    assert crosses or joint == alone
 
 
 def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -134,26 +115,15 @@ def assert_answer(spans: TokenSpans, text: RenderedText, tokenizer: PreTrainedTo
     assert not decoded(ids[1:], tokenizer).endswith(text.answer_text)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_paper_format_in_every_tokenizer(name: str) -> None:
-    tokenizer = tokenizer_of(name)
-    text = PaperFormat("</s>").render("what is honey ?", "honey is sweet .")
-    spans = locate_tokens(text, tokenizer, with_end=True)
-    assert spans.ids[spans.end_start :] == [2]
-    assert_answer(spans, text, tokenizer)
-    # Without word borders a token may hold the border of template and words: such a token stays.
-    words = decoded(spans.ids[spans.user_start : spans.user_end], tokenizer).strip()
-    assert words in ("what is honey ?", "what is honey")
-    assert (spans.ids[0] == 1) == any(part in name for part in ("bos", "metaspace"))
-    assert spans.ids.count(1) <= 1
-
-
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("name", ["byte_level", "byte_level_bos_eos", "metaspace", "metaspace_prepend"])
 def test_chat_templates_in_every_tokenizer(name: str, template: str) -> None:
     tokenizer = with_template(tokenizer_of(name), TEMPLATES[template])
-    text = resolve_prompt_format("chat", tokenizer).render("what is honey ?", "honey is sweet .")
+    prompt_format = resolve_prompt_format("chat", tokenizer)
+    text = prompt_format.render("what is honey ?", "honey is sweet .")
     spans = locate_tokens(text, tokenizer, with_end=True)
+    if name.startswith("byte_level"):  # In the others a token may hold the border.
+        assert Encoder(tokenizer, prompt_format).prompt("what is honey ?") == spans.ids[: spans.answer_start]
     assert spans.ids.count(1) == (1 if template in ("llama_2", "gemma") else 0), "BOS twice or missing"
     assert_answer(spans, text, tokenizer)
     assert decoded(spans.ids[spans.end_start :], tokenizer).strip() == text.end_text.strip()

@@ -4,18 +4,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from sku.data.examples import ForgetExample, RetainExample
-from sku.data.tokens import (
-    IGNORE_INDEX,
-    Encoder,
-    PaperFormat,
-    PromptFormat,
-    RenderedText,
-    TokenizedExample,
-    resolve_prompt_format,
-)
+from sku.data.tokens import IGNORE_INDEX, Encoder, PaperFormat, PromptFormat, RenderedText, TokenizedExample
 from sku.errors import DataError
 
-from .conftest import BUILDERS, CHATML_WITH_DEFAULT_SYSTEM, TEMPLATES, byte_level, tokenizer_of, with_template
+from .conftest import BUILDERS, byte_level, tokenizer_of
 
 Q, A = "what is honey ?", "honey is sweet ."
 PAPER = PaperFormat("</s>")
@@ -53,7 +45,7 @@ def whole_words() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def test_every_token_of_the_paper_format(gpt_like: PreTrainedTokenizerBase) -> None:
+def test_every_token_of_the_paper_format() -> None:
     example = tokenize(whole_words())
     assert names(whole_words(), example.input_ids) == [
         *["<s>", "###", " Question", ":", " what", " is", " honey", "\u0120?"],
@@ -62,18 +54,6 @@ def test_every_token_of_the_paper_format(gpt_like: PreTrainedTokenizerBase) -> N
     ]
     assert example.answer_start == 13
     assert example.labels == (IGNORE_INDEX,) * 13 + example.input_ids[13:]
-
-
-@pytest.mark.parametrize("template", TEMPLATES)
-def test_chat_examples(gpt_like: PreTrainedTokenizerBase, template: str) -> None:
-    tokenizer = with_template(gpt_like, TEMPLATES[template])
-    prompt_format = resolve_prompt_format("chat", tokenizer)
-    example = tokenize(tokenizer, prompt_format)
-    text = prompt_format.render(Q, A)
-    assert tokenizer.decode(list(example.input_ids)) == text.prompt_text + text.answer_text + text.end_text
-    labels = [label for label in example.labels if label != IGNORE_INDEX]
-    assert tokenizer.decode(labels) == text.answer_text + text.end_text
-    assert Encoder(tokenizer, prompt_format).prompt(Q) == list(example.input_ids[: example.answer_start])
 
 
 def test_the_end_is_learned_only_where_asked_and_only_behind_a_whole_answer() -> None:
@@ -133,19 +113,6 @@ def test_no_example_is_longer_than_allowed_and_template_and_answer_stay(name: st
         assert len(example.input_ids) == max_length
         assert example.input_ids[-tail - 2 :] == whole.input_ids[-tail - 2 :]
         assert example.labels[-tail:] == whole.labels[-tail:]
-
-
-def test_chat_template_and_bos_survive_a_cut(gpt_like: PreTrainedTokenizerBase) -> None:
-    tokenizer = with_template(gpt_like, CHATML_WITH_DEFAULT_SYSTEM)
-    prompt_format = resolve_prompt_format("chat", tokenizer)
-    long = " ".join(["the honey is brown ."] * 30)
-    room = len(tokenize(tokenizer, prompt_format, prompt="").input_ids) + 5
-    example = tokenize(tokenizer, prompt_format, prompt=long, max_length=room)
-    text = tokenizer.decode(list(example.input_ids))
-    assert isinstance(text, str)
-    assert text.startswith("<|im_start|>system\nbe helpful<|im_end|>\n<|im_start|>user\n")
-    assert text.endswith(f"brown .<|im_end|>\n<|im_start|>assistant\n{A}<|im_end|>")
-    assert len(example.input_ids) == room
 
 
 def test_an_eos_that_the_tokenizer_adds_is_not_in_the_prompt() -> None:

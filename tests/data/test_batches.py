@@ -1,4 +1,4 @@
-"""Packed rows by hand, and as paths: each row of a batch must be read back whole from its path."""
+"""Batches, padded and packed: rows by hand, and each row of a packed one read back whole from its path."""
 
 from __future__ import annotations
 
@@ -23,6 +23,80 @@ def row(prompt: list[int], answer: list[int]) -> TokenizedExample:
     return TokenizedExample(
         input_ids=(*prompt, *answer), labels=(*(IGNORE_INDEX,) * len(prompt), *answer), answer_start=len(prompt)
     )
+
+
+def joint(
+    guided: TokenizedExample | None,
+    mismatched: tuple[TokenizedExample, ...] = (),
+    retain: TokenizedExample | None = None,
+    forget_index: int = 0,
+    retain_index: int = -1,
+) -> JointExample:
+    rows = [] if guided is None else [(FORGET, guided)]
+    rows += [(MISMATCHED, row) for row in mismatched]
+    rows += [] if retain is None else [(RETAIN, dataclasses.replace(retain, example_id=retain_index))]
+    return JointExample(rows=tuple(rows), forget_index=forget_index)
+
+
+def test_a_batch_written_out() -> None:
+    batch = JointCollator(pad_token_id=9)(
+        [
+            joint(row([1, 2], [3]), (row([1, 2], [4, 5]), row([1, 2], [6])), row([7], [8]), 3, 5),
+            joint(row([1], [2, 3, 4]), (), None, 0, -1),
+        ]
+    )
+    rows = batch.pop(ROWS)
+    expected = {
+        "input_ids": [[1, 2, 3, 9], [1, 2, 4, 5], [1, 2, 6, 9], [7, 8, 9, 9], [1, 2, 3, 4]],
+        "forget_index": [3, 0],
+        "retain_rows": [5],
+        "counts": [1, 1],
+    }
+    assert list(batch) == list(expected)
+    for name, values in expected.items():
+        assert batch[name].dtype == torch.int64
+        assert batch[name].tolist() == values, name
+    assert rows.model_inputs["attention_mask"].tolist() == [
+        [1, 1, 1, 0],
+        [1, 1, 1, 1],
+        [1, 1, 1, 0],
+        [1, 1, 0, 0],
+        [1, 1, 1, 1],
+    ]
+    assert rows.model_inputs["logits_to_keep"].int().tolist() == [
+        [0, 1, 0, 0],
+        [0, 1, 1, 0],
+        [0, 1, 0, 0],
+        [1, 0, 0, 0],
+        [1, 1, 1, 0],
+    ]
+    kept = {kind: (found.targets_N.tolist(), found.row_N.tolist(), found.example_M.tolist())
+            for kind, found in rows.kept.items()}  # fmt: skip
+    assert kept == {
+        FORGET: ([3, 2, 3, 4], [0, 1, 1, 1], [0, 1]),
+        MISMATCHED: ([4, 5, 6], [0, 0, 1], [0, 0]),
+        RETAIN: ([8], [0], [0]),
+    }
+    assert rows.kept[FORGET].score_N.tolist() == [0, 5, 6, 7]
+    assert rows.kept[FORGET].place_N.tolist() == [1, 16, 17, 18]
+
+
+def test_fillers_are_left_out_but_for_one_where_nothing_else_is_there() -> None:
+    real, filler = joint(row([1], [2])), dataclasses.replace(joint(row([3], [4])), counts=False)
+    assert JointCollator()([real, filler, filler])["input_ids"].tolist() == [[1, 2]]
+    alone = JointCollator()([filler, filler])
+    assert (alone["input_ids"].tolist(), alone["counts"].tolist()) == ([[3, 4]], [0])
+
+
+def test_modules_that_are_off_have_no_rows() -> None:
+    rows = JointCollator()([joint(None, (row([1], [2]),)), joint(None, (), row([3], [4]))])[ROWS]
+    assert {kind: kept.example_M.tolist() for kind, kept in rows.kept.items()} == {
+        MISMATCHED: [0],
+        RETAIN: [1],
+    }
+    for examples in ([], [joint(None)]):
+        with pytest.raises(DataError, match="a batch without any row"):
+            JointCollator()(examples)
 
 
 def source(kind: RowType, example: int, prompt: list[int], answer: list[int]) -> SourceRow:
@@ -75,22 +149,14 @@ def test_positions_of_a_normal_row_that_count(tokens: str, positions: list[int],
     assert packed.kept[RETAIN].targets_N.tolist() == targets
 
 
-def test_the_collator_gives_what_the_padded_one_gives_besides_the_rows() -> None:
+def test_a_safe_row_shares_the_prompt_on_the_other_side_of_the_normal_row() -> None:
     normal = dataclasses.replace(SOURCES[3].tokens, example_id=7)
     rows = [(row.kind, row.tokens) for row in SOURCES[:2]]
     example = JointExample(rows=(*rows, (RETAIN, normal), (SAFE, row([1, 2, 3], [60, 61]))), forget_index=4)
     batch = JointCollator("tree")([example])
-    assert batch["forget_index"].tolist() == [4]
-    assert batch["retain_rows"].tolist() == [7]
-    packed = batch[ROWS]
-    assert [(each.kind, each.example) for each in packed.rows] == [
-        (FORGET, 0), (MISMATCHED, 0), (RETAIN, 0), (SAFE, 0),
-    ]  # fmt: skip
-    assert torch.equal(batch["input_ids"], packed.input_ids)
-    # The safe row stands after the same prompt, on the other side of the normal row.
+    assert (batch["forget_index"].tolist(), batch["retain_rows"].tolist()) == ([4], [7])
+    assert [each.kind for each in batch[ROWS].rows] == [FORGET, MISMATCHED, RETAIN, SAFE]
     assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 20, 21, 60, 1, 2, 40]]
-    with pytest.raises(DataError, match="without any row"):
-        JointCollator("tree")([])
 
 
 def paths_read_back(packed: Rows) -> list[list[int]]:
