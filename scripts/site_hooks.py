@@ -3,12 +3,13 @@
 - A page may link to a file beside ``docs/``: ``[SECURITY.md](../SECURITY.md)`` works where the repository is read. On
   the site such a file is nowhere. With ``repo_url`` set, the link goes there; without it the text stays and the link
   goes. A file that does not exist is a warning, which ``--strict`` makes an error.
-- The page of all commands is made when the site is built, where ``nav`` has it.
+- The page of all commands, and the one of all experiments, are made when the site is built, where ``nav`` has them.
 - A page that takes a script, a style or a picture from another server is an error: the site has to work without one.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import posixpath
 import re
@@ -24,6 +25,30 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 COMMANDS = "reference/cli.md"
+TRIED = "tried.md"
+TRIED_HEAD = """\
+# What was tried
+
+One line for each experiment and each screen of `results/experiments.jsonl`, oldest first, failures too. A screen is
+a quick look at few prompts that chose settings. None of this is a result: [results](results.md) says what is claimed,
+and why the runs of real models were [withdrawn](results.md#real-models). The file also has settings and seeds.
+
+| date | what | what came of it |
+|---|---|---|
+"""
+NO_FIGURE = {
+    "date",
+    "what",
+    "note",
+    "command",
+    "settings",
+    "seed",
+    "seconds",
+    "threads",
+    "held_out",
+    "record",
+    "outcomes",
+}
 log = logging.getLogger("mkdocs.hooks.site")
 _FROM_ELSEWHERE = re.compile(
     r"""<(?:script|img|iframe|source)\b[^>]*\bsrc=["']?(?:https?:)?//[^"'\s>]*"""
@@ -82,13 +107,31 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the page of all commands."""
+    """Adds the pages that are made here."""
     if COMMANDS in str(config.nav):
         sys.path.insert(0, str(Path(__file__).parent))  # mkdocs takes it away after it has read this file.
         from cli_reference import page
 
         files.append(File.generated(config, COMMANDS, content=page()))
+    if TRIED in str(config.nav):
+        lines = (Path(config.config_file_path).parent / "results" / "experiments.jsonl").read_text(encoding="utf-8")
+        rows = (_row(json.loads(line)) for line in lines.splitlines())
+        files.append(File.generated(config, TRIED, content=TRIED_HEAD + "\n".join(rows)))
     return files
+
+
+def _row(record: dict[str, Any]) -> str:
+    """An experiment as a row of a table."""
+    what = ". ".join(record[key] for key in ("what", "note") if key in record)
+    figures = (f"{key}: {_text(value)}" for key, value in record.items() if key not in NO_FIGURE)
+    cells = (record["date"], what, "; ".join(figures))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    return " / ".join(map(_text, value)) if isinstance(value, list) else str(value)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
