@@ -166,8 +166,8 @@ def test_a_killed_process_loses_one_batch_at_most(tmp_path: Path, monkeypatch: p
         counts.setdefault(stage, done)
 
     resumed = evaluate("embedded", None, world, config=config, output_dir=tmp_path / "cut", progress=note)
-    assert saved == 9 + 4, "all greedy free replies and one batch of drawn ones"
-    assert (counts["samples"], "replies" in counts) == (8, False)
+    assert saved == 9 + 8, "all greedy free replies and two batches of drawn ones"
+    assert (counts["samples"], "replies" in counts) == (12, False)
     assert resumed == evaluate("embedded", None, world, config=config, output_dir=tmp_path / "whole")
     for name in FILES:
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

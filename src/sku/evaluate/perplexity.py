@@ -17,7 +17,6 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -185,14 +184,6 @@ def score_fluency(
         for record in records
         if (nlls := [nll for nll, _ in compared.get(record.id, ())])
     ]
-
-
-def fluency_header(scorer: str, seed: int, texts: Any) -> dict[str, Any]:
-    """What the rows of ``score_fluency`` are made from: the scorer's fingerprint, the orders and the texts."""
-    return {
-        "scorer": scorer, "shuffles": [SHUFFLES, SURE_GAIN, SURE_LOSS], "scored": "reply", "seed": seed,
-        "texts": header_hash({"texts": texts}),
-    }  # fmt: skip
 
 
 def _own_words(prefill: str, reply: str) -> tuple[str, str]:

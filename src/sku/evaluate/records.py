@@ -20,13 +20,13 @@ from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Se
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Self, TypeVar, cast
 
-from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from sku.config.check import plain_data
 from sku.config.stages import PrefillOrigin
-from sku.errors import EvaluationError, OutputError
+from sku.errors import EvaluationError
 from sku.storage import RECORD_VERSION, named_disk_errors, write_private_text
 
 if TYPE_CHECKING:
@@ -51,18 +51,12 @@ BORDERLINE = "borderline"
 """Category of safe prompts that look harmful, in data of ``sku data own`` (``category_column: source``)."""
 
 
-def _known_split(name: str) -> str:
-    fixed = (*HARMFUL_SPLITS, "retain_test", "xstest_safe", "xstest_unsafe", "forget_validation", "retain_validation")
-    if name in fixed or name.startswith((NORMAL, "normal_validation:", HARMFUL)):
-        return name
-    raise ValueError("there is no such split")
-
-
 _IN_IDS: Mapping[str, str] = {"forget_train": "unlearned", "forget_test": "unseen"}
 """An id decides the random numbers of a sampled reply: it keeps the names that splits had when figures were
 recorded."""
 
-Split = Annotated[str, AfterValidator(_known_split)]
+_SPLITS = "forget_train|(forget|retain)_(test|validation)|xstest_(un)?safe|(normal|normal_validation|harmful):.*"
+Split = Annotated[str, Field(pattern=f"^({_SPLITS})$")]
 """``forget_train``, ``forget_test``, ``retain_test``, ``xstest_safe``, ``xstest_unsafe``, a validation split, or of
 another source ``normal:NAME``, ``normal_validation:NAME``, ``harmful:NAME``; what a row of a file is held to."""
 
@@ -96,20 +90,10 @@ def answers_words(split: Split) -> str:
     return {"retain_test": "normal answers", "xstest_safe": "XSTest answers"}.get(split, f"{set_name(split)} answers")
 
 
-class _Row(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-class _RowOfSplit(_Row, Protocol):
-    @property
-    def split(self) -> Split: ...
-
-
 T = TypeVar("T")
-Row = TypeVar("Row", bound=_Row)
 Key = TypeVar("Key", bound=Hashable)
-RowOfSplit = TypeVar("RowOfSplit", bound=_RowOfSplit)
+Row = TypeVar("Row", bound=Any)
+"""A dataclass with an ``id``."""
 
 
 def grouped(rows: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
@@ -120,9 +104,9 @@ def grouped(rows: Iterable[T], key: Callable[[T], Key]) -> dict[Key, list[T]]:
     return groups
 
 
-def by_split(rows: Iterable[RowOfSplit]) -> dict[Split, list[RowOfSplit]]:
+def by_split(rows: Iterable[Row]) -> dict[Split, list[Row]]:
     """The rows of each split, in the order of ``in_order``."""
-    groups = grouped(rows, lambda row: row.split)
+    groups: dict[Split, list[Row]] = grouped(rows, lambda row: row.split)
     return {split: groups[split] for split in in_order(groups)}
 
 
@@ -286,23 +270,12 @@ def create_private_folder(folder: Path) -> None:
     Raises:
         OutputError: It can't be made.
     """
-    try:
+    with named_disk_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"folder {folder} can't be made: {error.strerror}") from None
-
-
-def write_json_object(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes keys and values for people to read too.
-
-    Raises:
-        OutputError: As ``write_private_text``.
-    """
-    write_private_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json_object(path: Path, remedy: str) -> dict[str, Any]:
-    """Reads what ``write_json_object`` wrote.
+    """Reads keys and values.
 
     Raises:
         EvaluationError: The file is missing or broken.
@@ -346,7 +319,9 @@ class JsonArtifact:
         Raises:
             EvaluationError: Another schema version, or keys that don't fit it; with ``where``.
         """
-        return from_plain(cls, content, where or cls.FILE, cls.AGAIN, versioned=True)
+        check_schema(content, where or cls.FILE, cls.AGAIN)
+        fields = {name: value for name, value in content.items() if name != "schema_version"}
+        return from_plain(cls, fields, where or cls.FILE, cls.AGAIN)
 
     def write(self, folder: Path) -> None:
         """Writes the file.
@@ -354,7 +329,7 @@ class JsonArtifact:
         Raises:
             OutputError: The folder can't be written.
         """
-        write_json_object(folder / self.FILE, self.to_dict())
+        write_private_text(folder / self.FILE, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -431,11 +406,7 @@ def read_if_same(path: Path, header: Mapping[str, Any], row_type: type[Row]) -> 
 
 
 def read_generations(path: Path) -> tuple[dict[str, Any], list[GenerationRecord]]:
-    """Reads a ``generations.jsonl``: its header and its records.
-
-    Raises:
-        EvaluationError: As ``read_rows``.
-    """
+    """The header and the records of a ``generations.jsonl``; errors are those of ``read_rows``."""
     return read_rows(path, GenerationRecord)
 
 
@@ -446,9 +417,7 @@ def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(tuple[kind], config=ConfigDict(extra="forbid"))  # type: ignore[valid-type]
 
 
-def from_plain(
-    kind: type[T], content: Any, where: str, remedy: str = "evaluate again", *, versioned: bool = False
-) -> T:
+def from_plain(kind: type[T], content: Any, where: str, remedy: str = "evaluate again") -> T:
     """The inverse of ``dataclasses.asdict`` after JSON: a dataclass with all that it holds, by its annotations.
 
     Args:
@@ -456,14 +425,10 @@ def from_plain(
         content: What JSON held.
         where: File, or place in one, for the message.
         remedy: What a user can do.
-        versioned: Whether ``schema_version`` stands beside the fields.
 
     Raises:
-        EvaluationError: Another version, or a field is missing, unknown or of another type; in one line.
+        EvaluationError: A field is missing, unknown or of another type; in one line.
     """
-    if versioned:
-        check_schema(content, where, remedy)
-        content = {name: value for name, value in content.items() if name != "schema_version"}
     try:
         (found,) = _adapter(kind).validate_python((content,), strict=False)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -525,6 +490,13 @@ class ResultCache:
     """Nothing is read or written without one."""
     processes: Processes
 
+    def known(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> list[Row] | None:
+        """The rows of a finished file that was made from the same things."""
+        folder = self.folder
+        if folder is None:
+            return None
+        return self.processes.run_on_rank0(lambda: read_if_same(folder / file, header, row_type))
+
     def rows(
         self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]
     ) -> list[Row]:
@@ -533,14 +505,10 @@ class ResultCache:
         Raises:
             OutputError: The file can't be written.
         """
-        folder = self.folder
-        if folder is None:
-            return make()
-        rows = self.processes.run_on_rank0(lambda: read_if_same(folder / file, header, row_type))
+        rows = self.known(file, header, row_type)
         if rows is None:
             rows = make()
             self.write(file, header, rows)
-        self.close(file, header, row_type)
         return rows
 
     def write(self, file: str, header: Mapping[str, Any], rows: Sequence[Any]) -> None:
@@ -548,18 +516,6 @@ class ResultCache:
         folder = self.folder
         if folder is not None:
             self.processes.run_on_rank0(lambda: write_rows(folder / file, header, rows))
-
-    def saved(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> dict[str, Any]:
-        """Options of ``generate_replies``: the rows of an interrupted run, and what keeps those of each batch."""
-        if self.folder is None:
-            return {}
-        partial = PartialFile(self.folder / file, header, row_type)
-        return {"finished": self.processes.run_on_rank0(partial.recover), "keep": partial.append}
-
-    def close(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> None:
-        """Removes the partial file."""
-        if self.folder is not None and self.processes.is_main:
-            PartialFile(self.folder / file, header, row_type).remove()
 
     def rows_of_main(
         self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]

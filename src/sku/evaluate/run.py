@@ -33,7 +33,7 @@ from sku.evaluate.generation.replies import (
 from sku.evaluate.judges import Judge, cached
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.metrics import passes_surface_checks
-from sku.evaluate.perplexity import ScoredText, fluency_header, score_examples, texts_hash
+from sku.evaluate.perplexity import SHUFFLES, SURE_GAIN, SURE_LOSS, ScoredText, score_examples, texts_hash
 from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, PrefillSource, ResultCache, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure
 from sku.evaluate.utility import UtilityStages, check_settings
@@ -232,9 +232,13 @@ class _Run:
         generator = self.replies.generator
         free, prefilled = ([row for row in generations if (row.kind == "prefill") is part] for part in (False, True))
         texts = [(entry.id, entry.prefill, entry.reply) for entry in passes_surface_checks(generations)]
+        header = {
+            "scorer": fingerprint(generator.base, probes), "shuffles": [SHUFFLES, SURE_GAIN, SURE_LOSS],
+            "scored": "reply", "seed": generator.seed, "texts": records.header_hash({"texts": texts}),
+        }  # fmt: skip
         return self.replies.reuse.rows(
             records.FLUENCY_FILE,
-            fluency_header(fingerprint(generator.base, probes), generator.seed, texts),
+            header,
             FluencyRecord,
             lambda: [*free_fluency(free), *generator.fluency(prefilled, self.replies.report("fluency"))],
         )

@@ -177,7 +177,7 @@ def check_settings(config: EvaluateConfig) -> None:
         ModelError: The model of ``learned`` can't be loaded.
     """
     if config.lm_eval:
-        check_tasks(config)
+        task_manager(config.lm_eval)
     if config.similarity_model is not None:
         load_similarity(config.similarity_model)
 
@@ -275,7 +275,7 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     Raises:
         EvaluationError: The package is missing, a task is unknown, or its data can't be had.
     """
-    version, manager = harness_version(), check_tasks(config)
+    version, manager = harness_version(), task_manager(config.lm_eval)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -295,16 +295,6 @@ def run_tasks(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config
     )  # fmt: skip
 
 
-def check_tasks(config: EvaluateConfig) -> Any:
-    """The harness's index of tasks, once it knows all that are named.
-
-    Raises:
-        EvaluationError: The package is missing, there is no such folder, or a task is unknown.
-    """
-    harness_version()
-    return _task_manager(config.lm_eval)
-
-
 def harness_version() -> str:
     """Version of the installed harness.
 
@@ -320,8 +310,13 @@ def harness_version() -> str:
 
 
 @lru_cache(maxsize=1)
-def _task_manager(tasks: tuple[str, ...]) -> Any:
-    """The index of all tasks; kept, as both models of a run are asked the same and it takes seconds to read."""
+def task_manager(tasks: tuple[str, ...]) -> Any:
+    """The harness's index; kept, as both models of a run are asked the same and it takes seconds to read.
+
+    Raises:
+        EvaluationError: The package is missing, there is no such folder, or a task is unknown.
+    """
+    version = harness_version()
     from lm_eval.tasks import TaskManager
 
     folders, names = _folders(tasks), [Path(task).name for task in tasks]
@@ -336,7 +331,7 @@ def _task_manager(tasks: tuple[str, ...]) -> Any:
     manager = TaskManager(include_path=include or None)
     for name in (name for name in names if name not in manager.all_tasks):
         raise EvaluationError(
-            f"evaluate.lm_eval names {name}, which is no task of lm-eval {harness_version()} nor of a folder that is "
+            f"evaluate.lm_eval names {name}, which is no task of lm-eval {version} nor of a folder that is "
             f"named.{did_you_mean(name, manager.all_tasks)}"
         )
     return manager

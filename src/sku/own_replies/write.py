@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import json
 import logging
 import time
 from collections import Counter
@@ -28,7 +29,7 @@ from sku.evaluate.generation.backends import generate_replies
 from sku.evaluate.generation.decoding import GenerationRequest, Sampling
 from sku.evaluate.judges import cached
 from sku.evaluate.metrics import decide_outcomes
-from sku.evaluate.records import GenerationRecord, PartialFile, header_hash, json_lines, write_json_object
+from sku.evaluate.records import GenerationRecord, PartialFile, header_hash, json_lines
 from sku.kept_replies import ACCOUNT_FILE
 from sku.own_replies import (
     GIBBERISH,
@@ -140,7 +141,7 @@ class _Writing:
             own = [{**row, "model": self.inputs["model"]["fingerprint"]} for row in found]
             write_private_text(file_of(self.folder, kind), json_lines(own))
         account = self._account(rows, round(time.monotonic() - started, 1))
-        write_json_object(self.folder / ACCOUNT_FILE, account)
+        write_private_text(self.folder / ACCOUNT_FILE, json.dumps(account, indent=2, ensure_ascii=False) + "\n")
         self.partial.remove()
         return account
 

@@ -18,7 +18,7 @@ from sku.evaluate.generation import prompts
 from sku.evaluate.generation.backends import check_source
 from sku.evaluate.generation.prompts import keys_of, prefills, with_answers
 from sku.evaluate.judges.choose import choose_judge, is_embedded
-from sku.evaluate.utility import check_tasks
+from sku.evaluate.utility import task_manager
 from sku.methods.run import MethodRun, check_rows, has_twins, with_safe_dtype
 from sku.model_files import check_not_quantized, locate_model, with_gguf_file
 from sku.models import (
@@ -199,7 +199,7 @@ def check_evaluation(
     config = recipe.evaluate
     choose_judge(config, data)
     if config.lm_eval:
-        check_tasks(config)
+        task_manager(config.lm_eval)
     if config.similarity_model is not None:
         locate_model(ModelConfig(path=config.similarity_model))
     for source in sources:

@@ -91,7 +91,7 @@ def in_batches(
         processes: Each runs every n-th batch.
         finished: Index -> result that is there already; a batch is run only where one of its own is missing.
         keep: Called in the main process with the results of each round.
-        progress: Called in the main process.
+        progress: Called in the main process after each round.
         max_padded_tokens: Most tokens at once.
         groups: What stays together.
 
@@ -102,13 +102,7 @@ def in_batches(
     results = dict(finished or {})
     batches = plan_batches(lengths, batch_size=batch_size, max_padded_tokens=max_padded_tokens, groups=groups)
     missing = [batch for batch in batches if not results.keys() >= set(batch)]
-    done, told, limit = len(lengths) - sum(map(len, missing)), -1, batch_size
-
-    def tell(count: int) -> None:
-        nonlocal told
-        if progress is not None and processes.is_main and count != told:
-            told = count
-            progress(count, len(lengths))
+    done, limit = len(lengths) - sum(map(len, missing)), batch_size
 
     def answered(batch: list[int]) -> list[tuple[int, T]]:
         nonlocal limit
@@ -118,7 +112,6 @@ def in_batches(
             results_of_part = _if_it_fits(run, part)
             if results_of_part is not None:
                 found += zip(part, results_of_part, strict=True)
-                tell(done + len(found))
                 continue
             if len(part) == 1:
                 raise EvaluationError(
@@ -138,7 +131,8 @@ def in_batches(
         if keep is not None:
             processes.run_on_rank0(partial(keep, [result for _, result in new]))
         done += sum(map(len, turn))
-        tell(done)
+        if progress is not None and processes.is_main:
+            progress(done, len(lengths))
     return [results[index] for index in range(len(lengths))]
 
 

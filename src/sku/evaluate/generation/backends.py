@@ -353,15 +353,9 @@ def record_of_ids(
     # As it stands after the prompt: some tokenizers drop the space of a first token.
     whole, start = (decoded(ids, tokenizer) for ids in ([*before, *new_ids[:end]], before))
     reply = whole.removeprefix(start) if whole.startswith(start) else decoded(new_ids[:end], tokenizer)
-    return record_of(
-        request,
-        reply if request.kind == "prefill" else reply.strip(),
+    return GenerationRecord(
+        **{name: value for name, value in vars(request).items() if name != "input_ids"},
+        reply=reply if request.kind == "prefill" else reply.strip(),
         num_tokens=len(new_ids) if end is None else end,
         finished=end is not None,
     )
-
-
-def record_of(request: GenerationRequest, reply: str, *, num_tokens: int, finished: bool) -> GenerationRecord:
-    """What was asked, with what was said."""
-    asked = {name: value for name, value in vars(request).items() if name != "input_ids"}
-    return GenerationRecord(**asked, reply=reply, num_tokens=num_tokens, finished=finished)

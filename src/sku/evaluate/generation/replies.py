@@ -41,12 +41,12 @@ from sku.evaluate.records import (
     STARTS_FILE,
     FluencyRecord,
     GenerationRecord,
+    PartialFile,
     PrefillSource,
     ResultCache,
     Split,
     answers_words,
     header_hash,
-    read_if_same,
     start_id,
 )
 from sku.models import embedding_weight
@@ -248,15 +248,16 @@ class SavedReplies:
             prefills: Called in every process with the replies to ``requests``; what it gives is asked next. It may
                 depend on them, as the base model's prefills begin with its own words.
         """
-        header, folder = self._header(requests, **header), self.reuse.folder
-        known: list[GenerationRecord] | None = None
-        if folder is not None:
-            read = functools.partial(read_if_same, folder / GENERATIONS_FILE, header, GenerationRecord)
-            known = self.reuse.processes.run_on_rank0(read)
+        header = self._header(requests, **header)
+        known = self.reuse.known(GENERATIONS_FILE, header, GenerationRecord)
+        folder = self.reuse.folder
+        partial = None if folder is None else PartialFile(folder / GENERATIONS_FILE, header, GenerationRecord)
 
         @functools.cache
         def saved() -> dict[str, Any]:
-            return self.reuse.saved(GENERATIONS_FILE, header, GenerationRecord)
+            if partial is None:
+                return {}
+            return {"finished": self.generator.processes.run_on_rank0(partial.recover), "keep": partial.append}
 
         def ask(asked: Sequence[GenerationRequest], stage: str, **options: Any) -> list[GenerationRecord]:
             options = {"backend": self.backend, **saved(), **options}
@@ -274,7 +275,8 @@ class SavedReplies:
         if known is None or begun != [(row.id, row.prefill) for row in prefilled]:
             known = [*free, *ask(prefilled, "prefill")]
             self.reuse.write(GENERATIONS_FILE, header, known)
-        self.reuse.close(GENERATIONS_FILE, header, GenerationRecord)
+        if partial is not None and self.generator.processes.is_main:
+            partial.remove()
         return known
 
     def _check_backend(self, asked: Sequence[GenerationRequest]) -> None:
