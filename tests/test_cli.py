@@ -571,7 +571,7 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     assert json.loads(as_json.out)["calibration"] == json.loads(calibration.read_text("utf-8"))["calibration"]
 
     chosen = ("--set", "evaluate.judge=refusal_rules", "--set", f"evaluate.judge_settings.calibration={calibration}")
-    table = command("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL, *chosen)
+    table = command("--verbose", "evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL, *chosen)
     assert table.code == 0, table.err
     corrected = [line for line in table.out.splitlines() if "harmful, by rule, corrected" in line]
     assert len(corrected) == 4

@@ -24,7 +24,7 @@ WHOLE = {
 """Every phase of a run, and little to do in each."""
 ADAPTER = {
     **WHOLE, "acquire.tuning": "lora", "acquire.lora.r": "4", "acquire.training.learning_rate": "1e-2",
-    "negate.alpha": "1.0", "keep_bad_model": "true",
+    "negate.alpha": "1.0", "keep_bad_model": "true", "acquire.check": "false",
 }  # fmt: skip
 """With an adapter, and a bad model that stays."""
 SWEPT = {

@@ -38,6 +38,9 @@ def run_without_cards(tmp_path: Path) -> Path:
     run.mkdir(mode=0o700)
     results = json.loads((ROOT / "results" / "embedded.json").read_text(encoding="utf-8"))
     results["attacks"] = invented_attacks().to_dict()
+    # What is recorded are twins; most cards are of one model.
+    results["manifest"]["recipe"]["acquire"]["twin"] = "none"
+    results["manifest"]["recipe"]["negate"]["twin"] = None
     (run / "results.json").write_text(json.dumps(results), encoding="utf-8")
     (run / "manifest.json").write_text(json.dumps(results["manifest"]), encoding="utf-8")
     (run / "evaluation" / "base").mkdir(parents=True)
