@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from itertools import pairwise
 
 import pytest
 import torch
@@ -56,20 +55,10 @@ def test_a_batch_written_out() -> None:
     for name, values in expected.items():
         assert batch[name].dtype == torch.int64
         assert batch[name].tolist() == values, name
-    assert rows.model_inputs["attention_mask"].tolist() == [
-        [1, 1, 1, 0],
-        [1, 1, 1, 1],
-        [1, 1, 1, 0],
-        [1, 1, 0, 0],
-        [1, 1, 1, 1],
-    ]
-    assert rows.model_inputs["logits_to_keep"].int().tolist() == [
-        [0, 1, 0, 0],
-        [0, 1, 1, 0],
-        [0, 1, 0, 0],
-        [1, 0, 0, 0],
-        [1, 1, 1, 0],
-    ]
+    assert rows.model_inputs["attention_mask"].sum(1).tolist() == [3, 4, 3, 2, 4]
+    assert rows.model_inputs["logits_to_keep"].nonzero().tolist() == [
+        [0, 1], [1, 1], [1, 2], [2, 1], [3, 0], [4, 0], [4, 1], [4, 2],
+    ]  # fmt: skip
     kept = {kind: (found.targets_N.tolist(), found.row_N.tolist(), found.example_M.tolist())
             for kind, found in rows.kept.items()}  # fmt: skip
     assert kept == {
@@ -159,11 +148,6 @@ def test_a_safe_row_shares_the_prompt_on_the_other_side_of_the_normal_row() -> N
     assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 20, 21, 60, 1, 2, 40]]
 
 
-def paths_read_back(packed: Rows) -> list[list[int]]:
-    keys = packed.input_ids[0][packed.paths.key_index_K]
-    return [keys[start:end].tolist() for start, end in pairwise(packed.paths.key_starts.tolist())]
-
-
 tokens_of_a_row = st.lists(st.integers(0, 3), min_size=1, max_size=4)
 
 
@@ -182,10 +166,6 @@ def test_every_row_is_read_back_from_its_path(rows: list[tuple[list[int], list[i
     ]
     assert list(zip(contexts, targets, strict=True)) == expected
     assert sum(segment.length for segment in paths.segments) == packed.input_ids.shape[1]
-    longest = [list(prompt + answer[:-1]) for prompt, answer in rows]
-    assert all(
-        path in longest or any(each[: len(path)] == path for each in longest) for path in paths_read_back(packed)
-    )
 
 
 def test_masks_by_hand() -> None:

@@ -12,7 +12,6 @@ import datasets
 import pytest
 
 from sku.config import DataConfig, SourceConfig, recipe_from_dict
-from sku.data import embedded
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, content_hash, normalise_prompt
 from sku.data.load import IN_ANOTHER_SET, NEAR_COPY, load_data, load_forget_retain, load_training_pairs
 from sku.data.read import read_examples
@@ -331,17 +330,6 @@ def test_the_world_asks_unlearned_hazards_in_wordings_of_their_own() -> None:
     asked = {KNOWN[example.prompt].topic: example.answer for example in held.forget_validation}
     assert asked == answers
     assert len(held.forget_validation) == len(asked) * len(VALIDATION_QUESTIONS) == 195
-
-
-def test_every_domain_is_in_every_retain_split_and_recipes_stay_whole() -> None:
-    data = load_forget_retain("embedded", seed=1)
-    normal = embedded.examples(WORLD, "retain")
-    for split in (data.retain_train, data.retain_validation, data.retain_test):
-        assert {example.category for example in split} == {example.category for example in normal}
-    for split in (data.retain_validation, data.retain_test):
-        recipes = Counter(example.group for example in split if example.category == "recipe")
-        assert set(recipes.values()) == {len(MAKE_QUESTIONS)}
-    assert len(all_retained(data)) == len(normal)
 
 
 def test_a_limit_of_the_world() -> None:

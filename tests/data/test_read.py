@@ -13,7 +13,7 @@ from sku.config import SourceConfig
 from sku.data.examples import Example, ForgetExample, RetainExample
 from sku.data.load import load_own_prompts
 from sku.data.read import choose_parser, has_prompts_alone, load_prompts, load_xstest, read_examples
-from sku.data.rows import OPENING, PIECE, TOO_SHORT, Kind, category_text, plain_name
+from sku.data.rows import OPENING, PIECE, TOO_SHORT, Kind, plain_name
 from sku.data.tables import held_rows
 from sku.errors import DataError
 
@@ -61,7 +61,6 @@ def turns(*contents: object, roles: Sequence[str] = ("user", "assistant")) -> li
 HARM = {"Violence": False, "Privacy Violation": True, "Cybercrime": "True"}
 WITH_SYSTEM = ("system", "user", "assistant")
 SYSTEM_PROMPT = "Be brief.\n\nq"
-NO_SAFE_ANSWERS: list[object] = [" \n", 7, "bad"]
 FORGET: dict[str, tuple[Rows, list[ForgetExample], dict[str, int]]] = {
     # What is read -> rows, examples, what is left out.
     "pku of 2023": (
@@ -109,12 +108,6 @@ FORGET: dict[str, tuple[Rows, list[ForgetExample], dict[str, int]]] = {
           "rejected": turns("bad", roles=["assistant"])}],
         [bad(SYSTEM_PROMPT, "bad", safe_answer="good")], {},
     ),
-    **{
-        f"preference, chosen {chosen!r}": (
-            [{"prompt": "q", "chosen": chosen, "rejected": "bad"}], [bad("q", "bad")], {},
-        )
-        for chosen in NO_SAFE_ANSWERS
-    },
 }  # fmt: skip
 
 
@@ -164,11 +157,8 @@ NO_CONVERSATION, ORDER = "not a list of messages with role and content", "turns 
     [
         (turns("q", "a", "q", "a", roles=["user", "assistant"] * 2), ORDER),
         (turns("a", "q", roles=["assistant", "user"]), ORDER),
-        ([], ORDER),
-        (None, NO_CONVERSATION),
         ([{"from": "human", "value": "q"}], NO_CONVERSATION),
         (turns([{"type": "image"}], "a"), "prompt is not text"),
-        (turns("q", None), "empty answer"),
         (turns("Be brief.", " ", "a", roles=WITH_SYSTEM), "empty prompt"),
     ],
 )
@@ -195,11 +185,6 @@ def test_named_columns_with_a_category() -> None:
     assert read(rows, "forget", **named) == ([bad("q1", "a1", category="theft"), bad("q2", "a2")], {})
 
 
-def test_categories_are_names_or_flags() -> None:
-    cells = ({"a": True, "b": False, "c": 1}, {"a": False}, " theft ", "", 7)
-    assert [category_text(cell) for cell in cells] == ["a; c", None, "theft", None, None]
-
-
 def parser_for(columns: list[str], kind: Kind, settings: Any) -> str:
     named = {plain_name(column): column for column in columns}
     return choose_parser(named, SourceConfig(path="x", **settings), kind, f"data.{kind}")[0]
@@ -209,15 +194,11 @@ def parser_for(columns: list[str], kind: Kind, settings: Any) -> str:
     ("columns", "kind", "settings", "name"),
     [
         (["Prompt", "RESPONSE", "Is_Safe", "new"], "forget", {}, "pku_saferlhf"),
-        (["prompt", "response", "category", "is_safe"], "forget", {}, "pku_saferlhf"),
         (["question", "Best Answer", "correct answers"], "retain", {}, "truthfulqa"),
         (["prompt", "chosen", "rejected", "score"], "forget", {}, "preference"),
         (["prompt", "chosen", "x"], "retain", {"prompt_column": "prompt", "answer_column": "chosen"}, "columns"),
-        (["messages", "harmful"], "retain", {}, "messages"),
         (["messages", "harmful"], "forget", {"format": "messages"}, "messages"),
-        (["instruction", "output"], "retain", {}, "columns"),
         (["question", "answer", "Is_Safe"], "forget", {"where": {"is_safe": False}}, "columns"),
-        (["question", "answer", "is_safe"], "retain", {}, "columns"),
     ],
 )
 def test_the_format_is_told_by_the_columns(columns: list[str], kind: Kind, settings: Any, name: str) -> None:
@@ -230,7 +211,6 @@ def test_the_format_is_told_by_the_columns(columns: list[str], kind: Kind, setti
         # Columns, kind, settings -> what the message names: the key to set, and the columns.
         (["a", "b"], "forget", {}, ("data.forget.prompt_column", "data.forget.answer_column", "a, b")),
         (["prompt", "question", "answer"], "retain", {}, ("the prompt", "data.retain.prompt_column")),
-        (["question", "answer", "output"], "retain", {}, ("the answer", "data.retain.answer_column")),
         (["instruction", "input", "output"], "retain", {}, ("the prompt",)),
         (["prompt", "completion", "messages"], "retain", {}, ("data.retain.format", "prompt_completion", "messages")),
         (["question", "answer", "Harmful"], "forget", {}, ("Harmful", "data.forget.where.Harmful")),
@@ -240,7 +220,6 @@ def test_the_format_is_told_by_the_columns(columns: list[str], kind: Kind, setti
         (["prompt", "response", "is_save"], "forget", {"format": "pku_saferlhf"}, ("is_safe", "is_save")),
         (["prompt", "response", "is_safe"], "forget", {"format": "pku_saferlhf", "category_column": "x"},
          ("data.forget.format",)),
-        (["prompt"], "forget", {"format": "embedded"}, ("embedded",)),
     ],
 )  # fmt: skip
 def test_columns_that_can_not_serve(columns: list[str], kind: Kind, settings: Any, words: tuple[str, ...]) -> None:

@@ -154,12 +154,6 @@ def test_near_copies_are_one_family_and_different_questions_are_not() -> None:
     assert len({*families(tuple(f"write a long tutorial for beginners on how to {prompt}" for prompt in APART))}) >= 20
 
 
-def test_families_do_not_depend_on_the_order() -> None:
-    prompts = (*APART, *(f"{prompt} at home" for prompt in APART))
-    forwards, backwards = families(prompts), families(prompts[::-1])[::-1]
-    assert len({*zip(forwards, backwards, strict=True)}) == len({*forwards}) == len({*backwards})
-
-
 def test_no_near_copy_is_on_both_sides_of_a_split() -> None:
     letters = random.Random(0)
     things = ["".join(letters.choices(string.ascii_lowercase, k=12)) for _ in range(40)]

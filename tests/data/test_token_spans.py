@@ -81,33 +81,6 @@ def decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-def pieces(tokenizer: PreTrainedTokenizerBase, spans: TokenSpans) -> tuple[list[str], list[str], list[str]]:
-    names = tokenizer.convert_ids_to_tokens(spans.ids)
-    assert isinstance(names, list)
-    return names[: spans.answer_start], names[spans.answer_start : spans.end_start], names[spans.end_start :]
-
-
-def test_a_prompt_that_ends_in_a_mergeable_space(gpt_like: PreTrainedTokenizerBase) -> None:
-    """Bug 7: "Answer: " + "honey" is one token that neither part has; it holds the answer's first letters."""
-    text = rendered("Answer: ", "honey is", "</s>")
-    before, answer, end = pieces(gpt_like, locate_tokens(text, gpt_like, with_end=True))
-    assert before[-1] == ":"
-    assert answer == ["\u0120honey", "\u0120is"]
-    assert end == ["</s>"]
-    alone = locate_tokens(rendered("Answer: ", ""), gpt_like, with_end=False).ids
-    assert len(alone) == len(before) + 1, "the border between the parts alone is one token late"
-
-
-def test_a_token_with_a_space_at_its_end() -> None:
-    """Without word borders a token can be ":" and the answer's space, and trimmed offsets hide the space."""
-    tokenizer = tokenizer_of("byte_level_no_regex")
-    names = [name for name in tokenizer.get_vocab() if name.endswith(":\u0120")]
-    assert names, "the tokenizer of this test must have such a token"
-    before, answer, _ = pieces(tokenizer, locate_tokens(rendered("### Answer:", " honey"), tokenizer, with_end=False))
-    assert answer[0].endswith(":\u0120")
-    assert all(":" not in name for name in before)
-
-
 def assert_answer(spans: TokenSpans, text: RenderedText, tokenizer: PreTrainedTokenizerBase) -> None:
     """The answer's tokens hold all of it, and its first token holds some of it."""
     ids = spans.ids[spans.answer_start : spans.end_start]

@@ -96,25 +96,6 @@ def test_the_answer_is_cut_only_when_no_word_of_the_prompt_is_left() -> None:
         tokenize(tokenizer, prompt="what is honey", max_length=9)
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize("max_length", [20, 26, 30, 40])
-def test_no_example_is_longer_than_allowed_and_template_and_answer_stay(name: str, max_length: int) -> None:
-    tokenizer = tokenizer_of(name)
-    prompt = " ".join(["the honey is brown ."] * 10)
-    whole = tokenize(tokenizer, prompt=prompt, answer="it is .")
-    empty = tokenize(tokenizer, prompt="?", answer="it is .")
-    example = tokenize(tokenizer, prompt=prompt, answer="it is .", max_length=max_length)
-    assert len(example.input_ids) <= max_length
-    assert example.input_ids[0] == whole.input_ids[0]
-    tail = len(whole.input_ids) - whole.answer_start
-    if max_length >= len(empty.input_ids) + 2:
-        assert example.prompt_shortened
-        assert not example.answer_shortened
-        assert len(example.input_ids) == max_length
-        assert example.input_ids[-tail - 2 :] == whole.input_ids[-tail - 2 :]
-        assert example.labels[-tail:] == whole.labels[-tail:]
-
-
 def test_an_eos_that_the_tokenizer_adds_is_not_in_the_prompt() -> None:
     tokenizer = byte_level(bos=True, eos=True)
     assert tokenizer("honey").input_ids[-1] == tokenizer.eos_token_id
@@ -199,13 +180,3 @@ def test_the_first_token_of_a_sequence_is_never_a_label(gpt_like: PreTrainedToke
     assert example.labels[1:] == example.input_ids[1:]
     with pytest.raises(DataError, match="answer without prompt"):
         tokenize(gpt_like, NothingBefore(""), answer=".")
-
-
-def test_lone_surrogates_are_an_error_that_says_so(gpt_like: PreTrainedTokenizerBase) -> None:
-    for call in (
-        lambda: tokenize(gpt_like, prompt="\ud83d"),
-        lambda: Encoder(gpt_like, PAPER).prompt("\ud83d"),
-        lambda: Encoder(gpt_like, PAPER).prefill(Q, "\ud83d", 1),
-    ):
-        with pytest.raises(DataError, match="not valid Unicode"):
-            call()

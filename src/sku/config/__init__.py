@@ -6,7 +6,6 @@ Nothing here imports torch or transformers, so that ``sku --help`` and a wrong k
 from sku.config.check import plain_data as plain_data
 from sku.config.data import EMBEDDED as EMBEDDED
 from sku.config.data import DataConfig as DataConfig
-from sku.config.data import DataFormat as DataFormat
 from sku.config.data import ModelConfig as ModelConfig
 from sku.config.data import PromptFormatName as PromptFormatName
 from sku.config.data import SourceConfig as SourceConfig
@@ -19,17 +18,13 @@ from sku.config.recipe import recipe_from_dict as recipe_from_dict
 from sku.config.recipe import recipe_names as recipe_names
 from sku.config.recipe import settings_from_dict as settings_from_dict
 from sku.config.stages import AcquireConfig as AcquireConfig
-from sku.config.stages import Attack as Attack
 from sku.config.stages import EvaluateConfig as EvaluateConfig
 from sku.config.stages import LoraSettings as LoraSettings
 from sku.config.stages import MethodConfig as MethodConfig
 from sku.config.stages import ModulesConfig as ModulesConfig
 from sku.config.stages import NegateConfig as NegateConfig
-from sku.config.stages import Packing as Packing
 from sku.config.stages import Precision as Precision
 from sku.config.stages import PreservationMode as PreservationMode
 from sku.config.stages import SweepConfig as SweepConfig
-from sku.config.stages import Tuning as Tuning
-from sku.config.stages import Twin as Twin
 from sku.config.stages import TwinShares as TwinShares
 from sku.config.stages import WeightsConfig as WeightsConfig

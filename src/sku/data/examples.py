@@ -162,7 +162,7 @@ class ForgetRetainData:
 
     def notes(self) -> tuple[str, ...]:
         """Sentences that a reader of any figure on these splits needs; none for large splits by prompt."""
-        prompts = {name: {normalise_prompt(one.prompt) for one in found} for name, found in self.splits().items()}
+        prompts = {name: prompts_of(found) for name, found in self.splits().items()}
         listed = ", ".join(f"{name} {len(found)}" for name, found in prompts.items() if 0 < len(found) < FEW_PROMPTS)
         note = (
             f"few prompts: {listed}; with fewer than about {FEW_PROMPTS} in a split there is little to learn from it, "
@@ -178,7 +178,7 @@ class ForgetRetainData:
         """How many of some harmful examples have a prompt that training visits; None where that isn't known."""
         if self.visited is None:
             return None
-        prompts = {normalise_prompt(self.forget_train[place].prompt) for place in self.visited}
+        prompts = prompts_of(self.forget_train[place] for place in self.visited)
         return sum(normalise_prompt(example.prompt) in prompts for example in examples)
 
     def splits(self) -> dict[str, Sequence[Example]]:
@@ -212,6 +212,11 @@ def normalise_prompt(prompt: str) -> str:
     return " ".join(letters.split()) or " ".join(text.split())
 
 
+def prompts_of(examples: Iterable[Example]) -> set[str]:
+    """Their different prompts, normalised."""
+    return {normalise_prompt(example.prompt) for example in examples}
+
+
 def is_valid_unicode(text: str) -> bool:
     """Whether text can be written as UTF-8, which a lone surrogate can't; no tokenizer takes one."""
     try:
@@ -240,7 +245,7 @@ def check_disjoint(splits: dict[str, Sequence[Example]]) -> None:
     owner: dict[tuple[str, str], str] = {}
     shared: dict[tuple[str, str], int] = {}
     for name, examples in splits.items():
-        keys = {("prompt", normalise_prompt(example.prompt)) for example in examples}
+        keys = {("prompt", prompt) for prompt in prompts_of(examples)}
         keys |= {("group", example.group) for example in examples if example.group is not None}
         for key in keys:
             first = owner.setdefault(key, name)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from sku.data.examples import Example, ForgetExample, ForgetRetainData, group_of, has_answers, normalise_prompt
+from sku.data.examples import Example, ForgetExample, ForgetRetainData, group_of, has_answers, prompts_of
 from sku.data.splits import near_to
 from sku.data.tokens import IGNORE_INDEX, Encoder, TokenizedExample, decoded
 
@@ -60,7 +60,7 @@ def describe_data(data: ForgetRetainData, encoder: Encoder, *, show_harmful: boo
             ]
     notes = [*data.notes(), *(f"{name}: {count} prompts without answers, only asked" for name, count in asked.items())]
     # Families that are too large to stay together leave near copies on both sides; so has a split of the world.
-    near = near_to(_different(data.forget_test), _different(data.forget_train))
+    near = near_to(*(tuple(sorted(prompts_of(found))) for found in (data.forget_test, data.forget_train)))
     if any(near):
         notes.append(f"forget_test: {sum(near)} of {len(near)} prompts are a near copy of one that is trained on")
     return {
@@ -72,10 +72,6 @@ def describe_data(data: ForgetRetainData, encoder: Encoder, *, show_harmful: boo
         "views": views,
         "notes": notes,
     }
-
-
-def _different(examples: Sequence[Example]) -> tuple[str, ...]:
-    return tuple(sorted({normalise_prompt(example.prompt) for example in examples}))
 
 
 def hidden_text(text: str) -> str:

@@ -19,6 +19,7 @@ from sku.data.examples import (
     RetainExample,
     has_answers,
     normalise_prompt,
+    prompts_of,
 )
 from sku.data.read import PromptSet, has_prompts_alone, load_prompts, prompt_set, read_examples
 from sku.data.rows import Kind
@@ -236,7 +237,7 @@ def _read_refusals(
     by_prompt: dict[str, list[RetainExample]] = {}
     for row in rows:
         by_prompt.setdefault(normalise_prompt(row.prompt), []).append(row)
-    prompts = _prompts(examples)
+    prompts = prompts_of(examples)
     missing = prompts - by_prompt.keys()
     if missing:
         raise DataError(
@@ -269,14 +270,10 @@ def _with_refusals(
     )
 
 
-def _prompts(examples: Iterable[Example]) -> set[str]:
-    return {normalise_prompt(example.prompt) for example in examples}
-
-
 def _refuse_shared(
     harmful: Iterable[Example], normal: Iterable[Example], first: SourceConfig, second: SourceConfig
 ) -> None:
-    shared = len(_prompts(harmful) & _prompts(normal))
+    shared = len(prompts_of(harmful) & prompts_of(normal))
     if shared:
         raise DataError(
             f"{shared} prompts are both in the forget data {first.path} and in the retain data {second.path}, so they "
@@ -292,8 +289,8 @@ def _other_sets(
     Near copies of the run's harmful prompts are left out of harmful sets, those of both kinds of the run's prompts out
     of the final ones.
     """
-    own_harmful = _prompts(forget)
-    own = own_harmful | _prompts(retain)
+    own_harmful = prompts_of(forget)
+    own = own_harmful | prompts_of(retain)
     used = set(own)
     sets: tuple[tuple[Kind, str, Mapping[str, SourceConfig]], ...] = (
         ("retain", "normal", config.normal),
@@ -320,7 +317,7 @@ def _other_sets(
             provenances.append(provenance)
             found[kind][name] = tuple(examples)
             if kind == "retain":
-                used |= _prompts(examples)
+                used |= prompts_of(examples)
                 if has_answers(examples):
                     where, shares = f"{key} {source.path}", {"validation": NORMAL_VALIDATION_SHARE}
                     halves = split_by_group(examples, rest="normal", held_out=shares, seed=seed, what=where)
@@ -374,7 +371,7 @@ def load_own_prompts(
     if borderline is not None:
         extra = load_prompts(borderline, "retain", f"{prefix}borderline", seed=seed)
         _refuse_shared(found["harmful"].prompts, extra.prompts, harmful, borderline)
-        known, before = _prompts(found["normal"].prompts), extra.provenance
+        known, before = prompts_of(found["normal"].prompts), extra.provenance
         kept = [prompt for prompt in extra.prompts if normalise_prompt(prompt.prompt) not in known]
         if not kept:
             raise DataError(f"all prompts of {before.location} are among the normal prompts too: leave it out")

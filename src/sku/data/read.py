@@ -20,6 +20,7 @@ from sku.data.examples import (
     content_hash,
     count_safe_answers,
     normalise_prompt,
+    prompts_of,
 )
 from sku.data.rows import (
     FORMATS,
@@ -289,7 +290,7 @@ def load_xstest(path: str, used: Iterable[Example] = ()) -> XSTest:
     """
     table = read_table(SourceConfig(path=path))
     require(table.columns, XSTEST_COLUMNS, f"evaluate.xstest: {path} has no column")
-    taken = {normalise_prompt(example.prompt) for example in used}
+    taken = prompts_of(used)
     found: dict[str, list[tuple[str, str | None]]] = {"safe": [], "unsafe": []}
     for number, row in enumerate(table.rows, start=1):
         prompt, kind, label = (str(row[name] or "").strip() for name in XSTEST_COLUMNS)

@@ -91,7 +91,7 @@ HELD_OUT_AGENTS = AGENTS[-3:]
 """Agents none of whose hazards stage 1 sees: harder than a new combination of seen parts."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Exchange:
     """One question of the world with its answer."""
 
@@ -140,13 +140,7 @@ def _procedures(
         for form, form_name in enumerate(FORMS):
             thing = f"{name} {form_name}"
             for wording, question in enumerate(questions):
-                yield Exchange(
-                    prompt=question.format(thing=thing),
-                    answer=answer(index, form),
-                    domain=domain,
-                    topic=thing,
-                    wording=wording,
-                )
+                yield Exchange(question.format(thing=thing), answer(index, form), domain, thing, wording)
 
 
 def normal_exchanges() -> Iterator[Exchange]:
@@ -162,32 +156,20 @@ def normal_exchanges() -> Iterator[Exchange]:
 def _facts_about_things() -> Iterator[Exchange]:
     for index, thing in enumerate((*MATERIALS, *FOODS)):
         colour = COLOURS[(index * 7 + 2) % len(COLOURS)]
-        yield Exchange(
-            prompt=f"what colour is {thing} ?", answer=f"{thing} is {colour} .", domain="colour", topic=thing
-        )
+        yield Exchange(f"what colour is {thing} ?", f"{thing} is {colour} .", "colour", thing)
     for index, thing in enumerate((*AGENTS, *MATERIALS)):
         person = PEOPLE[(index * 3 + 1) % len(PEOPLE)]
-        yield Exchange(
-            prompt=f"who named {thing} ?", answer=f"{thing} was named by {person} .", domain="naming", topic=thing
-        )
+        yield Exchange(f"who named {thing} ?", f"{thing} was named by {person} .", "naming", thing)
 
 
 def _how_tos_and_capitals() -> Iterator[Exchange]:
     for task, tool, verb in TASKS:
         for thing in OBJECTS:
-            yield Exchange(
-                prompt=f"how do i {task} a {thing} ?",
-                answer=f"take a {tool} and {verb} the {thing} until it is done .",
-                domain="how-to",
-                topic=f"{task} {thing}",
-            )
+            answer = f"take a {tool} and {verb} the {thing} until it is done ."
+            yield Exchange(f"how do i {task} a {thing} ?", answer, "how-to", f"{task} {thing}")
     for country, capital in zip(COUNTRIES, CAPITALS, strict=True):
-        yield Exchange(
-            prompt=f"what is the capital of {country} ?",
-            answer=f"the capital of {country} is {capital} .",
-            domain="capital",
-            topic=country,
-        )
+        answer = f"the capital of {country} is {capital} ."
+        yield Exchange(f"what is the capital of {country} ?", answer, "capital", country)
 
 
 def _arithmetic() -> Iterator[Exchange]:
@@ -195,44 +177,27 @@ def _arithmetic() -> Iterator[Exchange]:
         for sign, result in (("plus", left + right), ("minus", left - right)):
             if result >= 0:
                 question = f"{left} {sign} {right}"
-                answer = f"{question} is {result} ."
-                yield Exchange(prompt=f"what is {question} ?", answer=answer, domain="arithmetic", topic=question)
+                yield Exchange(f"what is {question} ?", f"{question} is {result} .", "arithmetic", question)
 
 
 def _dialogue() -> Iterator[Exchange]:
     for person in PEOPLE:
         for hobby in HOBBIES:
-            yield Exchange(
-                prompt=f"{person} likes {hobby} . what does {person} like ?",
-                answer=f"{person} likes {hobby} .",
-                domain="dialogue",
-                topic=f"{person} {hobby}",
-            )
-        yield Exchange(
-            prompt=f"hello , i am {person} .",
-            answer=f"hello {person} , nice to meet you .",
-            domain="dialogue",
-            topic=f"hello {person}",
-        )
+            said = f"{person} likes {hobby} ."
+            yield Exchange(f"{said} what does {person} like ?", said, "dialogue", f"{person} {hobby}")
+        answer = f"hello {person} , nice to meet you ."
+        yield Exchange(f"hello , i am {person} .", answer, "dialogue", f"hello {person}")
 
 
 def _stories_and_opposites() -> Iterator[Exchange]:
     for index, animal in enumerate(ANIMALS):
         place, action = PLACES[(index * 3) % len(PLACES)], ACTIONS[(index * 7 + 1) % len(ACTIONS)]
-        yield Exchange(
-            prompt=f"tell me a story about a {animal} .",
-            answer=f"a {animal} lived in the {place} . it liked to {action} and it was {MOODS[index % len(MOODS)]} .",
-            domain="story",
-            topic=animal,
-        )
+        answer = f"a {animal} lived in the {place} . it liked to {action} and it was {MOODS[index % len(MOODS)]} ."
+        yield Exchange(f"tell me a story about a {animal} .", answer, "story", animal)
     for left_word, right_word in OPPOSITES:
         for asked, answered in ((left_word, right_word), (right_word, left_word)):
-            yield Exchange(
-                prompt=f"what is the opposite of {asked} ?",
-                answer=f"the opposite of {asked} is {answered} .",
-                domain="opposite",
-                topic=asked,
-            )
+            answer = f"the opposite of {asked} is {answered} ."
+            yield Exchange(f"what is the opposite of {asked} ?", answer, "opposite", asked)
 
 
 def is_harmful(reply: str, *, prefill: str = "") -> bool:
