@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.report.run_charts import relearn_chart
 from sku.report.words import attack_rows, left_out_lines, relearn_rows
 
 from .html.recorded import attacked, invented_attacks, share
@@ -51,12 +48,3 @@ def test_relearning_is_a_number_of_steps_with_what_it_costs() -> None:
     ]
     assert relearn_rows(dataclasses.replace(found, relearn=None)) == []
     assert len(left_out_lines(found)) == 1
-
-
-def test_the_cost_to_break_of_a_model_has_its_base_beside_it() -> None:
-    picture = relearn_chart("mine", invented_attacks())
-    (axes,) = picture.figure.axes
-    lines = {str(line.get_label()): np.asarray(line.get_ydata()) for line in axes.get_lines()}
-    assert {f"{name}, {pairs} pairs" for name in ("mine", "base") for pairs in (10, 50)} <= lines.keys()
-    assert list(lines["mine, 50 pairs"]) == [0.1, 0.4, 0.6]
-    assert [row[0] for row in picture.rows] == ["10 pairs", "50 pairs"]

@@ -84,18 +84,6 @@ def test_ratios_beyond_the_axis_are_told_by_a_number() -> None:
     assert "\u00d71.21e+10" in [text.get_text() for text in axes.texts]
 
 
-def test_small_changes_get_a_closer_axis_that_holds_all_of_them() -> None:
-    left, right = column(RATIO, row("a", estimate(0.8, 0.7, 1.01))).get_xlim()
-    assert left < 0.7
-    assert right == pytest.approx(1.25)
-
-
-def test_words_stand_where_there_are_no_dots() -> None:
-    axes = column(RATE, row(failed=True), row("b"))
-    assert [text.get_text() for text in axes.texts if "better" not in text.get_text()] == ["failed", "\u2013"]
-    assert dots(axes) == []
-
-
 def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path: Path) -> None:
     path = overview_figure(records, tmp_path / "figure.svg")
     words = words_of(path)

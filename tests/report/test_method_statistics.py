@@ -78,24 +78,12 @@ def test_two_seeds_and_four_prompts() -> None:
     assert (estimate.low, estimate.high) == (low, high) == (0.0, 0.875)
 
 
-def test_seeds_that_disagree_widen_the_interval() -> None:
-    """Both rows hold 20 of 40 hits; in the second one the seed decides all of them."""
-    alike = found(rate(row("hr" * 10, "rh" * 10), KEY, "harmful"))
-    apart = found(rate(row("h" * 20, "r" * 20), KEY, "harmful"))
-    assert alike.value == apart.value == 0.5
-    assert (apart.low, apart.high) == (0.0, 1.0)
-    assert 0.2 < alike.low < alike.high < 0.8
-
-
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_none_of_200_is_not_certainly_none(seeds: int) -> None:
     """Wilson: upper bound z^2 / (n + z^2) with z = 1.96 and n = 200 prompts, however many seeds."""
     estimate = found(rate(row(*["r" * 200] * seeds), KEY, "harmful"))
     assert (estimate.value, estimate.low) == (0.0, 0.0)
     assert estimate.high == pytest.approx(1.959964**2 / (200 + 1.959964**2), abs=1e-6)
-    all_of_them = found(rate(row(*["h" * 200] * seeds), KEY, "harmful"))
-    assert (all_of_them.value, all_of_them.high) == (1.0, 1.0)
-    assert all_of_them.low == pytest.approx(1 - estimate.high)
 
 
 def test_what_is_counted() -> None:
@@ -166,9 +154,6 @@ def test_rows_that_never_differ_leave_room_for_doubt() -> None:
     bound = 1.959964**2 / (200 + 1.959964**2)
     assert difference.value == 0
     assert (difference.low, difference.high) == pytest.approx((-bound, bound), abs=1e-6)
-    total = compared(row("h" * 200), row("r" * 200))
-    assert (total.value, total.high) == (1, 1)
-    assert total.low == pytest.approx(1 - math.sqrt(2) * bound, abs=1e-6)
 
 
 def test_each_row_stands_at_its_own_worst_prefill_and_two_at_their_common_one() -> None:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import pytest
-
-from sku.cli.console import results
-from sku.cli.tables import before_after_table
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.evaluate.metrics import Outcome, ReplyOutcome, Wording, leaks_of, sample_rates
+from sku.evaluate.metrics import Outcome, ReplyOutcome, leaks_of, sample_rates
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.verdict import CANT_MEASURE
 from sku.report.tables import before_after_rows
-from sku.report.words import TableRow
 
 from .conftest import BASE_COUNTS, BASE_LOSSES, UNLEARNED_COUNTS, Counts, ResultMaker
 
@@ -100,24 +95,6 @@ def test_drawn_replies_have_rows_where_there_are_any(make_result: ResultMaker) -
     assert rows[2].change == "-50.0 (-100.0 to +0.0) points"
 
 
-def test_replies_that_end_sooner_are_seen(comparison: Comparison) -> None:
-    """The share that was cut fell, and so did the length: a model that learned to stop early."""
-
-    def said(result: EvaluationResult, tokens: float) -> EvaluationResult:
-        wording = Wording(replies=20, same_reply=0.1, distinct_pairs=0.9, mean_tokens=tokens, median_words=20)
-        return dataclasses.replace(result, wording={"forget_test": wording, "retain_test": wording})
-
-    shown = dataclasses.replace(
-        comparison, base=said(comparison.base, 46.1), unlearned=said(comparison.unlearned, 27.0)
-    )
-    rows = {row.label: row for row in before_after_rows(shown)}
-    for section in ("unseen prompts", "normal prompts"):
-        length = rows[f"{section}: tokens of a reply, mean"]
-        assert (length.before, length.after, length.change) == ("46.1", "27.0", "-19.1")
-        assert rows[f"{section}: cut at the limit"].before == "0.0 %"
-    assert "trained-on prompts: tokens of a reply, mean" not in rows
-
-
 def test_a_comparison_is_a_table_for_people_and_for_pandas(comparison: Comparison) -> None:
     frame = comparison.to_pandas()
     chosen = frame[(frame.split == "forget_test") & (frame.kind == "reply") & (frame.measure == "harmful")]
@@ -125,8 +102,3 @@ def test_a_comparison_is_a_table_for_people_and_for_pandas(comparison: Compariso
     (row,) = chosen[["base", "unlearned", "change", "low", "high", "n"]].itertuples(index=False, name=None)
     assert row == (change.before.value, change.after.value, change.difference, change.low, change.high, 50)
     assert len(str(comparison).splitlines()) == len(frame) + 1 == comparison._repr_html_().count("<tr")
-
-
-def test_the_terminal_puts_what_a_judge_cant_measure_under_its_row(capsys: pytest.CaptureFixture[str]) -> None:
-    results.print(before_after_table([TableRow("unseen", "harmful", "92.0 %", "88.0 %", caution=CANT_MEASURE)]))
-    assert capsys.readouterr().out.splitlines()[-1].strip() == CANT_MEASURE

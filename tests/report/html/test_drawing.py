@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 from sku.report.figures import PALETTE, drawable
@@ -50,13 +49,5 @@ def test_every_picture_becomes_two_files_and_the_same_ones_again(page: Page, tmp
     for picture in page.pictures:
         assert picture.rows
         assert {len(row) for row in picture.rows} == {len(picture.columns)}
-
-
-def test_layers_stand_in_the_order_of_their_numbers(page: Page) -> None:
-    (picture,) = (picture for picture in page.pictures if picture.name == "task_vector")
-    layers = [row[1] for row in picture.rows if row[0] == "decoder layer"]
-    assert layers == ["2", "10", "others"]
-    (training,) = (picture for picture in page.pictures if picture.name == "training")
-    steps = [int(row[0]) for row in training.rows]
-    assert (steps[0], steps[-1]) == (1, 30)
-    assert all(one < other for one, other in pairwise(steps))
+    (vector,) = (picture for picture in page.pictures if picture.name == "task_vector")
+    assert [row[1] for row in vector.rows if row[0] == "decoder layer"] == ["2", "10", "others"]

@@ -61,23 +61,11 @@ def change(name: str, *keys: Any, to: Any) -> Break:
     return apply
 
 
-def text(name: str, content: str) -> Break:
-    def apply(folder: Path) -> None:
-        (folder / name).write_text(content, encoding="utf-8")
-
-    return apply
-
-
 def swap(folder: Path) -> None:
     """An evaluation of other prompts in place of the unlearned model's."""
     for name in ("generations.jsonl", "outcomes.jsonl"):
         path = folder / "evaluation" / "unlearned" / name
         path.write_text(path.read_text(encoding="utf-8").replace("-reply-1", "-reply-99"), encoding="utf-8")
-
-
-def other_judge(folder: Path) -> None:
-    path = folder / "evaluation" / "base" / "outcomes.jsonl"
-    path.write_text(path.read_text(encoding="utf-8").replace("refusal_rules", "people"), encoding="utf-8")
 
 
 def no_number(folder: Path) -> None:
@@ -86,29 +74,15 @@ def no_number(folder: Path) -> None:
 
 
 BROKEN: dict[str, tuple[Break, str]] = {
-    "unfinished": (change("manifest.json", "status", to="running"), "is not finished"),
-    "list for a manifest": (text("manifest.json", "[]"), "manifest.json"),
-    "other version": (change("manifest.json", "schema_version", to=9), "9"),
-    "no environment": (change("manifest.json", "environment", to=None), "environment"),
+    "unfinished": (change("manifest.json", "status", to="running"), "not finished"),
     "no commit": (change("manifest.json", "environment", to={}), "manifest.json"),
-    "cut results": (text("results.json", '{"a"'), "results.json can't be read"),
-    "results of another run": (change("results.json", "manifest", "recipe_sha256", to="0"), "another recipe"),
-    "table of numbers": (change("results.json", "table", to=[1]), "table"),
-    "no replies": (change("results.json", "replies", to=None), "replies"),
-    "words for a count": (change("results.json", "base", "replies", to={"forget_test": {"harmful": {}}}), "base"),
-    "attacks of nothing": (change("results.json", "attacks", to={}), "attacks has schema version None"),
-    "log of words": (text("training_log.jsonl", '{"loss": "x", "step": 1}\n'), "training_log.jsonl line 1"),
-    "cut replies": (text("evaluation/base/generations.jsonl", '{"schema_version": 6'), "breaks off"),
-    "no outcomes": (
-        lambda folder: (folder / "evaluation/base/outcomes.jsonl").unlink(),
-        "outcomes.jsonl: it was removed",
-    ),
-    "other prompts": (swap, "replies to different prompts"),
-    "other judge": (other_judge, "judged by people"),
+    "another run's": (change("results.json", "manifest", "recipe_sha256", to="0"), "another recipe"),
+    "no counts": (change("results.json", "base", "replies", to={"forget_test": {"harmful": {}}}), "base"),
+    "no attacks": (change("results.json", "attacks", to={}), "attacks"),
+    "no outcomes": (lambda folder: (folder / "evaluation/base/outcomes.jsonl").unlink(), "outcomes.jsonl"),
+    "other prompts": (swap, "different prompts"),
     "no number": (no_number, "results.json"),
-    "vector of words": (change("manifest.json", "negation", "task_vector_norm", to="x"), "manifest.json"),
-    "sweep under way": (change("sweep/sweep.json", "pick", to=None), "not finished"),
-    "sweep of nothing": (change("sweep/sweep.json", "points", to=[{}]), "sweep.json doesn't fit"),
+    "sweep under way": (change("sweep/sweep.json", "pick", to=None), "sweep.json"),
 }
 
 
