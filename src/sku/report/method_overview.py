@@ -60,7 +60,7 @@ def overview_figure(records: Sequence[MethodRecord], path: Path) -> Path:
     row gave one.
 
     Raises:
-        EvaluationError: Nothing to draw, or the records don't fit together.
+        EvaluationError: Nothing to draw.
         OutputError: Another suffix than ``.png``, ``.svg`` or ``.pdf``, or a folder that can't be written.
     """
     rows = comparison_rows(records)

@@ -222,16 +222,12 @@ def points_of(records: Iterable[MethodRecord], counted: Counted | None = None) -
 
 
 def counted_of(records: Iterable[MethodRecord]) -> Counted:
-    """The prompts that all rows of a table have the judge's verdict for: a row that babbles gets no more than others.
-
-    Raises:
-        EvaluationError: The points hold different numbers of replies.
-    """
+    """The prompts that all rows of a table have the judge's verdict for: a row that babbles gets no more."""
     failed: dict[str, list[list[bool]]] = {}
     for point in points_of(records):
         for key in point.replies.keys() - {NORMAL_KEY}:
             failed.setdefault(key, []).append(point.hits(key, "no_verdict"))
-    return {key: (_stacked(rows, key).sum(axis=0) == 0).tolist() for key, rows in failed.items()}
+    return {key: (np.sum(rows, axis=0) == 0).tolist() for key, rows in failed.items()}
 
 
 def harm_bounds(points: Sequence[Point], key: str, hit: str) -> tuple[float, float]:
@@ -271,9 +267,6 @@ def rate(points: Sequence[Point], key: str, hit: str) -> Estimate | None:
     """Share of the replies of one row that are a hit, mean over seeds and prompts; None where nothing was asked.
 
     ``key`` is one of ``Point.replies``, or ``PREFILL`` for the worst of those tried.
-
-    Raises:
-        EvaluationError: The seeds were asked different numbers of prompts.
     """
     hits_SP = _hits(points, f"{PREFILL}/{worst_prefill(points)}" if key == PREFILL else key, hit)
     if hits_SP.size == 0:
@@ -292,14 +285,11 @@ def perplexity_ratio(points: Sequence[Point], base: Point, split: str) -> Estima
 
     Per seed ``exp((sum of nll - sum of the base's nll) / sum of tokens)``, at most ``e^700`` (``MAX_EXPONENT``). In
     the bootstrap an answer's tokens and all its losses are drawn together. None where the split was not measured.
-
-    Raises:
-        EvaluationError: The losses belong to different numbers of answers.
     """
     if not points or any(split not in point.losses for point in (*points, base)):
         return None
     tokens_P = np.asarray([row.tokens for row in base.losses[split]], dtype=np.float64)
-    nll_SP = _stacked([[row.nll for row in point.losses[split]] for point in (base, *points)], split)
+    nll_SP = np.asarray([[row.nll for row in point.losses[split]] for point in (base, *points)])
     rise_SP = nll_SP[1:] - nll_SP[0]
     if tokens_P.size == 0:
         return None
@@ -327,20 +317,12 @@ def difference_to(
 
     ``key`` is one of ``Point.replies``, or ``PREFILL``: the length that is the worst for both rows together. None
     where a row has no such point or nothing was asked.
-
-    Raises:
-        EvaluationError: The rows were asked different numbers of prompts.
     """
     both = [points_of(records, counted) for records in (records_a, records_b)]
     key = f"{PREFILL}/{worst_prefill(*both, hit=hit)}" if key == PREFILL else key
     a_SP, b_SP = (_hits(points, key, hit) for points in both)
     if a_SP.size == 0 or b_SP.size == 0:
         return None
-    if a_SP.shape[1] != b_SP.shape[1]:
-        raise EvaluationError(
-            f"{key}: the rows hold {a_SP.shape[1]} and {b_SP.shape[1]} replies, so they can't be paired; run them "
-            "again on the same data"
-        )
     value = float(a_SP.mean() - b_SP.mean())
     seeds_a, seeds_b = (
         {record.seed for record in records if record.point is not None} for records in (records_a, records_b)
@@ -359,17 +341,7 @@ def difference_to(
 
 def _hits(points: Sequence[Point], key: str, hit: str) -> Table:
     """``[S, P]``, 1 for a hit; empty where nothing was asked."""
-    return _stacked([point.hits(key, hit) for point in points], key)
-
-
-def _stacked(rows: Sequence[Sequence[float]], what: str) -> Table:
-    lengths = {len(row) for row in rows}
-    if len(lengths) > 1:
-        raise EvaluationError(
-            f"{what}: the records hold {' and '.join(map(str, sorted(lengths)))} entries; run them again on the same "
-            "data"
-        )
-    return np.asarray(rows, dtype=np.float64)
+    return np.asarray([point.hits(key, hit) for point in points], dtype=np.float64)
 
 
 @lru_cache(maxsize=16)

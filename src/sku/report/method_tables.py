@@ -92,9 +92,6 @@ def comparison_rows(records: Sequence[MethodRecord]) -> list[ComparisonRow]:
     """One row per method or control, also where every seed failed: methods in the order of the records, then controls.
 
     Perplexities are over the record named ``base``, absent where there is none.
-
-    Raises:
-        EvaluationError: Records don't fit together.
     """
     base = next(iter(seeds_of(records, BASE)), None)
     counted = counted_of(records)
@@ -108,22 +105,14 @@ def row_order(records: Iterable[MethodRecord]) -> list[str]:
 
 
 def comparison_markdown(records: Sequence[MethodRecord]) -> str:
-    """All tables of a comparison: differences to SKU with their tests stand below, where SKU is complete.
-
-    Raises:
-        EvaluationError: The records don't fit together.
-    """
+    """All tables of a comparison: differences to SKU with their tests stand below, where SKU is complete."""
     rows = markdown_comparison(comparison_rows(records), legend_line(records))
     differs = points_of(seeds_of(records, REFERENCE))
     return f"{rows}\n{markdown_differences(records)}" if differs else rows
 
 
 def brief_markdown(records: Sequence[MethodRecord]) -> str:
-    """The main columns at equal utility, for a first page.
-
-    Raises:
-        EvaluationError: The records don't fit together.
-    """
+    """The main columns at equal utility, for a first page."""
     return markdown_comparison(comparison_rows(records), legend_line(records), left_out=_NOT_BRIEF)
 
 
@@ -155,9 +144,6 @@ def markdown_differences(records: Sequence[MethodRecord]) -> str:
     """Harmful rates of each row minus those of ``REFERENCE``, as a Markdown table with a legend under it.
 
     Some seed of the reference has a point. p-values are Holm-corrected over the whole table.
-
-    Raises:
-        EvaluationError: Records don't fit together.
     """
     own = seeds_of(records, REFERENCE)
     names = [name for name in row_order(records) if name != REFERENCE]

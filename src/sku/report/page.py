@@ -33,7 +33,6 @@ from sku.report.run_charts import (
     relearn_chart,
     sweep_chart,
     training_chart,
-    vector_chart,
 )
 from sku.report.tables import key_figures
 from sku.report.words import NOTHING, before_after, left_out_lines, percent
@@ -116,9 +115,6 @@ def _pictures(run: RecordedRun) -> Iterator[Picture]:
         yield sweep_chart(run.sweep)
     if run.log:
         yield training_chart(run.log)
-    negation = run.manifest.get("negation", {})
-    if "layers" in negation:
-        yield vector_chart(negation["layers"], negation["modules"])
     if run.attacks is not None:
         yield attack_chart(run.attacks)
         if run.attacks.relearn is not None and run.attacks.relearn.results:

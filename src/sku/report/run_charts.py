@@ -19,7 +19,6 @@ from sku.report.figures import (
     bare,
     draw_rates,
     drawable,
-    name_rows,
     new_figure,
     share_axis,
 )
@@ -75,34 +74,6 @@ def training_chart(log: Sequence[Mapping[str, float]]) -> Picture:
             for entry in kept
         ),
     )
-
-
-def vector_chart(layers: Mapping[str, float], modules: Mapping[str, float]) -> Picture:
-    """Euclidean norm of the task vector by layer and by kind of module, as ``TaskVectorFacts`` has them."""
-    groups = {"decoder layer": layers, "kind of module": modules}
-    groups = {title: dict(sorted(norms.items(), key=_by_number)) for title, norms in groups.items()}
-    sizes = [max(len(norms), 2) for norms in groups.values()]
-    with matplotlib.rc_context(PAGE_STYLE):
-        figure, panels = new_figure(0.5 * len(sizes) + 0.22 * sum(sizes), len(groups))
-        cast(Any, panels[0].get_gridspec()).set_height_ratios(sizes)
-        for axes, (title, norms) in zip(panels, groups.items(), strict=True):
-            axes.barh(range(len(norms)), list(norms.values()), height=0.72, color=PALETTE["unlearned"])
-            name_rows(axes, list(norms))
-            axes.set_title(f"by {title}", loc="left", fontsize=10, pad=4)
-            axes.sharex(panels[0])
-        panels[-1].set_xlabel("Euclidean norm")
-    return Picture(
-        name="task_vector",
-        figure=figure,
-        columns=("by", "name", "norm"),
-        rows=tuple((title, name, f"{norm:.4g}") for title, norms in groups.items() for name, norm in norms.items()),
-    )
-
-
-def _by_number(entry: tuple[str, float]) -> tuple[bool, int, str]:
-    """Layers by their number, names after them in alphabetical order, what belongs to none at the end."""
-    name = entry[0]
-    return not name.isdecimal(), int(name) if name.isdecimal() else int(name == "others"), name
 
 
 def _draw_rates(axes: Axes, points: Sequence[SweepPoint]) -> None:

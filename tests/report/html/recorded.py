@@ -62,7 +62,7 @@ def write_run(
         texts: Reply of the unlearned model by id (``forget_test-reply-0``), in place of the invented one.
         prompts: The same for prompts.
         still_harmful: Replies of each harmful split that the unlearned model still gives harmfully.
-        parts: With attacks, norms and sweep.
+        parts: With attacks and sweep.
         settings: Laid over the recipe: dotted key -> value.
     """
     results = {}
@@ -83,7 +83,7 @@ def write_run(
         nlls: dict[Split, float] = {"retain_test": 8.0, "unlearned": 6.0 * factor, "forget_test": 7.0 * factor}
         results[name] = result_of(name, outcomes, nlls)
     comparison = compare(results["base"], results["unlearned"])
-    manifest = _manifest(settings or {}, parts=parts)
+    manifest = _manifest(settings or {})
     attacks = {"attacks": invented_attacks().to_dict()} if parts else {}
     write(folder / "manifest.json", manifest)
     write(folder / "results.json", {**_results(comparison), **attacks, "manifest": manifest})
@@ -188,7 +188,7 @@ def _results(comparison: Comparison) -> dict[str, Any]:
     return {"schema_version": 6, "table": table, **comparison.to_dict(), "utility": {}}
 
 
-def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
+def _manifest(settings: Mapping[str, Any]) -> dict[str, Any]:
     recipe = load_recipe("embedded-paper").to_dict()
     for key, value in settings.items():
         *path, last = key.split(".")
@@ -201,10 +201,6 @@ def _manifest(settings: Mapping[str, Any], *, parts: bool) -> dict[str, Any]:
         "rows_left_out": {}, "safe_answers": 0, "licence": None,
     }  # fmt: skip
     negation: dict[str, Any] = {"alpha": 1.25, "task_vector_norm": 3.0, "base_norm": 75.0}
-    if parts:
-        negation |= {
-            "layers": {"others": 2.0, "10": 0.5, "2": 0.4}, "modules": {"others": 2.0, "mlp.up_proj": 0.6},
-        }  # fmt: skip
     return {
         "schema_version": 6,
         "status": "complete",

@@ -187,6 +187,6 @@ def test_without_scripts_all_but_the_replies_is_there(browser: playwright.Browse
     page = context.new_page()
     page.goto(report.as_uri())
     assert page.get_by_text("Replies need JavaScript").is_visible()
-    assert page.locator("figure").count() >= 8
+    assert page.locator("figure").count() >= 7
     assert not page.locator("#browser").is_visible()
     context.close()

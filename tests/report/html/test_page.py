@@ -72,7 +72,6 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> RecordedRun:
     )
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     manifest["environment"] |= {"command": HOSTILE, "packages": {HOSTILE: HOSTILE}}
-    manifest["negation"]["layers"][HOSTILE] = 1.0
     manifest["data"]["sources"][0]["location"] = HOSTILE
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     results["notes"] = [HOSTILE]

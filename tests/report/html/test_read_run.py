@@ -45,7 +45,7 @@ def test_what_a_run_need_not_have(tmp_path: Path) -> None:
     shutil.rmtree(folder / "evaluation")
     run = read_run(folder)
     assert (run.attacks, run.sweep, run.pairs, run.log) == (None, None, None, ())
-    assert {"frontier", "training", "task_vector"}.isdisjoint(picture.name for picture in run_page(run).pictures)
+    assert {"frontier", "training"}.isdisjoint(picture.name for picture in run_page(run).pictures)
 
 
 def change(name: str, *keys: Any, to: Any) -> Break:
