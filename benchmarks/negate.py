@@ -40,10 +40,10 @@ import sys
 from pathlib import Path
 from sku.models import load_model
 from sku.config import ModelConfig
-from sku.negate.task_vector import negate_with_record, save_unlearned
+from sku.negate.task_vector import negate, save_unlearned
 base, bad, out, alpha = sys.argv[1:]
 loaded = load_model(ModelConfig(path=base, dtype="stored"))
-model, record = negate_with_record(loaded.model, bad, float(alpha))
+model = negate(loaded.model, bad, float(alpha))
 save_unlearned(model, loaded.tokenizer, Path(out))
 """
 BLOCK = 8 * 2**20

@@ -183,7 +183,8 @@ def main() -> None:
             subtracted = TaskVector.from_factors(combined([(parts[name], vector) for name, vector in twins.items()]))
             if is_random:
                 norms = (TaskVector.from_factors(twins["bad"]) * bad).norms()
-                subtracted = subtracted + TaskVector.random(base, norms, recipe.seed)
+                drawn = TaskVector.random(base, norms, recipe.seed).deltas
+                subtracted = TaskVector({name: delta + drawn[name] for name, delta in subtracted.deltas.items()})
             subtract_into(mixture, base, subtracted, 1.0)
             replies = screen.replies(mixture, options.samples, recipe.seed)
             verdicts = {name: judge.judge(found) for name, found in replies.items() if name not in HARMLESS}

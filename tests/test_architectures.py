@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, ModelMaker, TrainerMaker
 from sku.methods.sku import TERMS
-from sku.negate.task_vector import negate_with_record, save_unlearned
+from sku.negate.task_vector import negate, save_unlearned
 
 IDS = torch.tensor([[5, 40, 41, 200, 7, 8, 30, 31]])
 
@@ -44,9 +44,7 @@ def test_trained_negated_saved_and_loaded_again(
 
     base = make_model(architecture)
     bad: Any = trainer.model
-    unlearned, record = negate_with_record(base, bad)
-    assert record.task_vector_norm > 0
-    assert record.survival == pytest.approx(1.0, abs=1e-3)
+    unlearned = negate(base, bad)
     save_unlearned(unlearned, tokenizer, tmp_path / "unlearned")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "unlearned")
     assert torch.equal(logits_of(loaded), logits_of(unlearned))

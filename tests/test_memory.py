@@ -67,13 +67,13 @@ def equal_rows() -> ForgetRetainData:
     )  # fmt: skip
 
 
-def recipe_of(folder: Path, acquire: dict[str, Any]) -> Recipe:
+def recipe_of(folder: Path, acquire: dict[str, Any], **data: int) -> Recipe:
     training = {"per_device_train_batch_size": EXAMPLES, **acquire.get("training", {})}
     return recipe_from_dict(
         {
             "name": "planned",
             "model": {"path": str(folder), "dtype": "bfloat16" if training.get("bf16") else "float32"},
-            "data": {"forget": {"path": "embedded"}, "retain": {"path": "embedded"}},
+            "data": {"forget": {"path": "embedded"}, "retain": {"path": "embedded"}, **data},
             "acquire": {**acquire, "random_answers": ANSWERS, "preservation_mode": "retention", "training": training},
         }
     )
@@ -139,8 +139,8 @@ def test_near_what_is_measured(
     held += sum(value.nbytes for state in optimizer.state.values() for value in state.values())
     measured = held + allocated(step)
 
-    recipe = recipe_of(tmp_path, acquire)
-    estimated = stage_1_memory(recipe, row_tokens=int(lengths.max()), answer_tokens=round(float(kept.float().mean())))
+    data = {"max_length": int(lengths.max()), "max_answer_tokens": round(float(kept.float().mean()))}
+    estimated = stage_1_memory(recipe_of(tmp_path, acquire, **data))
     record_property("estimated over measured", round(estimated.total / measured, 2))
     assert estimated.total == pytest.approx(measured, rel=0.15), estimated
 
@@ -153,7 +153,7 @@ def test_by_hand(tmp_path: Path) -> None:
     parameters = 2 * 320 * 64 + 6 * layer + 64
     rows = EXAMPLES * (1 + ANSWERS + 1)
     kept = round(rows * 64 * 6 * (2 * 2 * 64 + 2 * (64 + 32) + 3 * (64 + 160)) * 4 * 1.2)
-    found = stage_1_memory(recipe_of(tmp_path, {"tuning": "full"}), row_tokens=64, answer_tokens=16)
+    found = stage_1_memory(recipe_of(tmp_path, {"tuning": "full"}, max_length=64, max_answer_tokens=16))
     assert (found.weights, found.reference) == (4 * parameters, 4 * 320 * 64)
     assert (found.optimizer, found.models) == (8 * parameters, 8 * parameters)
     assert (found.activations, found.gradients) == (kept + 4 * 4 * rows * 16 * 320, 0)

@@ -74,13 +74,8 @@ class Memory:
         return round(max(self.total, self.models) * (1 + _FRAGMENTATION)) + _CONTEXT_BYTES
 
 
-def stage_1_memory(recipe: Recipe, *, row_tokens: int | None = None, answer_tokens: int | None = None) -> Memory:
-    """The formula for a recipe on the device that it would run on.
-
-    Args:
-        recipe: What is trained.
-        row_tokens: Of each row; as many as it may have if None.
-        answer_tokens: Of each row, those whose predictions are compared; as many as there may be if None.
+def stage_1_memory(recipe: Recipe) -> Memory:
+    """The formula for a recipe on the device that it would run on, every row as long as it may be.
 
     Raises:
         RecipeError: Another method than ``sku``, or an impossible setting.
@@ -114,7 +109,7 @@ def stage_1_memory(recipe: Recipe, *, row_tokens: int | None = None, answer_toke
     head, text = embedding_weight(model).nbytes, found.get_text_config()
     copied = head if training.reference_cache_mb else models // 2
     count = training.per_device_train_batch_size * (int(rows.forget) + rows.mismatched + int(rows.retain))
-    tokens = count * (row_tokens or recipe.data.max_length)
+    tokens = count * recipe.data.max_length
     autocast = training.bf16 or training.fp16
     number = 2 if autocast else model.dtype.itemsize
     in_two = number == 2 and autocast == (adapter is None)
@@ -122,7 +117,7 @@ def stage_1_memory(recipe: Recipe, *, row_tokens: int | None = None, answer_toke
     one_layer = kept // len(layers)
     if training.activation_checkpointing:
         kept = tokens * text.hidden_size * len(layers) * number
-    scores = 4 * count * (answer_tokens or recipe.data.max_answer_tokens) * text.vocab_size
+    scores = 4 * count * recipe.data.max_answer_tokens * text.vocab_size
     if training.logits_budget_mb is not None and scores > training.logits_budget_mb * 2**20:
         scores = CHUNK_BYTES
     scores = round(scores * (_SCORES if number == 2 else _SCORES_FLOAT32))
@@ -172,11 +167,6 @@ def decide_checkpointing(recipe: Recipe) -> Checkpointing | None:
         return None
     found = memory_fit(with_checkpointing(recipe, Checkpointing(on=False, why="")))
     return Checkpointing(on=not found.fits, why=f"without it, {found.text}")
-
-
-def told_checkpointing(decided: Checkpointing | None) -> dict[str, str]:
-    """The line of a plan that says what was decided; none where nothing was."""
-    return {} if decided is None else {"activation checkpointing": decided.line}
 
 
 class MemoryFit(NamedTuple):

@@ -274,10 +274,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         ModelError: It can't be found or has no usable pad token.
     """
     name, options = locate_model(config)
-    try:
+    with naming_the_model(config.path):
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:
-        raise ModelError(f"tokenizer of {config.path} can't be loaded: {first_line(error)}") from error
     ensure_pad_token(tokenizer)
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
@@ -413,15 +411,6 @@ def _check_complete(loading: dict[str, Any], path: str) -> None:
             f"model {path} can't be used: its files lack {len(odd)} weights of the shape that its config asks for, "
             f"the first is {odd[0]}"
         )
-
-
-def describe_parameters(model: torch.nn.Module) -> dict[str, int]:
-    """Numbers of parameters, all and trainable, tied ones once."""
-    parameters = list(model.parameters())
-    return {
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-    }
 
 
 def with_path(config: ModelConfig, path: Path | str) -> ModelConfig:

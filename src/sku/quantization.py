@@ -9,11 +9,9 @@ Shapes: O = outputs of a layer, I = its inputs, B = blocks of ``NF4_BLOCK`` weig
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
@@ -77,26 +75,6 @@ def nf4_rounded(weight_OI: Tensor) -> Tensor:
     return (nearest_B64 * absmax_B1).reshape(-1)[: flat.numel()].reshape(weight_OI.shape)
 
 
-def nf4_by_bitsandbytes(weight_OI: Tensor) -> Tensor:
-    """``nf4_rounded`` by the kernels that a deployed model is quantized with.
-
-    Args:
-        weight_OI: ``[O, I]`` float32, on a GPU.
-
-    Returns:
-        ``[O, I]`` float32.
-
-    Raises:
-        ImportError: bitsandbytes is not installed.
-    """
-    from bitsandbytes import functional as kernels
-
-    packed, state = kernels.quantize_4bit(weight_OI.contiguous(), blocksize=NF4_BLOCK, quant_type="nf4")
-    rounded = kernels.dequantize_4bit(packed, state)
-    assert isinstance(rounded, Tensor)
-    return rounded
-
-
 @dataclass(frozen=True)
 class Format:
     """A way to hold weights."""
@@ -108,15 +86,10 @@ class Format:
     layers_only: bool
     """Whether linear layers alone are rounded (``rounded_layers``), as quantizers do, or all weights."""
 
-    def on(self, device: torch.device) -> tuple[Rounding, str]:
-        """The rounding that is used on a device, and who wrote it: ``torch``, ``sku`` or ``bitsandbytes VERSION``.
-
-        NF4 is bitsandbytes' on a GPU where that is installed. Not on a CPU: the kernel there gives other values for
-        some rows that no block divides.
-        """
-        if self.name == "nf4" and device.type == "cuda" and importlib.util.find_spec("bitsandbytes") is not None:
-            return nf4_by_bitsandbytes, f"bitsandbytes {version('bitsandbytes')}"
-        return self.rounding, "sku" if self.layers_only else "torch"
+    @property
+    def rounded_by(self) -> str:
+        """Who wrote the rounding."""
+        return "sku" if self.layers_only else "torch"
 
 
 def _through(dtype: torch.dtype) -> Rounding:

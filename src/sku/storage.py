@@ -80,10 +80,10 @@ def _put_in_place(
         with named_disk_errors(target):
             yield
             folder.chmod(0o700 if private else 0o755)
-            _flush_tree(folder)
+            _flush(*(path for path in folder.rglob("*") if path.exists()), folder)
             check_new(target)  # Another process may have made it meanwhile.
             folder.rename(target)
-            _flush_folder(target.parent)
+            _flush(target.parent)
     except stays_after:
         stays = True
         raise
@@ -482,17 +482,10 @@ def check_space(folder: Path, needed: int, what: str) -> None:
         )
 
 
-def _flush_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _flush(*paths: Path) -> None:
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

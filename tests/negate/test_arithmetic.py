@@ -9,14 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from conftest import ModelMaker
 from negate.conftest import disturbed
 from sku.errors import TaskVectorError
 from sku.negate import arithmetic
-from sku.negate.arithmetic import PIECE, dot_in_cache, draws_for, round_stochastically, subtract_tensors
-from sku.negate.task_vector import TaskVector, negate, negate_with_record
+from sku.negate.arithmetic import dot_in_cache, draws_for, round_stochastically, subtract_tensors
+from sku.negate.task_vector import TaskVector, negate
 
 
 def some_tensors(*, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
@@ -50,11 +49,9 @@ def test_pieces_give_the_bits_of_whole_tensors(
 def test_a_whole_bad_model_is_subtracted_as_its_vector_is(make_model: ModelMaker) -> None:
     base = make_model("gemma3")
     bad = disturbed(base)
-    whole, record = negate_with_record(base, bad, 1.3)
-    by_vector, vector_record = negate_with_record(base, TaskVector.between(base, bad), 1.3)
+    whole, by_vector = negate(base, bad, 1.3), negate(base, TaskVector.between(base, bad), 1.3)
     found = by_vector.state_dict()
     assert all(torch.equal(weight, found[name]) for name, weight in whole.state_dict().items())
-    assert record == vector_record
 
 
 def test_what_can_not_be_subtracted_is_refused_and_torch_gets_its_threads_back(make_model: ModelMaker) -> None:
@@ -88,12 +85,6 @@ def test_squares_of_any_size_are_counted(scale: float) -> None:
     assert dot_in_cache(values, values) == pytest.approx(exact(values, values), rel=1e-5, abs=0)
 
 
-def test_products_that_cancel_are_summed_in_float64() -> None:
-    first, second = torch.tensor([3.0e4, 1.0, -3.0e4]), torch.tensor([1.0e4, 1.0, 1.0e4])
-    assert float(first[0] * second[0] + 1) == 3.0e8, "float32 loses the 1"
-    assert dot_in_cache(first, second) == 1.0
-
-
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_what_is_not_finite_shows_in_the_sum(number: float) -> None:
     values, others = torch.ones(1000), torch.zeros(1000)
@@ -101,12 +92,6 @@ def test_what_is_not_finite_shows_in_the_sum(number: float) -> None:
     assert not math.isfinite(dot_in_cache(values, values))
     assert not math.isfinite(dot_in_cache(values, others))
     assert not math.isfinite(dot_in_cache(others, values))
-
-
-def test_a_whole_piece_is_right_to_one_part_in_10_000() -> None:
-    """Equal numbers are the worst: each rounding errs in the same direction."""
-    values = torch.full((PIECE,), 0.1)
-    assert dot_in_cache(values, values) == pytest.approx(exact(values, values), rel=1e-4)
 
 
 # Stochastic rounding: one of two neighbours, without bias.
@@ -131,22 +116,6 @@ def test_what_the_type_has_is_kept(bits: int, draw: float, dtype: torch.dtype) -
     if value.isfinite():
         kept = round_stochastically(value.float(), dtype, torch.tensor([draw]))
         assert torch.equal(kept.view(torch.int16), value.view(torch.int16))
-
-
-@pytest.mark.parametrize("dtype", SHORT)
-@given(value=st.floats(-6e4, 6e4, width=32), draw=st.floats(0, 1, exclude_max=True, width=32))
-def test_always_a_neighbour(value: float, draw: float, dtype: torch.dtype) -> None:
-    exact = torch.tensor([value])
-    result = round_stochastically(exact, dtype, torch.tensor([draw]))
-    nearest = exact.to(dtype)
-    around = {float(nearest), *(float(step) for step in steps_around(nearest))}
-    assert float(result) in around
-    assert abs(float(result) - value) <= max(abs(step - float(nearest)) for step in around)
-
-
-def steps_around(value: Tensor) -> tuple[Tensor, Tensor]:
-    infinity = torch.full_like(value, float("inf"))
-    return torch.nextafter(value, infinity), torch.nextafter(value, -infinity)
 
 
 def test_the_mean_is_the_value() -> None:

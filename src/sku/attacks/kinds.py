@@ -41,7 +41,6 @@ from sku.data.joint import PLACE, parse_templates
 from sku.errors import EvaluationError
 from sku.evaluate.generation import StageProgress
 from sku.evaluate.judges.choose import is_embedded
-from sku.models import embedding_weight
 from sku.quantization import FORMATS
 from sku.world.grammar import MAKE_QUESTIONS
 
@@ -180,10 +179,9 @@ def _wrapped(context: AttackContext) -> list[Setting]:
     return [Setting(rewrite=rewrite, details={"templates": [*templates]})]
 
 
-def _rounded(context: AttackContext) -> list[Setting]:
-    device = embedding_weight(context.model).device
+def _rounded(_context: AttackContext) -> list[Setting]:
     return [
-        Setting(name=name, details={"scheme": form.scheme, "rounded_by": form.on(device)[1]}, rounding=name)
+        Setting(name=name, details={"scheme": form.scheme, "rounded_by": form.rounded_by}, rounding=name)
         for name, form in FORMATS.items()
     ]
 

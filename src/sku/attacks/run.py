@@ -39,7 +39,6 @@ from sku.evaluate.judges import Judge, JudgeCard, Verdict, cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, rates_of
 from sku.evaluate.records import GenerationRecord, ResultCache, create_private_folder, header_hash
-from sku.models import embedding_weight
 from sku.processes import ALONE
 from sku.quantization import FORMATS, rounded_copy
 
@@ -291,8 +290,7 @@ def _asked_model(model: PreTrainedModel, setting: Setting) -> Iterator[PreTraine
         yield model
         return
     form = FORMATS[setting.rounding]
-    rounding, _ = form.on(embedding_weight(model).device)
-    with rounded_copy(model, rounding, layers_only=form.layers_only) as (copied, rounded):
+    with rounded_copy(model, form.rounding, layers_only=form.layers_only) as (copied, rounded):
         yield None if rounded.overflowed else copied
 
 

@@ -58,6 +58,13 @@ class Negation:
     """Type of the result."""
     survival: float
     """Projection of the applied change on the wanted one: 1 when rounding to ``dtype`` lost nothing."""
+    rounding: Rounding
+    rounding_seed: int
+    """Of the stochastic rounding; the nearest one draws nothing."""
+    layers: Mapping[str, float]
+    """Norm of the task vector by number of decoder layer; ``others`` for weights of none."""
+    modules: Mapping[str, float]
+    """The same by kind of module, such as ``mlp.up_proj``."""
 
     @classmethod
     def of(cls, sums: Sums, alpha: float, changed: int, dtype: torch.dtype, **more: Any) -> Self:
@@ -68,26 +75,13 @@ class Negation:
             base_norm=math.sqrt(sums.base),
             changed_weights=changed if alpha else 0,
             dtype=str(dtype).removeprefix("torch."),
-            survival=sums.applied / sums.wanted if sums.wanted else 1.0,
+            survival=sums.survival,
             **more,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
         return dataclasses.asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamedNegation(Negation):
-    """The same of a subtraction from file to file."""
-
-    rounding: Rounding
-    rounding_seed: int
-    """Of the stochastic rounding; the nearest one draws nothing."""
-    layers: Mapping[str, float]
-    """Norm of the task vector by number of decoder layer; ``others`` for weights of none."""
-    modules: Mapping[str, float]
-    """The same by kind of module, such as ``mlp.up_proj``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +96,11 @@ class Sums:
     """Of the wanted change, squared."""
     applied: float = 0.0
     """Of the applied change times the wanted one."""
+
+    @property
+    def survival(self) -> float:
+        """Projection of the applied change on the wanted one; 1 where none was wanted."""
+        return self.applied / self.wanted if self.wanted else 1.0
 
     @staticmethod
     def total(parts: Sequence[Sums]) -> Sums:

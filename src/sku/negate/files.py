@@ -155,7 +155,6 @@ def read_layout(path: Path) -> StoredFile:
                 entries = [(name, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()]
             header = file.read(8)
             header += file.read(int.from_bytes(header, "little"))
-            json.loads(header[8:], object_pairs_hook=_without_repeats)
     except SafetensorError as error:
         raise ModelError(f"{path} is damaged or cut off: {first_line(error)}; fetch or save it again") from error
     except OSError as error:
@@ -288,13 +287,6 @@ def write_config(base: Path, folder: Path, dtype: torch.dtype | None) -> None:
         if "torch_dtype" not in config:
             config["dtype"] = name
     _write(folder / "config.json", config)
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuses a name that is there twice: readers differ in which of the two they take."""
-    if len(dict(pairs)) != len(pairs):
-        raise SafetensorError("its header names something twice")
-    return dict(pairs)
 
 
 def _parts(config: dict[str, Any]) -> Iterator[dict[str, Any]]:

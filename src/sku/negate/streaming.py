@@ -1,6 +1,6 @@
 """Stage 2 from file to file: ``theta_u = theta_o - alpha * (theta_bad - theta_o)`` without loading a model.
 
-The memory that it takes depends on the number of threads and not on the model. The bits are those of
+Each thread holds a few blocks in memory; an adapter is held whole, its factors in float32. The bits are those of
 ``sku.negate.negate``. The new folder has the base's shards, names and header metadata.
 """
 
@@ -33,8 +33,8 @@ from sku.negate.arithmetic import (
     MOST_THREADS,
     Arithmetic,
     LowRank,
+    Negation,
     Rounding,
-    StreamedNegation,
     Sums,
     block_pool,
     block_rows,
@@ -119,15 +119,11 @@ class Plan:
 class NegatedFolder:
     """What a streamed subtraction left."""
 
-    record: StreamedNegation
+    record: Negation
     left_out: tuple[str, ...]
     """Files and folders beside the base's weights that were not copied: its model card, other weights."""
     resumed_files: int
     """Weight files that an interrupted call had finished."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return self.record.to_dict()
 
 
 def negate_folders(
@@ -234,7 +230,7 @@ class FolderNegation:
         self,
         plan: Plan,
         progress: Progress | None = None,
-        written: Callable[[StreamedNegation], None] = lambda _record: None,
+        written: Callable[[Negation], None] = lambda _record: None,
     ) -> NegatedFolder:
         """``negate_folders`` by that plan: no header is read again.
 
@@ -269,7 +265,7 @@ class FolderNegation:
             left_out = copy_companions(self.base, folder, [layout.name for layout in plan.layouts])
             write_index(self.base, folder, sum(layout.size - len(layout.header) for layout in plan.layouts))
             write_config(self.base, folder, self.output_dtype)
-            record = StreamedNegation.of(
+            record = Negation.of(
                 total, abs(alpha), sum(work.counts for work in plan.changed), plan.dtype,
                 rounding=self.rounding, rounding_seed=self.seed,
                 **norms_by_group({name: math.sqrt(own.difference) for name, own in sums.items()}),

@@ -34,9 +34,7 @@ from sku.from_file import names_in_file
 from sku.models import LoadedModel, check_plain_weights, load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.arithmetic import (
-    Negation,
-    check_same_names,
-    check_same_shape,
+    Sums,
     dot_float64,
     overflows,
     subtract_tensors,
@@ -58,7 +56,7 @@ from sku.storage import check_space, mark_hazardous, new_folder
 
 
 class TaskVector:
-    """A set of named float32 differences that can be added, subtracted, scaled, measured and saved."""
+    """A set of named float32 differences that can be scaled, measured and saved."""
 
     def __init__(self, deltas: Mapping[str, Tensor], tied: Mapping[str, str] | None = None) -> None:
         """Wraps differences.
@@ -95,18 +93,8 @@ class TaskVector:
         return vector
 
     @classmethod
-    def from_adapter(cls, model: PeftModel) -> TaskVector:
-        """The difference that an adapter makes: ``scaling * B A`` per adapted weight, computed in float32.
-
-        Raises:
-            TaskVectorError: The adapter is merged, is not a plain LoRA of matrices, trains biases or whole modules
-                besides, or is zero.
-        """
-        return cls.from_factors(AdapterVector.of(model))
-
-    @classmethod
     def from_factors(cls, vector: AdapterVector) -> TaskVector:
-        """The same of factors."""
+        """The difference that an adapter makes: ``scaling * B A`` per adapted weight, computed in float32."""
         return cls({name: change.delta() for name, change in vector.factors.items()})
 
     @classmethod
@@ -134,12 +122,6 @@ class TaskVector:
     def __neg__(self) -> TaskVector:
         return self * -1.0
 
-    def __add__(self, other: TaskVector) -> TaskVector:
-        return self._combined(other, 1.0)
-
-    def __sub__(self, other: TaskVector) -> TaskVector:
-        return self._combined(other, -1.0)
-
     def norms(self) -> dict[str, float]:
         """Euclidean norm of each difference."""
         return {name: math.sqrt(dot_float64(delta, delta)) for name, delta in self.deltas.items()}
@@ -154,18 +136,10 @@ class TaskVector:
         Raises:
             OutputError: The folder exists or can't be written.
         """
-        with new_folder(Path(folder), private=True) as temporary:
-            self.write(temporary)
-
-    def write(self, folder: Path) -> None:
-        """Writes the vector into a folder that is there, which is marked and made private.
-
-        Raises:
-            OutputError: The folder can't be written.
-        """
-        mark_hazardous(folder)
         tensors = {name: delta.contiguous() for name, delta in self.deltas.items()}
-        save_file(tensors, folder / VECTOR_FILE, {"format": VECTOR_FORMAT, "tied": json.dumps(self.tied)})
+        with new_folder(Path(folder), private=True) as temporary:
+            mark_hazardous(temporary)
+            save_file(tensors, temporary / VECTOR_FILE, {"format": VECTOR_FORMAT, "tied": json.dumps(self.tied)})
 
     @classmethod
     def load(cls, folder: Path | str) -> TaskVector:
@@ -182,17 +156,6 @@ class TaskVector:
         except (OSError, SafetensorError) as error:
             raise TaskVectorError(f"{path} can't be read: {error}") from error
         return cls(deltas, read_ties(metadata, path))
-
-    def _combined(self, other: TaskVector, factor: float) -> TaskVector:
-        """``self + factor * other``, weight by weight: a scaled copy of the other would be as large as a model."""
-        check_same_names(self.deltas, other.deltas, "the first task vector", "the second")
-        if self.tied != other.tied:
-            raise TaskVectorError("the task vectors tie different weights")
-        for name, delta in self.deltas.items():
-            check_same_shape(name, delta, other.deltas[name])
-        return TaskVector(
-            {name: delta + factor * other.deltas[name] for name, delta in self.deltas.items()}, self.tied
-        )
 
 
 def negate(
@@ -220,17 +183,6 @@ def negate(
         TaskVectorError: Names, shapes or ties don't fit, or weights are quantized or not finite.
         ModelError: A model can't be loaded.
     """
-    return negate_with_record(base, bad, alpha, output_dtype=output_dtype)[0]
-
-
-def negate_with_record(
-    base: PreTrainedModel | str | Path,
-    bad: PreTrainedModel | PeftModel | TaskVector | str | Path,
-    alpha: float = 1.0,
-    *,
-    output_dtype: torch.dtype | None = None,
-) -> tuple[PreTrainedModel, Negation]:
-    """``negate``, with an account of what was changed and what rounding kept of it."""
     if isinstance(alpha, str):
         raise RecipeError(f"alpha is {alpha!r}; it must be a number, such as that of choose_alpha(...).alpha()")
     check_alpha(alpha)
@@ -242,10 +194,10 @@ def negate_with_record(
     unlearned = copy.deepcopy(original)
     if output_dtype is not None:
         round_weights(unlearned, output_dtype)
-    record = subtract_into(unlearned, original, change, alpha)
+    subtract_into(unlearned, original, change, alpha)
     unlearned.requires_grad_(requires_grad=True)
     unlearned.eval()
-    return unlearned, record
+    return unlearned
 
 
 def task_vector_of(base: PreTrainedModel, bad: PreTrainedModel | PeftModel | TaskVector | str | Path) -> TaskVector:
@@ -269,9 +221,9 @@ def _vector_or_model(
         if form == "vector":
             return TaskVector.load(folder)
         if form == "adapter":
-            return TaskVector.from_adapter(load_adapter(copy.deepcopy(base), folder))
+            return TaskVector.from_factors(AdapterVector.of(load_adapter(copy.deepcopy(base), folder)))
         return _as_stored(folder)
-    return TaskVector.from_adapter(bad) if isinstance(bad, PeftModel) else bad
+    return TaskVector.from_factors(AdapterVector.of(bad)) if isinstance(bad, PeftModel) else bad
 
 
 def _as_stored(path: str | Path) -> PreTrainedModel:
@@ -318,7 +270,7 @@ def round_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 def subtract_into(
     unlearned: PreTrainedModel, original: PreTrainedModel, bad: TaskVector | PreTrainedModel, alpha: float
-) -> Negation:
+) -> Sums:
     """Writes ``original - alpha * vector`` into a copy of the original, tensor by tensor.
 
     Args:
@@ -328,7 +280,7 @@ def subtract_into(
         alpha: Finite. 0 gives the original weights bit for bit.
 
     Returns:
-        What was changed, and what rounding kept of it.
+        Sums over all changed weights: what was wanted, and what rounding kept of it.
 
     Raises:
         TaskVectorError: Names, shapes or ties don't fit, or a result is not finite.
@@ -345,7 +297,7 @@ def subtract_into(
     for name in base.weights.keys() - changes.keys():
         if overflows(base.weights[name], targets[name]):
             raise unusable_result(name, targets[name].dtype)
-    return Negation.of(sums, alpha, len(changes), unlearned.dtype)
+    return sums
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,10 +16,10 @@ from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts
 from sku.errors import NoAlphaError, OutputError, ProcessError, SkuError, named_memory_errors
 from sku.evaluate.records import create_private_folder
-from sku.memory import Checkpointing, decide_checkpointing, memory_fit, told_checkpointing, with_checkpointing
+from sku.memory import Checkpointing, decide_checkpointing, memory_fit, with_checkpointing
 from sku.methods import method_named
 from sku.methods.run import MethodRun, has_twins, resolve_method, visited_examples, with_safe_dtype
-from sku.models import LoadedModel, describe_parameters, load_model, own_license
+from sku.models import LoadedModel, load_model, own_license
 from sku.own_replies import judge_of
 from sku.pipeline import CommandPlan, Progress
 from sku.pipeline.checks import (
@@ -120,7 +120,7 @@ def plan_run(
         "recipe": recipe.name, "method": recipe.method, "seed": recipe.seed, "model": model.describe(),
         "tuning": recipe.acquire.tuning, "steps": training.steps, "examples a step": training.batch,
         **({"twins": "each trained"} if has_twins(recipe) else {}),
-        **told_checkpointing(decided),
+        **({"activation checkpointing": decided.line} if decided else {}),
         **({"alpha": recipe.negate.alpha} if recipe.method == "sku" else {}),
         "asked": asked,
     }  # fmt: skip
@@ -258,7 +258,8 @@ class _Run:
                 "name": loaded.name,
                 "revision": loaded.revision,
                 "license": own_license(recipe.model),
-                **describe_parameters(loaded.model),
+                "parameters": loaded.model.num_parameters(),
+                "trainable": loaded.model.num_parameters(only_trainable=True),
             },
         )
         measuring = Measuring(recipe, loaded.tokenizer, data, self.out / "evaluation", self.progress)
