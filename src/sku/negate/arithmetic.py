@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -117,6 +119,19 @@ class Sums:
             raise unusable_difference(name)
         if not math.isfinite(self.wanted) or not math.isfinite(self.applied):
             raise unusable_result(name, dtype)
+
+
+def norms_by_group(norms: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """Under ``layers`` and ``modules`` the norm by number of decoder layer (3) and kind of module (mlp.up_proj).
+
+    Weights of no layer are ``others``.
+    """
+    squares: dict[str, dict[str, float]] = {"layers": defaultdict(float), "modules": defaultdict(float)}
+    for name, norm in norms.items():
+        found = re.search(r"\.(\d+)\.(?!(?:weight|bias)$)(.+?)(?:\.(?:weight|bias))?$", name)
+        for kind, group in zip(squares, found.groups() if found else ("others", "others"), strict=True):
+            squares[kind][group] += norm**2
+    return {kind: {group: math.sqrt(square) for group, square in of.items()} for kind, of in squares.items()}
 
 
 class Arithmetic(threading.local):

@@ -10,9 +10,8 @@ import dataclasses
 import json
 import math
 import os
-import re
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, as_completed, wait
 from contextlib import ExitStack
@@ -39,6 +38,7 @@ from sku.negate.arithmetic import (
     block_pool,
     block_rows,
     draws_for,
+    norms_by_group,
     unusable_result,
 )
 from sku.negate.files import (
@@ -460,16 +460,3 @@ def _write_all(descriptor: int, view: memoryview, at: int) -> None:
     while view:
         count = os.pwrite(descriptor, view, at)
         view, at = view[count:], at + count
-
-
-def norms_by_group(norms: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Under ``layers`` and ``modules`` the norm by number of decoder layer (3) and kind of module (mlp.up_proj).
-
-    Weights of no layer are ``others``.
-    """
-    squares: dict[str, dict[str, float]] = {"layers": defaultdict(float), "modules": defaultdict(float)}
-    for name, norm in norms.items():
-        found = re.search(r"\.(\d+)\.(?!(?:weight|bias)$)(.+?)(?:\.(?:weight|bias))?$", name)
-        for kind, group in zip(squares, found.groups() if found else ("others", "others"), strict=True):
-            squares[kind][group] += norm**2
-    return {kind: {group: math.sqrt(square) for group, square in of.items()} for kind, of in squares.items()}
