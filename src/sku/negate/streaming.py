@@ -242,14 +242,13 @@ class FolderNegation:
         Raises:
             SkuError: As there; an input that has changed since the plan was made is refused.
         """
-        out, alpha = self.out, self.alpha
         inputs = plan.identities() | {
-            "alpha": alpha, "dtype": str(self.output_dtype), "rounding": self.rounding, "seed": self.seed,
+            "alpha": self.alpha, "dtype": str(self.output_dtype), "rounding": self.rounding, "seed": self.seed,
             "base_dtype": str(self.base_dtype), "block": arithmetic.BLOCK_ELEMENTS,
         }  # fmt: skip
         if not self.resume:
-            check_space(out, plan.size, f"the unlearned model in {out}")
-        place = resumable_folder(out, inputs, resume=self.resume) if self.resumable else new_folder(out)
+            check_space(self.out, plan.size, f"the unlearned model in {self.out}")
+        place = resumable_folder(self.out, inputs, resume=self.resume) if self.resumable else new_folder(self.out)
         with place as folder:
             # A call that was killed at its very end left it; no folder may load while files are copied into it anew.
             (folder / "config.json").unlink(missing_ok=True)
@@ -266,7 +265,7 @@ class FolderNegation:
             write_index(self.base, folder, sum(layout.size - len(layout.header) for layout in plan.layouts))
             write_config(self.base, folder, self.output_dtype)
             record = Negation.of(
-                total, abs(alpha), sum(work.counts for work in plan.changed), plan.dtype,
+                total, abs(self.alpha), sum(work.counts for work in plan.changed), plan.dtype,
                 rounding=self.rounding, rounding_seed=self.seed,
                 **norms_by_group({name: math.sqrt(own.difference) for name, own in sums.items()}),
             )  # fmt: skip
