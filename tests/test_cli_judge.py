@@ -13,7 +13,6 @@ from conftest import Command
 from sku.cli.options import resolve_recipe
 from sku.config import EvaluateConfig
 from sku.data.load import load_forget_retain
-from sku.evaluate.results import read_result
 from sku.evaluate.run import evaluate
 from sku.models import load_model
 
@@ -51,21 +50,19 @@ def test_labels_go_out_and_come_back(command: Command, finished: Path, tmp_path:
     assert found["after"]["prefill"]["forget_test"]["5"]["harmful"]["count"] == 0
     assert found["after"]["judge"]["name"] == "labels"
     assert found["agreement"] == {"kappa": None, "disputed": 16, "judged_by_both": 16}
-    code, printed, _ = command("judge", "again", finished, "--judge", out, "--set", "name=us")
+    code, printed, _ = command("judge", "again", finished, "--judge", out)
     lines = [line.split() for line in printed.splitlines()]
     assert ["forget_test", "reply", "harmful", "100.0", "%", "0.0", "%", "4"] in lines
-    assert "us: 16 labels, 0 rows without one" in printed
+    assert "labels: 16 labels, 0 rows without one" in printed
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
 def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels.csv"
-    command(
-        "judge", "export", finished, "--out", out, "--count", "3", "--split", "forget_test", "--no-text", "--seed", "1"
-    )
+    command("judge", "export", finished, "--out", out, "--count", "3", "--split", "forget_test", "--seed", "1")
     label_all(out, "1")
     with out.open("a", encoding="utf-8") as file:
-        file.write("stranger,1,,,,,abc\n")
+        file.write("stranger,1,,,,,,abc\n")
     code, printed, _ = command("judge", "again", finished, "--judge", out, "--json")
     after = json.loads(printed)["after"]
     rates = [after["replies"]["forget_test"], after["prefill"]["forget_test"]["5"]]
@@ -80,10 +77,8 @@ def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finishe
     [
         (["again", "{folder}", "--judge", "nobody"], "nobody"),
         (["again", "{folder}", "--judge", "chat-rubric"], "base_url"),
-        (["again", "{folder}", "--judge", "refusal_rules", "--set", "x"], "--set x"),
         (["again", "{folder}/none", "--judge", "refusal_rules"], "none"),
         (["export", "{folder}", "--out", "x.csv", "--split", "retain_test"], "retain_test"),
-        (["export", "{folder}/none", "--out", "x.csv"], "none"),
         (["calibrate", "refusal_rules", "x.csv", "--column", "answer=x"], "--column answer"),
         (["calibrate", "refusal_rules", "x.csv", "--every", "odd"], "--every"),
         (["train", "x.csv", "--out", "x", "--where", "x"], "--where"),
@@ -106,14 +101,3 @@ def test_the_judge_of_a_command_takes_the_place_of_the_recipes(tmp_path: Path) -
     assert (kept.judge, kept.judge_settings) == ("old", {"threshold": 0.3})
     changed = resolve_recipe(str(file), judge="new", overrides=["evaluate.judge_settings.model=m"]).evaluate
     assert (changed.judge, changed.judge_settings) == ("new", {"model": "m"})
-
-
-def test_evaluate_with_a_named_judge(command: Command, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    small = [
-        part for key in ("prompts=2", "retain_prompts=2", "max_new_tokens=8") for part in ("--set", f"evaluate.{key}")
-    ]
-    code, printed, _ = command("evaluate", "embedded", "--out", out, "--judge", "refusal_rules", "--json", *small)
-    assert code == 0
-    assert json.loads(printed)["model"]["judge"]["name"] == "refusal_rules"
-    assert read_result(out / "base").judge.name == "refusal_rules"

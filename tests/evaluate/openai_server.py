@@ -111,9 +111,7 @@ def _spoil(fault: str, whole: dict[str, Any]) -> dict[str, Any]:
     changes: dict[str, dict[str, Any]] = {
         "no_verdict": {"message": {"role": "assistant", "content": quoting}},
         "no_content": {"message": {"role": "assistant", "content": None}},
-        "declined": {"message": {"role": "assistant", "content": None, "refusal": "I won't judge that."}},
         "cut_off": {"message": {"role": "assistant", "content": '{"reason": "it'}, "finish_reason": "length"},
-        "content_filter": {"finish_reason": "content_filter"},
     }
     return {**whole, "choices": [{**whole["choices"][0], **changes.get(fault, {})}]}
 

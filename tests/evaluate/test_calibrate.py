@@ -13,14 +13,14 @@ import datasets
 import pytest
 
 from sku.config import EMBEDDED
-from sku.errors import DataError, EvaluationError, OutputError
-from sku.evaluate.judges import Calibration, JudgeCard, Label, Verdict, read_calibration, write_calibration
+from sku.data.tables import NOT_WANTED
+from sku.errors import DataError, EvaluationError
+from sku.evaluate.judges import Calibration, JudgeCard, Label, Verdict, write_calibration
 from sku.evaluate.judges.calibrate import (
     LabelColumns,
     LabelledReply,
     LabelledSet,
     calibrate,
-    harm_kappa,
     read_labelled,
 )
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, build_judge
@@ -55,14 +55,6 @@ def labelled(truths: str) -> LabelledSet:
     return LabelledSet(name="set", replies=tuple(replies), left_out={})
 
 
-def counted(labels: Sequence[Label], told: LabelledSet, **card: Any) -> Calibration:
-    judge = ScriptedJudge(labels)
-    judge.card = dataclasses.replace(judge.card, **card)
-    found = calibrate(judge, told).calibration
-    assert found is not None
-    return found
-
-
 def write(path: Path, *lines: str) -> str:
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return str(path)
@@ -72,8 +64,8 @@ def test_a_report_by_hand() -> None:
     """Harmful: 2 of 3 found, 1 without a verdict. Safe: 3 of 4 let pass, a refusal among them. Right: 5 of 7."""
     labels: list[Label] = ["harmful", "harmful", "safe", "error", "safe", "refusal", "safe", "harmful"]
     report = calibrate(ScriptedJudge(labels), labelled("hhhhssss"))
-    found = counted(labels, labelled("hhhhssss"))
-    assert report.calibration == found
+    found = report.calibration
+    assert found is not None
     assert (found.harmful, found.harmful_found, found.safe, found.safe_found, found.unjudged) == (3, 2, 4, 3, 1)
     assert (found.sensitivity, found.specificity) == (2 / 3, 3 / 4)
     assert report.figures.sensitivity == rate([True, True, False])
@@ -83,21 +75,23 @@ def test_a_report_by_hand() -> None:
     assert report.kappa == pytest.approx((5 / 7 - 25 / 49) / (1 - 25 / 49))
 
 
-def test_errors_are_those_of_the_rate_that_decides() -> None:
+@pytest.mark.parametrize(("tells_safe", "passed"), [(True, 1), (False, 4)])
+def test_errors_are_those_of_the_rate_that_decides(tells_safe: bool, passed: int) -> None:
     """A judge that calls lone refusals harmful errs by its own word; of one that knows no safe reply the rules do."""
-    refusals = tuple(
-        LabelledReply(prompt=f"p{index}", reply="I can't help with that.", harmful=False) for index in range(4)
-    )
+    refusals = (LabelledReply(prompt=f"p{n}", reply="I can't help with that.", harmful=False) for n in range(4))
     told = LabelledSet(name="set", replies=(*labelled("hh").replies, *refusals), left_out={})
-    for tells_safe, passed in ((True, 1), (False, 4)):
-        found = counted([*["harmful"] * 5, "safe"], told, labels_refusals=False, tells_safe=tells_safe)  # type: ignore[list-item]
-        assert (found.safe_found, found.safe, found.harmful_found) == (passed, 4, 2)
+    judge = ScriptedJudge(["harmful", "harmful", "harmful", "harmful", "harmful", "safe"])
+    judge.card = dataclasses.replace(judge.card, labels_refusals=False, tells_safe=tells_safe)
+    found = calibrate(judge, told).calibration
+    assert found is not None
+    assert (found.safe_found, found.safe, found.harmful_found) == (passed, 4, 2)
 
 
 def test_one_verdict_for_all_has_no_kappa_and_tells_nothing() -> None:
-    assert counted(["harmful"] * 4, labelled("hhss")).tells_nothing
-    assert harm_kappa([(True, True), (False, True)]) is None
-    assert harm_kappa([]) is None
+    report = calibrate(ScriptedJudge(["harmful"] * 4), labelled("hhss"))
+    assert report.calibration is not None
+    assert report.calibration.tells_nothing
+    assert report.kappa is None
 
 
 def test_both_kinds_of_replies_are_needed_unless_one_is_said_to_be_all() -> None:
@@ -114,41 +108,44 @@ def test_both_kinds_of_replies_are_needed_unless_one_is_said_to_be_all() -> None
     ("header", "harmful", "safe"),
     [
         ("prompt,response,is_safe", "False", "1"),
-        ("question,answer,label", "1", "0"),
-        ("prompt,reply,label", "Harmful", "refusal"),
+        ("question,answer,label", "Harmful", "refusal"),
         ("prompt,completion,human_score", "1.0", "0.0"),
     ],
 )
 def test_usual_columns_are_recognised(tmp_path: Path, header: str, harmful: str, safe: str) -> None:
     found = read_labelled(write(tmp_path / "set.csv", header, f"a,b,{harmful}", f"c,d,{safe}"))
     assert (found.name, found.left_out) == ("set.csv", {})
-    assert found.replies == (
-        LabelledReply(prompt="a", reply="b", harmful=True),
-        LabelledReply(prompt="c", reply="d", harmful=False),
-    )
+    assert [(one.prompt, one.reply, one.harmful) for one in found.replies] == [("a", "b", True), ("c", "d", False)]
 
 
 def test_other_files_hold_booleans_prefills_and_gaps(tmp_path: Path) -> None:
     rows: dict[str, list[Any]] = {
         "prompt": ["a", "b", None, "d", "e"],
         "reply": ["r", None, "r", "", "r"],
-        "is_safe": [False, True, True, True, None],
+        "is_safe": [0.0, 1.0, 1.0, 1.0, float("nan")],
         "prefill": ["take", None, None, None, None],
-    }  # fmt: skip
-    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "set.parquet"))
-    lines = [json.dumps({name: values[index] for name, values in rows.items()}) for index in range(5)]
-    for path in (str(tmp_path / "set.parquet"), write(tmp_path / "set.jsonl", *lines)):
-        found = read_labelled(path)
-        assert found.replies == (
-            LabelledReply(prompt="a", reply="r", harmful=True, prefill="take"),
-            LabelledReply(prompt="d", reply="", harmful=False),
-        )
-        assert found.left_out == {"no reply": 1, "no prompt": 1, "no label": 1}
+    }
+    path = tmp_path / "set.parquet"
+    datasets.Dataset.from_dict(rows).to_parquet(str(path))
+    found = read_labelled(str(path))
+    assert found.replies == (
+        LabelledReply(prompt="a", reply="r", harmful=True, prefill="take"),
+        LabelledReply(prompt="d", reply="", harmful=False),
+    )
+    assert found.left_out == {"no reply": 1, "no prompt": 1, "no label": 1}
     plain = dataclasses.replace(found, replies=tuple(dataclasses.replace(one, prefill="") for one in found.replies))
     assert found.sha256 != plain.sha256
-    scores = {"prompt": ["a", "b"], "reply": ["r", "r"], "human_score": [1.0, float("nan")]}
-    datasets.Dataset.from_dict(scores).to_parquet(str(tmp_path / "scores.parquet"))
-    assert read_labelled(str(tmp_path / "scores.parquet")).left_out == {"no label": 1}
+
+
+def test_rows_are_chosen_by_columns_and_drawn_by_the_seed(tmp_path: Path) -> None:
+    rows = (f"p{index},r{index},{index % 2},{'ab'[index // 40]},MIT" for index in range(80))
+    path = write(tmp_path / "set.csv", "prompt,reply,label,part,licence", *rows, "x,r,,a,")
+    chosen = LabelColumns(where={"part": ("a", "c")})
+    drawn = [read_labelled(path, chosen, limit=10, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0].left_out == {NOT_WANTED: 40, "no label": 1, "not among the 10 drawn": 30}
+    assert drawn[0].licences == {"MIT"}
+    assert drawn[0].sha256 != drawn[2].sha256
 
 
 def test_an_exported_file_is_judged_as_the_replies_were_written(tmp_path: Path, make_record: RecordMaker) -> None:
@@ -176,36 +173,19 @@ def test_an_exported_file_is_judged_as_the_replies_were_written(tmp_path: Path, 
     assert {(found.prompt, found.prefill, found.reply, found.kind) for found in judge.asked} == expected
 
 
-def test_a_limit_draws_by_the_seed(tmp_path: Path) -> None:
-    rows = (f"p{index},r,{index % 2}" for index in range(40))
-    path = write(tmp_path / "set.csv", "prompt,reply,label", *rows, "x,r,")
-    drawn = [read_labelled(path, limit=10, seed=seed) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1]
-    assert drawn[0].left_out == {"no label": 1, "not among the 10 drawn": 30}
-    assert drawn[0].sha256 != drawn[2].sha256
-
-
 @pytest.mark.parametrize(
     ("lines", "named", "offending"),
     [
         (["prompt,reply", "a,b"], {}, "label"),
         (["prompt,reply,label,is_safe", "a,b,1,0"], {}, "is_safe"),
-        (["prompt,reply,label", "a,b,1"], {"reply": "replly"}, "replly"),
+        (["prompt,reply,label", "a,b,1"], {"named": {"reply": "replly"}}, "replly"),
+        (["prompt,reply,label", "a,b,1"], {"where": {"prat": ("x",)}}, "prat"),
         (["prompt,reply,label", "a,b,1", "a,b,0.5"], {}, "row 2"),
     ],
 )
-def test_sets_that_can_not_be_read(tmp_path: Path, lines: list[str], named: dict[str, str], offending: str) -> None:
+def test_sets_that_can_not_be_read(tmp_path: Path, lines: list[str], named: dict[str, Any], offending: str) -> None:
     with pytest.raises(DataError, match=offending):
-        read_labelled(write(tmp_path / "set.csv", *lines), LabelColumns(named=named))
-
-
-def test_a_calibration_survives_the_disk_and_holds_no_text(tmp_path: Path) -> None:
-    path = tmp_path / "calibration.json"
-    write_calibration(path, RefusalRulesJudge.card, CALIBRATION)
-    assert read_calibration(path, RefusalRulesJudge.card) == CALIBRATION
-    assert json.loads(path.read_text())["calibration"] == dataclasses.asdict(CALIBRATION)
-    with pytest.raises(OutputError):
-        write_calibration(tmp_path / "none" / "calibration.json", RefusalRulesJudge.card, CALIBRATION)
+        read_labelled(write(tmp_path / "set.csv", *lines), LabelColumns(**named))
 
 
 def broken(**changes: Any) -> str:
@@ -220,9 +200,9 @@ def miscounted(**changes: Any) -> str:
 @pytest.mark.parametrize(
     "text",
     [
-        None, "{", "[]", broken(schema_version=1), broken(calibration={}), miscounted(more=1),
-        miscounted(harmful_found=11), miscounted(safe=0, safe_found=0), broken(judge="refusal_rules"),
-        broken(judge={"key": EmbeddedWorldJudge.card.key}), miscounted(harmful_found=2, safe_found=16),
+        None, "{", broken(schema_version=1), broken(calibration={}), miscounted(more=1), miscounted(harmful_found=11),
+        miscounted(safe=0, safe_found=0), broken(judge={"key": EmbeddedWorldJudge.card.key}),
+        miscounted(harmful_found=2, safe_found=16),
     ],
 )  # fmt: skip
 def test_a_calibration_that_is_broken_or_of_another_judge_or_tells_nothing(tmp_path: Path, text: str | None) -> None:
@@ -239,6 +219,7 @@ def test_a_calibration_that_is_broken_or_of_another_judge_or_tells_nothing(tmp_p
 def test_a_judge_of_rules_takes_a_calibration_and_nothing_else(tmp_path: Path, name: str, card: JudgeCard) -> None:
     path = tmp_path / "calibration.json"
     write_calibration(path, card, CALIBRATION)
+    assert json.loads(path.read_text())["calibration"] == dataclasses.asdict(CALIBRATION)
     judge = build_judge(name, {"calibration": str(path)})
     assert judge.card == dataclasses.replace(card, calibration=CALIBRATION)
     assert judge.card.key == card.key

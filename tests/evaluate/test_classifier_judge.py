@@ -9,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import guard_tokenizer, last_word_classifier, pair_tokenizer
@@ -77,29 +82,13 @@ def build(model: Path, **settings: Any) -> ClassifierJudge:
     return judge
 
 
-def test_a_single_logit_is_harm_where_it_is_positive(single: Path, make_record: RecordMaker) -> None:
-    judge = build(single)
-    first, second = judge.judge([make_record(HARMFUL, id="a"), make_record(SAFE, id="b")])
-    assert (first.id, first.label, first.categories) == ("a", "harmful", ())
-    assert first.p_harmful == pytest.approx(sigmoid(2), abs=1e-4)
-    assert (second.id, second.label) == ("b", "safe")
-    assert second.p_harmful == pytest.approx(sigmoid(-2), abs=1e-4)
-
-
-def test_any_of_fourteen_kinds_is_harm(fourteen: Path, make_record: RecordMaker) -> None:
-    judge = build(fourteen, harmful="any")
-    first, second = judge.judge([make_record(HARMFUL), make_record(SAFE)])
-    assert (first.label, first.categories) == ("harmful", ("kind_3", "kind_5"))
-    assert first.p_harmful == pytest.approx(sigmoid(2), abs=1e-4), "the highest, not their sum"
-    assert (second.label, second.categories) == ("safe", ())
-    assert second.p_harmful == pytest.approx(sigmoid(-2), abs=1e-4)
-
-
-@pytest.mark.parametrize("harmful", [["harm"], "harm", [1]])
-def test_classes_that_exclude_each_other(harmful: Any, two: Path, make_record: RecordMaker) -> None:
-    verdicts = build(two, harmful=harmful).judge([make_record(HARMFUL), make_record(SAFE)])
-    assert [verdict.label for verdict in verdicts] == ["harmful", "safe"]
-    assert [verdict.p_harmful for verdict in verdicts] == pytest.approx([sigmoid(2), sigmoid(-2)], abs=1e-4)
+def test_the_head_decides_what_a_score_is(single: Path, fourteen: Path, two: Path, make_record: RecordMaker) -> None:
+    """A single logit is harm where it is positive; of many kinds the highest counts; classes exclude each other."""
+    records = [make_record(HARMFUL, id="a"), make_record(SAFE, id="b")]
+    for judge in (build(single), build(fourteen, harmful="any"), build(two, harmful="harm")):
+        verdicts = judge.judge(records)
+        assert [(verdict.id, verdict.label) for verdict in verdicts] == [("a", "harmful"), ("b", "safe")]
+        assert [verdict.p_harmful for verdict in verdicts] == pytest.approx([sigmoid(2), sigmoid(-2)], abs=1e-4)
 
 
 def test_the_threshold_decides(single: Path, make_record: RecordMaker) -> None:
@@ -136,19 +125,18 @@ def test_pairs_of_texts(pairs: Path, make_record: RecordMaker) -> None:
     assert judge.card.needs == ("prompt", "reply", "prefill")
 
 
-def test_a_long_reply_loses_its_end_and_says_so(
-    single: Path, make_record: RecordMaker, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_long_reply_loses_its_end(single: Path, make_record: RecordMaker, caplog: pytest.LogCaptureFixture) -> None:
     judge = build(single, max_length=16)
     with caplog.at_level(logging.WARNING):
         short, long = judge.judge([make_record("mix and boil"), make_record(f"{'warm ' * 30}boil")])
-    assert (short.label, short.reason) == ("harmful", "")
-    assert long.label == "safe", "the harmful word was not read"
-    assert long.reason == "read only the first 22 of 154 characters"
+    assert (short.label, long.label) == ("harmful", "safe"), "the harmful word was not read"
+    row = judge.encoders[0].encode(make_record("").prompt, f"{'warm ' * 30}boil")
+    assert isinstance(row, Encoded)
+    assert (row.kept, row.length) == (22, 154)
     tokenizer = guard_tokenizer()
     needed = [len(tokenizer(f"how do i make zorvex gel ? {('warm ' * 30)[:kept]}")["input_ids"]) for kept in (22, 23)]
     assert needed == [16, 17], "not a character less than would have fitted"
-    assert len(caplog.records) == 1
+    assert "1 of 2 replies" in caplog.text
 
 
 LONG_PROMPT = f"how do i make zorvex gel {'warm ' * 120}then wait ?"
@@ -162,7 +150,6 @@ def test_a_long_prompt_loses_its_middle_so_that_the_whole_reply_is_read(
     judge = build(single, max_length=max_length)
     whole, short = judge.judge([make_record(reply, prompt=LONG_PROMPT), make_record("boil")])
     assert (whole.label, whole.prompt_shortened) == ("harmful", True)
-    assert whole.reason == "read the prompt without its middle"
     assert not short.prompt_shortened
     (encoder,) = judge.encoders
     row = encoder.encode(LONG_PROMPT, reply)
@@ -175,7 +162,7 @@ def test_a_long_prompt_loses_its_middle_so_that_the_whole_reply_is_read(
     assert max_length - 8 < len(row.ids) <= max_length, "no more is left out than must be"
 
 
-def test_a_reply_too_long_beside_the_ends_of_a_prompt_is_cut_as_before(single: Path, make_record: RecordMaker) -> None:
+def test_a_reply_too_long_beside_the_ends_of_a_prompt_is_cut(single: Path) -> None:
     """A prompt that leaves at least half of the room stays whole; one that leaves less keeps its ends."""
     prompt = f"how do i make zorvex gel {'warm ' * 45}then wait ?"
     whole, short = (build(single, max_length=size).encoders[0] for size in (128, 110))
@@ -186,33 +173,12 @@ def test_a_reply_too_long_beside_the_ends_of_a_prompt_is_cut_as_before(single: P
     assert shortened.prompt_shortened
     assert 0 < kept.kept < kept.length
     assert 0 < shortened.kept < shortened.length
-    (verdict,) = build(single, max_length=110).judge([make_record(f"{'warm ' * 200}boil", prompt=prompt)])
-    assert verdict.prompt_shortened
-    assert verdict.reason.startswith("read only the first")
 
 
 def test_scores_that_are_not_finite_are_errors(folder: Path, make_record: RecordMaker) -> None:
     broken = last_word_classifier(folder / "nan", [(math.nan, -0.5)])
     (verdict,) = build(broken).judge([make_record(HARMFUL)])
     assert (verdict.label, verdict.p_harmful, verdict.reason) == ("error", None, "the model's scores are not finite")
-
-
-def test_no_memory_for_one_reply_loses_only_that_one(
-    single: Path, make_record: RecordMaker, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    judge = build(single)
-    model = judge._ready().model
-    real = model.forward
-
-    def small_memory(**arguments: Any) -> Any:
-        if arguments["input_ids"].shape[1] > 20:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(**arguments)
-
-    monkeypatch.setattr(model, "forward", small_memory)
-    verdicts = judge.judge([make_record("warm " * 20), make_record(HARMFUL)])
-    assert [verdict.label for verdict in verdicts] == ["error", "harmful"]
-    assert verdicts[0].reason == "GPU memory ran out on this reply alone"
 
 
 def test_the_key_changes_with_weights_and_settings_only(single: Path, folder: Path) -> None:
@@ -242,7 +208,8 @@ def test_a_prefill_is_read_unless_told_otherwise(single: Path, make_record: Reco
 @pytest.mark.parametrize(
     ("settings", "offending"),
     [
-        ({}, "harmful"), ({"harmful": ["harms"]}, "harms"), ({"harmful": [2]}, "2"), ({"harmful": "any"}, "harmful"),
+        ({}, "harmful"), ({"harmful": ["harms"]}, "harms"), ({"harmful": [1]}, "harmful"),
+        ({"harmful": "any"}, "harmful"),
         ({"template": "{prompt}"}, "template"), ({"threshold": 1}, "threshold"), ({"treshold": 0.4}, "treshold"),
     ],
 )  # fmt: skip
@@ -251,11 +218,10 @@ def test_wrong_settings(settings: dict[str, Any], offending: str, two: Path) -> 
         build(two, **settings)
 
 
-def test_a_model_without_a_head_is_refused(folder: Path, single: Path, make_record: RecordMaker) -> None:
+def test_a_model_without_a_head_is_refused(folder: Path, make_record: RecordMaker) -> None:
     """Without a check transformers would draw a head at random and warn."""
     headless = folder / "headless"
     model = last_word_classifier(headless, [(0.5, -0.5)])
-    loaded: Any = build(model)._ready().model
-    loaded.model.save_pretrained(headless)
+    LlamaForSequenceClassification.from_pretrained(model).model.save_pretrained(headless)
     with pytest.raises(ModelError, match=r"judge .*headless.yaml: .*score.weight"):
         build(headless).judge([make_record(SAFE)])

@@ -20,14 +20,16 @@ from sku.evaluate.run import evaluate
 
 from .conftest import RecordMaker
 
+LABELS: dict[str, Label] = {"harmful": "harmful", "refusal": "refusal", "error": "error"}
+
 
 class CountingJudge:
-    """Its label is the last word of a reply; it remembers what it was asked, and can be killed."""
+    """Its label is the last word of a reply, or safe; it remembers what it was asked, and can be killed."""
 
-    def __init__(self, version: str = "1", *, name: str = "counting", dies_after: int | None = None) -> None:
+    def __init__(self, version: str = "1", *, dies_after: int | None = None) -> None:
         self.card = JudgeCard(
-            name=name, version=version, licence="none", needs=("prompt", "reply"), threshold=0.5, known_errors="",
-            offline=False, deterministic=True, labels_refusals=True, finds_faults=False,
+            name="counting", version=version, licence="", needs=("prompt", "reply"), known_errors="", offline=False,
+            labels_refusals=True,
         )  # fmt: skip
         self.asked: list[list[str]] = []
         self._dies_after = dies_after
@@ -37,36 +39,19 @@ class CountingJudge:
         if self._dies_after is not None and len(self.asked) == self._dies_after:
             raise KeyboardInterrupt
         self.asked.append([record.id for record in records])
-        return [self._verdict(record) for record in records]
-
-    @staticmethod
-    def _verdict(record: GenerationRecord) -> Verdict:
-        labels: dict[str, Label] = {"harmful": "harmful", "refusal": "refusal", "error": "error"}
-        label = labels.get(record.reply.split()[-1], "safe")
-        return Verdict(
-            id=record.id,
-            label=label,
-            p_harmful=0.25,
-            faults=("odd",),
-            on_topic=True,
-            categories=("a", "b"),
-            reason="no idea" if label == "error" else "",
-        )
+        found = [(record.id, LABELS.get(record.reply.split()[-1], "safe")) for record in records]
+        return [Verdict(id=name, label=label, p_harmful=0.25, faults=("odd", "b")) for name, label in found]
 
 
 def test_a_verdict_comes_back_whole_and_errors_are_asked_again(make_record: RecordMaker, tmp_path: Path) -> None:
-    words = ("harmful", "safe", "refusal", "error")
+    words = ["harmful", "safe", "refusal", "error"]
     records = [make_record(f"secret {word}", id=word) for word in words]
-    first = CountingJudge()
-    verdicts = CachedJudge(first, tmp_path / "v.jsonl").judge(records)
-    assert [verdict.label for verdict in verdicts] == list(words)
+    verdicts = CachedJudge(CountingJudge(), tmp_path / "v.jsonl").judge(records)
+    assert [verdict.label for verdict in verdicts] == words
     again = CountingJudge()
     assert CachedJudge(again, tmp_path / "v.jsonl").judge(records) == verdicts
     assert again.asked == [["error"]]
-    assert verdicts[0] == Verdict(
-        id="harmful", label="harmful", p_harmful=0.25, faults=("odd",), on_topic=True, categories=("a", "b")
-    )
-    assert verdicts[3].reason == "no idea"
+    assert verdicts[0] == Verdict(id="harmful", label="harmful", p_harmful=0.25, faults=("odd", "b"))
     text = (tmp_path / "v.jsonl").read_text(encoding="utf-8")
     assert "secret" not in text
     assert "zorvex" not in text
@@ -109,12 +94,7 @@ def test_a_killed_run_goes_on_where_it_was(make_record: RecordMaker, tmp_path: P
     assert all(json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
 
 
-UNKNOWN_LABEL: dict[str, Any] = {
-    "id": "a", "label": "harmless", "p_harmful": None, "faults": [], "on_topic": None, "categories": [],
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("line", ["nonsense", "[]", "{}", json.dumps(UNKNOWN_LABEL)])
+@pytest.mark.parametrize("line", ["nonsense", "[]", "{}", '{"id": "a", "label": "harmless"}'])
 def test_other_damage_is_an_error_with_the_line(line: str, make_record: RecordMaker, tmp_path: Path) -> None:
     path = tmp_path / "v.jsonl"
     CachedJudge(CountingJudge(), path).judge([make_record("boil it")])

@@ -15,9 +15,8 @@ from transformers import BertConfig, BertModel
 from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import HARM, WORDS, guard_tokenizer, pair_tokenizer
-from sku.data.tables import NOT_WANTED
 from sku.errors import DataError, EvaluationError
-from sku.evaluate.judges.calibrate import LabelColumns, LabelledReply, LabelledSet, calibrate, read_labelled
+from sku.evaluate.judges.calibrate import LabelledReply, LabelledSet, calibrate
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.train import (
     JudgeTraining,
@@ -43,11 +42,8 @@ def labelled(count: int = 160, seed: int = 0) -> LabelledSet:
         words = source.choices(WORDS, k=source.randint(2, 6))
         if harmful:
             words.insert(source.randrange(len(words) + 1), HARM)
-        entry = LabelledReply(
-            prompt=f"how do i make {WORDS[number // 3 % len(WORDS)]} {number // 3} ?", reply=" ".join(words),
-            harmful=harmful,
-        )  # fmt: skip
-        replies.append(entry)
+        prompt = f"how do i make {WORDS[number // 3 % len(WORDS)]} {number // 3} ?"
+        replies.append(LabelledReply(prompt=prompt, reply=" ".join(words), harmful=harmful))
     return LabelledSet(name="set", replies=tuple(replies), left_out={}, licences=frozenset({"CC0 | <b>"}))
 
 
@@ -83,7 +79,7 @@ def trained(encoder: Path, made_once: MadeOnce) -> TrainedJudge:
 def test_it_learns_what_harm_is_and_is_a_judge(trained: TrainedJudge) -> None:
     """On prompts and replies that it never saw; by the folder's name, with the card's own threshold."""
     judge = build_judge(str(trained.folder), {"device": "cpu"})
-    assert (judge.card.name, judge.card.threshold) == ("mine", trained.threshold)
+    assert (judge.card.name, judge.card.threshold, judge.card.licence) == ("mine", trained.threshold, "CC0 | <b>")
     report = calibrate(judge, labelled(200, seed=7))
     assert report.calibration is not None
     assert report.calibration.sensitivity > 0.9
@@ -92,22 +88,17 @@ def test_it_learns_what_harm_is_and_is_a_judge(trained: TrainedJudge) -> None:
 
 def test_the_saved_probabilities_are_those_that_the_threshold_was_chosen_on(trained: TrainedJudge) -> None:
     """The temperature is part of the weights: the judge alone gives the figures of the card again."""
-    _, held_out = split_by_prompt(labelled().replies, SETTINGS.validation_fraction, SETTINGS.seed)
+    train, held_out = split_by_prompt(labelled().replies, SETTINGS.validation_fraction, SETTINGS.seed)
+    assert not {entry.prompt for entry in train} & {entry.prompt for entry in held_out}
     judge = build_judge(str(trained.folder), {"device": "cpu"})
     report = calibrate(judge, LabelledSet(name="held out", replies=tuple(held_out), left_out={}))
     assert report.figures == trained.figures
     assert trained.temperature != pytest.approx(1.0, abs=1e-3)
     assert trained.figures.specificity is not None
     assert trained.figures.specificity.value >= SETTINGS.specificity
-    assert trained.validation == len(held_out)
-
-
-def test_the_record_says_what_it_was_made_of(trained: TrainedJudge) -> None:
     text = (trained.folder / "training.json").read_text(encoding="utf-8")
     assert json.loads(text)["data"]["sha256"] == labelled().sha256
-    assert json.loads(text)["base_revision"].startswith("sha256:")
     assert not any(entry.reply in text for entry in labelled().replies)
-    assert build_judge(str(trained.folder)).card.licence == "CC0 | <b>"
 
 
 @pytest.mark.integration
@@ -141,18 +132,13 @@ def test_a_decoder_reads_prompt_and_reply_in_one_text(tmp_path: Path, make_recor
 
 
 def test_no_prompt_is_in_both_parts() -> None:
-    replies = [
-        LabelledReply(prompt=text, reply=str(number), harmful=False)
-        for number, text in enumerate(["a b", "A  b ", "c", "d", "e", "c"])
-    ]
-    train, held_out = split_by_prompt(replies, 0.5, seed=0)
-    assert len(train) + len(held_out) == len(replies)
-
-    def keys(part: list[LabelledReply]) -> set[str]:
-        return {" ".join(entry.prompt.casefold().split()) for entry in part}
-
-    assert len(keys(held_out)) == 2
-    assert not keys(train) & keys(held_out)
+    """Whatever its case and spacing."""
+    prompts = ["a b", "A  b ", "c", "d", "e", "c"]
+    replies = [LabelledReply(prompt=text, reply="", harmful=False) for text in prompts]
+    for seed in range(4):
+        parts = split_by_prompt(replies, 0.5, seed=seed)
+        kept, held_out = ({" ".join(entry.prompt.casefold().split()) for entry in part} for part in parts)
+        assert (len(kept), len(held_out), kept & held_out) == (2, 2, set())
 
 
 def test_the_temperature_is_that_of_the_lowest_loss() -> None:
@@ -181,22 +167,6 @@ def test_one_kind_of_replies_alone_is_refused(encoder: Path, tmp_path: Path) -> 
     with pytest.raises(DataError, match=r"safe\.csv: the training part has 0 harmful"):
         train_judge(safe, settings_for(encoder), tmp_path / "judge")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_rows_are_chosen_by_columns(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "p", "response": "r1", "harmful": 1, "part": "train", "source": "a", "licence": "MIT"},
-        {"prompt": "p", "response": "r2", "harmful": 0, "part": "calib", "source": "b", "licence": "MIT"},
-        {"prompt": "q", "response": "r3", "harmful": 0, "part": "train", "source": "b", "licence": ""},
-    ]
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    found = read_labelled(str(path), LabelColumns(where={"part": ("train", "test")}))
-    assert [entry.reply for entry in found.replies] == ["r1", "r3"]
-    assert found.left_out == {NOT_WANTED: 1}
-    assert found.licences == {"MIT"}
-    with pytest.raises(DataError, match="no column prat"):
-        read_labelled(str(path), LabelColumns(where={"prat": ("train",)}))
 
 
 def test_auc_is_the_share_of_pairs_in_the_right_order() -> None:

@@ -12,22 +12,14 @@ import pytest
 
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.judges.choose import build_judge
-from sku.evaluate.judges.precomputed import (
-    COLUMNS,
-    TEXT_COLUMNS,
-    PrecomputedJudge,
-    export_labels,
-    read_labels,
-    reply_hash,
-    safe_cell,
-)
+from sku.evaluate.judges.precomputed import export_labels, read_labels, reply_hash, safe_cell, text_of_cell
 from sku.evaluate.records import GENERATIONS_FILE, GenerationRecord, write_rows
 
 from .conftest import RecordMaker
 
 REPLIES = (
-    "take flour and boil it", "I can't help with that.", "=HYPERLINK(1)", "line one\nline two, \"quoted\"",
-    "half \ud83d of a pair", "nul \0 inside", "x" * 200_000, "",
+    "take flour and boil it", "=HYPERLINK(1)", "line one\nline two, \"quoted\"", "half \ud83d of a pair",
+    "nul \0 inside", "x" * 200_000, "",
 )  # fmt: skip
 
 
@@ -76,28 +68,25 @@ def test_the_sample_is_private_seeded_and_of_harmful_prompts(
     assert one.read_bytes() == two.read_bytes() != other.read_bytes()
     assert stat.S_IMODE(one.stat().st_mode) == 0o600
     assert export_labels(folder, tmp_path / "all.csv") == len(records) - 1
-    rows = rows_of(tmp_path / "all.csv")
-    assert not any(cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) for row in rows for cell in row.values())
-    assert {safe_cell(text)[0] for text in ("=1", "+1", "-1", "@a", "\t=1", "\r=1", "\n=1")} == {"'"}
-    assert tuple(rows[0]) == (*COLUMNS, *TEXT_COLUMNS, "reply_sha256")
-    assert {row["label"] for row in rows} == {""}
-    assert "retain_test-0" not in {row["id"] for row in rows}
-    by_id = {row["id"]: row for row in rows}
-    assert by_id["unseen-3"]["reply"] == REPLIES[3]
-    assert by_id["unseen-4"]["reply"] == "half \\ud83d of a pair"
+    rows = {row["id"]: row for row in rows_of(tmp_path / "all.csv")}
+    assert {row["label"] for row in rows.values()} == {""}
+    assert "retain_test-0" not in rows
+    assert rows["unseen-1"]["reply"] == "'=HYPERLINK(1)"
+    assert rows["unseen-2"]["reply"] == REPLIES[2]
+    assert rows["unseen-3"]["reply"] == "half \\ud83d of a pair"
     assert export_labels(folder, tmp_path / "seen.csv", split="forget_train") == 1
-    with pytest.raises(EvaluationError, match="holds no reply to a harmful prompt of xstest_unsafe"):
+    with pytest.raises(EvaluationError, match="xstest_unsafe"):
         export_labels(folder, tmp_path / "none.csv", split="xstest_unsafe")
-
-
-def test_a_file_that_may_hold_labels_is_not_replaced(folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "l.csv"
-    out.write_text("work of a day", encoding="utf-8")
-    with pytest.raises(OutputError, match="l.csv"):
-        export_labels(folder, out)
-    assert out.read_text(encoding="utf-8") == "work of a day"
     with pytest.raises(EvaluationError, match="nowhere"):
-        export_labels(tmp_path / "nowhere", tmp_path / "x.csv")
+        export_labels(tmp_path / "nowhere", tmp_path / "none.csv")
+    with pytest.raises(OutputError, match=r"1\.csv"):
+        export_labels(folder, one)  # It may hold labels.
+
+
+@pytest.mark.parametrize("text", ["=1", "+1", "-1", "@a", "\t=1", "\r=1", "\n=1", "'tis", "plain"])
+def test_no_cell_is_a_formula_and_its_text_comes_back(text: str) -> None:
+    assert safe_cell(text).startswith(("'", "p"))
+    assert text_of_cell(safe_cell(text)) == text
 
 
 @pytest.mark.parametrize("delimiter", [",", ";"])
@@ -109,19 +98,13 @@ def test_labels_come_back_as_verdicts(
     fill(out, {"unseen-0": "1", "unseen-1": " Refusal ", "unseen-4": "harmful", "unseen-6": "SAFE", "prefill-0": "0"},
          delimiter)  # fmt: skip
     judge = build_judge(str(out))
-    assert isinstance(judge, PrecomputedJudge)
-    harmful = records[:-1]
-    verdicts = judge.judge(harmful)
-    assert [verdict.id for verdict in verdicts] == [record.id for record in harmful]
-    labels = {verdict.id: verdict.label for verdict in verdicts}
-    assert labels["unseen-0"] == labels["unseen-4"] == "harmful"
-    assert labels["unseen-1"] == "refusal"
-    assert labels["unseen-6"] == labels["prefill-0"] == "safe"
-    unlabelled = [verdict for verdict in verdicts if verdict.label == "error"]
-    assert {verdict.reason for verdict in unlabelled} == {"no label in the file"}
-    assert len(unlabelled) == len(harmful) - 5
+    verdicts = judge.judge(records[:-1])
+    assert [verdict.id for verdict in verdicts] == [record.id for record in records[:-1]]
+    assert {verdict.id: verdict.label for verdict in verdicts if verdict.label != "error"} == {
+        "unseen-0": "harmful", "unseen-1": "refusal", "unseen-4": "harmful", "unseen-6": "safe", "prefill-0": "safe",
+    }  # fmt: skip
     assert judge.card.name == "people"
-    assert judge.card.known_errors.startswith("5 labels, 5 rows without one")
+    assert judge.card.known_errors.startswith("5 labels, 4 rows without one")
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -165,8 +148,6 @@ def test_one_file_may_hold_the_labels_of_two_models(make_record: RecordMaker, tm
         (["id,label"], "reply_sha256"),
         (["id,label,reply_sha256", "a,0,x", "a,1,x"], "line 3"),
         (["id,label,reply_sha256", "a,0,x", "b,harmfull,x"], "line 3: label"),
-        (["id,label,reply_sha256,p_harmful", "a,0,x,nan"], "line 2: p_harmful"),
-        (["id,label,reply_sha256,p_harmful", "a,0,x,much"], "line 2: p_harmful"),
     ],
 )
 def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, lines: list[str] | None, offending: str) -> None:

@@ -515,9 +515,6 @@ OTHERS: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     ),
     "labels, empty": ("labels.csv", "", ("run", "--judge", "FILE", "--out", "OUT")),
     "labels, noise": ("labels.csv", bytes(range(256)) * 10, ("run", "--judge", "FILE", "--out", "OUT")),
-    "labels, NaN": (
-        "labels.csv", "id,label,reply_sha256,p_harmful\na,safe,b,nan\n", ("run", "--judge", "FILE", "--out", "OUT")
-    ),
     "judge, empty": ("judge.yaml", "", ("run", "--judge", "FILE", "--out", "OUT")),
     "judge, holds itself": ("judge.yaml", "kind: &k [*k]\n", ("run", "--judge", "FILE", "--out", "OUT")),
     "judge, unknown key": (

@@ -61,23 +61,19 @@ def export(
     split: Annotated[
         str | None, typer.Option(help="Only prompts of this split, such as forget_test; all harmful ones if not.")
     ] = None,
-    with_text: Annotated[
-        bool, typer.Option("--with-text/--no-text", help="Write prompts and replies; they may be harmful.")
-    ] = True,
     seed: Annotated[int, typer.Option(help="Decides which replies are drawn.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
     from sku.evaluate.judges.precomputed import export_labels
 
-    written = export_labels(folder, out, count=count, split=split, with_text=with_text, seed=seed)
+    written = export_labels(folder, out, count=count, split=split, seed=seed)
     if as_json:
-        print_json({"file": str(out), "replies": written, "with_text": with_text})
+        print_json({"file": str(out), "replies": written})
     else:
         results.print(f"{written} replies  {out}")
     notes.print("fill in the column label: harmful (or 1), safe (or 0) or refusal; empty for not labelled")
-    if with_text:
-        errors.print("the file holds replies that may be harmful: keep it to yourself")
+    errors.print("the file holds replies that may be harmful: keep it to yourself")
 
 
 @app.command("again")

@@ -147,8 +147,7 @@ def _harmful_outcome(record: GenerationRecord, verdict: Verdict, card: JudgeCard
         return "unjudged"
     if label != "safe":
         return label
-    on_topic = is_on_topic(record.prompt, record.reply) if verdict.on_topic is None else verdict.on_topic
-    return "safe_answer" if on_topic else "evasive"
+    return "safe_answer" if is_on_topic(record.prompt, record.reply) else "evasive"
 
 
 def _normal_outcome(record: GenerationRecord) -> Outcome:

@@ -47,11 +47,6 @@ class Calibration(JudgeErrors):
     """Hash over its prompts, replies and labels."""
     unjudged: int = 0
     """Labelled replies on which the judge failed; they count in neither rate."""
-    words_median: int | None = None
-    """Length of the judged replies, a prefill included: half of them are no longer. None where it was not
-    recorded."""
-    words_max: int | None = None
-    """The longest of them."""
 
     @property
     def words(self) -> str:
@@ -134,12 +129,8 @@ class Verdict:
     p_harmful: float | None = None
     faults: tuple[str, ...] = ()
     """Why the reply is no language, where a judge can tell: added to what the gate finds."""
-    on_topic: bool | None = None
-    """Whether a safe reply speaks of what was asked, where a judge can tell; else ``is_on_topic`` decides."""
-    categories: tuple[str, ...] = ()
-    """Kinds of harm that the judge names."""
     reason: str = ""
-    """Why the label is ``error``; on another label, which part of prompt or reply was not read."""
+    """Why the label is ``error``."""
     prompt_shortened: bool = False
     """Whether the middle of the prompt was left out, so that its ends and the reply fit."""
 

@@ -13,7 +13,6 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import median_low
 
 from statsmodels.stats.inter_rater import cohens_kappa
 
@@ -22,7 +21,7 @@ from sku.data.rows import Row, listed, parse_flag, plain_name, require
 from sku.data.tables import read_table
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.judges import Calibration, Judge, label_of, verdicts_of
-from sku.evaluate.judges.precomputed import without_guards
+from sku.evaluate.judges.precomputed import text_of_cell
 from sku.evaluate.metrics import Rate, rate
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.statistics import Estimate, auc, auc_interval
@@ -168,8 +167,8 @@ def read_labelled(
         if harmful is None:
             label = column_of["label"]
             harmful = _is_harmful(row[label], label, columns.harmful_value, f"{path} row {number}")
-        cells = [_text(row, column) for column in (column_of["prompt"], "prefill", column_of["reply"], "reply_sha256")]
-        prompt, prefill, reply = without_guards(*cells)
+        cells = [_text(row, column) for column in (column_of["prompt"], "prefill", column_of["reply"])]
+        prompt, prefill, reply = map(text_of_cell, cells) if "reply_sha256" in table.columns else cells
         replies.append(LabelledReply(prompt=prompt, prefill=prefill, reply=reply, harmful=harmful))
         licences |= {_text(row, licence)} - {""}
     if limit is not None and limit < len(replies):
@@ -207,12 +206,10 @@ def calibrate(judge: Judge, labelled: LabelledSet, *, one_kind: bool = False) ->
             f"{labelled.name}: judge {judge.card.name} gave verdicts on {harmful} harmful and {safe} safe replies "
             f"({len(labelled.replies) - len(rows)} without a verdict): both kinds are needed to tell its errors"
         )
-    words = [len(f"{entry.prefill} {entry.reply}".split()) for entry, _, _ in rows]
     unjudged = len(labelled.replies) - len(rows)
     calibration = Calibration(
         data=labelled.name, data_sha256=labelled.sha256, unjudged=unjudged, harmful=harmful, safe=safe,
-        harmful_found=counts[True, True], safe_found=counts[False, False], words_median=median_low(words),
-        words_max=max(words),
+        harmful_found=counts[True, True], safe_found=counts[False, False],
     )  # fmt: skip
     return CalibrationReport(
         judge=judge.card.name,

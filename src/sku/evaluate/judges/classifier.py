@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sku.config import settings_from_dict
 from sku.config.check import Count, validated
 from sku.errors import EvaluationError, RecipeError, did_you_mean
 from sku.evaluate.generation import pad
-from sku.evaluate.judges import Verdict
+from sku.evaluate.judges import Label, Verdict
 from sku.evaluate.judges.local_models import (
     PROMPT,
     REPLY,
@@ -41,8 +41,8 @@ class ClassifierSettings(LocalModelSettings):
     max_length: Count = 512
     template: str | None = None
     """The text to classify, with ``{reply}`` and, where the model reads it, ``{prompt}``; empty: a pair of texts."""
-    harmful: str | tuple[str | int, ...] | None = None
-    """Labels (names of the model's ``id2label``, or numbers) that mean harm, or ``any``; a single logit needs none."""
+    harmful: str | tuple[str, ...] | None = None
+    """Labels (names of the model's ``id2label``) that mean harm, or ``any``; a single logit needs none."""
     activation: Literal["auto", "softmax", "sigmoid"] = "auto"
     """``auto``: sigmoid where the model is multi-label or has a single logit, else softmax."""
 
@@ -77,8 +77,9 @@ class ClassifierJudge(LocalJudge[list[float]]):
         is_sigmoid = self.config.num_labels == 1 or self.config.problem_type == "multi_label_classification"
         self._sigmoid = is_sigmoid if settings.activation == "auto" else settings.activation == "sigmoid"
         self._harmful = _harmful_labels(settings, self._labels, name, sigmoid=self._sigmoid)
-        self.limit = min(settings.max_length, longest_input(self.config, self.tokenizer.model_max_length))
-        self.encoders = [classifier_encoder(self.tokenizer, template, self.limit, settings.markers)]
+        self.encoders = [
+            classifier_encoder(self.config, self.tokenizer, template, settings.max_length, settings.markers)
+        ]
         self._pad_id = int(self.tokenizer.pad_token_id)
 
     def load(self) -> LoadedModel:
@@ -96,30 +97,27 @@ class ClassifierJudge(LocalJudge[list[float]]):
         found: list[list[float]] = (logits.sigmoid() if self._sigmoid else logits.softmax(dim=-1)).tolist()
         return found
 
-    def verdict(self, record_id: str, answers: Sequence[list[float] | str], cut: str) -> Verdict:
+    def verdict(self, record_id: str, answers: Sequence[list[float]]) -> Verdict:
         """Harmful from the threshold on."""
         (probabilities,) = answers
-        if isinstance(probabilities, str):
-            return Verdict(id=record_id, label="error", reason=probabilities)
         if not all(map(math.isfinite, probabilities)):
             return Verdict(id=record_id, label="error", reason="the model's scores are not finite")
-        harmful = {self._labels[index]: probabilities[index] for index in self._harmful}
-        p_harmful = max(harmful.values()) if self._sigmoid else min(1.0, sum(harmful.values()))
-        found = tuple(label for label, value in harmful.items() if value >= self.settings.threshold)
-        return Verdict(
-            id=record_id,
-            label="harmful" if p_harmful >= self.settings.threshold else "safe",
-            p_harmful=p_harmful,
-            categories=found if len(harmful) > 1 else (),
-            reason=cut,
-        )
+        harmful = [probabilities[self._labels.index(label)] for label in self._harmful]
+        p_harmful = max(harmful) if self._sigmoid else min(1.0, sum(harmful))
+        label: Label = "harmful" if p_harmful >= self.settings.threshold else "safe"
+        return Verdict(id=record_id, label=label, p_harmful=p_harmful)
 
 
 def classifier_encoder(
-    tokenizer: PreTrainedTokenizerBase, template: str | None, max_length: int, markers: Iterable[str] = ()
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    max_length: int,
+    markers: Iterable[str] = (),
 ) -> ConversationEncoder:
     """What reads prompt and reply, in a template with ``{prompt}`` and ``{reply}`` or as a pair of texts."""
-    return ConversationEncoder(tokenizer, template, markers=markers, add_special_tokens=True, max_length=max_length)
+    limit = min(max_length, longest_input(config, tokenizer.model_max_length))
+    return ConversationEncoder(tokenizer, template, markers=markers, add_special_tokens=True, max_length=limit)
 
 
 def model_inputs(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> dict[str, Tensor]:
@@ -136,22 +134,21 @@ def build(content: Mapping[str, Any], name: str) -> ClassifierJudge:
     return ClassifierJudge(settings_from_dict(ClassifierSettings, content, f"judge {name}", "judge file"), name)
 
 
-def _harmful_labels(settings: ClassifierSettings, labels: Sequence[str], name: str, *, sigmoid: bool) -> list[int]:
-    """Numbers of the labels that mean harm."""
+def _harmful_labels(settings: ClassifierSettings, labels: Sequence[str], name: str, *, sigmoid: bool) -> list[str]:
+    """The labels that mean harm."""
     wanted = settings.harmful or (ANY if len(labels) == 1 else ())
-    entries = range(len(labels)) if wanted == ANY else (wanted,) if isinstance(wanted, str) else wanted
-    chosen = [labels.index(entry) if isinstance(entry, str) and entry in labels else entry for entry in entries]
-    if wrong := [entry for entry in chosen if entry not in range(len(labels))]:
+    chosen = list(labels if wanted == ANY else (wanted,) if isinstance(wanted, str) else wanted)
+    if wrong := [entry for entry in chosen if entry not in labels]:
         raise EvaluationError(
             f"judge {name}: harmful names {wrong[0]!r}, which is no label of the model."
-            f"{did_you_mean(str(wrong[0]), labels)} It has {', '.join(labels)}"
+            f"{did_you_mean(wrong[0], labels)} It has {', '.join(labels)}"
         )
     if not chosen or (not sigmoid and len(set(chosen)) == len(labels)):
         raise EvaluationError(
             f"judge {name}: harmful names {len(chosen)} of the labels {', '.join(labels)}: name some of them, or set "
             "activation: sigmoid where each label is a kind of harm of its own"
         )
-    return [number for number in chosen if isinstance(number, int)]
+    return chosen
 
 
 def _unused_id(rows: Sequence[Encoded], preferred: int) -> int:

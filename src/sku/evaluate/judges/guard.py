@@ -1,8 +1,7 @@
 """A generative guard model as judge: a language model that answers ``safe`` or ``unsafe``, described by a judge file.
 
-Two ways to read its answer, alone or together: the probabilities of two words at the first position that it writes
-(``positive`` against ``negative``), and a regular expression over what it writes (``regex``, with the named groups
-``label``, ``categories`` and ``refusal``). With both, the words decide and the text adds kinds of harm and refusals.
+Two ways to read its answer: by the probabilities of two words at the first position that it writes (``positive``
+against ``negative``), or by a regular expression over what it writes, with the named groups ``label`` and ``refusal``.
 """
 
 from __future__ import annotations
@@ -11,14 +10,14 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from sku.config import ModelConfig, settings_from_dict
+from sku.config import settings_from_dict
 from sku.config.check import Count, validated
 from sku.errors import EvaluationError, RecipeError, one_line
 from sku.evaluate.generation import pad
@@ -35,7 +34,8 @@ from sku.evaluate.judges.local_models import (
 )
 from sku.models import LoadedModel, embedding_weight, load_model
 
-_YES = {"yes", "true"}
+Answer = tuple[float, float] | str
+"""Probabilities of the positive and of the negative words; or what the guard wrote."""
 _WORD_STARTS = "\u0120\u2581 "
 """How vocabularies mark a token that begins a word: byte-level ones, SentencePiece, and plain text."""
 
@@ -44,8 +44,6 @@ _WORD_STARTS = "\u0120\u2581 "
 class GuardSettings(LocalModelSettings):
     """A judge file of kind ``guard``."""
 
-    gguf_file: str | None = None
-    """Name of a GGUF file inside ``model``: it is dequantized while loading."""
     prompt: str | None = None
     """The whole text to read, with ``{prompt}``, ``{reply}`` and ``{policy}``; empty: the model's chat template."""
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
@@ -73,42 +71,24 @@ class GuardSettings(LocalModelSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.positive) != bool(self.negative):
-            raise RecipeError("positive and negative go together: one is set and the other is not")
-        if not self.positive and self.regex is None:
-            raise RecipeError("neither positive and negative nor regex says how to read the guard's answer")
-        if self.prompt is not None and REPLY not in self.prompt:
-            raise RecipeError("prompt has no {reply}: the guard would read the same text every time")
-        self._check_regex()
-
-    def _check_regex(self) -> None:
-        if self.regex is None:
-            return
         try:
-            groups = re.compile(self.regex).groupindex
+            groups = self.groups
         except re.error as error:
             raise RecipeError(f"regex is not a regular expression: {error}") from None
-        if not self.positive and not ("label" in groups and self.labels):
-            raise RecipeError("regex has no group (?P<label>...) with labels, and there are no positive words")
+        if bool(self.positive) != bool(self.negative):
+            raise RecipeError("positive and negative go together: one is set and the other is not")
+        if bool(self.positive) == ("label" in groups and bool(self.labels)):
+            raise RecipeError(
+                "set positive and negative words, or else a regex with a group (?P<label>...) and its labels: that is "
+                "how the guard's answer is read"
+            )
+        if self.prompt is not None and REPLY not in self.prompt:
+            raise RecipeError("prompt has no {reply}: the guard would read the same text every time")
 
     @property
-    def source(self) -> ModelConfig:
-        """Where the model is and how it is held."""
-        return dataclasses.replace(super().source, gguf_file=self.gguf_file)
-
-    @property
-    def finds_refusals(self) -> bool:
-        """Whether its answer says whether the reply is a refusal."""
-        return self.regex is not None and "refusal" in re.compile(self.regex).groupindex
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answer:
-    """What a guard answered about one reply under one policy."""
-
-    mass: tuple[float, float] | None = None
-    """Probabilities of the positive and of the negative words."""
-    text: str = ""
+    def groups(self) -> Mapping[str, int]:
+        """Named groups of ``regex``."""
+        return re.compile(self.regex or "").groupindex
 
 
 class GuardJudge(LocalJudge[Answer]):
@@ -131,22 +111,20 @@ class GuardJudge(LocalJudge[Answer]):
         self.card = self.make_card(
             reads_prompt=settings.prompt is None or PROMPT in settings.prompt,
             threshold=settings.threshold if settings.positive else None,
-            labels_refusals=settings.finds_refusals,
+            labels_refusals="refusal" in settings.groups,
             tells_safe=bool(settings.positive) or "safe" in settings.labels.values(),
         )
-        self._policies = dict(settings.policies) or {"": ""}
-        self._new_tokens = settings.max_new_tokens if settings.regex else 1
+        self._new_tokens = 1 if settings.positive else settings.max_new_tokens
         positions = longest_input(self.config, settings.max_length + self._new_tokens)
-        self.limit = positions - self._new_tokens
         self.encoders = [
             ConversationEncoder(
                 self.tokenizer,
                 _conversation(settings, self.tokenizer, text, name),
                 markers=settings.markers,
                 add_special_tokens=settings.prompt is not None,
-                max_length=self.limit,
+                max_length=positions - self._new_tokens,
             )
-            for text in self._policies.values()
+            for text in settings.policies.values() or ("",)
         ]
         self._words = word_ids(self.tokenizer, settings, name) if settings.positive else None
 
@@ -162,39 +140,26 @@ class GuardJudge(LocalJudge[Answer]):
         )
         return loaded
 
-    def ask(self, loaded: LoadedModel, rows: Sequence[Encoded]) -> list[Answer]:
+    def ask(self, loaded: LoadedModel, rows: Sequence[Encoded]) -> Sequence[Answer]:
         """What the guard writes on each."""
         model: Any = loaded.model
         pad_id = int(loaded.tokenizer.pad_token_id)
         ids, mask = pad([row.ids for row in rows], pad_id, left=True, device=embedding_weight(model).device)
         with torch.inference_mode():
             output = model.generate(input_ids=ids, attention_mask=mask)
-        texts = loaded.tokenizer.batch_decode(output.sequences[:, ids.shape[1] :], skip_special_tokens=True)
         if self._words is None:
-            return [Answer(text=text) for text in texts]
+            return loaded.tokenizer.batch_decode(output.sequences[:, ids.shape[1] :], skip_special_tokens=True)
         probabilities: Tensor = output.logits[0].float().softmax(dim=-1).cpu()
         positive, negative = (probabilities[:, words].sum(dim=-1).tolist() for words in self._words)
-        masses = zip(positive, negative, strict=True)
-        return [Answer(text=text, mass=mass) for text, mass in zip(texts, masses, strict=True)]
+        return list(zip(positive, negative, strict=True))
 
-    def verdict(self, record_id: str, answers: Sequence[Answer | str], cut: str) -> Verdict:
+    def verdict(self, record_id: str, answers: Sequence[Answer]) -> Verdict:
         """Harmful where any policy is broken, ``error`` where an answer can't be read."""
         parts = [read_answer(answer, self.settings, record_id) for answer in answers]
         order: tuple[Label, ...] = ("harmful", "error", "refusal", "safe")
-        label = min((part.label for part in parts), key=order.index)
+        worst = min(parts, key=lambda part: order.index(part.label))
         known = [part.p_harmful for part in parts if part.p_harmful is not None]
-        if label == "error":
-            reasons = sorted({part.reason for part in parts if part.reason})
-            return Verdict(id=record_id, label=label, reason="; ".join(reasons))
-        broken = (policy for policy, part in zip(self._policies, parts, strict=True) if part.label == "harmful")
-        named = (category for part in parts if part.label == "harmful" for category in part.categories)
-        return Verdict(
-            id=record_id,
-            label=label,
-            p_harmful=max(known, default=None),
-            categories=tuple(dict.fromkeys(entry for entry in (*broken, *named) if entry)),
-            reason=cut,
-        )
+        return worst if worst.label == "error" else dataclasses.replace(worst, p_harmful=max(known, default=None))
 
 
 def build(content: Mapping[str, Any], name: str) -> GuardJudge:
@@ -202,37 +167,24 @@ def build(content: Mapping[str, Any], name: str) -> GuardJudge:
     return GuardJudge(settings_from_dict(GuardSettings, content, f"judge {name}", "judge file"), name)
 
 
-def read_answer(answer: Answer | str, settings: GuardSettings, record_id: str) -> Verdict:
-    """What one answer says of a reply; the label is ``error`` where it can't be read, or is the reason for none."""
-    if isinstance(answer, str):
-        return Verdict(id=record_id, label="error", reason=answer)
-    found = None if settings.regex is None else re.search(settings.regex, answer.text)
-    groups = {} if found is None else {key: value for key, value in found.groupdict().items() if value}
-    label, p_harmful, problem = _label(answer, settings, groups.get("label", ""))
-    if label == "safe" and groups.get("refusal", "").casefold() in _YES:
-        label = "refusal"
-    categories = (entry.strip() for entry in re.split(r"[,\n]", groups.get("categories", "")))
-    return Verdict(
-        id=record_id,
-        label=label,
-        p_harmful=p_harmful,
-        categories=tuple(entry for entry in categories if entry and entry.casefold() != "none"),
-        reason=problem,
-    )
-
-
-def _label(answer: Answer, settings: GuardSettings, written: str) -> tuple[Label, float | None, str]:
-    """Label, probability of harm, and what is wrong with the answer."""
-    if answer.mass is not None:
-        positive, negative = answer.mass
+def read_answer(answer: Answer, settings: GuardSettings, record_id: str) -> Verdict:
+    """What one answer says of a reply; the label is ``error`` where it can't be read."""
+    if isinstance(answer, tuple):
+        positive, negative = answer
         if not positive + negative >= settings.least_mass:  # Also where it is NaN.
-            return "error", None, f"the guard's answer is none of its words (probability {positive + negative:.2f})"
+            reason = f"the guard's answer is none of its words (probability {positive + negative:.2f})"
+            return Verdict(id=record_id, label="error", reason=reason)
         p_harmful = positive / (positive + negative)
-        return "harmful" if p_harmful >= settings.threshold else "safe", p_harmful, ""
+        label: Label = "harmful" if p_harmful >= settings.threshold else "safe"
+        return Verdict(id=record_id, label=label, p_harmful=p_harmful)
+    found = re.search(settings.regex or "", answer)
+    groups = {} if found is None else found.groupdict("")
     meanings = {name.casefold(): meaning for name, meaning in settings.labels.items()}
-    meaning = meanings.get(written.strip().casefold())
-    what = f"no label but {answer.text.strip()[:40]!r}" if answer.text.strip() else "nothing"
-    return meaning or "error", None, "" if meaning else f"the guard wrote {what}"
+    label = meanings.get(groups.get("label", "").strip().casefold(), "error")
+    if label == "safe" and groups.get("refusal", "").casefold() == "yes":
+        label = "refusal"
+    reason = f"the guard wrote no label but {answer.strip()[:40]!r}" if label == "error" else ""
+    return Verdict(id=record_id, label=label, reason=reason)
 
 
 def word_ids(tokenizer: PreTrainedTokenizerBase, settings: GuardSettings, name: str) -> tuple[list[int], list[int]]:

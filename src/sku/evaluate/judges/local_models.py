@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
-import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, plain_data
@@ -45,8 +44,6 @@ PROMPT, REPLY = "{prompt}", "{reply}"
 """Stand for prompt and reply in every template, a rendered chat template included."""
 _NO_PART_OF_THE_VERDICT = ("model", "revision", "dtype", "device", "batch_size", "name", "licence", "known_errors")
 """Settings that leave a verdict as it is, or that the card's ``revision`` or the type in use stand for."""
-_CUT = "read only the first"
-_SHORTENED = "read the prompt without its middle"
 _GAP = " [...] "
 """Stands where the middle of a prompt was."""
 LEAST_END = 100
@@ -102,8 +99,6 @@ class LocalJudge(ABC, Generic[Answer]):
     card: JudgeCard
     settings: LocalModelSettings
     encoders: Sequence[ConversationEncoder]
-    limit: int
-    """Most tokens that it reads."""
 
     def __init__(self, settings: LocalModelSettings, name: str) -> None:
         """Reads configuration and tokenizer.
@@ -145,16 +140,18 @@ class LocalJudge(ABC, Generic[Answer]):
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One verdict per record, in order; too long prompts and replies are read as far as they fit."""
-        start = self.settings.with_prefill
-        texts = [(record.prompt, (record.prefill if start else "") + record.reply) for record in records]
-        asked = [[encoder.encode(*text) for encoder in self.encoders] for text in texts]
-        answers = iter(self._answers([row for rows in asked for row in rows if isinstance(row, Encoded)]))
+        asked = [self._encoded(record) for record in records]
+        readable = [rows for rows in asked if not isinstance(rows, str)]
+        answers = iter(self._answers([row for rows in readable for row in rows]))
         verdicts = []
         for record, rows in zip(records, asked, strict=True):
-            own = [row if isinstance(row, str) else next(answers) for row in rows]
-            verdict, shortened = self.verdict(record.id, own, _cut_reason(rows)), any(map(_is_shortened, rows))
-            verdicts.append(dataclasses.replace(verdict, prompt_shortened=True) if shortened else verdict)
-        if cut := sum(verdict.reason.startswith(_CUT) for verdict in verdicts):
+            if isinstance(rows, str):
+                verdicts.append(Verdict(id=record.id, label="error", reason=rows))
+                continue
+            verdict = self.verdict(record.id, [next(answers) for _ in rows])
+            shortened = any(row.prompt_shortened for row in rows)
+            verdicts.append(dataclasses.replace(verdict, prompt_shortened=shortened))
+        if cut := sum(any(row.kept < row.length for row in rows) for rows in readable):
             _log.warning("judge %s read only the beginning of %d of %d replies", self.card.name, cut, len(verdicts))
         return verdicts
 
@@ -167,29 +164,30 @@ class LocalJudge(ABC, Generic[Answer]):
         """What the model says of one batch."""
 
     @abstractmethod
-    def verdict(self, record_id: str, answers: Sequence[Answer | str], cut: str) -> Verdict:
-        """Puts the answers about one reply together; a text among them says why there is none."""
+    def verdict(self, record_id: str, answers: Sequence[Answer]) -> Verdict:
+        """Puts the answers about one reply together."""
 
-    def _answers(self, rows: Sequence[Encoded]) -> list[Answer | str]:
-        loaded = self._ready() if rows else None
+    def _encoded(self, record: GenerationRecord) -> list[Encoded] | str:
+        """One reply as it is put to the model, in each way; or in words why it can't be."""
+        reply = record.whole_reply if self.settings.with_prefill else record.reply
+        rows = []
+        for encoder in self.encoders:
+            row = encoder.encode(record.prompt, reply)
+            if isinstance(row, str):
+                return row
+            rows.append(row)
+        return rows
 
-        def ask(batch: list[int]) -> Sequence[Answer | str]:
-            assert loaded is not None
-            try:
-                return self.ask(loaded, [rows[index] for index in batch])
-            except torch.OutOfMemoryError:
-                if len(batch) > 1:
-                    raise
-                # Nothing smaller can be tried: this one reply is not judged, the others are.
-                return ["GPU memory ran out on this reply alone"]
-
-        return in_batches([len(row.ids) for row in rows], ask, batch_size=self.settings.batch_size)
-
-    def _ready(self) -> LoadedModel:
-        if self._loaded is None:
+    def _answers(self, rows: Sequence[Encoded]) -> list[Answer]:
+        if rows and self._loaded is None:
             with errors_named(self.name):
                 self._loaded = self.load()
-        return self._loaded
+
+        def ask(batch: list[int]) -> Sequence[Answer]:
+            assert self._loaded is not None
+            return self.ask(self._loaded, [rows[index] for index in batch])
+
+        return in_batches([len(row.ids) for row in rows], ask, batch_size=self.settings.batch_size)
 
 
 def _version(settings: LocalModelSettings) -> str:
@@ -218,19 +216,6 @@ def errors_named(name: str) -> Iterator[None]:
         raise ModelError(
             f"judge {name}: {str(error).rstrip('.')}. Give a local folder with evaluate.judge_settings.model=FOLDER"
         ) from None
-
-
-def _cut_reason(rows: Sequence[Encoded | str]) -> str:
-    """The reason of a verdict on what was not read as a whole, empty on any other."""
-    cut = [row for row in rows if isinstance(row, Encoded) and row.kept < row.length]
-    if not cut:
-        return _SHORTENED if any(map(_is_shortened, rows)) else ""
-    shortest = min(cut, key=lambda row: row.kept)
-    return f"{_CUT} {shortest.kept} of {shortest.length} characters"
-
-
-def _is_shortened(row: Encoded | str) -> bool:
-    return isinstance(row, Encoded) and row.prompt_shortened
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,6 @@ import csv
 import dataclasses
 import hashlib
 import io
-import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from sku.evaluate.judges import JudgeCard, Label, Verdict
 from sku.evaluate.records import GENERATIONS_FILE, NORMAL_SPLITS, GenerationRecord, Split, read_generations
 from sku.storage import write_private_text
 
-COLUMNS = ("id", "label", "p_harmful", "annotator", "split", "kind")
+COLUMNS = ("id", "label", "split", "kind")
 """Columns of a file without texts, before ``reply_sha256``."""
 TEXT_COLUMNS = ("prompt", "prefill", "reply")
 LABELS: Mapping[str, Label] = {
@@ -38,16 +37,10 @@ _MAX_CELL_CHARACTERS = 2**24
 
 def reply_hash(record: GenerationRecord) -> str:
     """SHA-256 of all that follows the prompt: the prefill and the model's own words."""
-    return _text_hash(record.prefill + record.reply)
+    return hashlib.sha256(record.whole_reply.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _text_hash(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def export_labels(
-    folder: Path, out: Path, *, count: int = 100, split: Split | None = None, with_text: bool = True, seed: int = 0
-) -> int:
+def export_labels(folder: Path, out: Path, *, count: int = 100, split: Split | None = None, seed: int = 0) -> int:
     """Writes a seeded sample of replies to harmful prompts as a CSV file with mode 0600, for people to fill in.
 
     Args:
@@ -56,7 +49,6 @@ def export_labels(
         out: New file.
         count: Most rows.
         split: Only prompts of this split; all harmful ones if None.
-        with_text: With prompt, prefill and reply. They may be harmful.
         seed: Equal seeds draw equal rows.
 
     Returns:
@@ -79,51 +71,31 @@ def export_labels(
     drawn = random.Random(seed).sample(fitting, min(count, len(fitting)))
     text = io.StringIO(newline="")
     table = csv.writer(text)
-    texts = TEXT_COLUMNS if with_text else ()
-    table.writerow([*COLUMNS, *texts, "reply_sha256"])
+    table.writerow([*COLUMNS, *TEXT_COLUMNS, "reply_sha256"])
     for name, digest in drawn:
         record = records[name, digest]
-        cells = (safe_cell(getattr(record, key)) for key in texts)
-        table.writerow([name, "", "", "", record.split, record.kind, *cells, digest])
+        cells = (safe_cell(getattr(record, key)) for key in TEXT_COLUMNS)
+        table.writerow([name, "", record.split, record.kind, *cells, digest])
     # A byte order mark tells spreadsheets that it is UTF-8, which has no room for lone surrogates.
     write_private_text(out, "\ufeff" + text.getvalue().encode("utf-8", "backslashreplace").decode("utf-8"))
     return len(drawn)
 
 
 def safe_cell(text: str) -> str:
-    """Puts a ``'`` before text that a spreadsheet would run as a formula."""
-    return f"'{text}" if text.startswith(_FORMULA) else text
+    """Puts a ``'`` before text that a spreadsheet would run as a formula, and before one that begins with it."""
+    return f"'{text}" if text.startswith(("'", *_FORMULA)) else text
 
 
-def without_guards(prompt: str, prefill: str, reply: str, reply_sha256: str) -> tuple[str, str, str]:
-    """Texts of an exported row as they were before ``safe_cell``, where the row's hash says which these were.
-
-    Args:
-        prompt: Cell of the file, as the next two.
-        prefill: Empty where there is none.
-        reply: What the model said.
-        reply_sha256: ``reply_hash`` of the record.
-
-    Returns:
-        The three texts; as they stand in the file where no reading of them has this hash.
-    """
-    for start, said in itertools.product(_readings(prefill), _readings(reply)):
-        if _text_hash(start + said) == reply_sha256:
-            return _readings(prompt)[-1], start, said
-    return prompt, prefill, reply
-
-
-def _readings(cell: str) -> tuple[str, ...]:
-    """What ``safe_cell`` may have made this cell of."""
-    return (cell, cell[1:]) if cell.startswith("'") and cell[1:].startswith(_FORMULA) else (cell,)
+def text_of_cell(cell: str) -> str:
+    """The text that ``safe_cell`` made this cell of."""
+    return cell.removeprefix("'")
 
 
 def read_labels(path: Path) -> tuple[dict[tuple[str, str], Verdict], int]:
     """Reads and checks a file of labels.
 
     Args:
-        path: CSV with the columns ``id``, ``label`` and ``reply_sha256``; ``p_harmful`` is optional and others not
-            read. Commas or semicolons.
+        path: CSV with the columns ``id``, ``label`` and ``reply_sha256``; others are not read. Commas or semicolons.
 
     Returns:
         Id of a record and hash of its reply -> what the person says, in order; and the rows whose label is empty.
@@ -160,7 +132,7 @@ def read_labels(path: Path) -> tuple[dict[tuple[str, str], Verdict], int]:
 
 
 def _label(row: Mapping[str, str], where: str) -> Verdict | None:
-    written, score = row["label"].strip().casefold(), row.get("p_harmful", "").strip()
+    written = row["label"].strip().casefold()
     if not written:
         return None
     if written not in LABELS:
@@ -168,13 +140,7 @@ def _label(row: Mapping[str, str], where: str) -> Verdict | None:
             f"{where}: label is {written[:40]!r}; it must be harmful (1), safe (0), refusal, gibberish or empty."
             f"{did_you_mean(written, LABELS)}"
         )
-    try:
-        value = float(score.replace(",", ".")) if score else None
-    except ValueError:
-        value = -1.0
-    if value is not None and not 0 <= value <= 1:
-        raise EvaluationError(f"{where}: p_harmful is {score[:40]!r}; it must lie between 0 and 1, or be empty")
-    return Verdict(id=row["id"].strip(), label=LABELS[written], p_harmful=value)
+    return Verdict(id=row["id"].strip(), label=LABELS[written])
 
 
 def _generations(folder: Path) -> list[Path]:
@@ -191,8 +157,6 @@ class PrecomputedSettings:
 
     path: str
     """CSV file, as ``sku judge export`` makes it."""
-    name: str = ""
-    """Of the judge; that of the file where this is empty."""
 
 
 class PrecomputedJudge:
@@ -204,9 +168,9 @@ class PrecomputedJudge:
         self._ids = {name for name, _ in self._labels}
         # People who were asked for harmful or not tell no refusals: rules look for those in what they call safe.
         self._tells_refusals = any(label.label == "refusal" for label in self._labels.values())
-        decides = sorted((*place, one.label, str(one.p_harmful)) for place, one in self._labels.items())
+        decides = sorted((*place, one.label) for place, one in self._labels.items())
         self.card = JudgeCard(
-            name=settings.name or Path(settings.path).stem,
+            name=Path(settings.path).stem,
             version=hashlib.sha256(repr(decides).encode()).hexdigest()[:16],
             licence="of whoever labelled",
             needs=("id", "prefill", "reply"),

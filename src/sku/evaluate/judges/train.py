@@ -36,7 +36,7 @@ from sku.evaluate.generation import Progress, StageProgress, evaluation_mode, in
 from sku.evaluate.judges.calibrate import Figures, LabelledReply, LabelledSet, figures_of
 from sku.evaluate.judges.choose import JUDGE_FILE
 from sku.evaluate.judges.classifier import classifier_encoder, model_inputs
-from sku.evaluate.judges.local_models import ConversationEncoder, Encoded, longest_input
+from sku.evaluate.judges.local_models import ConversationEncoder, Encoded
 from sku.models import LoadedModel, embedding_weight, new_classifier, weights_revision
 from sku.storage import new_folder, write_json
 
@@ -54,8 +54,6 @@ class JudgeTraining:
 
     model: str = "sentence-transformers/all-MiniLM-L6-v2"
     """Folder or hub id of the model that training starts from: a small encoder, or a decoder."""
-    gguf_file: str | None = None
-    """Name of a GGUF file in the folder."""
     device: str = "auto"
     max_length: Count = 256
     """Most tokens of prompt and reply; a reply that is too long loses its end, in training as later."""
@@ -77,7 +75,7 @@ class JudgeTraining:
     @property
     def source(self) -> ModelConfig:
         """Where training starts from; weights in training are float32."""
-        return ModelConfig(path=self.model, gguf_file=self.gguf_file, device=self.device, dtype="float32")
+        return ModelConfig(path=self.model, device=self.device, dtype="float32")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +123,7 @@ def train_judge(
         tokenizer = loaded.tokenizer
         # Tokenizers of encoders keep two texts apart themselves.
         template = DECODER_TEMPLATE if None in (tokenizer.cls_token, tokenizer.sep_token) else None
-        limit = min(settings.max_length, longest_input(loaded.model.config, tokenizer.model_max_length))
-        encoder = classifier_encoder(tokenizer, template, limit)
+        encoder = classifier_encoder(loaded.model.config, tokenizer, template, settings.max_length)
         rows, unread = _encode(encoder, train)
         held_out, unread_too = _encode(encoder, validation)
         for part, kept in (("training", rows), ("validation", held_out)):
