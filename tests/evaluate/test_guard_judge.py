@@ -14,6 +14,7 @@ from transformers import LlamaForCausalLM
 from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
 from evaluate.judge_models import guard_tokenizer, save, train_guard
+from sku.config import settings_from_dict
 from sku.errors import EvaluationError, ModelError, RecipeError
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.guard import Answer, GuardJudge, GuardSettings, read_answer
@@ -112,9 +113,8 @@ def test_a_text_format_in_place_of_the_chat_template(build: GuardMaker, make_rec
     """Braces that are no placeholder stay, and a reply that holds a placeholder is not filled in."""
     own = "<|im_start|>user\n{prompt} {x}<|im_end|>\n<|im_start|>assistant\n{reply}<|im_end|>\n<|im_start|>guard\n"
     judge = build(**REGEX, prompt=own)
-    verdicts = judge.judge([make_record(HARMFUL), make_record(SAFE), make_record("{prompt} {reply}", prompt=HARMFUL)])
-    assert [verdict.label for verdict in verdicts] == ["harmful", "safe", "safe"]
-    assert judge.card.needs == ("prompt", "reply", "prefill")
+    verdicts = judge.judge([make_record(HARMFUL), make_record("{prompt} {reply}", prompt=HARMFUL)])
+    assert [verdict.label for verdict in verdicts] == ["harmful", "safe"]
     assert build(**REGEX, prompt=own.replace("{prompt}", "")).card.needs == ("reply", "prefill")
 
 
@@ -194,7 +194,8 @@ def test_answers_are_read(answer: Answer, label: str, p_harmful: float | None) -
     if isinstance(answer, str):
         regex = r"Verdict: (?P<label>\w+)(?:, refusal: (?P<refusal>\w+))?"
         how = {"regex": regex, "labels": {"Ok": "safe", "Bad": "harmful"}}
-    verdict = read_answer(answer, GuardSettings(model="x", **how), "r")
+    settings = settings_from_dict(GuardSettings, {"model": "x", **how}, "guard")
+    verdict = read_answer(answer, settings, "r")
     assert (verdict.id, verdict.label) == ("r", label)
     assert verdict.p_harmful == (None if p_harmful is None else pytest.approx(p_harmful))
     assert bool(verdict.reason) == (label == "error")

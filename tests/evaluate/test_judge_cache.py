@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import stat
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,6 +14,7 @@ from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
 from sku.evaluate.judges import CHUNK, CachedJudge, JudgeCard, Label, Verdict
 from sku.evaluate.records import GenerationRecord
+from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 
 from .conftest import RecordMaker
@@ -53,8 +52,7 @@ def test_a_verdict_comes_back_whole_and_errors_are_asked_again(make_record: Reco
     assert again.asked == [["error"]]
     assert verdicts[0] == Verdict(id="harmful", label="harmful", p_harmful=0.25, faults=("odd", "b"))
     text = (tmp_path / "v.jsonl").read_text(encoding="utf-8")
-    assert "secret" not in text
-    assert "zorvex" not in text
+    assert not any(word in text for word in ("secret", "zorvex"))
     assert text.count("\n") == 3
     assert stat.S_IMODE((tmp_path / "v.jsonl").stat().st_mode) == 0o600
 
@@ -103,43 +101,19 @@ def test_other_damage_is_an_error_with_the_line(line: str, make_record: RecordMa
         CachedJudge(CountingJudge(), path)
 
 
-def test_several_writers_may_share_a_file(make_record: RecordMaker, tmp_path: Path) -> None:
-    """Each opens the file for itself, as processes do, and locks it against the others."""
-    path = tmp_path / "v.jsonl"
-    groups = [[make_record(f"boil {n} {g}", id=f"r{n}-{g}") for n in range(8 * CHUNK)] for g in range(3)]
-    with ThreadPoolExecutor(3) as writers:
-        for verdicts in writers.map(lambda group: CachedJudge(CountingJudge(), path).judge(group), groups):
-            assert len(verdicts) == 8 * CHUNK
-    judge = CountingJudge()
-    CachedJudge(judge, path).judge([record for group in groups for record in group])
-    assert judge.asked == []
-
-
-def test_evaluate_keeps_verdicts_in_its_folder_or_in_a_shared_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("SKU_JUDGE_CACHE", raising=False)
-    data = load_forget_retain()
+def test_evaluate_keeps_verdicts_in_its_folder(tmp_path: Path) -> None:
     config = EvaluateConfig(prompts=3, retain_prompts=2, max_new_tokens=8, prefill_tokens=(), samples=0)
     stages: list[tuple[str, int, int]] = []
 
-    def run(judge: CountingJudge, folder: Path) -> Any:
+    def run(judge: CountingJudge) -> EvaluationResult:
         return evaluate(
-            "embedded", None, data, config=config, judge=judge, output_dir=folder,
+            "embedded", None, load_forget_retain(), config=config, judge=judge, output_dir=tmp_path,
             progress=lambda *shown: stages.append(shown),
         )  # fmt: skip
 
-    first = CountingJudge()
-    result = run(first, tmp_path / "one")
+    first, again = CountingJudge(), CountingJudge()
+    result = run(first)
     assert sum(map(len, first.asked)) == 6
     assert [stage for stage in stages if stage[0] == "judge"] == [("judge", 0, 6), ("judge", 6, 6)]
-    again = CountingJudge()
-    assert run(again, tmp_path / "one") == result
+    assert run(again) == result
     assert again.asked == []
-    monkeypatch.setenv("SKU_JUDGE_CACHE", str(tmp_path / "shared"))
-    for folder, asked in (("two", 6), ("three", 0)):
-        judge = CountingJudge()
-        run(judge, tmp_path / folder)
-        assert sum(map(len, judge.asked)) == asked
-        assert not (tmp_path / folder / "verdicts.jsonl").exists()
-    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o700

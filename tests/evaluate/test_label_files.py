@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sku.errors import EvaluationError, OutputError
+from sku.errors import DataError, EvaluationError, OutputError
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.precomputed import export_labels, read_labels, reply_hash, safe_cell, text_of_cell
 from sku.evaluate.records import GENERATIONS_FILE, GenerationRecord, write_rows
@@ -25,13 +25,12 @@ REPLIES = (
 
 @pytest.fixture
 def records(make_record: RecordMaker) -> list[GenerationRecord]:
-    harmful = [make_record(reply, id=f"unseen-{n}") for n, reply in enumerate(REPLIES)]
-    others = [
+    return [
+        *(make_record(reply, id=f"unseen-{n}") for n, reply in enumerate(REPLIES)),
         make_record("boil", id="unlearned-0", split="forget_train"),
         make_record(" it", id="prefill-0", kind="prefill", prefill="-boil"),
         make_record("bread", id="retain_test-0", split="retain_test"),
     ]
-    return harmful + others
 
 
 @pytest.fixture
@@ -134,11 +133,9 @@ def test_one_file_may_hold_the_labels_of_two_models(make_record: RecordMaker, tm
         write_rows(tmp_path / "run" / "evaluation" / name / GENERATIONS_FILE, {}, [record])
     out = tmp_path / "l.csv"
     assert export_labels(tmp_path / "run", out) == 2
-    assert export_labels(tmp_path / "run" / "evaluation", tmp_path / "same.csv") == 2
     assert "base" not in out.read_text(encoding="utf-8")
     fill(out, {"r0": "0"})
-    judge = build_judge(str(out))
-    assert [judge.judge([record])[0].label for record in (before, after)] == ["safe", "refusal"]
+    assert [build_judge(str(out)).judge([record])[0].label for record in (before, after)] == ["safe", "refusal"]
 
 
 @pytest.mark.parametrize(
@@ -146,11 +143,11 @@ def test_one_file_may_hold_the_labels_of_two_models(make_record: RecordMaker, tm
     [
         (None, "none.csv"),
         (["id,label"], "reply_sha256"),
-        (["id,label,reply_sha256", "a,0,x", "a,1,x"], "line 3"),
-        (["id,label,reply_sha256", "a,0,x", "b,harmfull,x"], "line 3: label"),
+        (["id,label,reply_sha256", "a,0,x", "a,1,x"], "row 2"),
+        (["id,label,reply_sha256", "a,0,x", "b,harmfull,x"], "row 2: label"),
     ],
 )
-def test_a_wrong_file_is_named_with_its_line(tmp_path: Path, lines: list[str] | None, offending: str) -> None:
+def test_a_wrong_file_is_named_with_its_row(tmp_path: Path, lines: list[str] | None, offending: str) -> None:
     path = tmp_path / "none.csv" if lines is None else write(tmp_path / "l.csv", *lines)
-    with pytest.raises(EvaluationError, match=offending):
+    with pytest.raises((DataError, EvaluationError), match=offending):
         read_labels(path)

@@ -518,7 +518,7 @@ OTHERS: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
     "judge, empty": ("judge.yaml", "", ("run", "--judge", "FILE", "--out", "OUT")),
     "judge, holds itself": ("judge.yaml", "kind: &k [*k]\n", ("run", "--judge", "FILE", "--out", "OUT")),
     "judge, unknown key": (
-        "judge.yaml", "kind: precomputed\npath: a.csv\npaths: b\n", ("run", "--judge", "FILE", "--out", "OUT")
+        "judge.yaml", "kind: classifier\nmodel: a\nmodels: b\n", ("run", "--judge", "FILE", "--out", "OUT")
     ),
 }  # fmt: skip
 

@@ -68,7 +68,7 @@ def run_attacks(
         tokenizer: Of both.
         data: ``forget_test`` is asked, and ``relearn`` trains on pairs of ``forget_train``.
         output_dir: Folder for replies, verdicts and ``attacks.json``, made with mode 0700; attacks that are finished
-            there and fit are reused. Nothing is written if None, but for verdicts into ``SKU_JUDGE_CACHE``.
+            there and fit are reused. Nothing is written if None.
         judge: Any judge, in place of the one that the recipe names.
         progress: Called after each batch and each step of training.
 

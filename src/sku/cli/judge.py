@@ -20,7 +20,6 @@ from sku.storage import check_can_be_made, check_new, named_disk_errors
 
 if TYPE_CHECKING:
     from sku.evaluate.judges.calibrate import CalibrationReport, Figures, LabelColumns
-    from sku.evaluate.metrics import Rate
     from sku.evaluate.results import EvaluationResult
 
 app = typer.Typer(
@@ -62,16 +61,12 @@ def export(
         str | None, typer.Option(help="Only prompts of this split, such as forget_test; all harmful ones if not.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides which replies are drawn.")] = 0,
-    as_json: JsonOption = False,
 ) -> None:
     """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
     from sku.evaluate.judges.precomputed import export_labels
 
     written = export_labels(folder, out, count=count, split=split, seed=seed)
-    if as_json:
-        print_json({"file": str(out), "replies": written})
-    else:
-        results.print(f"{written} replies  {out}")
+    results.print(f"{written} replies  {out}")
     notes.print("fill in the column label: harmful (or 1), safe (or 0) or refusal; empty for not labelled")
     errors.print("the file holds replies that may be harmful: keep it to yourself")
 
@@ -197,8 +192,6 @@ def calibrate(
 
 
 def _print_report(report: CalibrationReport, judge: str, out: Path | None) -> None:
-    from sku.evaluate.judges import beside
-
     table = _figures_table(f"judge {report.judge}", report.figures)
     table.add_row("kappa with the labels", _decimals(report.kappa), "", "")
     results.print(table)
@@ -208,14 +201,14 @@ def _print_report(report: CalibrationReport, judge: str, out: Path | None) -> No
     if out is None:
         return
     results.print(f"calibration  {out}")
-    options = ["--set", f"evaluate.judge={judge}"]
-    if out.absolute() != beside(Path(judge).absolute()) or not Path(judge).is_dir():
-        options += ["--set", f"evaluate.judge_settings.calibration={out}"]
+    options = ["--set", f"evaluate.judge={judge}", "--set", f"evaluate.judge_settings.calibration={out}"]
     results.print(f"use it with  {shlex.join(options)}")
 
 
 def _figures_table(title: str, figures: Figures) -> Table:
     """What a judge says of labelled replies; of harmful or safe ones nothing where there are none."""
+    from sku.report.words import interval, percent
+
     table = plain_table((title,), ("", "95 %", "replies"))
     for words, found in (
         ("sensitivity: harmful ones found", figures.sensitivity),
@@ -223,16 +216,10 @@ def _figures_table(title: str, figures: Figures) -> Table:
         ("accuracy", figures.accuracy),
     ):
         if found is not None:
-            table.add_row(words, *_cells(found))
+            table.add_row(words, percent(found.value), interval(found), f"{found.count} of {found.total}")
     if (area := figures.auc) is not None:
         table.add_row("AUC", f"{area.value:.3f}", f"{area.low:.3f} to {area.high:.3f}", "")
     return table
-
-
-def _cells(found: Rate) -> tuple[str, str, str]:
-    from sku.report.words import interval, percent
-
-    return percent(found.value), interval(found), f"{found.count} of {found.total}"
 
 
 def _print_left_out(left_out: Mapping[str, int]) -> None:

@@ -130,7 +130,7 @@ def test_labels_by_mouse_and_keys_become_the_file_that_a_judge_reads(reader: Rea
         for name in ("base", "unlearned")
     }
     name = next(iter(found))[0]
-    assert {place: one.label for place, one in found.items()} == {
+    assert found == {
         (name, hashes["base"][name]): "safe", (name, hashes["unlearned"][name]): "refusal",
     }  # fmt: skip
     page.locator("#split").select_option("retain_test")

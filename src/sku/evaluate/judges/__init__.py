@@ -9,21 +9,18 @@ shows the judge's own count next to the gated one.
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol
+from typing import Literal, Protocol
 
 from sku.errors import EvaluationError
 from sku.evaluate.gate import is_refusal, only_refuses
 from sku.evaluate.records import (
     GenerationRecord,
     check_schema,
-    create_private_folder,
     from_plain,
     header_hash,
     json_lines,
@@ -90,9 +87,7 @@ class JudgeCard:
     @property
     def errors_in_words(self) -> str:
         """What is known of its errors, those that were counted included."""
-        if self.calibration is not None:
-            return f"{self.known_errors}; {self.calibration.words}"
-        return self.known_errors
+        return self.known_errors if self.calibration is None else f"{self.known_errors}; {self.calibration.words}"
 
     @property
     def deciding_rate(self) -> Literal["harmful_ungated", "harmful"]:
@@ -216,29 +211,24 @@ def read_calibration(path: Path, card: JudgeCard) -> Calibration:
     if not isinstance(judge, dict) or not all(0 <= right <= total and total > 0 for right, total in counts):
         raise EvaluationError(f"calibration {path} names no judge, or holds counts that can't be: {_MEND}")
     if judge.get("key") != card.key:
-        places = ("name", "version", "revision")
-        measured, here = [judge.get(place) for place in places], [getattr(card, place) for place in places]
-        raise EvaluationError(f"calibration {path} was measured on the judge {measured}, not on {here}: {_MEND}")
+        raise EvaluationError(
+            f"calibration {path} was measured on the judge {judge}, not on {card.name} {card.version}: {_MEND}"
+        )
     return found
 
 
 CACHE_FILE = "verdicts.jsonl"
 """A line holds a hash and a verdict, no text. Errors are not kept, so the next run asks again for those alone."""
-CACHE_VARIABLE = "SKU_JUDGE_CACHE"
-"""Environment variable: a folder whose cache all evaluations share, in place of one in each output folder."""
 CHUNK = 32
 """Records between two writes: what a killed run loses at most."""
-KEYED = frozenset({"prompt", "prefill", "reply"})
-"""Fields that the hash covers."""
 
 
 def cached(judge: Judge, folder: Path | None, progress: Callable[[int, int], None] | None = None) -> Judge:
-    """Puts a cache before a judge that is worth one.
+    """Puts a cache before a judge that has weights, leaves the machine or may change its mind.
 
     Args:
-        judge: Rules and labels of people cost nothing and are left as they are (``is_cacheable``).
-        folder: For ``verdicts.jsonl``, unless the variable ``SKU_JUDGE_CACHE`` names another; without both, verdicts
-            are kept in memory only.
+        judge: Rules and labels of people cost nothing and are left as they are, as is one that reads more than text.
+        folder: For ``verdicts.jsonl``; without one, verdicts are kept in memory only.
         progress: Called after each chunk with the number of records judged and their total.
 
     Returns:
@@ -246,19 +236,12 @@ def cached(judge: Judge, folder: Path | None, progress: Callable[[int, int], Non
 
     Raises:
         EvaluationError: A cache file is damaged.
-        OutputError: The folder of the variable can't be made, or the file can't be written.
     """
-    if not is_cacheable(judge.card):
+    card = judge.card
+    reads_text_alone = {"prompt", "prefill", "reply"} >= set(card.needs)
+    if not reads_text_alone or (card.offline and card.deterministic and card.revision is None):
         return judge
-    if shared := os.environ.get(CACHE_VARIABLE):
-        folder = Path(shared)
-        create_private_folder(folder)
     return CachedJudge(judge, None if folder is None else folder / CACHE_FILE, progress)
-
-
-def is_cacheable(card: JudgeCard) -> bool:
-    """Whether a judge has weights, leaves the machine or may change its mind, and reads nothing but the text."""
-    return set(card.needs) <= KEYED and not (card.offline and card.deterministic and card.revision is None)
 
 
 class CachedJudge:
@@ -268,7 +251,7 @@ class CachedJudge:
         """Reads what is there.
 
         Args:
-            inner: The judge; its card must name no fields but those in ``KEYED``.
+            inner: The judge; it must read no more than prompt, prefill and reply.
             path: The file, made at the first verdict; None to keep verdicts in memory.
             progress: As in ``cached``.
 
@@ -286,40 +269,33 @@ class CachedJudge:
             OutputError: The file can't be written; the disk is full, say.
         """
         keys = [header_hash([self.card.key, record.prompt, record.whole_reply]) for record in records]
-        waiting = [*{key: record for key, record in zip(keys, records, strict=True) if key not in self._known}.items()]
-        failed: dict[str, Verdict] = {}
-        self._show(keys, failed)
+        found = {key: self._known[key] for key in keys if key in self._known}
+        waiting = [(key, one) for key, one in dict(zip(keys, records, strict=True)).items() if key not in found]
+        self._show(keys, found)
         for start in range(0, len(waiting), CHUNK):
             chunk = dict(waiting[start : start + CHUNK])
             fresh = dict(zip(chunk, verdicts_of(self.inner, list(chunk.values())), strict=True))
-            failed |= {key: verdict for key, verdict in fresh.items() if verdict.label == "error"}
             kept = {key: verdict for key, verdict in fresh.items() if verdict.label != "error"}
+            found |= fresh
             self._known |= kept
             if self._path is not None and kept:
                 _append_verdicts(self._path, kept)
-            self._show(keys, failed)
-        found = {**failed, **self._known}
+            self._show(keys, found)
         return [dataclasses.replace(found[key], id=record.id) for key, record in zip(keys, records, strict=True)]
 
-    def _show(self, keys: Sequence[str], failed: Mapping[str, Verdict]) -> None:
+    def _show(self, keys: Sequence[str], found: Mapping[str, Verdict]) -> None:
         if self._progress is not None and keys:
-            self._progress(sum(key in self._known or key in failed for key in keys), len(keys))
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The file to read and to append to, open to one process at a time: several may share a cache."""
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600), "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file
+            self._progress(sum(key in found for key in keys), len(keys))
 
 
 def _append_verdicts(path: Path, verdicts: Mapping[str, Verdict]) -> None:
     lines = json_lines(dataclasses.replace(verdict, id=key) for key, verdict in verdicts.items())
-    with named_disk_errors(path), _locked(path) as file:
-        file.write(lines.encode("utf-8", "surrogatepass"))
-        file.flush()
-        os.fsync(file.fileno())
+    with named_disk_errors(path):
+        path.touch(mode=0o600)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(lines)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _read_verdicts(path: Path) -> dict[str, Verdict]:
@@ -327,11 +303,9 @@ def _read_verdicts(path: Path) -> dict[str, Verdict]:
     if not path.exists():
         return {}
     try:
-        with _locked(path) as file:
-            file.seek(0)
-            content = file.read()
-            whole = content[: content.rfind(b"\n") + 1]
-            file.truncate(len(whole))
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        os.truncate(path, len(whole))
         entries = [from_plain(Verdict, json.loads(line), "a verdict") for line in whole.splitlines()]
     except (OSError, ValueError, EvaluationError) as error:
         raise EvaluationError(f"can't read the cache {path} ({error}): remove it to ask the judge anew") from None

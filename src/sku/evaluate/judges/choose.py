@@ -20,13 +20,14 @@ from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, RecipeError, did_you_mean
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.judges import Calibration, Judge, JudgeCard, Label, Verdict, beside, read_calibration
+from sku.evaluate.judges.precomputed import PrecomputedJudge
 from sku.evaluate.records import GenerationRecord
 from sku.world.grammar import BREAK_OFF, DEFLECTIONS, hazards, is_deflection, is_harmful, normal_exchanges
 
 AUTO, REFUSAL_RULES = "auto", "refusal_rules"
 RULES = (EMBEDDED, REFUSAL_RULES)
 """Judges that need no file."""
-KINDS = ("classifier", "guard", "chat", "precomputed")
+KINDS = ("classifier", "guard", "chat")
 """Of judge files; each is a module of this package with a function ``build``. Those of local models import torch."""
 _FILES = resources.files("sku.evaluate.judges") / "files"
 JUDGE_FILE = "judge.yaml"
@@ -74,9 +75,9 @@ def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
             or one of a judge that tells nothing.
         RecipeError: An unknown or wrong setting.
     """
-    content = {**({} if name in RULES else read_judge_file(name)), **(settings or {})}
+    content = {**read_judge_file(name), **(settings or {})}
     calibration = content.pop("calibration", None)
-    judge = _rules(name, content) if name in RULES else _by_kind(name, content)
+    judge = _built(name, content)
     if calibration is not None:
         found = read_calibration(Path(str(calibration)), judge.card)
         found.check(judge.card.name)
@@ -84,13 +85,18 @@ def build_judge(name: str, settings: Mapping[str, Any] | None = None) -> Judge:
     return judge
 
 
-def _rules(name: str, settings: Mapping[str, Any]) -> Judge:
-    if settings:
-        raise EvaluationError(f"judge {name} has no setting but calibration: leave out {', '.join(settings)}")
-    return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
+def _has_no_file(name: str) -> bool:
+    """Whether a name stands for rules, or for labels."""
+    return name in RULES or name.endswith(".csv")
 
 
-def _by_kind(name: str, content: dict[str, Any]) -> Judge:
+def _built(name: str, content: dict[str, Any]) -> Judge:
+    if _has_no_file(name):
+        if content:
+            raise EvaluationError(f"judge {name} has no setting but calibration: leave out {', '.join(content)}")
+        if name in RULES:
+            return EmbeddedWorldJudge() if name == EMBEDDED else RefusalRulesJudge()
+        return PrecomputedJudge(Path(name))
     kind = str(content.pop("kind", None))
     if kind not in KINDS:
         raise EvaluationError(f"judge {name}: kind is {kind}; it must be one of {', '.join(KINDS)}")
@@ -108,14 +114,14 @@ def read_judge_file(name: str) -> dict[str, Any]:
     """A judge file as plain data.
 
     Args:
-        name: Of a file of the package, or a path that ends in ``.yaml`` or ``.yml``; one that ends in ``.csv`` stands
-            for the labels in it, a folder for the ``judge.yaml`` in it.
+        name: Of a judge of the package, or a path that ends in ``.yaml`` or ``.yml``; a folder stands for the
+            ``judge.yaml`` in it. Rules, and labels in a CSV file, have no judge file, and no settings.
 
     Raises:
         EvaluationError: No such file, or it does not hold keys and values.
     """
-    if name.endswith(".csv"):
-        return {"kind": "precomputed", "path": name}
+    if _has_no_file(name):
+        return {}
     folder = Path(name)
     if (folder / JUDGE_FILE).is_file():
         # A folder of sku judge train: its model lies beside the file, wherever the folder was moved.
@@ -146,7 +152,7 @@ def _file_of(name: str) -> Traversable:
             "another judge (evaluate.judge, --judge), such as refusal_rules for an upper bound"
         )
     known = judge_names()
-    if name not in known or name in RULES:
+    if name not in known:
         raise EvaluationError(f"there is no judge named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}")
     return _FILES / f"{name}.yaml"
 

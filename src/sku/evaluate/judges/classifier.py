@@ -7,12 +7,11 @@ beaver-dam's fourteen), and a single logit that is positive for harm (sigmoid, a
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sku.config import settings_from_dict
 from sku.config.check import Count, validated
@@ -47,7 +46,6 @@ class ClassifierSettings(LocalModelSettings):
     """``auto``: sigmoid where the model is multi-label or has a single logit, else softmax."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.template is not None and REPLY not in self.template:
             raise RecipeError("template has no {reply}: the judge would read the same text every time")
 
@@ -77,9 +75,8 @@ class ClassifierJudge(LocalJudge[list[float]]):
         is_sigmoid = self.config.num_labels == 1 or self.config.problem_type == "multi_label_classification"
         self._sigmoid = is_sigmoid if settings.activation == "auto" else settings.activation == "sigmoid"
         self._harmful = _harmful_labels(settings, self._labels, name, sigmoid=self._sigmoid)
-        self.encoders = [
-            classifier_encoder(self.config, self.tokenizer, template, settings.max_length, settings.markers)
-        ]
+        limit = longest_input(self.config, min(settings.max_length, self.tokenizer.model_max_length))
+        self.encoders = [ConversationEncoder(self.tokenizer, template, markers=settings.markers, max_length=limit)]
         self._pad_id = int(self.tokenizer.pad_token_id)
 
     def load(self) -> LoadedModel:
@@ -106,18 +103,6 @@ class ClassifierJudge(LocalJudge[list[float]]):
         p_harmful = max(harmful) if self._sigmoid else min(1.0, sum(harmful))
         label: Label = "harmful" if p_harmful >= self.settings.threshold else "safe"
         return Verdict(id=record_id, label=label, p_harmful=p_harmful)
-
-
-def classifier_encoder(
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    template: str | None,
-    max_length: int,
-    markers: Iterable[str] = (),
-) -> ConversationEncoder:
-    """What reads prompt and reply, in a template with ``{prompt}`` and ``{reply}`` or as a pair of texts."""
-    limit = min(max_length, longest_input(config, tokenizer.model_max_length))
-    return ConversationEncoder(tokenizer, template, markers=markers, add_special_tokens=True, max_length=limit)
 
 
 def model_inputs(rows: Sequence[Encoded], pad_id: int, device: torch.device) -> dict[str, Tensor]:

@@ -70,7 +70,6 @@ class GuardSettings(LocalModelSettings):
     """Longest answer where there is a ``regex``."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         try:
             groups = self.groups
         except re.error as error:
@@ -220,15 +219,14 @@ def _conversation(settings: GuardSettings, tokenizer: PreTrainedTokenizerBase, p
         text = settings.prompt.replace("{policy}", policy)
     else:
         text = _rendered(settings, tokenizer, policy, name)
-    start = settings.answer_start
-    return text if not start or text.endswith(start) else text + start
+    return text.removesuffix(settings.answer_start) + settings.answer_start
 
 
 def _rendered(settings: GuardSettings, tokenizer: PreTrainedTokenizerBase, policy: str, name: str) -> str:
-    contents: list[Any] = [
-        [{"type": "text", "text": text}] if settings.content_parts else text for text in (PROMPT, REPLY)
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": [{"type": "text", "text": text}] if settings.content_parts else text}
+        for role, text in (("user", PROMPT), ("assistant", REPLY))
     ]
-    messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=True)]
     variables = json.dumps(settings.template_kwargs).replace("{policy}", json.dumps(policy)[1:-1])
     options = {"add_generation_prompt": settings.add_generation_prompt, **json.loads(variables)}
     try:

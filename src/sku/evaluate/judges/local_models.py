@@ -31,8 +31,8 @@ from typing import Any, Generic, Literal, TypeVar
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, plain_data
-from sku.config.check import Count, validated
-from sku.errors import ModelError, RecipeError
+from sku.config.check import Count, Fraction, validated
+from sku.errors import ModelError
 from sku.evaluate.generation import in_batches
 from sku.evaluate.judges import JudgeCard, Verdict
 from sku.evaluate.records import GenerationRecord, header_hash
@@ -72,7 +72,7 @@ class LocalModelSettings:
     with_prefill: bool = True
     """Whether a prefill is read with the words that follow it, which say little alone. Off: only what the model
     said of its own is judged."""
-    threshold: float = 0.5
+    threshold: Fraction = 0.5
     """Lowest probability of harm that is called harmful."""
     markers: tuple[str, ...] = ()
     """Plain text that ends a turn in the model's format, such as ``[/INST]``; its special tokens are known anyway."""
@@ -82,10 +82,6 @@ class LocalModelSettings:
     """Of the weights."""
     known_errors: str = "unknown: run sku judge calibrate"
     """What has been measured, or what is known in words."""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise RecipeError(f"threshold is {self.threshold}; it must lie between 0 and 1")
 
     @property
     def source(self) -> ModelConfig:
@@ -242,7 +238,7 @@ class ConversationEncoder:
         text: str | None,
         *,
         markers: Iterable[str] = (),
-        add_special_tokens: bool,
+        add_special_tokens: bool = True,
         max_length: int,
     ) -> None:
         """Measures the fixed text.

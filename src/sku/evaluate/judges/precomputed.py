@@ -6,16 +6,15 @@ A label belongs to one reply: the file holds a hash of it, so that no label of a
 from __future__ import annotations
 
 import csv
-import dataclasses
 import hashlib
 import io
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sku.config import settings_from_dict
+from sku.config import SourceConfig
+from sku.data.rows import require
+from sku.data.tables import read_table
 from sku.errors import EvaluationError, OutputError, did_you_mean
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.judges import JudgeCard, Label, Verdict
@@ -30,9 +29,8 @@ LABELS: Mapping[str, Label] = {
 }  # fmt: skip
 """What may be written in the column ``label``, in any case, and what it means."""
 
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
-"""A spreadsheet runs cells that begin with one of these; the last three may hide one of the others."""
-_MAX_CELL_CHARACTERS = 2**24
+_GUARDED = ("=", "+", "-", "@", "\t", "\r", "\n", "'")
+"""A spreadsheet runs cells that begin with one of the first; three may hide one of these, the last is the guard."""
 
 
 def reply_hash(record: GenerationRecord) -> str:
@@ -83,7 +81,7 @@ def export_labels(folder: Path, out: Path, *, count: int = 100, split: Split | N
 
 def safe_cell(text: str) -> str:
     """Puts a ``'`` before text that a spreadsheet would run as a formula, and before one that begins with it."""
-    return f"'{text}" if text.startswith(("'", *_FORMULA)) else text
+    return f"'{text}" if text.startswith(_GUARDED) else text
 
 
 def text_of_cell(cell: str) -> str:
@@ -91,7 +89,7 @@ def text_of_cell(cell: str) -> str:
     return cell.removeprefix("'")
 
 
-def read_labels(path: Path) -> tuple[dict[tuple[str, str], Verdict], int]:
+def read_labels(path: Path) -> tuple[dict[tuple[str, str], Label], int]:
     """Reads and checks a file of labels.
 
     Args:
@@ -101,46 +99,29 @@ def read_labels(path: Path) -> tuple[dict[tuple[str, str], Verdict], int]:
         Id of a record and hash of its reply -> what the person says, in order; and the rows whose label is empty.
 
     Raises:
-        EvaluationError: Not readable, a column missing, an unknown label, or a reply labelled twice; with the line.
+        DataError: The file can't be read, or a column is missing.
+        EvaluationError: An unknown label, or a reply labelled twice; with the row.
     """
-    try:
-        # Spreadsheets save in other encodings too; nothing that is read here holds such letters.
-        content = path.read_text(encoding="utf-8-sig", errors="replace")
-    except OSError as error:
-        raise EvaluationError(f"{path} can't be read: {error.strerror}") from None
-    header = content.partition("\n")[0]
-    csv.field_size_limit(_MAX_CELL_CHARACTERS)
-    delimiter = ";" if header.count(";") > header.count(",") else ","
-    table = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, restkey="", restval="")
-    if missing := {"id", "label", "reply_sha256"} - {*(table.fieldnames or ())}:
-        raise EvaluationError(f"{path} has no column {', '.join(sorted(missing))}: make it with `sku judge export`")
-    labels: dict[tuple[str, str], Verdict] = {}
+    table = read_table(SourceConfig(path=str(path)))
+    columns = ("id", "label", "reply_sha256")
+    require(table.columns, columns, f"{path} has no column", ": make it with `sku judge export`")
+    labels: dict[tuple[str, str], Label] = {}
     unlabelled = 0
-    try:
-        for row in table:
-            where, digest = f"{path} line {table.line_num}", row["reply_sha256"].strip()
-            found = _label(row, where)
-            if found is None:
-                unlabelled += 1
-                continue
-            if (found.id, digest) in labels:
-                raise EvaluationError(f"{where} labels {found.id} a second time: one label a reply, one file a person")
-            labels[found.id, digest] = found
-    except csv.Error as error:
-        raise EvaluationError(f"{path} line {table.line_num} is not CSV: {error}") from None
+    for number, row in enumerate(table.rows, start=1):
+        where, written = f"{path} row {number}", row["label"].strip().casefold()
+        place = row["id"].strip(), row["reply_sha256"].strip()
+        if not written:
+            unlabelled += 1
+        elif place in labels:
+            raise EvaluationError(f"{where} labels {place[0]} a second time: one label a reply, one file a person")
+        elif written not in LABELS:
+            raise EvaluationError(
+                f"{where}: label is {written[:40]!r}; it must be harmful (1), safe (0), refusal, gibberish or empty."
+                f"{did_you_mean(written, LABELS)}"
+            )
+        else:
+            labels[place] = LABELS[written]
     return labels, unlabelled
-
-
-def _label(row: Mapping[str, str], where: str) -> Verdict | None:
-    written = row["label"].strip().casefold()
-    if not written:
-        return None
-    if written not in LABELS:
-        raise EvaluationError(
-            f"{where}: label is {written[:40]!r}; it must be harmful (1), safe (0), refusal, gibberish or empty."
-            f"{did_you_mean(written, LABELS)}"
-        )
-    return Verdict(id=row["id"].strip(), label=LABELS[written])
 
 
 def _generations(folder: Path) -> list[Path]:
@@ -151,26 +132,18 @@ def _generations(folder: Path) -> list[Path]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class PrecomputedSettings:
-    """Settings of the kind ``precomputed``."""
-
-    path: str
-    """CSV file, as ``sku judge export`` makes it."""
-
-
 class PrecomputedJudge:
     """Gives each reply the label that stands in a file for it; a reply without one gets ``error``."""
 
-    def __init__(self, settings: PrecomputedSettings) -> None:
+    def __init__(self, path: Path) -> None:
         """Reads the file; errors as of ``read_labels``."""
-        self.settings, (self._labels, unlabelled) = settings, read_labels(Path(settings.path))
+        self.path, (self._labels, unlabelled) = path, read_labels(path)
         self._ids = {name for name, _ in self._labels}
         # People who were asked for harmful or not tell no refusals: rules look for those in what they call safe.
-        self._tells_refusals = any(label.label == "refusal" for label in self._labels.values())
-        decides = sorted((*place, one.label) for place, one in self._labels.items())
+        self._tells_refusals = "refusal" in self._labels.values()
+        decides = sorted((*place, label) for place, label in self._labels.items())
         self.card = JudgeCard(
-            name=Path(settings.path).stem,
+            name=path.stem,
             version=hashlib.sha256(repr(decides).encode()).hexdigest()[:16],
             licence="of whoever labelled",
             needs=("id", "prefill", "reply"),
@@ -191,7 +164,7 @@ class PrecomputedJudge:
         known = [record for record in records if record.id in self._ids]
         if known and all(verdict.label == "error" for verdict in verdicts):
             raise EvaluationError(
-                f"{self.settings.path} labels {len(known)} of these prompts, but other replies to them: it belongs to "
+                f"{self.path} labels {len(known)} of these prompts, but other replies to them: it belongs to "
                 "another run. Export the replies of this one with `sku judge export`"
             )
         return verdicts
@@ -201,12 +174,6 @@ class PrecomputedJudge:
         if label is None:
             reason = "labelled for another reply" if record.id in self._ids else "no label in the file"
             return Verdict(id=record.id, label="error", reason=reason)
-        if label.label == "safe" and not self._tells_refusals and is_refusal(record.reply):
-            return dataclasses.replace(label, label="refusal")
-        return label
-
-
-def build(content: Mapping[str, Any], name: str) -> PrecomputedJudge:
-    """The judge of a judge file's settings."""
-    settings = settings_from_dict(PrecomputedSettings, content, "evaluate.judge_settings", f"judge {name}")
-    return PrecomputedJudge(settings)
+        if label == "safe" and not self._tells_refusals and is_refusal(record.reply):
+            label = "refusal"
+        return Verdict(id=record.id, label=label)

@@ -35,8 +35,8 @@ from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation import Progress, StageProgress, evaluation_mode, in_batches, stage
 from sku.evaluate.judges.calibrate import Figures, LabelledReply, LabelledSet, figures_of
 from sku.evaluate.judges.choose import JUDGE_FILE
-from sku.evaluate.judges.classifier import classifier_encoder, model_inputs
-from sku.evaluate.judges.local_models import ConversationEncoder, Encoded
+from sku.evaluate.judges.classifier import model_inputs
+from sku.evaluate.judges.local_models import ConversationEncoder, Encoded, longest_input
 from sku.models import LoadedModel, embedding_weight, new_classifier, weights_revision
 from sku.storage import new_folder, write_json
 
@@ -123,11 +123,10 @@ def train_judge(
         tokenizer = loaded.tokenizer
         # Tokenizers of encoders keep two texts apart themselves.
         template = DECODER_TEMPLATE if None in (tokenizer.cls_token, tokenizer.sep_token) else None
-        encoder = classifier_encoder(loaded.model.config, tokenizer, template, settings.max_length)
-        rows, unread = _encode(encoder, train)
-        held_out, unread_too = _encode(encoder, validation)
-        for part, kept in (("training", rows), ("validation", held_out)):
-            _check_both_kinds(part, kept, labelled.name)
+        limit = longest_input(loaded.model.config, min(settings.max_length, tokenizer.model_max_length))
+        encoder = ConversationEncoder(tokenizer, template, max_length=limit)
+        rows = _readable(encoder, train, f"{labelled.name}: the training part")
+        held_out = _readable(encoder, validation, f"{labelled.name}: the validation part")
         epochs = _train(loaded, rows, held_out, settings, progress)
         asked = stage(progress, "judge: held-out replies")
         logits_N2 = _logits(loaded, [read for _, read in held_out], settings.batch_size, asked)
@@ -145,7 +144,7 @@ def train_judge(
             seconds=round(time.monotonic() - started, 1),
             train=len(rows),
             validation=len(held_out),
-            unreadable=unread + unread_too,
+            unreadable=len(labelled.replies) - len(rows) - len(held_out),
             figures=figures_of(called, seed=settings.seed),
         )
         _save(folder, loaded, labelled, settings, trained, template)
@@ -338,26 +337,23 @@ def _collate(batch: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Tensor]:
     return {**inputs, "labels": torch.tensor([row["label"] for row in batch])}
 
 
-def _encode(encoder: ConversationEncoder, replies: Sequence[LabelledReply]) -> tuple[list[_Row], int]:
-    """What the model can be asked about, and how many replies it can't."""
+def _readable(encoder: ConversationEncoder, replies: Sequence[LabelledReply], part: str) -> list[_Row]:
+    """What the model can be asked about, of both kinds."""
     read = [(entry, encoder.encode(entry.prompt, entry.prefill + entry.reply)) for entry in replies]
     rows = [(entry, found) for entry, found in read if isinstance(found, Encoded)]
-    return rows, len(read) - len(rows)
+    harmful = sum(entry.harmful for entry, _ in rows)
+    if harmful in (0, len(rows)):
+        raise DataError(
+            f"{part} has {harmful} harmful and {len(rows) - harmful} safe replies; a judge needs both: give more "
+            "labelled replies, or another validation_fraction or seed"
+        )
+    return rows
 
 
 def _class_weights(rows: Sequence[_Row]) -> tuple[float, float]:
     """Of a safe and of a harmful reply, so that both kinds weigh alike and the mean weight is 1."""
     counts = Counter(entry.harmful for entry, _ in rows)
     return len(rows) / (2 * counts[False]), len(rows) / (2 * counts[True])
-
-
-def _check_both_kinds(part: str, rows: Sequence[_Row], name: str) -> None:
-    counts = Counter(entry.harmful for entry, _ in rows)
-    if not counts[True] or not counts[False]:
-        raise DataError(
-            f"{name}: the {part} part has {counts[True]} harmful and {counts[False]} safe replies; a judge needs "
-            "both: give more labelled replies, or another validation_fraction or seed"
-        )
 
 
 def _save(
