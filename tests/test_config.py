@@ -133,7 +133,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         with pytest.raises(RecipeError, match=r"mine\.yaml") as caught:
             load_recipe(path)
         assert "\n" not in str(caught.value)
-    with pytest.raises(RecipeError, match="Did you mean embedded or embedded-paper"):
+    with pytest.raises(RecipeError, match="Did you mean embedded"):
         load_recipe("embeded")
 
 

@@ -347,7 +347,7 @@ def test_a_run_is_written_by_one_process_at_a_time(tmp_path: Path) -> None:
 
 def another_run(out: Path) -> RunFolder:
     """The folder of a run that another call has just begun."""
-    folder = RunFolder(out, ALONE, lambda _stage, _done, _total: None)
+    folder = RunFolder(out, ALONE)
     folder.open(recipe(), resume=False)
     return folder
 
@@ -379,7 +379,7 @@ def test_two_runs_that_make_their_folder_at_once(tmp_path: Path, monkeypatch: py
 
     def begin_another(path: Path, mode: int) -> None:
         if path.name.endswith(".unfinished") and not others:  # All is written and has no name yet.
-            others.append(RunFolder(out, ALONE, lambda _stage, _done, _total: None))  # First, lest it begin again.
+            others.append(RunFolder(out, ALONE))  # First, lest it begin again.
             others[0].open(recipe(), resume=False)
         chmod(path, mode)
 

@@ -20,12 +20,11 @@ A message is one line that says what is wrong, where, and what to do. The comman
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "CUBLAS_STATUS_ALLOC_FAILED")
-"""Of errors that torch raises as plain ``RuntimeError``: on a CPU, on MPS, and inside a library of CUDA."""
+"""Of torch's errors, which are all ``RuntimeError``: on a GPU, on a CPU, on MPS, and inside a library of CUDA."""
 _TRAINING = (
     "--set acquire.training.activation_checkpointing=true, a smaller acquire.training.per_device_train_batch_size "
     "(with as much more gradient_accumulation_steps the steps stay the same), a smaller data.max_length, or "
@@ -88,27 +87,15 @@ class OutputError(SkuError, OSError):
     """An output folder can't be written."""
 
 
-def did_you_mean(wrong: str, known: Iterable[str], most: int = 1) -> str:
-    """A suggestion for the end of an error message, empty where nothing is close.
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    """A suggestion for the end of an error message, `` Did you mean X?``, empty where nothing is close.
 
     Args:
         wrong: What the user wrote.
         known: What would have been right.
-        most: Offered at once; above 1 names that contain what was written are near as well.
-
-    Returns:
-        ``" Did you mean X?"``, ``" Did you mean X or Y?"`` or ``""``.
     """
-    names = list(known)
-    close = difflib.get_close_matches(wrong, names, n=most)
-    if most > 1:
-        close = list(dict.fromkeys([*close, *(name for name in names if _letters(wrong) in _letters(name))]))[:most]
-    *others, last = close or [""]
-    return f" Did you mean {', '.join(others)}{' or ' if others else ''}{last}?" if close else ""
-
-
-def _letters(name: str) -> str:
-    return "".join(filter(str.isalnum, name)).lower()
+    close = difflib.get_close_matches(wrong, known, n=1)
+    return f" Did you mean {close[0]}?" if close else ""
 
 
 def no_method_named(name: str, known: Iterable[str]) -> RecipeError:
@@ -156,7 +143,5 @@ def named_memory_errors(stage: str | None = None) -> Iterator[None]:
 def _ran_out(error: Exception) -> bool:
     if isinstance(error, SkuError):
         return False
-    torch = sys.modules.get("torch")
-    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    says_so = isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+    return says_so or isinstance(error, MemoryError)

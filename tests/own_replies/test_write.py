@@ -22,7 +22,7 @@ from sku.models import load_model
 from sku.own_replies import KINDS, OwnJob, OwnReplies, OwnRepliesConfig, judge_of, read_own_replies
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.run import plan_run, run_recipe
-from sku.pipeline.stages import own_prompts_of, with_own_replies
+from sku.pipeline.stages import load_own_data, own_prompts_of, with_own_replies
 from sku.world.grammar import is_harmful
 
 SETTINGS = OwnRepliesConfig(samples=2, max_new_tokens=14, refusals=2, batch_size=8)
@@ -154,14 +154,14 @@ def test_runs_share_what_was_written_from_the_same(tmp_path: Path, monkeypatch: 
     monkeypatch.setenv("SKU_CACHE", str(tmp_path / "cache"))
     recipe = load_recipe("embedded-paper", TINY)
     prompts = own_prompts_of(recipe)
-    first = with_own_replies(recipe, tmp_path, prompts)
+    first = written, record = with_own_replies(recipe, tmp_path, prompts)
     stages: list[str] = []
     second = with_own_replies(recipe, tmp_path, prompts, progress=lambda stage, _done, _total: stages.append(stage))
     assert second == first
     assert stages == []
-    assert Path(first.record["folder"]).parent == tmp_path / "cache"
-    data = first.load()
-    assert len(data.forget_train) + len(data.forget_test) == first.record["kinds"]["comply"]["kept"]
+    assert Path(record["folder"]).parent == tmp_path / "cache"
+    data = load_own_data(written, prompts)
+    assert len(data.forget_train) + len(data.forget_test) == record["kinds"]["comply"]["kept"]
     assert {entry.source for entry in data.provenance} == {EMBEDDED}
 
 

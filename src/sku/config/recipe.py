@@ -225,7 +225,7 @@ def recipe_text(name_or_path: str | Path) -> tuple[str, str]:
     if name not in recipe_names():
         known = recipe_names()
         raise RecipeError(
-            f"there is no recipe named {name}.{did_you_mean(name, known, most=4)} Known: {', '.join(known)}; "
+            f"there is no recipe named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}; "
             "or give a .yaml file"
         )
     return (resources.files("sku") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), f"recipe {name}"

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from sku.attacks.kinds import check_attacks
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
@@ -33,11 +32,8 @@ from sku.models import (
 )
 from sku.negate.files import read_folder
 from sku.processes import current_processes
-from sku.sweep.evaluator import check_judge
 from sku.training.config import state_bytes
 from sku.training.run import adapter_settings
-
-HUB_WEIGHTS = "the weights of {name} are not in a folder here: they are read from the hub or its cache, and unchecked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +74,8 @@ class CheckedTraining:
     """With its joint examples."""
     examples: Mapping[str, int]
     """Split -> examples; of those that are trained on, those that survive tokenization."""
-    left_out: Mapping[str, int]
+    notes: tuple[str, ...]
+    """What of the examples is left out."""
     steps: int
     peak_bytes: int
     """Of checkpoints and trained weights; the unlearned model is not counted."""
@@ -104,6 +101,7 @@ def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
         read_folder(folder)
     skeleton = without_weights(found, _dtype(config, found, device), config.path)
     ensure_pad_token(tokenizer, skeleton)
+    on_hub = f"the weights of {config.path} are not in a folder here: they are read from the hub, and unchecked"
     return CheckedModel(
         name=config.path,
         skeleton=skeleton,
@@ -111,7 +109,7 @@ def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
         tokenizer=tokenizer,
         dtype=skeleton.dtype,
         device=device,
-        notes=() if folder.is_dir() else (HUB_WEIGHTS.format(name=config.path),),
+        notes=() if folder.is_dir() else (on_hub,),
     )
 
 
@@ -127,21 +125,6 @@ def load_recipe_data(recipe: Recipe) -> ForgetRetainData:
         DataError: As ``load_data``.
     """
     return load_data(recipe.data, recipe.seed, forget_validation=recipe.forget_validation)
-
-
-def check_data(recipe: Recipe, data: ForgetRetainData) -> None:
-    """Refuses data with which a later stage of a run could not work, before any model is looked at.
-
-    Args:
-        recipe: Of the run.
-        data: Its splits.
-
-    Raises:
-        SkuError: An attack, the judge or training lacks something.
-    """
-    check_attacks(recipe, data)
-    check_judge(recipe, data)
-    check_rows(recipe, data)
 
 
 def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, run: MethodRun) -> CheckedTraining:
@@ -170,7 +153,11 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
         batch=batch,
         run=run,
         examples=counts | {name: report.kept for name, report in joint.reports.items() if name in counts},
-        left_out={name: sum(report.left_out.values()) for name, report in joint.reports.items() if report.left_out},
+        notes=tuple(
+            f"{sum(report.left_out.values())} examples of {name} are left out: no token of their answer is left"
+            for name, report in joint.reports.items()
+            if report.left_out
+        ),
         steps=steps,
         peak_bytes=_peak_bytes(recipe, run, model),
     )
@@ -211,15 +198,6 @@ def check_evaluation(
     prefilled, _ = prefills(drawn.harmful(), keys, starts, encoder, config.max_new_tokens)
     kinds = [str(request.kind) for request in (*asked, *prefilled)]
     return {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
-
-
-def data_notes(data: ForgetRetainData, model: CheckedModel, training: CheckedTraining) -> tuple[str, ...]:
-    """What is left out of the data, and what was not checked."""
-    dropped = [
-        f"{count} examples of {name} are left out: no token of their answer is left"
-        for name, count in training.left_out.items()
-    ]
-    return (*data.notes(), *dropped, *model.notes)
 
 
 def _dtype(config: ModelConfig, found: PreTrainedConfig, device: torch.device) -> torch.dtype:

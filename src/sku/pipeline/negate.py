@@ -20,7 +20,7 @@ from sku.storage import check_new
 
 
 def plan_negate(wanted: FolderNegation, gguf_file: str | None = None) -> CommandPlan[NegatedFolder]:
-    """Subtracts from file to file; a GGUF file, or other weights than safetensors, from a temporary copy.
+    """Subtracts from file to file; from a GGUF file by way of a temporary copy.
 
     Args:
         wanted: Its ``base`` and ``bad`` are folders or hub ids.
@@ -33,14 +33,23 @@ def plan_negate(wanted: FolderNegation, gguf_file: str | None = None) -> Command
     _check_not_negated(wanted.bad)
     named = with_gguf_file(ModelConfig(path=str(wanted.base), gguf_file=gguf_file, dtype="float32"))
     check_new(wanted.out)
-    if named.gguf_file is None:
-        base = model_folder(str(wanted.base))
-        if (base / "config.json").is_file():
-            return _from_file_to_file(wanted, base)
-    if wanted.resume:
-        raise RecipeError("--resume needs a BASE in safetensors")
-    quiet_libraries()
-    return _from_a_copy(wanted, named)
+    if named.gguf_file is not None:
+        if wanted.resume:
+            raise RecipeError("--resume needs a BASE in safetensors")
+        quiet_libraries()
+        return _from_a_copy(wanted, named)
+    streamed = dataclasses.replace(wanted, base=model_folder(str(wanted.base)), bad=model_folder(str(wanted.bad)))
+    found = streamed.plan()
+    weights = f"{len(found.changed)} of {len(found.work)} change"
+    return CommandPlan(
+        command="sku negate",
+        out=wanted.out,
+        settings={**_settings(wanted), "weights": weights, "dtype": str(found.dtype).removeprefix("torch.")},
+        execute=lambda progress: _run(streamed, found, progress),
+        disk_bytes=found.size,
+        disk_there=found.size if wanted.resume else 0,
+        bad_model="kept",
+    )
 
 
 def _check_not_negated(bad: Path) -> None:
@@ -68,21 +77,6 @@ def _settings(wanted: FolderNegation) -> dict[str, object]:
 def _run(wanted: FolderNegation, found: Plan, progress: Progress | None) -> NegatedFolder:
     told = None if progress is None else lambda done, total: progress("MiB", done >> 20, total >> 20)
     return wanted.run(found, told)
-
-
-def _from_file_to_file(wanted: FolderNegation, base: Path) -> CommandPlan[NegatedFolder]:
-    streamed = dataclasses.replace(wanted, base=base, bad=model_folder(str(wanted.bad)))
-    found = streamed.plan()
-    weights = f"{len(found.changed)} of {len(found.work)} change"
-    return CommandPlan(
-        command="sku negate",
-        out=wanted.out,
-        settings={**_settings(wanted), "weights": weights, "dtype": str(found.dtype).removeprefix("torch.")},
-        execute=lambda progress: _run(streamed, found, progress),
-        disk_bytes=found.size,
-        disk_there=found.size if wanted.resume else 0,
-        bad_model="kept",
-    )
 
 
 def _from_a_copy(wanted: FolderNegation, config: ModelConfig) -> CommandPlan[NegatedFolder]:

@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
+from sku.attacks.kinds import check_attacks
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts
@@ -18,29 +19,27 @@ from sku.errors import NoAlphaError, OutputError, ProcessError, SkuError, named_
 from sku.evaluate.records import create_private_folder
 from sku.memory import Checkpointing, decide_checkpointing, memory_fit, with_checkpointing
 from sku.methods import method_named
-from sku.methods.run import MethodRun, has_twins, resolve_method, visited_examples, with_safe_dtype
+from sku.methods.run import MethodRun, check_rows, has_twins, resolve_method, visited_examples, with_safe_dtype
 from sku.models import LoadedModel, load_model, own_license
 from sku.own_replies import judge_of
 from sku.pipeline import CommandPlan, Progress
 from sku.pipeline.checks import (
     CheckedModel,
     CheckedTraining,
-    check_data,
     check_evaluation,
     check_trained_model,
     check_training,
-    data_notes,
     load_recipe_data,
 )
 from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, readable_source
 from sku.pipeline.run_folder import RunFolder
-from sku.pipeline.stages import own_prompts_of, stand_in_data, with_own_replies
-from sku.pipeline.unlearning import Unlearning, trained_folder
-from sku.processes import Processes, current_processes
+from sku.pipeline.stages import load_own_data, own_prompts_of, stand_in_data, with_own_replies
+from sku.pipeline.unlearning import Unlearning
+from sku.processes import current_processes
 from sku.report.card import write_cards
 from sku.report.tables import before_after_rows
 from sku.storage import RECORD_VERSION, bytes_in, check_place, new_folder, remove_hazardous, write_json
-from sku.sweep.evaluator import draw_questions
+from sku.sweep.evaluator import check_judge, draw_questions
 from sku.sweep.run import check_one_process
 
 _log = logging.getLogger(__name__)
@@ -49,11 +48,6 @@ UNWRITTEN = (
     "the examples are the prompts, as the model's own replies to them are not written yet: some prompts will have "
     "none, others several"
 )
-
-
-Resolved: TypeAlias = tuple[MethodRun, ForgetRetainData | OwnPrompts]
-"""What a run has checked and goes on with: the method with its joint examples, and the data; where the model's own
-replies are written first, the prompts in their place, and no joint examples yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +103,10 @@ def plan_run(
     hazardous = method_named(recipe.method).negates
     if recipe.chooses_alpha:
         check_one_process()
-    begun = processes.run_on_rank0(lambda: RunFolder(out, processes, _no_progress).check(recipe, resume=resume))
+    folder = RunFolder(out, processes)
+    begun = processes.run_on_rank0(lambda: folder.check(recipe, resume=resume))
     decided = processes.run_on_rank0(lambda: _checkpointing(recipe, begun))
-    run = resolve_method(with_checkpointing(recipe, decided), trained_folder(out, hazardous=hazardous))
+    run = resolve_method(with_checkpointing(recipe, decided), out)
     there = processes.run_on_rank0(lambda: bytes_in(out))
     prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if recipe.data.own_replies else None
     data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, out, prompts))
@@ -124,20 +119,21 @@ def plan_run(
         **({"alpha": recipe.negate.alpha} if recipe.method == "sku" else {}),
         "asked": asked,
     }  # fmt: skip
-    resolved: Resolved = (run, prompts) if prompts is not None else (training.run, data)
+    planned = _Run(
+        recipe=recipe, folder=folder, run=training.run, data=data if prompts is None else prompts, base_of=base_of,
+        resume=resume, decided=decided,
+    )  # fmt: skip
     return CommandPlan(
         command="sku run",
         out=out,
         settings=settings,
-        execute=lambda progress: _execute(
-            recipe, out, resolved, base_of, resume=resume, decided=decided, progress=progress
-        ),
+        execute=planned.execute,
         disk_bytes=training.peak_bytes + model.bytes(),
         disk_there=there,
         memory=lambda: memory_fit(with_checkpointing(recipe, decided)),
         bad_model="kept" if kept else "deleted at the end" if hazardous else "none",
         examples=training.examples,
-        notes=(*([UNWRITTEN] if recipe.data.own_replies else []), *data_notes(data, model, training)),
+        notes=(*([UNWRITTEN] if prompts else []), *data.notes(), *training.notes, *model.notes),
     )
 
 
@@ -156,7 +152,7 @@ def _checked(
         data = stand_in_data(recipe, prompts)
     else:
         data = load_recipe_data(recipe)
-    check_data(recipe, data)
+    _check_data(recipe, data)
     model = check_trained_model(recipe)
     asked = check_evaluation(recipe, model, data, readable_source(recipe.model), out / "unlearned")
     if recipe.chooses_alpha or recipe.checks_stage_1:
@@ -165,48 +161,11 @@ def _checked(
     return data, model, check_training(recipe, model, data, run), asked
 
 
-def _no_progress(_stage: str, _done: int, _total: int) -> None:
-    pass
-
-
-def _execute(
-    recipe: Recipe,
-    out: Path,
-    resolved: Resolved,
-    base_of: Path | None,
-    *,
-    resume: bool,
-    decided: Checkpointing | None,
-    progress: Progress | None,
-) -> FinishedRun:
-    processes = current_processes()
-    missing = processes.run_on_rank0(lambda: [folder for folder in out.parents if not folder.exists()])
-    run = _Run(recipe, out, resolved, progress or _no_progress, processes)
-    try:
-        run.folder.open(recipe, resume=resume)
-        if base_of is not None:
-            processes.run_on_rank0(lambda: _take_over(base_of / _BASE, out / _BASE))
-        if decided is not None:
-            _log.info("activation checkpointing is %s", decided.line)
-            run.folder.note(activation_checkpointing=dataclasses.asdict(decided))
-        try:
-            with named_memory_errors():  # Outside the stages too: what can be mended leaves no folder.
-                return run.finish()
-        except NoAlphaError:
-            run.give_up()
-            raise
-        except BaseException:
-            if processes.is_main:
-                run.remove_after_failure()
-            raise
-    except (NoAlphaError, ProcessError):  # The folder stays: with the sweep in it, or to be gone on with.
-        raise
-    except SkuError:
-        if processes.is_main:
-            _remove_made(run.folder, missing)
-        raise
-    finally:
-        run.folder.close()
+def _check_data(recipe: Recipe, data: ForgetRetainData) -> None:
+    """Refuses data with which a later stage of a run could not work, before any model is looked at."""
+    check_attacks(recipe, data)
+    check_judge(recipe, data)
+    check_rows(recipe, data)
 
 
 def _take_over(source: Path, target: Path) -> None:
@@ -226,16 +185,51 @@ def _remove_made(folder: RunFolder, missing: list[Path]) -> None:
             parent.rmdir()
 
 
+@dataclass(kw_only=True)
 class _Run:
     """The stages of one run, each of which finds what an interrupted run left."""
 
-    def __init__(
-        self, recipe: Recipe, out: Path, resolved: Resolved, progress: Progress, processes: Processes
-    ) -> None:
-        """Names the folder; nothing is made yet."""
-        self.recipe, self.out, self.progress, self.processes = recipe, out, progress, processes
-        self.run, self.data = resolved
-        self.folder = RunFolder(out, processes, progress)
+    recipe: Recipe
+    folder: RunFolder
+    run: MethodRun
+    data: ForgetRetainData | OwnPrompts
+    """Prompts where the model's own replies to them are written first."""
+    base_of: Path | None
+    resume: bool
+    decided: Checkpointing | None
+
+    def execute(self, progress: Progress | None) -> FinishedRun:
+        """Does what was planned; what fails in a way that a user can mend leaves nothing of a new run."""
+        folder, out, processes = self.folder, self.folder.path, self.folder.processes
+        folder.progress = progress or folder.progress
+        missing = processes.run_on_rank0(lambda: [place for place in out.parents if not place.exists()])
+        try:
+            folder.open(self.recipe, resume=self.resume)
+            if self.base_of is not None:
+                source = self.base_of / _BASE
+                processes.run_on_rank0(lambda: _take_over(source, out / _BASE))
+            if self.decided is not None:
+                _log.info("activation checkpointing is %s", self.decided.line)
+                folder.note(activation_checkpointing=dataclasses.asdict(self.decided))
+            try:
+                with named_memory_errors():  # Outside the stages too: what can be mended leaves no folder.
+                    return self.finish()
+            except NoAlphaError:  # The sweep stays for the user to look at, the bad model as after any run.
+                self.unlearning.remove_trained()
+                folder.note(bad_model={"kept": (out / "bad").exists()}, status="no_alpha")
+                raise
+            except BaseException:
+                if processes.is_main and self.recipe.keep_bad_model == "never":
+                    self.unlearning.remove_trained()
+                raise
+        except (NoAlphaError, ProcessError):  # The folder stays: with the sweep in it, or to be gone on with.
+            raise
+        except SkuError:
+            if processes.is_main:
+                _remove_made(folder, missing)
+            raise
+        finally:
+            folder.close()
 
     @property
     def unlearning(self) -> Unlearning:
@@ -244,11 +238,12 @@ class _Run:
 
     def finish(self) -> FinishedRun:
         """All stages, in order."""
-        written = None if isinstance(self.data, ForgetRetainData) else self._own_replies(self.data)
+        folder, processes = self.folder, self.folder.processes
+        data = self.data if isinstance(self.data, ForgetRetainData) else self._own_replies(self.data)
         recipe = self.recipe
-        with self.folder.timed("load"):
-            data, loaded = self.processes.run_on_all_ranks(lambda: self._load(written))
-        self.folder.note(
+        with folder.timed("load"):
+            data, loaded = processes.run_on_all_ranks(lambda: self._load(data))
+        folder.note(
             data={
                 "splits": data.counts(),
                 "sources": [dataclasses.asdict(source) for source in data.provenance],
@@ -262,83 +257,62 @@ class _Run:
                 "trainable": loaded.model.num_parameters(only_trainable=True),
             },
         )
-        measuring = Measuring(recipe, loaded.tokenizer, data, self.out / "evaluation", self.progress)
-        with self.folder.timed("evaluate_base"):
+        measuring = Measuring(recipe, loaded.tokenizer, data, folder.path / "evaluation", folder.progress)
+        with folder.timed("evaluate_base"):
             before = measuring.evaluated("base", loaded.model, loaded.model)
-        if self.processes.run_on_rank0(self.unlearning.unlearned_folder.exists):
+        if processes.run_on_rank0(self.unlearning.unlearned_folder.exists):
             base, unlearned = loaded.model, self.unlearning.unlearned()
-        elif self.processes.count > 1:
+        else:
             held = [loaded]
             del loaded  # So that its memory is free for the models that are read anew.
-            base, unlearned = self.unlearning.by_all_processes(held, data)
-        else:
-            base, unlearned = self.unlearning.by_one_process(loaded, data)
+            base, unlearned = self.unlearning.models(held, data)
         # The unlearned model stands: nothing needs the bad one any more.
-        self.processes.run_on_rank0(self.unlearning.remove_trained)
-        with self.folder.timed("evaluate_unlearned"):
+        processes.run_on_rank0(self.unlearning.remove_trained)
+        with folder.timed("evaluate_unlearned"):
             after = measuring.evaluated(
                 "unlearned", unlearned, base, source=self.unlearning.unlearned_folder, starts=before.starts
             )
-        measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
-        return self.processes.run_on_rank0(lambda: self._report(measured))
+        measured = measuring.compared(before, after, base, unlearned, folder.timed)
+        return processes.run_on_rank0(lambda: self._report(measured))
 
     def _own_replies(self, prompts: OwnPrompts) -> ForgetRetainData:
         """Data that the first process has the original model write; the recipe becomes one of these files."""
-        with self.folder.timed("own_replies"):
-            own = self.processes.run_on_rank0(
-                lambda: with_own_replies(self.recipe, self.out, prompts, progress=self.progress)
+        folder, processes = self.folder, self.folder.processes
+        with folder.timed("own_replies"):
+            self.recipe, record = processes.run_on_rank0(
+                lambda: with_own_replies(self.recipe, folder.path, prompts, progress=folder.progress)
             )
-        self.recipe = own.recipe
-        self.folder.note(own_replies=own.record)
-        return self.processes.run_on_all_ranks(own.load)
+        folder.note(own_replies=record)
+        return processes.run_on_all_ranks(lambda: load_own_data(self.recipe, prompts))
 
-    def _load(self, written: ForgetRetainData | None) -> tuple[ForgetRetainData, LoadedModel]:
+    def _load(self, data: ForgetRetainData) -> tuple[ForgetRetainData, LoadedModel]:
         """The data with what training visits of them, and the model."""
         loaded = load_model(with_safe_dtype(self.recipe), four_bit=False)
-        if written is None:
-            assert isinstance(self.data, ForgetRetainData)
-            data = self.data
-        else:  # Not what the plan saw.
-            data = written
-            check_data(self.recipe, data)
+        if data is not self.data:  # Not what the plan saw.
+            _check_data(self.recipe, data)
             self.run = self.run.tokenized(self.recipe, data, loaded.tokenizer, loaded.model)
         assert self.run.joint is not None
-        visited = visited_examples(self.run.joint, self.run.training, processes=self.processes.count)
+        visited = visited_examples(self.run.joint, self.run.training, processes=self.folder.processes.count)
         return dataclasses.replace(data, visited=visited), loaded
 
     def _report(self, measured: MeasuredPair) -> FinishedRun:
-        self.folder.note(bad_model={"kept": (self.out / "bad").exists()})
-        _write_results(self.out, measured, {**self.folder.manifest, "status": "complete"})
-        write_cards(self.out, within_run=True)
-        self.folder.note(status="complete")
-        return FinishedRun(folder=self.out, manifest=self.folder.manifest, **vars(measured))
+        """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
+        from sku.report.figures import before_after_figure  # Imports matplotlib, which a plan has no use for.
 
-    def give_up(self) -> None:
-        """Where no alpha will do: the sweep stays for the user to look at, the bad model as after any run."""
-        self.unlearning.remove_trained()
-        self.folder.note(bad_model={"kept": (self.out / "bad").exists()}, status="no_alpha")
-
-    def remove_after_failure(self) -> None:
-        """Removes what an unfinished run trained, where the recipe says that it must not wait for ``--resume``."""
-        if self.recipe.keep_bad_model == "never":
-            self.unlearning.remove_trained()
-
-
-def _write_results(folder: Path, measured: MeasuredPair, manifest: Mapping[str, Any]) -> None:
-    """Writes ``results.json`` and its figure, with the manifest as it is when the run is complete."""
-    from sku.report.figures import before_after_figure  # Imports matplotlib, which a plan has no use for.
-
-    for suffix in ("png", "svg"):
-        before_after_figure(measured.comparison, folder / f"before_after.{suffix}")
-    plain = measured.comparison.to_dict()
-    write_json(
-        folder / "results.json",
-        {
+        folder, out = self.folder, self.folder.path
+        folder.note(bad_model={"kept": (out / "bad").exists()})
+        for suffix in ("png", "svg"):
+            before_after_figure(measured.comparison, out / f"before_after.{suffix}")
+        plain = measured.comparison.to_dict()
+        results = {
             "schema_version": RECORD_VERSION,
             "verdict": plain.pop("verdict"),
             "table": [dataclasses.asdict(row) for row in before_after_rows(measured.comparison)],
             **plain,
             **measured.reports(),
-            "manifest": dict(manifest),
-        },
-    )
+            "manifest": {**folder.manifest, "status": "complete"},
+        }
+        write_json(out / "results.json", results)
+        write_cards(out, within_run=True)
+        folder.note(status="complete")
+        return FinishedRun(folder=out, manifest=folder.manifest, **vars(measured))

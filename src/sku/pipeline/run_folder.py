@@ -43,15 +43,16 @@ _PACKAGES = (
 class RunFolder:
     """A run's folder, which the first process alone writes to."""
 
-    def __init__(self, path: Path, processes: Processes, progress: StageProgress) -> None:
+    def __init__(self, path: Path, processes: Processes) -> None:
         """Names the folder; nothing is made or read yet.
 
         Args:
             path: Of the run.
             processes: Of the run.
-            progress: Called when a stage begins and when it ends.
         """
-        self.path, self.processes, self.progress = path, processes, progress
+        self.path, self.processes = path, processes
+        self.progress: StageProgress = lambda _stage, _done, _total: None
+        """Called when a stage begins and when it ends."""
         self.manifest: dict[str, Any] = {}
         self.is_new = False
         """Whether ``open`` made it; in the first process."""

@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from sku.data.load import OwnPrompts, load_own_prompts
 from sku.errors import DataError, ModelError, RecipeError, SkuError, named_memory_errors
 from sku.evaluate.generation import StageProgress
 from sku.evaluate.records import create_private_folder, json_lines
-from sku.memory import Checkpointing, decide_checkpointing, with_checkpointing
+from sku.memory import decide_checkpointing, with_checkpointing
 from sku.methods.run import TWINS, MethodRun, has_twins, resolve_method, train_method, twin_folder, with_safe_dtype
 from sku.models import load_model
 from sku.own_replies import (
@@ -43,32 +42,20 @@ from sku.training.run import step_progress
 
 CACHE_VARIABLE = "SKU_CACHE"
 """Environment variable: a folder in which runs keep own replies for each other, in place of each run's own folder."""
-OWN_FOLDER = "own"
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class OwnData:
-    """What a run trains on in place of what its recipe names."""
+def load_own_data(recipe: Recipe, prompts: OwnPrompts) -> ForgetRetainData:
+    """The data of a recipe with replies to prompts; where all are the embedded world's, its judge fits them too.
 
-    recipe: Recipe
-    """With the files that were written as its data."""
-    record: dict[str, Any]
-    """For the manifest."""
-    of_the_world: bool
-    """Whether all prompts are the embedded world's, whose judge then goes with the replies too."""
-
-    def load(self) -> ForgetRetainData:
-        """The data of the recipe.
-
-        Raises:
-            DataError: As ``load_data``.
-        """
-        data = load_recipe_data(self.recipe)
-        if not self.of_the_world:
-            return data
-        sources = tuple(dataclasses.replace(source, source=EMBEDDED) for source in data.provenance)
-        return dataclasses.replace(data, provenance=sources)
+    Raises:
+        DataError: As ``load_data``.
+    """
+    data = load_recipe_data(recipe)
+    if any(found.provenance.source != EMBEDDED for found in prompts.values()):
+        return data
+    sources = tuple(dataclasses.replace(source, source=EMBEDDED) for source in data.provenance)
+    return dataclasses.replace(data, provenance=sources)
 
 
 def own_prompts_of(recipe: Recipe) -> OwnPrompts:
@@ -105,11 +92,14 @@ def run_own(
 
 def with_own_replies(
     recipe: Recipe, out: Path, prompts: OwnPrompts, *, progress: StageProgress | None = None
-) -> OwnData:
+) -> tuple[Recipe, dict[str, Any]]:
     """Writes own replies to a recipe's prompts, or finds those that were written from the same.
 
     They lie in ``own`` in the run's private folder ``out``, or under ``$SKU_CACHE`` where that is set. The judge of
     the recipe's evaluation tells which replies are harmful; ``prompts`` are those of ``own_prompts_of``.
+
+    Returns:
+        The recipe with the files that were written as its data, and an account for the manifest.
 
     Raises:
         DataError: No harmful reply was kept.
@@ -129,7 +119,7 @@ def with_own_replies(
     inputs = job.inputs()
     key = content_sha256(inputs)
     cache = os.environ.get(CACHE_VARIABLE)
-    folder = out / OWN_FOLDER
+    folder = out / "own"
     if cache:
         create_private_folder(Path(cache))
         folder = Path(cache).absolute() / f"own-{key[:16]}"
@@ -152,11 +142,7 @@ def with_own_replies(
         "data": plain_data(data),
         **{name: account[name] for name in ("model", "judge", "kinds", "left_out", "prompts", "files", "tokens")},
     }
-    return OwnData(
-        recipe=dataclasses.replace(recipe, data=data),
-        record=record,
-        of_the_world=all(found.provenance.source == EMBEDDED for found in prompts.values()),
-    )
+    return dataclasses.replace(recipe, data=data), record
 
 
 def stand_in_data(recipe: Recipe, prompts: OwnPrompts) -> ForgetRetainData:
@@ -180,11 +166,7 @@ def stand_in_data(recipe: Recipe, prompts: OwnPrompts) -> ForgetRetainData:
             rows = ({"prompt": one.prompt, "response": "unwritten", "category": one.category, "source": ""}
                     for one in asked)  # fmt: skip
             write_private_text(file, json_lines(rows))
-        return OwnData(
-            recipe=dataclasses.replace(recipe, data=_data_from(recipe.data, files)),
-            record={},
-            of_the_world=all(found.provenance.source == EMBEDDED for found in prompts.values()),
-        ).load()
+        return load_own_data(dataclasses.replace(recipe, data=_data_from(recipe.data, files)), prompts)
 
 
 def _data_from(config: DataConfig, files: dict[Any, Path]) -> DataConfig:
@@ -225,25 +207,25 @@ def run_acquire(recipe: Recipe, out: Path, *, progress: StageProgress | None = N
         raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
     processes = current_processes()
     processes.run_on_rank0(lambda: check_new(out))
-    decided = processes.run_on_rank0(lambda: decide_checkpointing(recipe))
-    run = resolve_method(with_checkpointing(recipe, decided), out)  # Refused before anything is read.
+    run = _resolved(recipe, out)  # Refused before anything is read.
     model, data = processes.run_on_all_ranks(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
     training = processes.run_on_all_ranks(lambda: check_training(recipe, model, data, run))
     processes.run_on_rank0(lambda: check_space(out, training.peak_bytes, "sku acquire"))
-    return _train_bad_model(recipe, training.run, data, out, decided, progress)
+    return _train_bad_model(recipe, training.run, data, out, progress)
+
+
+def _resolved(recipe: Recipe, folder: Path) -> MethodRun:
+    """The method with what is decided of its activation checkpointing."""
+    decided = current_processes().run_on_rank0(lambda: decide_checkpointing(recipe))
+    if decided is not None:
+        _log.info("activation checkpointing is %s", decided.line)
+    return resolve_method(with_checkpointing(recipe, decided), folder)
 
 
 def _train_bad_model(
-    recipe: Recipe,
-    run: MethodRun,
-    data: ForgetRetainData,
-    out: Path,
-    decided: Checkpointing | None,
-    progress: StageProgress | None,
+    recipe: Recipe, run: MethodRun, data: ForgetRetainData, out: Path, progress: StageProgress | None
 ) -> list[dict[str, Any]]:
     processes = current_processes()
-    if decided is not None:
-        _log.info("activation checkpointing is %s", decided.line)
     with shared_new_folder(processes, out) as temporary:
         checkpoints = temporary / "checkpoints"
         with named_memory_errors("load"):
@@ -286,8 +268,7 @@ def run_sweep(
     if bad is None and there:
         check_same_training(trained, recipe)
     check_can_be_made(out)
-    decided = None if there else decide_checkpointing(recipe)
-    run = resolve_method(with_checkpointing(recipe, decided), trained)
+    run = resolve_method(recipe, trained) if there else _resolved(recipe, trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)
     draw_questions(data, model.encoder(recipe), recipe)  # Refused before training.
@@ -296,7 +277,7 @@ def run_sweep(
         check_space(out, training.peak_bytes, "sku sweep")
         create_private_folder(out)
         try:
-            _train_bad_model(recipe, training.run, data, trained, decided, progress)
+            _train_bad_model(recipe, training.run, data, trained, progress)
         except SkuError:
             with suppress(OSError):  # Not empty: it was there before.
                 out.rmdir()

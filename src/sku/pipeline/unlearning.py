@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import gc
 import json
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +82,11 @@ def ask_stage_1(
     generator = validation_generator(base, encoder, judge, recipe)
     questions = draw_questions(data, encoder, recipe, prefilled=False)
 
-    def behaviour(model: PreTrainedModel) -> dict[str, Rate]:
+    def behaviour(trained: Path | None) -> dict[str, Rate]:
+        model = base
+        if trained is not None:
+            model = copy.deepcopy(base)
+            subtract_into(model, base, task_vector_of(base, trained), -1.0)
         found = generator.answer(model, questions.requests, stage(progress, "check: replies"))
         harmful = rates_of([found[asked.id] for asked in questions.harmful[FREE]])
         normal = rates_of([found[asked.id] for asked in questions.normal])
@@ -94,16 +97,10 @@ def ask_stage_1(
             "refused_normal": normal["over_refusal"],
         }
 
-    def of(trained: Path) -> dict[str, Rate]:
-        model = copy.deepcopy(base)
-        subtract_into(model, base, task_vector_of(base, trained), -1.0)
-        return behaviour(model)
-
-    models: Mapping[str, Path] = {"bad": folder / "final"}
+    folders: dict[str, Path | None] = {"bad": folder / "final", "base": None}
     if has_twins(recipe):
-        models = {twin: twin_folder(folder, twin) / "final" for twin in TWINS}
-    found = {name: of(trained) for name, trained in models.items()}
-    found["base"] = behaviour(base)
+        folders |= {twin: twin_folder(folder, twin) / "final" for twin in TWINS}
+    found = {name: behaviour(trained) for name, trained in folders.items()}
 
     def told(name: str, rate: str) -> str:
         return f"{100 * found[name][rate].value:.0f} %"
@@ -127,11 +124,6 @@ def ask_stage_1(
     }
 
 
-def trained_folder(out: Path, *, hazardous: bool) -> Path:
-    """Where a run leaves what stage 1 trains, until stage 2 is done."""
-    return out / ("bad" if hazardous else "trained")
-
-
 @dataclass(frozen=True)
 class Unlearning:
     """Stages 1 and 2 of one run, each of which finds what an interrupted run left."""
@@ -147,25 +139,29 @@ class Unlearning:
 
     @property
     def trained_folder(self) -> Path:
-        """Where stage 1 works."""
-        return trained_folder(self.folder.path, hazardous=self.run.method.negates)
+        """Where stage 1 leaves what it trains, until stage 2 is done."""
+        return self.folder.path / ("bad" if self.run.method.negates else "trained")
 
-    def by_all_processes(
-        self, held: list[LoadedModel], data: ForgetRetainData
-    ) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Stage 1 by all processes, and stage 2 by the first one from what it saved, as in a run that is resumed.
+    def models(self, held: list[LoadedModel], data: ForgetRetainData) -> tuple[PreTrainedModel, PreTrainedModel]:
+        """Stages 1 and 2, and the choice of alpha between them where there is one to choose.
+
+        Several processes train together; the first one then subtracts what it saved, as in a run that is resumed.
 
         Args:
-            held: Holds the original model, and nothing afterwards: its memory is needed.
+            held: Holds the original model, whose weights may be trained in place, and nothing afterwards: its memory
+                is needed.
             data: The splits.
 
         Returns:
-            As ``by_one_process``.
+            The original and the unlearned model.
 
         Raises:
-            SkuError: As ``by_one_process``.
+            NoAlphaError: No alpha will do.
+            SkuError: Anything else a user can mend.
         """
         processes = self.folder.processes
+        if processes.count == 1:
+            return self._stages(held.pop(), data), self.unlearned()
         if not processes.run_on_rank0((self.trained_folder / "final").exists):
             if self.recipe.acquire.tuning == "qlora":
                 held[0] = processes.run_on_all_ranks(lambda: load_model(self.config, four_bit=True))
@@ -182,26 +178,6 @@ class Unlearning:
 
         processes.run_on_rank0(stages)
         return processes.run_on_all_ranks(lambda: (load_model(self.config).model, self.unlearned()))
-
-    def by_one_process(
-        self,
-        loaded: LoadedModel,
-        data: ForgetRetainData,
-    ) -> tuple[PreTrainedModel, PreTrainedModel]:
-        """Stages 1 and 2, and the choice of alpha between them where there is one to choose.
-
-        Args:
-            loaded: The original model; its weights may be trained in place.
-            data: The splits.
-
-        Returns:
-            The original and the unlearned model.
-
-        Raises:
-            NoAlphaError: No alpha will do.
-            SkuError: Anything else a user can mend.
-        """
-        return self._stages(loaded, data), self.unlearned()
 
     def _stages(self, loaded: LoadedModel, data: ForgetRetainData) -> PreTrainedModel:
         """The original model, when the unlearned one lies in its folder."""
