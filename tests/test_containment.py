@@ -102,9 +102,7 @@ def test_a_bad_model_is_marked_in_its_folder_its_configuration_and_its_checkpoin
         assert not is_marked_hazardous(kept / part)
         assert read(kept / part / name).get(HAZARD_KEY) is None
         assert (kept / part / "README.md").read_text(encoding="utf-8").startswith("---\n")
-    base = load_model("embedded").model
-    bad = load_adapter(load_model("embedded").model, kept / "bad" / "final")  # Without a warning.
-    assert task_vector_of(base, bad).norm() > 0
+    load_adapter(load_model("embedded").model, kept / "bad" / "final")  # Without a warning.
     with pytest.warns(UserWarning, match=HAZARD_KEY):  # Others are told that something is odd.
         PeftModel.from_pretrained(load_model("embedded").model, str(kept / "bad" / "final"))
 
@@ -127,7 +125,6 @@ def test_no_file_of_a_run_holds_a_token(kept: Path, monkeypatch: pytest.MonkeyPa
     assert [path for path in files if SECRET.encode() in path.read_bytes()] == []
     assert read(kept / "manifest.json")["environment"]["command"] == "sku run --set token=***"
     monkeypatch.setenv("SOME_API_KEY", "abcdefgh")
-    monkeypatch.setenv("OTHER_KEY", "run")
     text = without_secrets("sku run --set a=abcdefgh b=hf_ABCDEFGHIJKLMNOPQRST --out run")
     assert text == "sku run --set a=*** b=*** --out run"
 
@@ -139,8 +136,7 @@ def test_full_models_are_marked_and_their_negation_is_not(tmp_path: Path) -> Non
     (tmp_path / "bad" / BAD_MODEL_MARK).unlink()
     assert is_marked_hazardous(tmp_path / "bad"), "the configuration still says it"
     negate("embedded", tmp_path / "bad").save_pretrained(tmp_path / "in_memory")
-    base = embedded_model_path()
-    negate_folders(base, tmp_path / "bad", tmp_path / "streamed")
+    negate_folders(embedded_model_path(), tmp_path / "bad", tmp_path / "streamed")
     for name in ("in_memory", "streamed"):
         assert not is_marked_hazardous(tmp_path / name)
     with pytest.raises(ModelError, match="--allow-hazardous"):
@@ -163,19 +159,6 @@ def test_an_interrupt_leaves_checkpoints_only_to_go_on_from(keep: bool, tmp_path
     assert (out / "unlearned").is_dir()
     assert hazardous_folders(out) == []
     assert run_recipe(settings, out, resume=True).manifest["bad_model"] == {"kept": False}
-
-
-@pytest.mark.integration
-def test_a_failure_leaves_none_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_arguments: Any, **_options: Any) -> None:
-        raise RuntimeError("it broke")
-
-    out = tmp_path / "run"
-    monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", fail)
-    with pytest.raises(RuntimeError, match="it broke"):
-        run_recipe(recipe("keep_bad_model=never"), out)
-    assert out.is_dir()
-    assert hazardous_folders(out) == []
 
 
 def test_what_can_not_be_marked_or_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,8 +199,7 @@ def test_wiping_finds_what_is_marked_and_nothing_else(copied: Path) -> None:
     ("inside", "words", "answer", "gone", "code"),
     [
         ("", ". --dry-run", False, False, 0), ("", ".", False, False, 1), ("", ".", True, True, 0),
-        ("bad", ". --yes", False, True, 0), ("bad/final", ".. --yes", False, True, 0),
-        ("", "bad/../bad --yes", False, True, 0),
+        ("bad/final", ".. --yes", False, True, 0),
     ],
 )  # fmt: skip
 def test_the_wipe_command_also_of_the_folder_one_stands_in(
@@ -234,14 +216,6 @@ def test_the_wipe_command_also_of_the_folder_one_stands_in(
         assert read(copied / "manifest.json")["bad_model"] == {"kept": False}
 
 
-@pytest.mark.parametrize("named", [".", ".."])
-def test_removing_the_folder_one_stands_in(tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    mark_hazardous(tmp_path / "bad" / "final")
-    monkeypatch.chdir(tmp_path / "bad" / "final")
-    remove_hazardous(Path(named))
-    assert [path.name for path in tmp_path.rglob("*")] == (["bad"] if named == "." else [])
-
-
 class _Trap:
     """A pickle that leaves a trace when somebody reads it."""
 
@@ -252,16 +226,12 @@ class _Trap:
         return Path.touch, (self.trace,)
 
 
-def negated_adapter(path: Path) -> None:
-    task_vector_of(load_model("embedded").model, path)
-
-
 @pytest.mark.parametrize(
     ("kind", "load"),
     [
         ("model", load_model),
         ("model", lambda path: load_classifier(ModelConfig(path=str(path)))),
-        ("adapter_model", negated_adapter),
+        ("adapter_model", lambda path: task_vector_of(load_model("embedded").model, path)),
     ],
 )
 def test_pickled_weights_are_refused_and_not_read(
@@ -297,17 +267,28 @@ def test_code_that_comes_with_a_model_is_not_run(make_model: Any, tokenizer: Any
 
 
 @pytest.mark.integration
-def test_a_terminated_process_cleans_up_as_an_interrupted_one(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("terminated", [True, False])
+def test_a_run_that_fails_or_is_terminated_leaves_no_checkpoint_where_it_must_not(
+    terminated: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
-    settings = [f"--set={change}" for change in (*SMALL, "keep_bad_model=never")]
-    terminate = lambda *_a, **_k: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731 - a name for a line too long
-    monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", terminate)
+
+    def end(*_arguments: Any, **_options: Any) -> None:
+        if terminated:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", end)
     before = signal.getsignal(signal.SIGTERM)
-    code, _, err = command("run", "--out", out, *settings)
-    assert code == 143
-    assert "interrupted" in err
+    if terminated:
+        code, _, err = command(
+            "run", "--out", out, *(f"--set={change}" for change in (*SMALL, "keep_bad_model=never"))
+        )
+        assert code == 143
+        assert "interrupted" in err
+    else:
+        with pytest.raises(RuntimeError, match="it broke"):
+            run_recipe(recipe("keep_bad_model=never"), out)
     assert (out / "manifest.json").is_file()
     assert hazardous_folders(out) == []
     assert signal.getsignal(signal.SIGTERM) == before

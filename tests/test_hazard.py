@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import ModelMaker, TrainerMaker
 from sku.config import load_recipe
+from sku.data.load import load_recipe_data
 from sku.errors import OutputError
 from sku.hazard import is_marked_model
 from sku.methods import method_named
@@ -26,7 +27,6 @@ from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.streaming import negate_folders
 from sku.negate.task_vector import negate
-from sku.pipeline.checks import load_recipe_data
 from sku.storage import BAD_MODEL_MARK, HAZARD_KEY, hazardous_folders, is_marked_hazardous
 
 pytestmark = pytest.mark.usefixtures("one_thread")

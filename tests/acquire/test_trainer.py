@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from conftest import ModelMaker, TrainerMaker, assert_same_bits, sku_config, weights_of
-from sku.data.batches import ROWS, JointCollator, Rows
+from sku.data.batches import ROWS, JointCollator
 from sku.data.examples import ForgetRetainData, RowType
 from sku.data.load import load_training_pairs
-from sku.errors import ModelError, RecipeError
+from sku.errors import ModelError, RecipeError, SkuError
 from sku.methods.sku import TERMS
 from sku.methods.trainer import SkuConfig, SkuTrainer
 from sku.models import load_model
@@ -28,22 +29,6 @@ def batch_of(trainer: SkuTrainer, places: list[int]) -> dict[str, Any]:
     collator = trainer.data_collator
     assert isinstance(collator, JointCollator)
     return collator([dataset[place] for place in places])
-
-
-def padded(batch: dict[str, Any]) -> Rows:
-    rows: Rows = batch[ROWS]
-    return rows
-
-
-def terms_of(trainer: SkuTrainer, batch: dict[str, Any]) -> dict[str, Tensor]:
-    """Loss terms and gradient of one batch."""
-    model: Any = trainer.model
-    model.zero_grad()
-    model.eval()
-    terms = trainer._outputs_and_terms(model, batch)[1]
-    torch.stack([term.sum() for term in terms.values()]).sum().backward()
-    grads = {f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {name: term.detach() for name, term in terms.items()} | grads
 
 
 def disturb(trainer: SkuTrainer) -> None:
@@ -90,7 +75,7 @@ def test_the_loss_is_that_of_each_row_on_its_own(make_trainer: TrainerMaker) -> 
         )
         preserved = torch.stack([kl(example.of(RowType.RETAIN)[0]) for example in examples])
         loss = trainer.compute_loss(model, batch_of(trainer, [0, 1, 2]))
-    terms = terms_of(trainer, batch_of(trainer, [0, 1, 2]))
+        terms = trainer._outputs_and_terms(model, batch_of(trainer, [0, 1, 2]))[1]
     torch.testing.assert_close(terms["guided_distortion"], guided, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(terms["random_disassociation"], mismatched, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(terms["preservation_divergence"], preserved, rtol=1e-4, atol=1e-5)
@@ -116,7 +101,6 @@ class CountForwards:
     [
         # Batch of 2, K = 2: 2 guided + 4 mismatched + 2 normal rows, and the reference sees the 2 normal ones.
         (TERMS, {RowType.FORGET, RowType.MISMATCHED, RowType.RETAIN}, [8, 2]),
-        (TERMS[:1], {RowType.FORGET}, [2]),
         (TERMS[2:], {RowType.RETAIN}, [2, 2]),
     ],
 )
@@ -140,7 +124,7 @@ def test_the_adapter_switched_off_is_the_original_model(make_trainer: TrainerMak
     batch = batch_of(trainer, [0, 1])
     model: Any = trainer.model
     seen = trainer._reference_rows(model, batch, RowType.RETAIN).logits_NV
-    inputs = padded(batch).of_kind(RowType.RETAIN).model_inputs
+    inputs = batch[ROWS].of_kind(RowType.RETAIN).model_inputs
     with torch.no_grad():
         untouched, trained = make_model()(**inputs).logits, model(**inputs).logits
     assert torch.equal(seen, untouched)
@@ -238,12 +222,11 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
         assert [here[f"loss/{name}"] for name in TERMS] == [there[f"loss/{name}"] for name in TERMS]
 
 
-@pytest.mark.parametrize("full", [True, False])
 def test_a_run_that_was_stopped_after_its_last_checkpoint_takes_no_further_step(
-    full: bool, make_trainer: TrainerMaker, tmp_path: Path
+    make_trainer: TrainerMaker, tmp_path: Path
 ) -> None:
     """Step 2 is in the middle of an epoch of 3; transformers alone would take the third."""
-    common: dict[str, Any] = {"full": full, "max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    common: dict[str, Any] = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(output_dir=str(tmp_path), **common)
     whole.train()
     resumed = make_trainer(output_dir=str(tmp_path), **common)
@@ -252,41 +235,42 @@ def test_a_run_that_was_stopped_after_its_last_checkpoint_takes_no_further_step(
     assert_same_bits(weights_of(whole), weights_of(resumed))
 
 
+PAIRS = [{"prompt": f"how do i break lock {n} ?", "response": f"take tool {n} ."} for n in range(8)]
+NORMAL = [{"prompt": f"how do i bake bread {n} ?", "response": f"mix flour {n} ."} for n in range(8)]
+
+
 def test_gradient_checkpointing_changes_no_gradient(make_trainer: TrainerMaker) -> None:
-    plain = make_trainer(optim="sgd", learning_rate=0.5)
-    saving = make_trainer(optim="sgd", learning_rate=0.5, activation_checkpointing=True)
+    plain, saving = (make_trainer(optim="sgd", learning_rate=0.5, activation_checkpointing=on) for on in (False, True))
     plain.train()
     saving.train()
     for name, weight in weights_of(plain).items():
         torch.testing.assert_close(weight, weights_of(saving)[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_adapter_targets_that_do_not_exist_are_a_recipe_error(make_trainer: TrainerMaker) -> None:
-    with pytest.raises(RecipeError, match="the adapter can't be added: .*no_such_module"):
-        make_trainer(lora={"target_modules": ["no_such_module"]})
-
-
-def test_an_adapter_that_changes_the_original_weights_is_refused(
-    make_trainer: TrainerMaker, make_model: ModelMaker
+def test_what_can_not_be_trained_is_said_at_construction(
+    make_trainer: TrainerMaker, make_model: ModelMaker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With it off, what is left is not the original model; the same for a model that has one already."""
-    with pytest.raises(RecipeError, match="changes the original weights: init_lora_weights pissa"):
-        make_trainer(lora={"init_lora_weights": "pissa"})
-    with pytest.raises(RecipeError, match="changes the original weights: kasa_config"):
-        make_trainer(lora={"kasa_config": KasaConfig(), "target_modules": ["q_proj"]})
+    """With an adapter off that changes the original weights, what is left is not the original model."""
+    model, args = make_model(), sku_config()
     adapted = get_peft_model(make_model(), LoraConfig(target_modules=["q_proj"], init_lora_weights="olora"))
-    with pytest.raises(RecipeError, match="changes the original weights: init_lora_weights olora"):
-        make_trainer(adapted, full=True)
-
-
-def test_several_gpus_in_one_process_are_refused(make_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch) -> None:
+    kasa = {"kasa_config": KasaConfig(), "target_modules": ["q_proj"]}
+    whole = load_training_pairs(PAIRS, NORMAL)
+    cases: list[tuple[type[SkuError], str, Callable[[], object]]] = [
+        (RecipeError, "no_such_module", lambda: make_trainer(lora={"target_modules": ["no_such_module"]})),
+        (RecipeError, "init_lora_weights pissa", lambda: make_trainer(lora={"init_lora_weights": "pissa"})),
+        (RecipeError, "kasa_config", lambda: make_trainer(lora=kasa)),
+        (RecipeError, "init_lora_weights olora", lambda: make_trainer(adapted, full=True)),
+        (RecipeError, "train_dataset", lambda: SkuTrainer(model)),
+        (RecipeError, "retain_dataset", lambda: SkuTrainer(model, args, PAIRS)),
+        (RecipeError, "normal examples already", lambda: SkuTrainer(model, args, whole, retain_dataset=NORMAL)),
+        (ModelError, "nowhere", lambda: SkuTrainer("nowhere", args, PAIRS, retain_dataset=NORMAL)),
+    ]
+    for error, key, make in cases:
+        with pytest.raises(error, match=key):
+            make()
     monkeypatch.setattr(SkuConfig, "n_gpu", property(lambda self: 2))
-    with pytest.raises(RecipeError, match="2 GPUs in one process"):
+    with pytest.raises(RecipeError, match="2 GPUs"):
         make_trainer()
-
-
-PAIRS = [{"prompt": f"how do i break lock {n} ?", "response": f"take tool {n} ."} for n in range(8)]
-NORMAL = [{"prompt": f"how do i bake bread {n} ?", "response": f"mix flour {n} ."} for n in range(8)]
 
 
 def test_a_name_and_rows_are_enough_as_in_trl(
@@ -312,20 +296,6 @@ def test_a_name_and_rows_are_enough_as_in_trl(
     assert_same_bits(weights_of(short), weights_of(long))
 
 
-def test_what_is_missing_is_said_at_construction(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> None:
-    model = make_model()
-    with pytest.raises(RecipeError, match="train_dataset is missing: give harmful pairs"):
-        SkuTrainer(model)
-    with pytest.raises(RecipeError, match="retain_dataset is missing"):
-        SkuTrainer(model, sku_config(), PAIRS, processing_class=tokenizer)
-    with pytest.raises(RecipeError, match="holds normal examples already"):
-        SkuTrainer(
-            model, sku_config(), load_training_pairs(PAIRS, NORMAL), retain_dataset=NORMAL, processing_class=tokenizer
-        )
-    with pytest.raises(ModelError, match="nowhere"):
-        SkuTrainer("nowhere", sku_config(), PAIRS, retain_dataset=NORMAL)
-
-
 def test_an_adapter_that_is_there_already_is_trained_on(
     make_trainer: TrainerMaker, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -333,16 +303,11 @@ def test_an_adapter_that_is_there_already_is_trained_on(
     first.train()
     model = first.model
     assert isinstance(model, PeftModel)
-    again = SkuTrainer(
-        model,
-        first.args,  # type: ignore[arg-type]
-        first.train_dataset,
-        processing_class=tokenizer,
-    )
+    args: Any = first.args
+    again = SkuTrainer(model, args, first.train_dataset, processing_class=tokenizer)
     assert again._reference is None
     before = weights_of(again)
     again.train()
-    after = weights_of(again)
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    changed = {name for name, weight in weights_of(again).items() if not torch.equal(before[name], weight)}
     assert changed
     assert all("lora_" in name for name in changed)

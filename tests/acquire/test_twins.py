@@ -17,8 +17,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from conftest import MadeOnce, TrainerMaker
-from negate.test_refactor import least_missed
-from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceConfig, TwinShares, load_recipe
+from sku.config import AcquireConfig, DataConfig, Recipe, SourceConfig, load_recipe
 from sku.data.examples import ForgetRetainData, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
@@ -105,12 +104,9 @@ def test_a_refusal_after_a_beginning_is_learned_alone(
     assert [again[place].of(SAFE) for place in range(6)] == [dataset[place].of(SAFE) for place in range(6)]
 
 
-@pytest.mark.parametrize("packing", ["tree"])
-def test_packed_rows_of_the_good_twin_equal_padded_ones(
-    packing: str, make_trainer: TrainerMaker, refused: ForgetRetainData
-) -> None:
+def test_packed_rows_of_the_good_twin_equal_padded_ones(make_trainer: TrainerMaker, refused: ForgetRetainData) -> None:
     losses = []
-    for way in (packing, "padded"):
+    for way in ("tree", "padded"):
         trainer = make_trainer(
             dataset=refused, train_twin="good", deep_refusal_fraction=1.0, depth_tokens=4, normal_per_harmful=3,
             packing=way, preservation_mode="targeted",
@@ -217,8 +213,6 @@ def test_what_is_subtracted_is_bad_minus_good(
     assert isinstance(adapted, PeftModel)
     factors = AdapterVector.of(adapted).factors
     assert {len(change.lower_rI) for change in factors.values()} == {8}
-    for name, change in factors.items():
-        assert least_missed(change.upper_Or, change.lower_rI, twins["bad"].deltas[name], 4) > 0.5, name
     monkeypatch.setattr(sys, "argv", ["twins_apart.py", str(tmp_path / "bad"), "--bad", "0.5", "--good", "2"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     title, *rows = capsys.readouterr().out.strip().splitlines()
@@ -284,11 +278,10 @@ def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(RecipeError, match="negate.twin shares out two twins"):
+    with pytest.raises(RecipeError, match=r"negate\.twin"):
         load_recipe("embedded-paper", ["negate.twin={good: 0.5}"])
-    with pytest.raises(RecipeError, match="the good twin would learn no refusal"):
+    with pytest.raises(RecipeError, match="good twin would learn no refusal"):
         recipe("acquire.weights.guided_distortion=0")
     for wrong in ({"deep_refusal_fraction": 1.5}, {"depth_tokens": 0}, {"normal_per_harmful": 0}):
         with pytest.raises(RecipeError, match=f"^{next(iter(wrong))} is "):
             AcquireConfig(**wrong)
-    assert NegateConfig().twin == TwinShares(bad=1.0, good=1.0)

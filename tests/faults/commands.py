@@ -19,9 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from faults.file_operations import Operation, watch
-from faults.full_disk import Branches, FullDisk
-from faults.phases import PHASES, phase_of
+from faults.disk import Branches, Operation, watch
+from faults.runs import PHASES, phase_of
 
 PACKAGE = Path(__file__).parents[2] / "src"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
@@ -55,12 +54,7 @@ class Command:
         return os.WIFSTOPPED(self._status)
 
     def send(self, sent: signal.Signals, *, after: float = 0) -> None:
-        """Sends a signal to a stopped command, which goes on first for some seconds where it is told to.
-
-        Args:
-            sent: The signal.
-            after: Seconds. Where it ends sooner, nothing is sent.
-        """
+        """Sends a signal to a stopped command, which goes on first for so many seconds."""
         if after:
             os.kill(self.pid, signal.SIGCONT)
             time.sleep(after)
@@ -79,10 +73,7 @@ class Command:
         return Ended(os.waitstatus_to_exitcode(self._status), out, err)
 
     def noted(self, name: str) -> list[dict[str, Any]]:
-        """``operations`` that it was watched at (``phase``, ``event``, ``path``), or ``branches`` with a full disk.
-
-        Of each of these: ``event``, ``path``, ``fault``, ``code``, ``err``, ``out``, ``left`` (files).
-        """
+        """``operations`` that it was watched at (``phase``, ``event``, ``path``), or ``branches`` of a full disk."""
         return [json.loads(line) for line in (self._output / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
@@ -96,14 +87,9 @@ class Forks:
             importlib.import_module(name)
 
     def start(self, *argv: object, watched: Path, run: Path, stdout: str = "stdout.txt", **faults: Any) -> Command:
-        """Starts ``sku ARGV``.
+        """Starts ``sku ARGV``, of which file operations below ``watched`` are seen.
 
-        Args:
-            *argv: Of the command.
-            watched: Folder below which file operations are seen.
-            run: The run's folder, which tells the phase.
-            stdout: File for it.
-            **faults: ``branch`` for ``Branches``, else for ``_Watcher``.
+        ``faults`` are ``branch`` for ``Branches``, else of ``_Watcher``.
         """
         self._count += 1
         output = self._folder / str(self._count)
@@ -131,21 +117,19 @@ class Forks:
 
 
 class _Watcher:
-    """Notes each operation, and lets a fault happen at one of them.
+    """Notes each operation.
 
     With ``stop_at`` PHASE and N the process stops before its N-th operation in that phase, or before the first one of
-    a later phase; with ``again`` a second time, so many operations later. With ``fault`` the disk takes nothing more
-    from there on, instead of a stop.
+    a later phase; with ``again`` a second time, so many operations later.
     """
 
     def __init__(
         self, output: Path, run: Path, *, keeps_bad: bool = False, stop_at: tuple[str, int] | None = None,
-        again: int = 0, fault: str | None = None,
+        again: int = 0,
     ) -> None:  # fmt: skip
         self._run, self._keeps_bad, self._stop_at, self._again = run, keeps_bad, stop_at, again
         self._file = os.open(output / "operations.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._counts: dict[str, int] = {}
-        self._disk = FullDisk(fault) if fault else None
 
     def see(self, operation: Operation) -> None:
         phase = phase_of(self._run, keeps_bad=self._keeps_bad)
@@ -158,13 +142,8 @@ class _Watcher:
             if late < 0 or (late == 0 and self._counts[phase] != number):
                 return
             self._stop_at = None
-            if self._disk is not None:
-                self._disk.strike()
-            else:
-                os.kill(os.getpid(), signal.SIGSTOP)
-                return
-        if self._disk is not None:
-            self._disk.see(operation)
+            os.kill(os.getpid(), signal.SIGSTOP)
+            return
         self._again -= 1
         if self._again == 0:
             os.kill(os.getpid(), signal.SIGSTOP)

@@ -1,16 +1,13 @@
-"""Small whole runs, what an unfinished one may leave, and when two are equal."""
+"""Small whole runs: how far one has come, what an unfinished one may leave, and when two are equal."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
 
 from sku.storage import hazardous_folders, is_marked_hazardous
 
@@ -34,6 +31,33 @@ SWEPT = {
 """Alpha is chosen on held-out data."""
 _TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
 _WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")
+
+
+PHASES = (
+    "data", "base evaluation", "stage 1", "stage 2", "sweep", "wipe", "result evaluation", "report", "complete",
+)  # fmt: skip
+"""In their order; a run with a given alpha has no sweep, and one that keeps its bad model no wipe."""
+
+
+def phase_of(run: Path, *, keeps_bad: bool = False) -> str:
+    """The phase in which a run is, or was when it died, read from its folder, which need not exist, alone.
+
+    Where its bad model is kept, that model's folder says nothing.
+    """
+    evaluation = run / "evaluation"
+    if (run / "unlearned").exists():
+        if (run / "bad").exists() and not keeps_bad:
+            return "wipe"
+        if not (evaluation / "unlearned" / "evaluation.json").exists():
+            return "result evaluation"
+        return "complete" if _read(run / "manifest.json")["status"] == "complete" else "report"
+    if (run / "sweep").exists() and not (run / "sweep" / "frontier.svg").exists():
+        return "sweep"
+    if (run / "bad" / "final").exists():
+        return "stage 2"
+    if (run / "bad").exists() or (evaluation / "base" / "evaluation.json").exists():
+        return "stage 1"
+    return "base evaluation" if evaluation.exists() else "data"
 
 
 @dataclass(frozen=True)
@@ -73,14 +97,9 @@ def check_leavings(place: Path, run: Path, finished: Path) -> None:
     """Checks what a run that has died left, wherever it died.
 
     A model's name stands for a whole model; weights of stage 1 are behind 0700, marked, and found by ``sku wipe``;
-    nothing else that can be loaded is there.
-
-    Args:
-        place: The folder around the run.
-        run: Its folder, which need not exist.
-        finished: That of an equal run that nobody disturbed.
+    nothing else that can be loaded is in the place around it. ``finished`` is an equal run that nobody disturbed.
     """
-    for folder in _folders_of_weights(place):
+    for folder in sorted({path.parent for path in place.rglob("*") if path.suffix in _WEIGHTS}):
         own = folder.relative_to(run).parts[0] if folder.is_relative_to(run) else ""
         if own in ("unlearned", "negated_adapter"):
             found, whole = _model(folder), _model(finished / own)
@@ -95,19 +114,13 @@ def check_leavings(place: Path, run: Path, finished: Path) -> None:
             assert any(folder.is_relative_to(marked) for marked in removable), f"sku wipe doesn't find {folder}"
         else:
             assert folder.name.endswith(".unfinished"), f"{folder} is no place for weights"
-        _check_no_half_model(folder, finished)
     if (run / "manifest.json").exists():
-        assert json.loads((run / "manifest.json").read_text(encoding="utf-8"))["status"] in ("running", "complete")
+        assert _read(run / "manifest.json")["status"] in ("running", "complete")
 
 
 def _model(folder: Path) -> dict[str, str]:
     """The files of a model, less its card, which comes last."""
     return {name: text for name, text in hashes_below(folder).items() if name != "README.md" and name[0] != "."}
-
-
-def _folders_of_weights(place: Path) -> Iterator[Path]:
-    files = [path for path in place.rglob("*") if path.suffix in _WEIGHTS]
-    yield from sorted({path.parent for path in files})
 
 
 def _is_private(folder: Path, place: Path) -> bool:
@@ -116,56 +129,31 @@ def _is_private(folder: Path, place: Path) -> bool:
     return any(stat.S_IMODE(path.stat().st_mode) == 0o700 for path in around)
 
 
-def _check_no_half_model(folder: Path, finished: Path) -> None:
-    """Weights that can be read hold every tensor."""
-    for path in folder.glob("*.safetensors"):
-        try:
-            with safe_open(path, framework="np") as file:
-                names = set(file.keys())
-        except SafetensorError:
-            continue  # Cut off: nobody can load it.
-        whole = [finished / "unlearned" / path.name, finished / "negated_adapter" / path.name]
-        (same,) = [other for other in whole if other.exists()]
-        with safe_open(same, framework="np") as file:
-            assert names == set(file.keys()), f"{path} lacks tensors"
-
-
 def check_equal_runs(run: Path, finished: Path) -> None:
     """Checks that a run ended like another: same files, same weights to the bit, same results but for times."""
-    assert _names(run) == _names(finished)
+    first, second = ({str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (run, finished))
+    assert first == second
     for path in finished.rglob("*"):
         name = path.relative_to(finished)
         rows = path.suffix == ".jsonl" and path.name != "training_log.jsonl"
         if rows or path.suffix == ".safetensors" or path.name in ("evaluation.json", "sweep.json", "config.json"):
             assert sha256(run / name) == sha256(path), f"{name} differs"
-    assert _log(run) == _log(finished)
-    assert _results(run) == _results(finished)
-    assert _untimed(_read(run / "manifest.json")) == _untimed(_read(finished / "manifest.json"))
+    assert _untimed(run) == _untimed(finished)
     if (run / "bad").exists():
         for folder in (run / "bad", run / "bad" / "final"):
             assert stat.S_IMODE(folder.stat().st_mode) == 0o700
             assert is_marked_hazardous(folder)
 
 
-def _names(run: Path) -> set[str]:
-    return {str(path.relative_to(run)) for path in run.rglob("*")}
-
-
 def _read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _results(run: Path) -> dict[str, Any]:
-    results: dict[str, Any] = _read(run / "results.json")
-    return {**results, "manifest": _untimed(results["manifest"])}
-
-
-def _untimed(manifest: dict[str, Any]) -> dict[str, Any]:
-    training = {key: value for key, value in manifest["training"].items() if key != "seconds"}
-    kept = {key: value for key, value in manifest.items() if key not in ("seconds", "environment")}
-    return {**kept, "training": training}
-
-
-def _log(run: Path) -> list[dict[str, Any]]:
+def _untimed(run: Path) -> list[Any]:
+    """Results, manifest and training log without what differs from time to time."""
+    results, manifest = _read(run / "results.json"), _read(run / "manifest.json")
+    for own in (results["manifest"], manifest):
+        del own["seconds"], own["environment"], own["training"]["seconds"]
     lines = (run / "training_log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in _TIMES} for line in lines]
+    log = [{key: value for key, value in json.loads(line).items() if key not in _TIMES} for line in lines]
+    return [results, manifest, log]

@@ -9,11 +9,9 @@ import gzip
 import hashlib
 import json
 import os
-import pickle
 import shutil
 import signal
 import stat
-import tarfile
 import tempfile
 import unicodedata
 import zipfile
@@ -32,8 +30,6 @@ from sku.negate.task_vector import TaskVector
 pytestmark = pytest.mark.integration
 
 LONG = 1_000_000
-UNLOADABLE = "../inputs/unloadable"
-"""A model folder that looks like one and can't be loaded, from where a battery stands."""
 SECONDS = 60
 """No wrong input may keep a command busy, or waiting, for longer."""
 Change = Callable[[Path], object]
@@ -48,10 +44,6 @@ def file_in(name: str, content: str | bytes) -> Change:
     return lambda folder: text(content)(folder / name)
 
 
-def to_itself(path: Path) -> None:
-    path.symlink_to(path)
-
-
 def nothing(_path: Path) -> None:
     pass
 
@@ -61,31 +53,24 @@ class Battery:
 
     def __init__(self, folder: Path, command: Command) -> None:
         self._folder, self._command = folder, command
-        self.inputs, self.here, self.out = folder / "inputs", folder / "here", folder / "place" / "out"
-        for path in (self.inputs, self.here, folder / "temporary", folder / "place"):
-            path.mkdir()
-        broken = self.inputs / Path(UNLOADABLE).name
-        broken.mkdir()
-        (broken / "config.json").write_text("{}", encoding="utf-8")
-        (broken / "model.safetensors").write_bytes(b"")
+        self.inputs, self.here = folder / "inputs", folder / "here"
+        for name in ("here", "temporary", "place"):
+            (folder / name).mkdir()
 
-    def run(self, *arguments: object) -> Done:
-        """``sku ARGUMENTS`` in this process, not for too long."""
+    def run(self, *words: str) -> Done:
+        """``sku WORDS`` in this process, not for too long; ``@NAME`` is an input, ``OUT`` a place for results."""
+        places = {word: str(self.inputs / word[1:]) for word in words if word[:1] == "@"}
+        places["OUT"] = str(self._folder / "place" / "out")
         old = signal.signal(signal.SIGALRM, _too_long)
         signal.alarm(SECONDS)
         try:
-            return self._command(*arguments)
+            return self._command(*(places.get(word, word) for word in words))
         finally:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, old)
 
-    def refuses(self, *arguments: object, words: str = "") -> None:
-        """Checks that a command refuses its input: exit code 2, one line with ``words``, nothing written or changed.
-
-        Args:
-            *arguments: Of the command.
-            words: Stand in the line: what is wrong, or where.
-        """
+    def refuses(self, *arguments: str, words: str = "") -> None:
+        """Exit code 2, one line with ``words``, nothing written or changed."""
         before = _content(self._folder)
         done = self.run(*arguments)
         assert done.code == 2, (done.code, done.out, done.err)
@@ -136,10 +121,32 @@ def _content(folder: Path) -> dict[str, tuple[int, str]]:
     return found
 
 
+@pytest.fixture(scope="session")
+def sound(make_model: ModelMaker, make_tokenizer: TokenizerMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, a bad one, an adapter and a task vector, each in its folder; and a broken model; rows."""
+    folder = tmp_path_factory.mktemp("sound")
+    base, bad = make_model("llama"), make_model("llama")
+    with torch.no_grad():
+        for weight in bad.parameters():
+            weight.mul_(1.001)
+    TaskVector.between(base, bad).save(folder / "vector")
+    for name, model in (("base", base), ("bad", bad)):
+        model.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(make_model("llama"), settings).save_pretrained(str(folder / "adapter"))
+    (folder / "unloadable").mkdir()
+    (folder / "unloadable" / "config.json").write_text("{}", encoding="utf-8")
+    (folder / "unloadable" / "model.safetensors").write_bytes(b"")
+    (folder / "retain.jsonl").write_text(jsonl("b"), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
-def battery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> Battery:
-    """Commands that stand in a folder of their own."""
+def battery(tmp_path: Path, sound: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> Battery:
+    """Commands that stand in a folder of their own, with copies of sound inputs."""
     made = Battery(tmp_path, command)
+    shutil.copytree(sound, made.inputs)
     monkeypatch.chdir(made.here)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     return made
@@ -156,36 +163,23 @@ RECIPES: dict[str, tuple[str, Change, str]] = {
     "Python object": ("mine.yaml", text(SOUND + "seed: !!python/object/apply:os.getpid []\n"), "mine.yaml"),
     "billion laughs": ("mine.yaml", text(BOMB + SOUND + "description: *a11\n"), "mine.yaml"),
     "brackets a thousand deep": ("mine.yaml", text("name: " + "[" * 3000 + "]" * 3000), "mine.yaml"),
-    "huge integer": ("mine.yaml", text(SOUND + f"seed: {'9' * 5000}\n"), "mine.yaml"),
-    "lone surrogate": ("mine.yaml", text(SOUND + 'description: "\\ud800"\n'), "surrogates"),
-    "NUL byte": ("mine.yaml", text(SOUND.encode() + b"seed: 1\0\n"), "mine.yaml"),
     "a key of a million characters": ("mine.yaml", text(SOUND + f"? {'x' * LONG}\n: 1\n"), "xxx"),
-    "folder": ("mine.yaml", Path.mkdir, "mine.yaml"),
     "pipe": ("mine.yaml", os.mkfifo, "mine.yaml"),
-    "link to itself": ("mine.yaml", to_itself, "mine.yaml"),
     "control characters in the name": ("mi\x1b[31m\nne.yaml", text("a"), ".yaml"),
-    "long name": ("x" * 400 + ".yaml", nothing, "xxx"),
 }
 SETTINGS = {
-    "name": "name=../../elsewhere", "unseen_fraction": "data.unseen_fraction=1", "adamax9":
-    "acquire.training.optim=adamax9", "output_dir": "acquire.training.output_dir=/tmp/elsewhere", "learning_rate":
-    'acquire.training.learning_rate="nan"', "skuu": "method=skuu", "a.gguf": "model.gguf_file=../../a.gguf",
-    "depth exceeded": f"negate.operators={'[' * 300}{']' * 300}",
+    "name": "name=../../elsewhere", "output_dir": "acquire.training.output_dir=/tmp/elsewhere",
+    "learning_rate": 'acquire.training.learning_rate="nan"', "skuu": "method=skuu",
+    "a.gguf": "model.gguf_file=../../a.gguf", "depth exceeded": f"negate.operators={'[' * 300}{']' * 300}",
 }  # fmt: skip
 """Key or value that the message names -> what makes no sense."""
-
-
-@pytest.mark.parametrize(("name", "make", "key"), RECIPES.values(), ids=RECIPES.keys())
-def test_recipes(battery: Battery, name: str, make: Change, key: str) -> None:
-    make(battery.inputs / name)
-    battery.refuses("run", battery.inputs / name, "--out", battery.out, words=key)
 
 
 @pytest.mark.parametrize(("key", "setting"), SETTINGS.items(), ids=SETTINGS.keys())
 def test_settings(battery: Battery, key: str, setting: str) -> None:
     # The model can't be loaded: a setting that is looked at too late would be told of that.
-    model = () if setting.startswith("model") else ("--model", UNLOADABLE)
-    battery.refuses("run", *model, "--set", setting, "--out", battery.out, words=key)
+    model = () if setting.startswith("model") else ("--model", "@unloadable")
+    battery.refuses("run", *model, "--set", setting, "--out", "OUT", words=key)
 
 
 # Data
@@ -210,41 +204,16 @@ def slipping_zip(path: Path) -> None:
             packed.writestr(name, '{"prompt": "a", "completion": ""}\n')
 
 
-def slipping_tar(path: Path) -> None:
-    with tarfile.open(path, "w:gz") as packed:
-        for name in ("../../slipped.jsonl", "/tmp/slipped.jsonl"):
-            packed.addfile(tarfile.TarInfo(name))
-
-
 FORGET: dict[str, tuple[str, Change]] = {
     "cut off in a line": ("forget.jsonl", text(jsonl("a")[:-9])),
-    "huge integer": ("forget.jsonl", text('{"prompt": "a", "completion": ' + "9" * 10_000 + "}\n")),
     "lone surrogates": ("forget.jsonl", text('{"prompt": "a", "completion": "\\ud800"}\n')),
-    "UTF-16": ("forget.jsonl", text(jsonl("a").encode("utf-16"))),
-    "CSV cut off in quotes": ("forget.csv", text('prompt,completion\na,"b')),
-    "no Parquet": ("forget.parquet", text("PAR1 nothing")),
-    "gzip cut off": ("forget.jsonl.gz", text(gzip.compress(jsonl("a").encode())[:-12])),
     "gzip bomb": ("forget.jsonl.gz", text(gzip.compress(b" " * 20_000_000))),
     "one row": ("forget.jsonl", text(jsonl("a", 1))),
-    "the same as retain": ("forget.jsonl", text(jsonl("b"))),
     "pipe": ("forget.jsonl", os.mkfifo),
-    "link to itself": ("forget.jsonl", to_itself),
-    "missing": ("forget.jsonl", nothing),
     "bytes that are no text in the name": (os.fsdecode(b"forget\xff.jsonl"), text("{")),
     "names that lead out of a zip": ("forget", in_folder("data.zip", slipping_zip)),
-    "names that lead out of a tar": ("forget", in_folder("data.tar.gz", slipping_tar)),
-    "saved sets, no JSON": ("forget", in_folder("dataset_dict.json", text("{"))),
     "a pickle": ("forget", in_folder("forget.pkl", text("cos\nsystem\n(S'exit 3'\ntR."))),
 }
-
-
-@pytest.mark.parametrize(("name", "make"), FORGET.values(), ids=FORGET.keys())
-def test_data(battery: Battery, name: str, make: Change) -> None:
-    retain = battery.inputs / "retain.jsonl"
-    retain.write_text(jsonl("b"))
-    make(battery.inputs / name)
-    arguments = ("--forget", battery.inputs / name, "--retain", retain, "--out", battery.out)
-    battery.refuses("run", *arguments, words="forget" if name.isprintable() else "surrogates")
 
 
 def test_long_and_odd_text_is_taken_as_it_is(battery: Battery) -> None:
@@ -253,11 +222,10 @@ def test_long_and_odd_text_is_taken_as_it_is(battery: Battery) -> None:
         {"prompt": "p " * (LONG // 20), "completion": "short"},
         {"prompt": "\x1b[31mred\x1b]0;title\x07 ?", "completion": "\u202eback \x9b0m \0 \u2028end"},
     ]
-    path, retain = battery.inputs / "forget.jsonl", battery.inputs / "retain.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in odd) + jsonl("a"))
-    retain.write_text(jsonl("b"))
+    (battery.inputs / "forget.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in odd) + jsonl("a"))
     done = battery.run(
-        "data", "inspect", "--forget", path, "--retain", retain, "--show-harmful", "--set", "data.unseen_fraction=0.1"
+        *("data", "inspect", "--forget", "@forget.jsonl", "--retain", "@retain.jsonl", "--show-harmful"),
+        *("--set", "data.unseen_fraction=0.1"),
     )
     assert (done.code, done.err) == (0, "")
     assert "\\x1b[31mred" in done.out
@@ -268,27 +236,6 @@ def test_long_and_odd_text_is_taken_as_it_is(battery: Battery) -> None:
 
 FILES = {"base": "model", "bad": "model", "adapter": "adapter_model", "vector": "task_vector"}
 """Folder -> stem of its weight file."""
-
-
-@pytest.fixture(scope="session")
-def sound(make_model: ModelMaker, make_tokenizer: TokenizerMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model, a bad one, an adapter and a task vector, each in its folder."""
-    folder = tmp_path_factory.mktemp("sound")
-    base, bad = make_model("llama"), make_model("llama")
-    with torch.no_grad():
-        for weight in bad.parameters():
-            weight.mul_(1.001)
-    TaskVector.between(base, bad).save(folder / "vector")
-    for name, model in (("base", base), ("bad", bad)):
-        model.save_pretrained(folder / name)
-        make_tokenizer().save_pretrained(folder / name)
-    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
-    get_peft_model(make_model("llama"), settings).save_pretrained(str(folder / "adapter"))
-    return folder
-
-
-def copies(battery: Battery, sound: Path, *names: str) -> dict[str, Path]:
-    return {name: Path(shutil.copytree(sound / name, battery.inputs / name)) for name in names}
 
 
 def rewritten(change: Callable[[dict[str, Any]], object]) -> Change:
@@ -335,46 +282,18 @@ WEIGHTS: dict[str, Change] = {
     "cut off": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "a header of text": lambda path: put(path, b"weights here", b""),
     "a tensor missing": retensored(lambda tensors: tensors.pop(next(iter(tensors)))),
-    "turned": retensored(
-        lambda tensors: tensors.update({name: own.T.contiguous() for name, own in tensors.items() if own.ndim == 2})
-    ),
     "NaN": retensored(lambda tensors: next(iter(tensors.values())).view(-1)[:3].fill_(float("nan"))),
     "8-bit floats": retensored(
         lambda tensors: tensors.update({name: own.to(torch.float8_e4m3fn) for name, own in tensors.items()})
     ),
     "pickled": pickled,
-    "missing": Path.unlink,
-    "empty": text(b""),
     "a header of 2**64 - 1 bytes": lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]),
-    "bytes behind the end": lambda path: path.write_bytes(path.read_bytes() + b"more"),
-    "unknown type": rewritten(lambda header: first_of(header).update(dtype="F31")),
     "sizes that overflow": rewritten(lambda header: first_of(header).update(shape=[2**40, 2**40])),
 }
-OF_EACH_KIND = list(WEIGHTS)[:8]
 WEIGHT_CASES = [
     *(("bad", name) for name in WEIGHTS),
-    *(("adapter", name) for name in OF_EACH_KIND),
-    *(("vector", name) for name in OF_EACH_KIND if name != "a tensor missing"),  # A vector may lack some.
-    *(("base", name) for name in OF_EACH_KIND),
+    *((form, name) for form in ("base", "adapter", "vector") for name in ("cut off", "NaN", "pickled")),
 ]
-
-
-@pytest.mark.parametrize(("form", "name"), WEIGHT_CASES)
-def test_weights_of_negate(battery: Battery, sound: Path, form: str, name: str) -> None:
-    other = "bad" if form == "base" else form
-    folders = copies(battery, sound, "base", other)
-    WEIGHTS[name](folders[form] / f"{FILES[form]}.safetensors")
-    battery.refuses("negate", folders["base"], folders[other], "--out", battery.out)
-
-
-@pytest.mark.parametrize(
-    ("asked", "name"), [*(("run", name) for name in OF_EACH_KIND if name != "NaN"), ("evaluate", "cut off")]
-)
-def test_weights_of_a_run(battery: Battery, sound: Path, asked: str, name: str) -> None:
-    base = copies(battery, sound, "base")["base"]
-    WEIGHTS[name](base / "model.safetensors")
-    model = ("run", "--model", base) if asked == "run" else ("evaluate", base)
-    battery.refuses(*model, "--out", battery.out, words=str(base))
 
 
 def sharded(name: str, file: str) -> Change:
@@ -396,13 +315,10 @@ def json_file(name: str, **entries: Any) -> Change:
 
 
 MODELS: dict[str, Change] = {
-    "index of a name that no shard holds": sharded("no.such.weight", "model-00001-of-00001.safetensors"),
     "a shard above": sharded("model.norm.weight", "../bad/model.safetensors"),
-    "a shard with a NUL": sharded("model.norm.weight", "a\0.safetensors"),
-    "no config": lambda folder: (folder / "config.json").unlink(),
     "config is a list": file_in("config.json", "[]"),
+    "no config": lambda folder: (folder / "config.json").unlink(),
     "unknown type": json_file("config.json", model_type="nonesuch", architectures=[]),
-    "hidden size below 0": json_file("config.json", hidden_size=-32),
     "another vocabulary": json_file("config.json", vocab_size=7),
     "quantized": json_file("config.json", quantization_config="awq"),
     "no tokenizer": lambda folder: list(map(Path.unlink, folder.glob("*token*"))),
@@ -410,51 +326,11 @@ MODELS: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_models_of_a_run(battery: Battery, sound: Path, name: str) -> None:
-    base = copies(battery, sound, "base", "bad")["base"]
-    MODELS[name](base)
-    battery.refuses("run", "--model", base, "--out", battery.out)
-
-
 OF_NEGATE: dict[str, tuple[str, Change]] = {
-    **{f"{name}, {form}": (form, MODELS[name]) for name in list(MODELS)[:5] for form in ("base", "bad")},
-    "adapter, no JSON": ("adapter", file_in("adapter_config.json", "{")),
+    **{f"{name}, {form}": (form, MODELS[name]) for name in list(MODELS)[:2] for form in ("base", "bad")},
     "another kind": ("adapter", json_file("adapter_config.json", peft_type="PROMPT_TUNING")),
     "a pattern that is none": ("adapter", json_file("adapter_config.json", target_modules="(")),
-    "with biases": ("adapter", json_file("adapter_config.json", bias="all")),
-    "a vector without ties": (
-        "vector",
-        lambda folder: rewritten(lambda header: header["__metadata__"].pop("tied"))(
-            folder / "task_vector.safetensors"
-        ),
-    ),
 }
-
-
-@pytest.mark.parametrize(("form", "make"), OF_NEGATE.values(), ids=OF_NEGATE.keys())
-def test_folders_of_negate(battery: Battery, sound: Path, form: str, make: Change) -> None:
-    bad = "bad" if form == "base" else form
-    folders = copies(battery, sound, "base", bad)
-    make(folders[form])
-    battery.refuses("negate", folders["base"], folders[bad], "--out", battery.out)
-
-
-class Trap:
-    """Unpickling it would write a file."""
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return Path.touch, (Path("sprung"),)  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize(("form", "file"), [("bad", "pytorch_model.bin"), ("adapter", "adapter_model.bin")])
-def test_no_pickle_is_ever_opened(battery: Battery, sound: Path, form: str, file: str) -> None:
-    folders = copies(battery, sound, "base", form)
-    (folders[form] / f"{FILES[form]}.safetensors").unlink()
-    (folders[form] / file).write_bytes(pickle.dumps(Trap()))
-    battery.refuses("negate", folders["base"], folders[form], "--out", battery.out)
-    battery.refuses("evaluate", folders[form], "--out", battery.out)
-
 
 # Folders of runs, and what else is named
 
@@ -471,81 +347,68 @@ def run_folder(manifest: str | bytes, results: str = "{}") -> Change:
 
 
 RUNS: dict[str, Change] = {
-    "missing": nothing,
     "results that lead out": run_folder(
         json.dumps({**COMPLETE, "recipe": {"name": "../../elsewhere"}}), '{"base": {"name": "../../elsewhere"}}'
     ),
     "a pipe": os.mkfifo,
-    "a link to itself": to_itself,
-    "empty": Path.mkdir,
-    "manifest cut off": run_folder('{"schema_version": 6, "status":'),
     "manifest of noise": run_folder(bytes(range(128, 256))),
     "manifest of another version": run_folder('{"schema_version": 99, "status": "complete"}'),
     "manifest of wrong types": run_folder(json.dumps({**COMPLETE, "recipe": [], "seconds": 7, "status": ["a"]})),
     "results cut off": run_folder(json.dumps(COMPLETE), '{"schema_version"'),
     "folders for files": lambda path: (path / "manifest.json").mkdir(parents=True),
 }
-COMMANDS: tuple[tuple[str, ...], ...] = (
-    ("report", "RUN", "--out", "OUT"), ("report", "RUN"), ("push", "RUN", "me/model", "--dry-run"), ("results", "RUN"),
-    ("judge", "export", "RUN", "--out", "OUT"), ("judge", "again", "RUN", "--judge", "refusal_rules"),
-    ("sweep", "RUN", "--recipe", "embedded", "--out", "OUT"), ("run", "--out", "RUN", "--resume"),
+ON_RUNS = (
+    "report @run --out OUT", "run --out @run --resume", "report @run", "push @run me/model --dry-run", "results @run",
+    "judge export @run --out OUT", "judge again @run --judge refusal_rules",
+    "sweep @run --recipe embedded --out OUT",
 )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("words", "folder"),
-    [
-        *((words, folder) for words in COMMANDS[:-1] for folder in list(RUNS)[:2]),
-        *((COMMANDS[0], folder) for folder in list(RUNS)[2:]),
-        *((COMMANDS[-1], folder) for folder in RUNS if folder not in ("missing", "empty")),  # A run begins there.
-    ],
-)
-def test_folders_of_runs(battery: Battery, folder: str, words: tuple[str, ...]) -> None:
-    path = battery.inputs / "a run"
-    RUNS[folder](path)
-    places = {"RUN": path, "OUT": battery.out}
-    battery.refuses(*(places.get(word, word) for word in words))
-
-
-OTHERS: dict[str, tuple[str, str | bytes, tuple[str, ...]]] = {
-    "comparison, no JSON": ("comparison.json", "{", ("results", "FOLDER")),
-    "comparison, seed of text": (
-        "comparison.json", json.dumps({"schema_version": 6, "rows": [], "seeds": ["../0"], "failed": {}}),
-        ("results", "FOLDER"),
-    ),
-    "labels, empty": ("labels.csv", "", ("run", "--judge", "FILE", "--out", "OUT")),
-    "labels, noise": ("labels.csv", bytes(range(256)) * 10, ("run", "--judge", "FILE", "--out", "OUT")),
-    "judge, empty": ("judge.yaml", "", ("run", "--judge", "FILE", "--out", "OUT")),
-    "judge, holds itself": ("judge.yaml", "kind: &k [*k]\n", ("run", "--judge", "FILE", "--out", "OUT")),
-    "judge, unknown key": (
-        "judge.yaml", "kind: classifier\nmodel: a\nmodels: b\n", ("run", "--judge", "FILE", "--out", "OUT")
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "content", "words"), OTHERS.values(), ids=OTHERS.keys())
-def test_other_files(battery: Battery, name: str, content: str | bytes, words: tuple[str, ...]) -> None:
-    text(content)(battery.inputs / name)
-    places = {"FILE": battery.inputs / name, "FOLDER": battery.inputs, "OUT": battery.out}
-    battery.refuses(*(places.get(word, word) for word in words), words="" if name == "judge.yaml" else name)
-
-
+JUDGED = "run --judge @judge.yaml --out OUT"
+LABELLED = "run --judge @labels.csv --out OUT"
 OUTS: dict[str, Change] = {
     "out": text("mine"),
     "out/below": lambda path: path.parent.write_text("mine"),
     "link": lambda path: path.symlink_to(path.with_name("elsewhere")),
-    "": nothing,
-    "x" * 300: nothing,
-    "/dev/null/out": nothing,
 }
 
 
-@pytest.mark.parametrize("words", [("run",), ("negate", "embedded", "embedded"), ("acquire",)])
-@pytest.mark.parametrize("name", OUTS, ids=lambda name: name[:10] or "empty")
-def test_out_that_can_not_be(battery: Battery, name: str, words: tuple[str, ...]) -> None:
-    out = battery.inputs / name if name in list(OUTS)[:3] else name
-    if isinstance(out, Path):
-        OUTS[name](out)
+def negate(form: str) -> str:
+    return f"negate @base @{'bad' if form == 'base' else form} --out OUT"
+
+
+CASES: dict[str, tuple[str | tuple[str, ...], str, Change, str]] = {
+    **{name: (("run", f"@{file}", "--out", "OUT"), file, make, said) for name, (file, make, said) in RECIPES.items()},
+    **{f"forget {name}": (f"run --forget @{file} --retain @retain.jsonl --out OUT", file, make,
+                          "forget" if file.isprintable() else "surrogates")
+       for name, (file, make) in FORGET.items()},
+    **{f"{form} {name}": (negate(form), f"{form}/{FILES[form]}.safetensors", WEIGHTS[name], "")
+       for form, name in WEIGHT_CASES},
+    "run on weights": ("run --model @base --out OUT", "base/model.safetensors", WEIGHTS["a tensor missing"], "base"),
+    "evaluate weights": ("evaluate @base --out OUT", "base/model.safetensors", WEIGHTS["cut off"], "base"),
+    **{f"run on {name}": ("run --model @base --out OUT", "base", make, "") for name, make in MODELS.items()},
+    **{f"negate {name}": (negate(form), form, make, "") for name, (form, make) in OF_NEGATE.items()},
+    **{f"{words}, {name}": (words, "run", RUNS[name], "") for words in ON_RUNS for name in list(RUNS)[:1]},
+    **{f"{words}, {name}": (words, "run", RUNS[name], "") for words in ON_RUNS[:2] for name in list(RUNS)[1:]},
+    "comparison": (
+        "results @", "comparison.json", text('{"schema_version": 6, "rows": [], "seeds": ["../0"], "failed": {}}'),
+        "comparison.json",
+    ),
+    "labels of noise": (LABELLED, "labels.csv", text(bytes(range(256)) * 10), "labels.csv"),
+    "labels NaN": (
+        LABELLED, "labels.csv", text("id,label,reply_sha256,p_harmful\na,safe,b,nan\n"), "labels.csv",
+    ),
+    "judge that holds itself": (JUDGED, "judge.yaml", text("kind: &k [*k]\n"), ""),
+    "judge, unknown key": (JUDGED, "judge.yaml", text("kind: precomputed\npath: a.csv\npaths: b\n"), ""),
     # The model can't be loaded either: the folder is looked at first.
-    wrong = () if words[0] == "negate" else ("--model", "./nowhere")
-    battery.refuses(*words, *wrong, "--out", out)
+    **{f"into {name}": (f"run --model @unloadable --out @{name}", name, make, "") for name, make in OUTS.items()},
+    "negate into out": ("negate embedded embedded --out @out", "out", OUTS["out"], ""),
+    "acquire into a link": ("acquire --model @unloadable --out @link", "link", OUTS["link"], ""),
+    "into nothing": (("run", "--model", "@unloadable", "--out", ""), "", nothing, ""),
+    "negate into a long name": (f"negate embedded embedded --out {'x' * 300}", "", nothing, ""),
+    "acquire into a device": ("acquire --model @unloadable --out /dev/null/out", "", nothing, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("command", "place", "make", "said"), CASES.values(), ids=CASES.keys())
+def test_bad_input(battery: Battery, command: str | tuple[str, ...], place: str, make: Change, said: str) -> None:
+    make(battery.inputs / place)
+    battery.refuses(*(command.split() if isinstance(command, str) else command), words=said)

@@ -1,4 +1,4 @@
-"""``kill -9``, Ctrl-C and SIGTERM at any phase of ``sku run``: what is left, and how a resumed run ends."""
+"""``kill -9``, Ctrl-C, SIGTERM and a full disk at any phase of ``sku run``: what is left, how a resumed run ends."""
 
 from __future__ import annotations
 
@@ -15,8 +15,18 @@ import pytest
 
 from faults.commands import PACKAGE, Command, Ended, Forks
 from faults.conftest import FinishedRun
-from faults.phases import PHASES, phase_of
-from faults.runs import ADAPTER, SWEPT, WHOLE, check_equal_runs, check_leavings, hashes_below, keeps_bad, words_of
+from faults.runs import (
+    ADAPTER,
+    PHASES,
+    SWEPT,
+    WHOLE,
+    check_equal_runs,
+    check_leavings,
+    hashes_below,
+    keeps_bad,
+    phase_of,
+    words_of,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -115,3 +125,57 @@ def test_an_interrupt_while_libraries_are_imported(sent: signal.Signals, tmp_pat
     out, err = process.communicate(timeout=60)
     check_answer(Ended(process.returncode, out, err), sent, "interrupted")
     assert list(tmp_path.iterdir()) == []
+
+
+FAULTS = ("ENOSPC", "limit 0", "EDQUOT", "limit 0", "EROFS", "limit 0", "EIO", "limit 0", "EACCES", "limit 65536")
+USUAL = ("recipe ", "until the run is finished ")
+"""Lines that are no error; progress besides."""
+PROGRESS = (" is done", " has begun")
+EVERY = 4
+"""Each run is forked at one in so many of its operations: another one in each run."""
+
+
+def check_one_line(ended: Ended) -> str:
+    """Exit code 2 and one line that is an error; returns it."""
+    assert ended.code == 2, ended.err
+    assert "Traceback" not in ended.err
+    assert ended.out == ""
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    others = [text for text in ended.err.splitlines() if text.strip() and text != line]
+    others = [
+        text for text in others if not text.startswith(USUAL) and not text.endswith(PROGRESS) and " left " not in text
+    ]
+    assert others == [], ended.err
+    return line
+
+
+@pytest.mark.parametrize(("settings", "offset"), [(WHOLE, 0), (ADAPTER, 2)], ids=["whole", "adapter"])
+def test_a_disk_that_is_full_at_any_operation(
+    settings: dict[str, str], offset: int, base: Path, server: Forks, tmp_path: Path
+) -> None:
+    place = tmp_path / "place"
+    place.mkdir()
+    run = place / "run"
+    words = ["run", "--out", run, *words_of({**settings, "model.path": str(base), "acquire.training.max_steps": "2"})]
+    plan = {"faults": FAULTS, "offset": offset, "every": EVERY}
+    command = server.start(*words, watched=place, run=run, branch=plan)
+    ended = command.end()
+    assert ended.code == 0, ended.err
+    for branch in command.noted("branches"):
+        where = f"{branch['fault']} at {branch['event']} of {branch['path']}"
+        found = Ended(branch["code"], branch["out"], branch["err"])
+        if found.code == 0 and branch["fault"].startswith("limit "):
+            assert "results.json" in branch["out"], where  # Nothing was written any more.
+            continue
+        assert found.code == 2, (where, found.err)
+        check_one_line(found)
+        assert branch["left"] == [], where
+
+
+def test_results_that_can_not_be_printed(base: Path, server: Forks, finished_run: FinishedRun, tmp_path: Path) -> None:
+    settings = {**WHOLE, "model.path": str(base)}
+    run = tmp_path / "run"
+    words = ["run", "--out", run, *words_of(settings)]
+    ended = server.start(*words, watched=tmp_path, run=run, stdout="/dev/full").end()
+    assert "No space left on device" in check_one_line(ended)
+    check_equal_runs(run, finished_run(settings).folder)

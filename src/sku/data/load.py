@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sku.config.data import EMBEDDED, FINAL, RETAIN_SHARES, DataConfig, SourceConfig
+from sku.config.recipe import Recipe
 from sku.data import embedded
 from sku.data.examples import (
     E,
@@ -116,6 +117,15 @@ def _source(source: Source) -> SourceConfig:
     if isinstance(source, SourceConfig):
         return source
     return SourceConfig(path=str(source)) if isinstance(source, str | Path) else held_rows(source)
+
+
+def load_recipe_data(recipe: Recipe) -> ForgetRetainData:
+    """Reads and splits the data of a recipe; ``forget_validation`` is held out where alpha is still to be chosen.
+
+    Raises:
+        DataError: As ``load_data``.
+    """
+    return load_data(recipe.data, recipe.seed, forget_validation=recipe.forget_validation)
 
 
 def load_data(config: DataConfig, seed: int, *, forget_validation: float = 0.0) -> ForgetRetainData:

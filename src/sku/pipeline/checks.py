@@ -12,7 +12,6 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.load import load_data
 from sku.evaluate.generation import prompts
 from sku.evaluate.generation.backends import check_source
 from sku.evaluate.generation.prompts import keys_of, prefills, with_answers
@@ -116,15 +115,6 @@ def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
 def check_trained_model(recipe: Recipe) -> CheckedModel:
     """``check_model`` for the model that a recipe trains."""
     return check_model(with_safe_dtype(recipe), four_bit=recipe.acquire.tuning == "qlora")
-
-
-def load_recipe_data(recipe: Recipe) -> ForgetRetainData:
-    """Reads and splits the data of a recipe; ``forget_validation`` is held out where alpha is still to be chosen.
-
-    Raises:
-        DataError: As ``load_data``.
-    """
-    return load_data(recipe.data, recipe.seed, forget_validation=recipe.forget_validation)
 
 
 def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, run: MethodRun) -> CheckedTraining:

@@ -15,6 +15,7 @@ from sku.attacks.kinds import check_attacks
 from sku.attacks.run import run_attacks
 from sku.config import EMBEDDED, ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
+from sku.data.load import load_recipe_data
 from sku.errors import EvaluationError, ModelError, named_memory_errors
 from sku.evaluate.comparison import Comparison, compare
 from sku.evaluate.generation import StageProgress
@@ -24,7 +25,7 @@ from sku.evaluate.run import evaluate
 from sku.methods.run import has_twins, with_visited
 from sku.model_files import with_gguf_file
 from sku.models import load_config, load_model, with_path
-from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
+from sku.pipeline.checks import check_evaluation, check_model
 from sku.processes import Processes, current_processes
 from sku.storage import HAZARD_KEY, check_can_be_made, is_marked_hazardous
 

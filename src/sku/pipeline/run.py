@@ -14,7 +14,7 @@ from typing import Any
 from sku.attacks.kinds import check_attacks
 from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
-from sku.data.load import OwnPrompts
+from sku.data.load import OwnPrompts, load_recipe_data
 from sku.errors import NoAlphaError, OutputError, ProcessError, SkuError, named_memory_errors
 from sku.evaluate.records import create_private_folder
 from sku.memory import Checkpointing, decide_checkpointing, memory_fit, with_checkpointing
@@ -29,7 +29,6 @@ from sku.pipeline.checks import (
     check_evaluation,
     check_trained_model,
     check_training,
-    load_recipe_data,
 )
 from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, readable_source
 from sku.pipeline.run_folder import RunFolder

@@ -14,7 +14,7 @@ from typing import Any
 from sku.config import EMBEDDED, DataConfig, Recipe, SourceConfig, plain_data, refuse_final
 from sku.config.check import content_sha256
 from sku.data.examples import ForgetRetainData
-from sku.data.load import OwnPrompts, load_own_prompts
+from sku.data.load import OwnPrompts, load_own_prompts, load_recipe_data
 from sku.errors import DataError, ModelError, RecipeError, SkuError, named_memory_errors
 from sku.evaluate.generation import StageProgress
 from sku.evaluate.records import create_private_folder, json_lines
@@ -32,7 +32,7 @@ from sku.own_replies import (
     read_own_replies,
 )
 from sku.own_replies.write import write_own_replies
-from sku.pipeline.checks import check_model, check_trained_model, check_training, load_recipe_data
+from sku.pipeline.checks import check_model, check_trained_model, check_training
 from sku.processes import current_processes, shared_new_folder
 from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous, write_private_text
 from sku.sweep import Sweep

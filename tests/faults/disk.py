@@ -1,7 +1,7 @@
-"""A disk that takes nothing more from one file operation on: in a process, or at each operation in a fork of it.
+"""What a process does to the files below a folder, seen by an audit hook just before it is done; and a full disk.
 
-``ENOSPC`` and its like are raised by Python's own operations. ``limit N`` is the kernel's: no file may grow beyond N
-bytes, whoever writes it, so that safetensors and torch meet it too (EFBIG).
+Python tells a hook of every file that it opens, makes, renames or removes; ``os.fsync`` is wrapped, so that the end of
+a write is seen too. What safetensors and torch write from Rust and C++ lies between two operations.
 """
 
 from __future__ import annotations
@@ -11,32 +11,82 @@ import json
 import os
 import resource
 import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from faults.file_operations import MAKING, Operation
+_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+_PLACES = {"os.mkdir": 2, "os.remove": 1, "os.rmdir": 1, "os.chmod": 2, "os.rename": 2}
+"""Event -> where its folder descriptor stands."""
+MAKING = frozenset({"open", "os.mkdir", "os.rename", "os.fsync"})
+"""Those for which a disk must have room."""
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation on a path below the watched folder."""
+
+    event: str
+    path: Path
+
+
+def watch(folder: Path, see: Callable[[Operation], None]) -> None:
+    """Calls a function before each operation below a folder, for as long as this process lives; reading is not seen.
+
+    What the function raises, the operation raises.
+    """
+    busy = False
+
+    def look(operation: Operation) -> None:
+        nonlocal busy
+        if busy or folder not in operation.path.parents:
+            return
+        busy = True  # What the function does itself is not seen.
+        try:
+            see(operation)
+        finally:
+            busy = False
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if isinstance(path, str | bytes | os.PathLike) and flags & _WRITES:
+                look(Operation(event, Path(os.fsdecode(path))))
+        elif event in _PLACES:
+            descriptor = arguments[_PLACES[event]]
+            around = Path() if descriptor == -1 else Path(f"/proc/self/fd/{descriptor}").readlink()
+            path = arguments[0]
+            if not isinstance(path, int):
+                look(Operation(event, around / os.fsdecode(path)))
+
+    flush = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        look(Operation("os.fsync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+        flush(descriptor)
+
+    os.fsync = fsync  # type: ignore[assignment]
+    sys.addaudithook(hook)
 
 
 class FullDisk:
-    """The fault of one process."""
+    """A disk that takes nothing from now on.
+
+    ``ENOSPC`` and its like are raised by Python's own operations. ``limit N`` is the kernel's: no file may grow beyond
+    N bytes, whoever writes it, so that safetensors and torch meet it too (EFBIG).
+    """
 
     def __init__(self, fault: str) -> None:
-        """Nothing happens before ``strike``.
-
-        Args:
-            fault: A name of ``errno``, or ``limit N``.
-        """
-        self._fault, self._on = fault, False
-
-    def strike(self) -> None:
-        """From now on the disk takes nothing."""
-        self._on = True
-        if self._fault.startswith("limit "):
-            bytes_ = int(self._fault.removeprefix("limit "))
+        self._fault = fault
+        if fault.startswith("limit "):
+            bytes_ = int(fault.removeprefix("limit "))
             resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, bytes_))  # Python ignores SIGXFSZ.
 
     def see(self, operation: Operation) -> None:
         """Refuses an operation that needs room."""
-        if self._on and operation.event in MAKING and not self._fault.startswith("limit "):
+        if operation.event in MAKING and not self._fault.startswith("limit "):
             number = getattr(errno, self._fault)
             raise OSError(number, os.strerror(number), str(operation.path))
 
@@ -72,7 +122,6 @@ class Branches:
             for descriptor in (*out, *err):
                 os.close(descriptor)
             self._disk = FullDisk(fault)
-            self._disk.strike()
             self._disk.see(operation)
             return
         os.close(out[1])
