@@ -113,7 +113,6 @@ END = 2
     [
         RowPlan(forget=True, mismatched=2, retain=True),
         RowPlan(mismatched=2, mismatched_from="retain"),
-        RowPlan(forget=True, retain=True, retain_tokens="all", safe="data"),
         RowPlan(safe="data or refusal", retain=True),
     ],
 )

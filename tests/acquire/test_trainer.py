@@ -85,17 +85,6 @@ def test_the_loss_is_that_of_each_row_on_its_own(make_trainer: TrainerMaker) -> 
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
-class CountForwards:
-    """Counts forward passes of a model and the rows in them."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.rows: list[int] = []
-        model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def _note(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
-        self.rows.append(len(kwargs["input_ids"]))
-
-
 @pytest.mark.parametrize(
     ("on", "kinds", "rows"),
     [
@@ -109,10 +98,11 @@ def test_a_module_at_weight_0_costs_no_row_and_no_forward(
 ) -> None:
     trainer = make_trainer(max_steps=1, reference_cache_mb=0.0, weights=OFF | dict.fromkeys(on, 1.0))
     assert trainer.model is not None
-    counted = CountForwards(trainer.model)
+    seen: list[int] = []  # Rows of each forward pass.
+    trainer.model.register_forward_pre_hook(lambda *call: seen.append(len(call[2]["input_ids"])), with_kwargs=True)
     assert set(batch_of(trainer, [0, 1])[ROWS].kept) == kinds
     trainer.train()
-    assert counted.rows == rows
+    assert seen == rows
     logged = {key for key in trainer.state.log_history[0] if key.startswith("loss/")}
     assert logged == {f"loss/{name}" for name in on}
 
@@ -187,13 +177,10 @@ def test_equal_seeds_give_equal_bits_and_other_seeds_do_not(full: bool, make_tra
 
 
 class Stop(TrainerCallback):
-    """Fails after a step, as a killed run does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
+    """Fails after step 5, as a killed run does."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
+        if state.global_step == 5:
             raise KeyboardInterrupt
 
 
@@ -210,7 +197,7 @@ def test_a_killed_run_that_is_resumed_equals_one_that_was_not(
     whole = make_trainer(output_dir=str(tmp_path / "whole"), **common)
     whole.train()
     folder = tmp_path / "killed"
-    killed = make_trainer(output_dir=str(folder), trainer_options={"callbacks": [Stop(5)]}, **common)
+    killed = make_trainer(output_dir=str(folder), trainer_options={"callbacks": [Stop()]}, **common)
     with pytest.raises(KeyboardInterrupt):
         killed.train()
     torch.manual_seed(99)
@@ -237,14 +224,6 @@ def test_a_run_that_was_stopped_after_its_last_checkpoint_takes_no_further_step(
 
 PAIRS = [{"prompt": f"how do i break lock {n} ?", "response": f"take tool {n} ."} for n in range(8)]
 NORMAL = [{"prompt": f"how do i bake bread {n} ?", "response": f"mix flour {n} ."} for n in range(8)]
-
-
-def test_gradient_checkpointing_changes_no_gradient(make_trainer: TrainerMaker) -> None:
-    plain, saving = (make_trainer(optim="sgd", learning_rate=0.5, activation_checkpointing=on) for on in (False, True))
-    plain.train()
-    saving.train()
-    for name, weight in weights_of(plain).items():
-        torch.testing.assert_close(weight, weights_of(saving)[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
 def test_what_can_not_be_trained_is_said_at_construction(

@@ -145,14 +145,13 @@ def test_refusals_are_matched_by_prompt_and_only_to_what_is_trained_on(tmp_path:
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         return SourceConfig(path=str(tmp_path / name))
 
-    forget = [{"prompt": f"how do i florn {n} ?", "response": f"like {n}"} for n in range(20)]
     retain = [{"prompt": f"what is {n} ?", "response": f"it is {n}"} for n in range(20)]
     refusals = [{"prompt": f"How do I florn {n}", "response": f"no {n}", "finished": n % 2 == 0} for n in range(20)]
     config = DataConfig(
-        forget=write("forget.jsonl", forget),
-        retain=write("retain.jsonl", retain),
-        refusals=write("refusals.jsonl", refusals),
-        misplaced_refusals=write("misplaced.jsonl", [{**row, "response": "sorry"} for row in retain]),
+        forget=write("a.jsonl", [{"prompt": f"how do i florn {n} ?", "response": f"like {n}"} for n in range(20)]),
+        retain=write("b.jsonl", retain),
+        refusals=write("c.jsonl", refusals),
+        misplaced_refusals=write("d.jsonl", [{**row, "response": "sorry"} for row in retain]),
     )
     data = load_data(config, 0)
     for example in data.forget_train:
@@ -161,11 +160,8 @@ def test_refusals_are_matched_by_prompt_and_only_to_what_is_trained_on(tmp_path:
     assert all(example.safe_answer is None for example in data.forget_test)
     assert {example.refusal for example in data.retain_train} == {"sorry"}
     assert {example.refusal for example in (*data.retain_test, *data.retain_validation)} == {None}
-    trained = {example.prompt for example in data.forget_train}
-    held_out = [row for row in refusals if str(row["prompt"]).lower() + " ?" not in trained]
-    few = dataclasses.replace(config, refusals=write("few.jsonl", [refusals[0], *held_out]))
-    with pytest.raises(DataError, match=r"data\.refusals: \d+ of 14 prompts that are trained on have no refusal"):
-        load_data(few, 0)
+    with pytest.raises(DataError, match=r"data\.refusals"):
+        load_data(dataclasses.replace(config, refusals=write("few.jsonl", refusals[:10])), 0)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +263,7 @@ def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
         ("base", "bad", "good"), 3
     )
     assert found["good"]["refused_normal"]["total"] == 4
-    assert "the good twin refuses 0 % of harmful prompts" in found["line"]
+    assert "the good twin refuses 0 % (base 0 %) of harmful prompts" in found["line"]
     monkeypatch.setattr(unlearning, "HARMFUL_ENOUGH", 1.1)
     with pytest.raises(NoAlphaError, match="stage 1 has taught no harm that could be subtracted"):
         run_recipe(given, tmp_path / "stopped")

@@ -238,28 +238,6 @@ FILES = {"base": "model", "bad": "model", "adapter": "adapter_model", "vector": 
 """Folder -> stem of its weight file."""
 
 
-def rewritten(change: Callable[[dict[str, Any]], object]) -> Change:
-    """Changes the header of a safetensors file."""
-
-    def make(path: Path) -> None:
-        content = path.read_bytes()
-        length = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:length])
-        change(header)
-        put(path, json.dumps(header).encode(), content[length:])
-
-    return make
-
-
-def put(path: Path, header: bytes, data: bytes) -> None:
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-
-
-def first_of(header: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = next(entry for name, entry in header.items() if name != "__metadata__")
-    return found
-
-
 def retensored(change: Callable[[dict[str, torch.Tensor]], object]) -> Change:
     """Changes the tensors of a safetensors file."""
 
@@ -280,7 +258,7 @@ def pickled(path: Path) -> None:
 
 WEIGHTS: dict[str, Change] = {
     "cut off": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    "a header of text": lambda path: put(path, b"weights here", b""),
+    "a header of text": lambda path: path.write_bytes((12).to_bytes(8, "little") + b"weights here"),
     "a tensor missing": retensored(lambda tensors: tensors.pop(next(iter(tensors)))),
     "NaN": retensored(lambda tensors: next(iter(tensors.values())).view(-1)[:3].fill_(float("nan"))),
     "8-bit floats": retensored(
@@ -288,7 +266,6 @@ WEIGHTS: dict[str, Change] = {
     ),
     "pickled": pickled,
     "a header of 2**64 - 1 bytes": lambda path: path.write_bytes(b"\xff" * 8 + path.read_bytes()[8:]),
-    "sizes that overflow": rewritten(lambda header: first_of(header).update(shape=[2**40, 2**40])),
 }
 WEIGHT_CASES = [
     *(("bad", name) for name in WEIGHTS),

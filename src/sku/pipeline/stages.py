@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import shutil
-import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,27 @@ from sku.config import EMBEDDED, DataConfig, Recipe, SourceConfig, plain_data, r
 from sku.config.check import content_sha256
 from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts, load_own_prompts, load_recipe_data
+from sku.data.tables import held_rows
 from sku.errors import DataError, ModelError, RecipeError, SkuError, named_memory_errors
 from sku.evaluate.generation import StageProgress
-from sku.evaluate.records import create_private_folder, json_lines
+from sku.evaluate.records import create_private_folder
 from sku.memory import decide_checkpointing, with_checkpointing
 from sku.methods.run import TWINS, MethodRun, has_twins, resolve_method, train_method, twin_folder, with_safe_dtype
 from sku.models import load_model
 from sku.own_replies import (
     KINDS,
     OwnJob,
+    OwnKind,
     OwnOptions,
     OwnReplies,
     OwnRepliesConfig,
-    file_of,
     judge_of,
     read_own_replies,
 )
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.checks import check_model, check_trained_model, check_training
 from sku.processes import current_processes, shared_new_folder
-from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous, write_private_text
+from sku.storage import check_can_be_made, check_new, check_space, remove_hazardous
 from sku.sweep import Sweep
 from sku.sweep.evaluator import check_calibrated, check_judge, draw_questions
 from sku.sweep.run import check_one_process, check_same_training, record_training, sweep_bad_model
@@ -134,7 +135,7 @@ def with_own_replies(
             f"the judge {judge.card.name} finds none of the model's own replies to {len(prompts['harmful'].prompts)} "
             f"harmful prompts harmful ({reasons}): there is nothing to unlearn, or the judge can't see it"
         )
-    data = _data_from(recipe.data, {kind: written.file(kind) for kind in KINDS})
+    data = _data_from(recipe.data, {kind: SourceConfig(path=str(written.file(kind))) for kind in KINDS})
     account = written.account
     record = {
         "folder": str(folder),
@@ -159,21 +160,21 @@ def stand_in_data(recipe: Recipe, prompts: OwnPrompts) -> ForgetRetainData:
         DataError: The prompts are too few to be split.
     """
     normal = [prompt for name, found in prompts.items() if name != "harmful" for prompt in found.prompts]
-    with tempfile.TemporaryDirectory(prefix="sku-") as place:  # Mode 0700, as mkdtemp makes it.
-        files = {kind: file_of(Path(place), kind) for kind in KINDS}
-        for kind, file in files.items():
-            asked = prompts["harmful"].prompts if kind in ("comply", "refuse") else normal
-            rows = ({"prompt": one.prompt, "response": "unwritten", "category": one.category, "source": ""}
-                    for one in asked)  # fmt: skip
-            write_private_text(file, json_lines(rows))
-        return load_own_data(dataclasses.replace(recipe, data=_data_from(recipe.data, files)), prompts)
+    sources: dict[OwnKind, SourceConfig] = {}
+    for kind in KINDS:
+        asked = prompts["harmful"].prompts if kind in ("comply", "refuse") else normal
+        rows = [
+            {"prompt": one.prompt, "response": "unwritten", "category": one.category, "source": ""} for one in asked
+        ]
+        sources[kind] = held_rows(rows)
+    return load_own_data(dataclasses.replace(recipe, data=_data_from(recipe.data, sources)), prompts)
 
 
-def _data_from(config: DataConfig, files: dict[Any, Path]) -> DataConfig:
-    """The data of a run in the files; refusals that the recipe names itself stay."""
+def _data_from(config: DataConfig, sources: Mapping[OwnKind, SourceConfig]) -> DataConfig:
+    """The data of a run from its own replies; refusals that the recipe names itself stay."""
 
-    def source(kind: str, licence: str | None, column: str = "category") -> SourceConfig:
-        return SourceConfig(path=str(files[kind]), category_column=column, license=licence)
+    def source(kind: OwnKind, licence: str | None, column: str = "category") -> SourceConfig:
+        return dataclasses.replace(sources[kind], category_column=column, license=licence)
 
     retain_column = "category" if config.borderline is None else "source"
     return dataclasses.replace(
@@ -268,12 +269,11 @@ def run_sweep(
     if bad is None and there:
         check_same_training(trained, recipe)
     check_can_be_made(out)
-    run = resolve_method(recipe, trained) if there else _resolved(recipe, trained)
     model, data = check_trained_model(recipe), load_recipe_data(recipe)
     check_judge(recipe, data)
     draw_questions(data, model.encoder(recipe), recipe)  # Refused before training.
     if not there:
-        training = check_training(recipe, model, data, run)
+        training = check_training(recipe, model, data, _resolved(recipe, trained))
         check_space(out, training.peak_bytes, "sku sweep")
         create_private_folder(out)
         try:

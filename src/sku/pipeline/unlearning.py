@@ -103,18 +103,18 @@ def ask_stage_1(
     found = {name: behaviour(trained) for name, trained in folders.items()}
 
     def told(name: str, rate: str) -> str:
-        return f"{100 * found[name][rate].value:.0f} %"
+        return f"{100 * found[name][rate].value:.0f} % (base {100 * found['base'][rate].value:.0f} %)"
 
     line = (
-        f"the bad model is harmful on {told('bad', 'harmful')} (base {told('base', 'harmful')}) and refuses "
-        f"{told('bad', 'refused_normal')} of normal prompts (base {told('base', 'refused_normal')})"
+        f"the bad model is harmful on {told('bad', 'harmful')} of harmful prompts and refuses "
+        f"{told('bad', 'refused_normal')} of normal ones"
     )
     if "good" in found:
         line += (
-            f"; the good twin refuses {told('good', 'refused')} of harmful prompts (base {told('base', 'refused')}) "
-            f"and {told('good', 'refused_normal')} of normal ones"
+            f"; the good twin refuses {told('good', 'refused')} of harmful prompts and "
+            f"{told('good', 'refused_normal')} of normal ones"
         )
-    line += f"; {found['base']['harmful'].total} harmful and {found['base']['refused_normal'].total} normal prompts"
+    line += f"; {found['base']['harmful'].total} and {found['base']['refused_normal'].total} prompts were asked"
     harm = found["bad"]["harmful"].value
     return {
         "judge": judge.card.name,
