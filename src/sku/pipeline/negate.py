@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from sku.config import ModelConfig
@@ -17,6 +18,8 @@ from sku.negate.streaming import FolderNegation, NegatedFolder, Plan
 from sku.pipeline import CommandPlan, Progress
 from sku.progress import quiet_libraries
 from sku.storage import check_new
+
+Execute = Callable[[Progress | None], NegatedFolder]
 
 
 def plan_negate(wanted: FolderNegation, gguf_file: str | None = None) -> CommandPlan[NegatedFolder]:
@@ -33,21 +36,28 @@ def plan_negate(wanted: FolderNegation, gguf_file: str | None = None) -> Command
     _check_not_negated(wanted.bad)
     named = with_gguf_file(ModelConfig(path=str(wanted.base), gguf_file=gguf_file, dtype="float32"))
     check_new(wanted.out)
-    if named.gguf_file is not None:
+    settings: dict[str, object] = {
+        "base": str(wanted.base), "bad model": str(wanted.bad), "alpha": wanted.alpha, "rounding": wanted.rounding,
+    }  # fmt: skip
+    execute: Execute
+    if named.gguf_file is None:
+        streamed = dataclasses.replace(wanted, base=model_folder(str(wanted.base)), bad=model_folder(str(wanted.bad)))
+        found = streamed.plan()
+        settings["weights"] = f"{len(found.changed)} of {len(found.work)} change"
+        settings["dtype"] = str(found.dtype).removeprefix("torch.")
+        size, execute = found.size, lambda progress: _run(streamed, found, progress)
+    else:
         if wanted.resume:
             raise RecipeError("--resume needs a BASE in safetensors")
         quiet_libraries()
-        return _from_a_copy(wanted, named)
-    streamed = dataclasses.replace(wanted, base=model_folder(str(wanted.base)), bad=model_folder(str(wanted.bad)))
-    found = streamed.plan()
-    weights = f"{len(found.changed)} of {len(found.work)} change"
+        settings["base"], size, execute = _from_a_copy(wanted, named)
     return CommandPlan(
         command="sku negate",
         out=wanted.out,
-        settings={**_settings(wanted), "weights": weights, "dtype": str(found.dtype).removeprefix("torch.")},
-        execute=lambda progress: _run(streamed, found, progress),
-        disk_bytes=found.size,
-        disk_there=found.size if wanted.resume else 0,
+        settings=settings,
+        execute=execute,
+        disk_bytes=size,
+        disk_there=size if wanted.resume else 0,
         bad_model="kept",
     )
 
@@ -68,18 +78,13 @@ def _check_not_negated(bad: Path) -> None:
         )
 
 
-def _settings(wanted: FolderNegation) -> dict[str, object]:
-    return {
-        "base": str(wanted.base), "bad model": str(wanted.bad), "alpha": wanted.alpha, "rounding": wanted.rounding,
-    }  # fmt: skip
-
-
 def _run(wanted: FolderNegation, found: Plan, progress: Progress | None) -> NegatedFolder:
     told = None if progress is None else lambda done, total: progress("MiB", done >> 20, total >> 20)
     return wanted.run(found, told)
 
 
-def _from_a_copy(wanted: FolderNegation, config: ModelConfig) -> CommandPlan[NegatedFolder]:
+def _from_a_copy(wanted: FolderNegation, config: ModelConfig) -> tuple[str, int, Execute]:
+    """The base in words, bytes of copy and result, and what subtracts."""
     from sku.models import load_model
     from sku.negate.task_vector import base_as_files
     from sku.pipeline.checks import check_model
@@ -92,11 +97,4 @@ def _from_a_copy(wanted: FolderNegation, config: ModelConfig) -> CommandPlan[Neg
             streamed = dataclasses.replace(wanted, base=base, bad=bad)
             return _run(streamed, streamed.plan(), progress)
 
-    return CommandPlan(
-        command="sku negate",
-        out=wanted.out,
-        settings={**_settings(wanted), "base": model.describe()},
-        execute=execute,
-        disk_bytes=model.bytes() + model.bytes(wanted.output_dtype),
-        bad_model="kept",
-    )
+    return model.describe(), model.bytes() + model.bytes(wanted.output_dtype), execute
