@@ -371,7 +371,7 @@ def test_a_run_on_a_gpu_asks_the_plan_first(command: Command, tmp_path: Path, mo
     line = "about 128.0 GiB at most, 64.0 GiB are free on cuda: may not fit"
     monkeypatch.setattr("sku.models.pick_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr("sku.pipeline.run.memory_fit", lambda _: MemoryFit(fits=False, text=line))
-    monkeypatch.setattr("sku.pipeline.run._execute", stop)
+    monkeypatch.setattr("sku.pipeline.run._Run.execute", stop)
     told = command("run", "--out", tmp_path / "run")
     assert f"memory: {line}" in " ".join(told.err.split())
 
