@@ -86,7 +86,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
-    """The same for what the tests of a module imported, once its fixtures are gone."""
+    """The same for what a module imported."""
     yield
     if nextitem is not None and nextitem.path != item.path:
         gc.collect()

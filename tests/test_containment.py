@@ -158,7 +158,25 @@ def test_an_interrupt_leaves_checkpoints_only_to_go_on_from(keep: bool, tmp_path
         run_recipe(settings, out, resume=True, progress=stopping_at("evaluate unlearned"))
     assert (out / "unlearned").is_dir()
     assert hazardous_folders(out) == []
-    assert run_recipe(settings, out, resume=True).manifest["bad_model"] == {"kept": False}
+
+
+@pytest.mark.integration
+def test_a_failure_leaves_none_either(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does SIGTERM."""
+    settings = [f"--set={change}" for change in (*SMALL, "keep_bad_model=never")]
+    handler = signal.getsignal(signal.SIGTERM)
+    for name, code in (("failed", 1), ("terminated", 143)):
+
+        def end(*_arguments: Any, number: int = code, **_options: Any) -> None:
+            if number == 143:
+                os.kill(os.getpid(), signal.SIGTERM)
+            raise SystemExit(1)
+
+        monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", end)
+        assert command("run", "--out", tmp_path / name, *settings).code == code
+        assert (tmp_path / name / "manifest.json").is_file()
+        assert hazardous_folders(tmp_path / name) == []
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_what_can_not_be_marked_or_removed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,31 +282,3 @@ def test_code_that_comes_with_a_model_is_not_run(make_model: Any, tokenizer: Any
     with pytest.raises(ModelError, match="model"):
         load_model(tmp_path / "model")
     assert not (tmp_path / "trace").exists()
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize("terminated", [True, False])
-def test_a_run_that_fails_or_is_terminated_leaves_no_checkpoint_where_it_must_not(
-    terminated: bool, command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "run"
-
-    def end(*_arguments: Any, **_options: Any) -> None:
-        if terminated:
-            os.kill(os.getpid(), signal.SIGTERM)
-        raise RuntimeError("it broke")
-
-    monkeypatch.setattr("sku.pipeline.unlearning.FolderNegation", end)
-    before = signal.getsignal(signal.SIGTERM)
-    if terminated:
-        code, _, err = command(
-            "run", "--out", out, *(f"--set={change}" for change in (*SMALL, "keep_bad_model=never"))
-        )
-        assert code == 143
-        assert "interrupted" in err
-    else:
-        with pytest.raises(RuntimeError, match="it broke"):
-            run_recipe(recipe("keep_bad_model=never"), out)
-    assert (out / "manifest.json").is_file()
-    assert hazardous_folders(out) == []
-    assert signal.getsignal(signal.SIGTERM) == before

@@ -165,11 +165,7 @@ def test_the_manifest_tells_how_the_model_was_made(finished: FinishedRun) -> Non
 
 
 def test_results_are_strict_json_and_equal_to_the_comparison(finished: FinishedRun) -> None:
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    text = (finished.folder / "results.json").read_text(encoding="utf-8")
-    results = json.loads(text, parse_constant=refuse)
+    results = json.loads((finished.folder / "results.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert results["manifest"] == finished.manifest
     assert results["base"] == json.loads(json.dumps(finished.comparison.base.to_dict()))
     assert results["unlearned"] == json.loads(json.dumps(finished.comparison.unlearned.to_dict()))

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
-import stat
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from peft import LoraConfig
+from transformers import PreTrainedTokenizerFast
 
 from conftest import ModelMaker, sku_config
 from sku.config import (
@@ -30,8 +28,6 @@ from sku.errors import OutputError, RecipeError
 from sku.methods.run import resolve_method, train_method
 from sku.methods.sku import TERMS, sku_objective
 from sku.models import LoadedModel
-from sku.negate.task_vector import TaskVector
-from sku.storage import is_marked_hazardous
 from sku.training.run import adapter_settings
 from sku.training.trainer import UnlearningTrainer
 
@@ -109,36 +105,6 @@ def test_the_adapter_of_each_tuning() -> None:
     assert (settings.r, settings.lora_alpha, set(settings.target_modules or ())) == (4, 9, {"q_proj", "v_proj"})
 
 
-@pytest.fixture
-def loaded(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast) -> LoadedModel:
-    return LoadedModel(model=make_model(), tokenizer=tokenizer, name="tiny", revision=None)
-
-
-@pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_stage_1_trains_and_keeps_its_folder_private(
-    tuning: Any, loaded: LoadedModel, data: ForgetRetainData, tmp_path: Path, make_model: ModelMaker
-) -> None:
-    folder = tmp_path / "acquire"
-    recipe = recipe_of(tuning=tuning, random_answers=2, training=TRAINING)
-    acquired = train_method(recipe, loaded, data, folder)
-    assert not isinstance(acquired.model, TaskVector)
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-    assert is_marked_hazardous(folder)
-    assert [entry["step"] for entry in acquired.log] == [1, 2]
-    assert all(f"loss/{name}" in entry for entry in acquired.log for name in TERMS)
-    assert set(acquired.reports) == {"forget_train", "retain_train"}
-    assert acquired.reports["forget_train"].kept == 6
-    assert not acquired.model.training
-    original = make_model().state_dict()
-    if tuning == "lora":
-        assert isinstance(acquired.model, PeftModel)
-        plain = acquired.model.unload().state_dict()
-        assert all(torch.equal(plain[name], weight) for name, weight in original.items())
-    else:
-        assert isinstance(acquired.model, PreTrainedModel)
-        assert any(not torch.equal(acquired.model.state_dict()[name], weight) for name, weight in original.items())
-
-
 @pytest.mark.parametrize(
     ("error", "is_of_disk"),
     [
@@ -148,14 +114,14 @@ def test_stage_1_trains_and_keeps_its_folder_private(
     ids=repr,
 )
 def test_only_what_a_disk_refuses_is_a_checkpoint_that_can_not_be_written(
-    error: OSError, is_of_disk: bool, loaded: LoadedModel, data: ForgetRetainData, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    error: OSError, is_of_disk: bool, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast,
+    data: ForgetRetainData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-
     def fail(*args: Any, **kwargs: Any) -> None:
         raise error
 
     monkeypatch.setattr(UnlearningTrainer, "train", fail)
+    loaded = LoadedModel(model=make_model(), tokenizer=tokenizer, name="tiny", revision=None)
     with pytest.raises(OSError, match=error.strerror or "away") as caught:
         train_method(recipe_of(random_answers=2, training=TRAINING), loaded, data, tmp_path)
     assert isinstance(caught.value, OutputError) is is_of_disk
