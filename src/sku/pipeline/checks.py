@@ -45,17 +45,16 @@ class CheckedModel:
     parameters: int
     """Of the model itself, tied ones once; the skeleton may get an adapter."""
     tokenizer: PreTrainedTokenizerBase
-    dtype: torch.dtype
     device: torch.device
     notes: tuple[str, ...]
 
     def bytes(self, dtype: torch.dtype | None = None) -> int:
         """Of its weights, in their type or another."""
-        return self.parameters * (dtype or self.dtype).itemsize
+        return self.parameters * (dtype or self.skeleton.dtype).itemsize
 
     def describe(self) -> str:
         """In one line."""
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.skeleton.dtype).removeprefix("torch.")
         return f"{self.name}, {self.parameters:,} parameters, {dtype} on {self.device}"
 
     def encoder(self, recipe: Recipe) -> prompts.PromptEncoder:
@@ -106,7 +105,6 @@ def check_model(config: ModelConfig, *, four_bit: bool = False) -> CheckedModel:
         skeleton=skeleton,
         parameters=sum(parameter.numel() for parameter in skeleton.parameters()),
         tokenizer=tokenizer,
-        dtype=skeleton.dtype,
         device=device,
         notes=() if folder.is_dir() else (on_hub,),
     )
