@@ -158,9 +158,7 @@ def test_every_recipe_of_the_package_can_be_run_as_it_is(name: str, tmp_path: Pa
 
 def test_alpha_is_a_number_or_auto() -> None:
     chosen = recipe_from_dict(changed("negate.alpha", "auto"))
-    assert (chosen.negate.alpha, chosen.strength("sku"), chosen.chooses_alpha) == ("auto", 1.0, True)
+    assert (chosen.negate.alpha, chosen.strength, chosen.chooses_alpha) == ("auto", 1.0, True)
     assert chosen.forget_validation == 0.2
     given = recipe_from_dict(changed("negate.alpha", 1.5))
-    assert (given.strength("sku"), given.chooses_alpha, given.forget_validation) == (1.5, False, 0.0)
-    other = recipe_from_dict(changed("negate.alpha", "auto") | {"method": "npo"})
-    assert (other.chooses_alpha, other.forget_validation) == (False, 0.0)
+    assert (given.strength, given.chooses_alpha, given.forget_validation) == (1.5, False, 0.0)

@@ -33,7 +33,6 @@ SMALL = (
     "evaluate={prompts: 2, retain_prompts: 3, max_new_tokens: 12, batch_size: 16, samples: 0, prefill_tokens: []}",
     "sweep={alphas: [0.25, 0.5], prompts: 4, retain_prompts: 6}",
     "sweep.harm_target=", "sweep.if_none=nearest", "sweep.utility_budget=1.0e+9",
-    "sweep.reply_limit=0.99",
 )  # fmt: skip
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")
 STRICT = ("sweep.if_none=stop", "sweep.harm_target=0.0", "sweep.alphas=[0.001]")

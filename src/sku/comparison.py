@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sku.config import MethodConfig, Recipe, TwinShares, refuse_final
+from sku.config import Recipe, TwinShares, refuse_final
 from sku.config.check import content_sha256
 from sku.data.load import load_data
 from sku.errors import EvaluationError, OutputError, RecipeError, did_you_mean
@@ -58,14 +58,11 @@ class Row:
         a run without a comparison.
         """
         recipe = changed(self.recipe, seed=seed, check=False)
-        if recipe.method == "sku":
-            recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"), methods={})
-        else:
-            name = method_named(recipe.method).name
-            own = recipe.methods.get(name, MethodConfig())
-            recipe = dataclasses.replace(recipe, methods={name: dataclasses.replace(own, strength="auto")})
+        own = method_named(recipe.method).name
         return dataclasses.replace(
             recipe,
+            methods={name: config for name, config in recipe.methods.items() if name == own},
+            negate=dataclasses.replace(recipe.negate, alpha="auto"),
             data=dataclasses.replace(recipe.data, harmful={}),
             sweep=dataclasses.replace(recipe.sweep, harm_target=None, if_none="nearest"),
             evaluate=dataclasses.replace(

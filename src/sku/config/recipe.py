@@ -71,21 +71,13 @@ class Recipe:
 
     @property
     def chooses_alpha(self) -> bool:
-        """Whether a run has to choose the strength of its method, which is SKU's alpha."""
-        if self.method == "sku":
-            return self.negate.alpha == "auto"
-        # Under what name a file defines its method is known when it is run.
-        own = [self.methods[self.method]] if self.method in self.methods else []
-        own = [*self.methods.values()] if self.method.endswith(".py") else own
-        return any(config.strength == "auto" for config in own)
+        """Whether a run has to choose the strength of its method."""
+        return self.negate.alpha == "auto"
 
-    def strength(self, method: str) -> float:
-        """In ``theta_u = theta_o + strength * delta`` of the method of that name; SKU's is its alpha.
-
-        Where a run is to choose it, it is the published one.
-        """
-        given = self.negate.alpha if method == "sku" else self.methods.get(method, MethodConfig()).strength
-        return 1.0 if given == "auto" else given
+    @property
+    def strength(self) -> float:
+        """In ``theta_u = theta_o + strength * delta``: alpha; 1, the published one, where a run is to choose it."""
+        return 1.0 if self.negate.alpha == "auto" else self.negate.alpha
 
     @property
     def checks_stage_1(self) -> bool:

@@ -138,7 +138,7 @@ class NegateConfig:
 
     alpha: Annotated[float, Field(allow_inf_nan=False)] | Literal["auto"] = 1.0
     """theta_u = theta_o - alpha * (theta_bad - theta_o); 0 or more, the paper uses 1. ``auto`` chooses it on held-out
-    data, as ``sweep`` says."""
+    data, as ``sweep`` says. Of another method it is the strength: theta_u = theta_o + alpha * what it changed."""
     twin: TwinShares = field(default_factory=TwinShares)
     """With ``acquire.twin: good`` theta_u = theta_o - alpha * (bad * (theta_bad - theta_o) - good * (theta_good -
     theta_o)); without it there is no good twin and both must be 1."""
@@ -179,8 +179,6 @@ class SweepConfig:
     """Largest perplexity of the answers of each normal set (``retain_validation``, and half of each of
     ``data.normal``), as a multiple of the base model's. KL to the base model on them may be 0.05 nats a token, or the
     logarithm of this where that is more."""
-    reply_limit: Limit = 0.05
-    """Most replies, beyond the base model's share, that may refuse normal prompts, or be gibberish."""
     if_none: Literal["stop", "nearest"] = "stop"
     """What to do where no alpha meets ``harm_target``, or none lowers the base's harm: stop with an error, or take the
     nearest one, that with the least harm within budget and limits."""
@@ -236,6 +234,3 @@ class MethodConfig:
     """The method's own settings, such as ``beta``; ``sku init NAME`` lists them. Its paper's are the defaults."""
     training: Mapping[str, Any] = field(default_factory=dict)
     """Laid over ``acquire.training``, where the method needs another learning rate, say."""
-    strength: Positive | Literal["auto"] = 1.0
-    """theta_u = theta_o + strength * what the method changed; for a task vector this is its alpha. ``auto`` chooses it
-    on held-out data, as ``sweep`` says."""

@@ -115,7 +115,7 @@ def plan_run(
         "tuning": recipe.acquire.tuning, "steps": training.steps, "examples a step": training.batch,
         **({"twins": "each trained"} if has_twins(recipe) else {}),
         **({"activation checkpointing": decided.line} if decided else {}),
-        **({"alpha": recipe.negate.alpha} if recipe.method == "sku" else {}),
+        "alpha": recipe.negate.alpha,
         "asked": asked,
     }  # fmt: skip
     planned = _Run(

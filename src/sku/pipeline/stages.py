@@ -257,10 +257,10 @@ def run_sweep(
         SkuError: Anything a user can mend.
     """
     refuse_final(recipe.data, "a sweep")
+    if recipe.method != "sku":
+        raise RecipeError(f"the recipe's method is {recipe.method}, which has no alpha to choose: use sku compare")
     # So that stage 1 holds out what alpha is then chosen by.
     recipe = dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, alpha="auto"))
-    if not recipe.chooses_alpha:
-        raise RecipeError(f"the recipe's method is {recipe.method}, which has no alpha to choose: use sku compare")
     check_one_process()
     trained = out / "bad" if bad is None else bad
     there = trained.is_dir()

@@ -186,7 +186,7 @@ class Unlearning:
             loaded = load_model(self.config, four_bit=True)
         with self.folder.timed("acquire"):
             base, factors = self._trained(loaded, data)
-        strength, vector = recipe.strength(self.run.method.name), None
+        strength, vector = recipe.strength, None
         changes = negates and recipe.negate.transform is not None
         if changes or recipe.chooses_alpha:
             with self.folder.timed("negate"):
