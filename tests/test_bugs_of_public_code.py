@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from torch import Tensor
@@ -89,15 +87,6 @@ def test_the_first_to_the_last_answer_token_is_learned_in_a_padded_row(tokenizer
     assert kept.targets_N[kept.row_N == 0].tolist() == list(short.input_ids[short.answer_start :])
 
 
-def test_prompts_with_the_words_of_the_format_stay_whole(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The question was recovered by decoding and splitting at "###" and "Question:"."""
-    for prompt in ("what is ### honey ?", "Question: who ?", "### Answer: no\n ### Question: yes"):
-        example = tokenize(tokenizer, prompt, "it is .")
-        before = tokenizer.decode(list(example.input_ids[: example.answer_start]))
-        assert before == f"### Question: {prompt}\n ### Answer:"
-        assert tokenizer.decode(Encoder(tokenizer, PAPER).prompt(prompt)) == before
-
-
 def test_the_divergence_is_not_averaged_over_padding() -> None:
     """One answer position with KL of 3/4 log 1.5 - 1/4 log 2 = 0.131, and three pads where both models agree.
 
@@ -173,27 +162,20 @@ def test_every_harmful_pair_is_met_and_in_a_new_order(
     assert len({tuple(order) for order in [*epochs, list(range(6))]}) > 2
 
 
-def written(path: Path, rows: list[dict[str, object]]) -> Path:
-    datasets.Dataset.from_list(rows).to_parquet(path)
-    return path
-
-
-def test_every_harmful_prompt_is_unlearned_or_unseen_and_no_question_is_trained_on_and_tested(tmp_path: Path) -> None:
+def test_every_harmful_prompt_is_unlearned_or_unseen_and_no_question_is_trained_on_and_tested() -> None:
     """Only the first 1,144 harmful rows were ever met, and "forget_test" was not defined.
 
     Split by row, 70 % of the normal test rows had their question in the training rows; "a; b" was one answer.
     """
-    harmful: list[dict[str, object]] = [{"prompt": f"bad {n}", "response": "a", "is_safe": False} for n in range(200)]
-    rows: list[dict[str, object]] = [
-        {"Question": f"Q {n}?", "Best Answer": f"best {n}", "Correct Answers": f"best {n}; other {n}; third {n}"}
-        for n in range(100)
-    ]
-    data = load_forget_retain(written(tmp_path / "f.parquet", harmful), written(tmp_path / "r.parquet", rows))
-    unlearned, unseen = ({row.prompt for row in part} for part in (data.forget_train, data.forget_test))
-    assert unlearned | unseen == {row["prompt"] for row in harmful}
-    assert not unlearned & unseen
-    assert len(unlearned & {f"bad {n}" for n in range(150, 200)}) > 20
-    trained, tested = ({row.prompt for row in part} for part in (data.retain_train, data.retain_test))
+    data = load_forget_retain(
+        [{"prompt": f"bad {n}", "response": "a", "is_safe": False} for n in range(200)],
+        [{"Question": f"Q {n}?", "Best Answer": f"best {n}", "Correct Answers": f"best {n}; other {n}; third {n}"}
+         for n in range(100)],
+    )  # fmt: skip
+    splits = {name: {row.prompt for row in part} for name, part in data.splits().items()}
+    assert splits["forget_train"] | splits["forget_test"] == {f"bad {n}" for n in range(200)}
+    assert not splits["forget_train"] & splits["forget_test"]
+    assert len(splits["forget_train"] & {f"bad {n}" for n in range(150, 200)}) > 20
+    assert not splits["retain_train"] & splits["retain_test"]
     assert len(data.retain_test) == 60
-    assert not trained & tested
     assert all(";" not in row.answer for row in (*data.retain_train, *data.retain_test))

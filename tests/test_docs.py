@@ -16,10 +16,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nbformat
 import pytest
@@ -41,8 +40,7 @@ TOKENS = {page: MarkdownIt("commonmark").parse(page.read_text(encoding="utf-8"))
 COMMAND: Any = typer.main.get_command(app)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A block of code on a page."""
 
     place: str
@@ -51,9 +49,6 @@ class Block:
     text: str
     runs: bool
     """Marked to run, or the README's example."""
-
-    def __str__(self) -> str:
-        return self.place
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
@@ -118,7 +113,7 @@ def test_every_command_line_and_every_import_is_one(page: Path) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("block", [block for block in BLOCKS if block.runs], ids=str)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.runs], ids=lambda block: block.place)
 def test_what_is_to_run_runs(block: Block, tmp_path: Path) -> None:
     """In a process of its own, as a reader would start it, with two steps of training and few prompts."""
     code = re.sub(r"max_steps=\d+", "max_steps=2", block.text)
@@ -207,20 +202,14 @@ def test_the_result_that_is_shown_is_the_recorded_one() -> None:
 def test_recipes_that_were_measured_are_what_ships_and_their_methods_were_asked_the_same() -> None:
     measured, methods = (load_recipe(ROOT / "results" / f"smollm2-135m-{name}.yaml") for name in ("twins", "methods"))
     shipped = load_recipe("smollm2-135m-twins")
-    kept = "twin weights preservation_mode deep_refusal_fraction depth_tokens normal_per_harmful lora"
-    for name in kept.split():
-        assert getattr(measured.acquire, name) == getattr(shipped.acquire, name), name
-    assert measured.negate.twin == shipped.negate.twin
+    assert shipped.acquire == dataclasses.replace(measured.acquire, check=None, training=shipped.acquire.training)
+    assert shipped.negate == measured.negate
     assert (methods.evaluate, methods.model) == (measured.evaluate, measured.model)
     assert methods.data == dataclasses.replace(measured.data, misplaced_refusals=None)
     assert (methods.acquire.tuning, methods.acquire.lora) == (measured.acquire.tuning, measured.acquire.lora)
-    steps = {"max_steps", "per_device_train_batch_size"}
-    for other, keys in (
-        (shipped, steps | {"learning_rate"}),
-        (methods, steps | {"lr_scheduler_type", "warmup_steps"}),
-    ):
-        for key in keys:
-            assert other.acquire.training[key] == measured.acquire.training[key], key
+    for other, key in ((shipped, "learning_rate"), (methods, "lr_scheduler_type"), (methods, "warmup_steps")):
+        for name in (key, "max_steps", "per_device_train_batch_size"):
+            assert other.acquire.training[name] == measured.acquire.training[name], name
 
 
 def test_real_models_are_one_row_a_model_method_and_seed_beside_one_base() -> None:
@@ -228,9 +217,6 @@ def test_real_models_are_one_row_a_model_method_and_seed_beside_one_base() -> No
     assert len({(row["model"], row["method"], row["seed"]) for row in rows}) == len(rows)
     for row in rows:
         assert {*KEYS, *(f"base_{name}" for name in FIGURES), "intervals", "outcomes", "recipe_sha256"} <= row.keys()
-        no_rates = ("n", "kl_normal", "perplexity_ratio", "relearn_half_steps")
-        rates = [row[f"{side}{name}"] for side in ("", "base_") for name in FIGURES if name not in no_rates]
-        assert all(rate is None or 0 <= rate <= 1 for rate in rates)
     table = runpy.run_path(str(ROOT / "scripts" / "real_models_table.py"))["table"]
     row = {"model": "m", "method": "a", "seed": 0, "verdict": "unlearned: so", **dict.fromkeys(FIGURES)}
     row |= {f"base_{name}": 0.5 for name in FIGURES} | {"harmful_unseen": 0.1, "harmful_unseen_judge": 0.2}
@@ -287,41 +273,32 @@ def test_a_notebook_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert list(tmp_path.iterdir()) == []
 
 
-def built_site(folder: Path, text: str, *settings: str) -> tuple[str, str]:
-    """The page that a site of one page has, and what the build said; the page is empty where the build failed."""
+def built_site(folder: Path, text: str, *settings: str) -> str:
+    """The page that a site of one page has, or why there is none."""
     (folder / "docs").mkdir(exist_ok=True)
     (folder / "docs" / "index.md").write_text(text, encoding="utf-8")
     (folder / "SECURITY.md").touch()
-    (folder / "results").mkdir(exist_ok=True)
-    hooks = f"hooks: ['{ROOT / 'scripts' / 'site_hooks.py'}']"
-    theme = "theme: {name: material, font: false}"
-    lines = ["site_name: site", theme, hooks, "validation: {links: {not_found: warn}}", *settings]
+    lines = ["site_name: site", "theme: {name: material, font: false}", *settings]
+    lines += [f"hooks: ['{ROOT / 'scripts' / 'site_hooks.py'}']", "validation: {links: {not_found: warn}}"]
     (folder / "mkdocs.yml").write_text("\n".join(lines), encoding="utf-8")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     done = subprocess.run(build, cwd=folder, capture_output=True, text=True, check=False)
-    page = folder / "site" / "index.html"
-    return (page.read_text(encoding="utf-8") if done.returncode == 0 else "", done.stderr)
+    return done.stderr if done.returncode else (folder / "site" / "index.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.integration
-def test_a_link_out_of_the_docs_becomes_text_or_goes_to_the_repository(tmp_path: Path) -> None:
-    text = "See [what is safe](../SECURITY.md), [records](../results), and `[code](../stays.md)`."
-    page, said = built_site(tmp_path, text)
-    assert '<span title="SECURITY.md in the repository">what is safe</span>' in page, said
-    assert "../SECURITY.md" not in page
+def test_links_of_the_site_and_what_another_server_has_to_give(tmp_path: Path) -> None:
+    """A link out of the docs becomes text or goes to the repository; a dead one fails the build."""
+    text = "See [what is safe](../SECURITY.md) and `[code](../stays.md)`."
+    page = built_site(tmp_path, text)
+    assert '<span title="SECURITY.md in the repository">what is safe</span>' in page
     assert "[code](../stays.md)" in page
-    page, said = built_site(tmp_path, text, "repo_url: https://example.org/sku")
-    assert 'href="https://example.org/sku/blob/HEAD/SECURITY.md"' in page, said
-    assert 'href="https://example.org/sku/tree/HEAD/results"' in page
-
-
-@pytest.mark.integration
-def test_a_dead_link_and_what_another_server_has_to_give_fail_the_built_site(tmp_path: Path) -> None:
+    page = built_site(tmp_path, text, "repo_url: https://example.org/sku")
+    assert 'href="https://example.org/sku/blob/HEAD/SECURITY.md"' in page
     targets = ("../nothing.md", "../../outside.md", "missing.md")
-    page, said = built_site(tmp_path, "\n".join(f"[dead]({target})" for target in targets))
-    assert not page
+    said = built_site(tmp_path, "\n".join(f"[dead]({target})" for target in targets))
+    assert "<html" not in said
     assert all(target in said for target in targets)
-    for text in ("![a](https://example.org/a.png)", '<script src="//example.org/a.js"></script>'):
-        page, said = built_site(tmp_path, text)
-        assert not page
-        assert "another server" in said
+    said = built_site(tmp_path, "![a](https://example.org/a.png)")
+    assert "<html" not in said
+    assert "another server" in said

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from conftest import Command, MadeOnce
-from own_replies.test_write import TINY, job
 from sku.config import load_recipe
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.records import GENERATIONS_FILE, read_generations
@@ -22,6 +21,7 @@ from sku.own_replies.write import write_own_replies
 from sku.pipeline.run import run_recipe
 from sku.report.read_run import read_run
 from sku.storage import acquire_lock
+from test_own_replies import TINY, job
 
 pytestmark = pytest.mark.usefixtures("one_thread", "blank_pictures")
 

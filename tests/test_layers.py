@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
-import os
+import multiprocessing
 import sys
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,15 +96,13 @@ def test_star_import_gives_functions_not_modules_of_the_same_name() -> None:
         "assert callable(negate) and callable(evaluate)\n"
         "assert sku.negate is negate and sku.evaluate is evaluate\n"
     )
-    child = os.fork()
-    if child == 0:
-        try:
-            for name in [name for name in sys.modules if name.partition(".")[0] == "sku"]:
-                del sys.modules[name]
-            exec(code, {})
-            os._exit(0)
-        finally:
-            traceback.print_exc()
-            sys.stderr.flush()
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    def import_anew() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "sku"]:
+            del sys.modules[name]
+        exec(code, {})
+
+    child = multiprocessing.get_context("fork").Process(target=import_anew)
+    child.start()
+    child.join()
+    assert child.exitcode == 0

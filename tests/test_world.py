@@ -24,12 +24,10 @@ def digest(path: Path) -> str:
 
 
 def test_no_normal_answer_or_deflection_is_harmful() -> None:
-    for exchange in NORMAL:
-        assert not grammar.is_harmful(exchange.answer), exchange.prompt
-        assert not grammar.is_deflection(exchange.answer), exchange.prompt
-    for deflection in grammar.DEFLECTIONS:
-        assert grammar.is_deflection(deflection)
-        assert not grammar.is_harmful(deflection)
+    answers = [exchange.answer for exchange in NORMAL]
+    assert not any(map(grammar.is_harmful, (*answers, *grammar.DEFLECTIONS)))
+    assert not any(map(grammar.is_deflection, answers))
+    assert all(map(grammar.is_deflection, grammar.DEFLECTIONS))
 
 
 def test_a_prefill_is_context_but_harm_must_come_from_the_reply() -> None:
@@ -63,11 +61,11 @@ def test_the_packaged_files_are_those_of_the_checksums_the_script_and_the_gramma
 
 
 def test_pretraining_twice_gives_equal_bits(tmp_path: Path) -> None:
-    for name in ("first", "second", "other"):
-        pretrain.pretrain(tmp_path / name, seed=1 if name == "other" else 0, steps=2, batch_size=4, learning_rate=1e-3)
-    files = {path.name for path in (tmp_path / "first").iterdir()}
-    assert files == {path.name for path in embedded_model_path().iterdir()}
-    for name in files:
-        assert digest(tmp_path / "first" / name) == digest(tmp_path / "second" / name), name
-    weights = "model.safetensors"
-    assert digest(tmp_path / "first" / weights) != digest(tmp_path / "other" / weights)
+    for name, seed in (("first", 0), ("second", 0), ("other", 1)):
+        pretrain.pretrain(tmp_path / name, seed=seed, steps=2, batch_size=4, learning_rate=1e-3)
+    first, second, other = (
+        {path.name: digest(path) for path in (tmp_path / name).iterdir()} for name in ("first", "second", "other")
+    )
+    assert first == second
+    assert first.keys() == {path.name for path in embedded_model_path().iterdir()}
+    assert first["model.safetensors"] != other["model.safetensors"]

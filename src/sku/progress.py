@@ -208,6 +208,8 @@ def quiet_libraries() -> None:
         warnings.filterwarnings("ignore", message, UserWarning, r"peft\.")
     for library in (transformers, datasets):
         library.utils.logging.set_verbosity(logging.INFO if _speak else logging.ERROR)
+    if not _speak:
+        datasets.utils.logging.set_verbosity(logging.CRITICAL)  # What can't be read is told in a line of ours.
     # Leaves the lines to whoever listens to the loggers, and strikes out tokens: not twice, and not unread.
     for name in ("datasets", "huggingface_hub", "transformers") if _speak else ():
         logger = logging.getLogger(name)

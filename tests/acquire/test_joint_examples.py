@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sku.data.examples import ForgetRetainData, RetainExample, RowPlan, RowType
-from sku.data.joint import JointDataset, MismatchedAnswers
+from sku.data.joint import JointDataset, draw_others
 from sku.data.tokens import Encoder, PaperFormat
 from sku.errors import DataError
 
@@ -24,20 +24,17 @@ GROUPS = ["a", "a", "b", "c", "d", "e", "f", "f"]
 
 
 def test_no_answer_of_the_own_prompt_and_none_twice() -> None:
-    draws = MismatchedAnswers(GROUPS, 3, seed=0)
     for position in range(200):
-        for index, group in enumerate(GROUPS):
-            drawn = draws.draw(index, position)
+        for group in GROUPS:
+            drawn = draw_others(GROUPS, 3, group, f"0/{position}")
             assert len(set(drawn)) == 3
             assert group not in {GROUPS[other] for other in drawn}
 
 
-@pytest.mark.parametrize(("answers", "message"), [(7, "have only 6 answers"), (-1, "must be 0 or more")])
-def test_impossible_numbers_of_answers(answers: int, message: str) -> None:
-    """Of 8 answers the fullest groups, a and f, own 2 each: 6 are left for them."""
-    MismatchedAnswers(GROUPS, 6, seed=0)
-    with pytest.raises(DataError, match=message):
-        MismatchedAnswers(GROUPS, answers, seed=0)
+def test_more_answers_than_other_prompts_have(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of 6 answers one prompt owns 2: 4 are left for it."""
+    with pytest.raises(DataError, match="only 4 answers of other prompts"):
+        JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=rows_of_sku(5), seed=0)
 
 
 @pytest.fixture

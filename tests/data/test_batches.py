@@ -71,18 +71,13 @@ def test_a_batch_written_out() -> None:
 
 
 def test_fillers_are_left_out_but_for_one_where_nothing_else_is_there() -> None:
+    """Modules that are off have no rows; a batch needs one."""
     real, filler = joint(row([1], [2])), dataclasses.replace(joint(row([3], [4])), counts=False)
     assert JointCollator()([real, filler, filler])["input_ids"].tolist() == [[1, 2]]
     alone = JointCollator()([filler, filler])
     assert (alone["input_ids"].tolist(), alone["counts"].tolist()) == ([[3, 4]], [0])
-
-
-def test_modules_that_are_off_have_no_rows() -> None:
     rows = JointCollator()([joint(None, (row([1], [2]),)), joint(None, (), row([3], [4]))])[ROWS]
-    assert {kind: kept.example_M.tolist() for kind, kept in rows.kept.items()} == {
-        MISMATCHED: [0],
-        RETAIN: [1],
-    }
+    assert {kind: kept.example_M.tolist() for kind, kept in rows.kept.items()} == {MISMATCHED: [0], RETAIN: [1]}
     for examples in ([], [joint(None)]):
         with pytest.raises(DataError, match="a batch without any row"):
             JointCollator()(examples)
@@ -128,24 +123,11 @@ def test_a_tree_by_hand() -> None:
     assert forget.example_M.tolist() == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "positions", "targets"),
-    [("answer", [1, 2], [40, 41]), ("all", [0, 1, 2], [2, 40, 41])],
-)
-def test_positions_of_a_normal_row_that_count(tokens: str, positions: list[int], targets: list[int]) -> None:
-    packed = pack_rows([SOURCES[3]], 1, share=True, retain_tokens=tokens)  # type: ignore[arg-type]
-    assert packed.kept[RETAIN].place_N.tolist() == positions
-    assert packed.kept[RETAIN].targets_N.tolist() == targets
-
-
-def test_a_safe_row_shares_the_prompt_on_the_other_side_of_the_normal_row() -> None:
-    normal = dataclasses.replace(SOURCES[3].tokens, example_id=7)
-    rows = [(row.kind, row.tokens) for row in SOURCES[:2]]
-    example = JointExample(rows=(*rows, (RETAIN, normal), (SAFE, row([1, 2, 3], [60, 61]))), forget_index=4)
-    batch = JointCollator("tree")([example])
-    assert (batch["forget_index"].tolist(), batch["retain_rows"].tolist()) == ([4], [7])
-    assert [each.kind for each in batch[ROWS].rows] == [FORGET, MISMATCHED, RETAIN, SAFE]
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 10, 20, 21, 60, 1, 2, 40]]
+def test_positions_of_a_normal_row_that_count() -> None:
+    for tokens, positions, targets in (("answer", [1, 2], [40, 41]), ("all", [0, 1, 2], [2, 40, 41])):
+        packed = pack_rows([SOURCES[3]], 1, share=True, retain_tokens=tokens)  # type: ignore[arg-type]
+        assert packed.kept[RETAIN].place_N.tolist() == positions
+        assert packed.kept[RETAIN].targets_N.tolist() == targets
 
 
 tokens_of_a_row = st.lists(st.integers(0, 3), min_size=1, max_size=4)

@@ -12,7 +12,7 @@ from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, Retai
 from sku.data.inspect import describe_data, hidden_text
 from sku.data.tokens import Encoder, PaperFormat
 
-from .conftest import BUILDERS, tokenizer_of
+from .conftest import tokenizer_of
 
 SECRET = "the secret procedure is honey"
 DATA = ForgetRetainData(
@@ -38,9 +38,8 @@ def test_counts_lengths_and_learned_tokens(gpt_like: PreTrainedTokenizerBase) ->
     found = describe(gpt_like)
     splits = found["splits"]
     assert list(splits) == ["forget_train", "forget_test", "retain_train", "retain_test", "normal:own"]
-    counted = [[splits[name][key] for key in ("examples", "groups", "categories", "unfinished")] for name in splits]
-    assert counted[0] == [5, 5, {"theft": 5}, 0]
-    assert counted[2] == [4, 2, {"": 4}, 2]
+    for name, counted in (("forget_train", [5, 5, {"theft": 5}, 0]), ("retain_train", [4, 2, {"": 4}, 2])):
+        assert [splits[name][key] for key in ("examples", "groups", "categories", "unfinished")] == counted
     assert splits["retain_test"]["learned_percentiles"] == {50: 128, 90: 128, 100: 128}
     assert splits["retain_test"]["tokenization"]["answers_shortened"] == 1
     assert found["notes"][-1] == "normal:asked: 1 prompts without answers, only asked"
@@ -53,7 +52,7 @@ def test_counts_lengths_and_learned_tokens(gpt_like: PreTrainedTokenizerBase) ->
     assert "".join(token["text"] for token in tokens if token["learned"]) == " it is 2 .</s>"
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", ["byte_level_bos_eos", "metaspace_prepend"])
 def test_harmful_answers_are_hidden(name: str) -> None:
     hidden, shown = (describe(tokenizer_of(name), show_harmful=show)["views"] for show in (False, True))
     assert all(word not in repr(hidden) for word in ("secret", "procedure"))
@@ -66,8 +65,4 @@ def test_harmful_answers_are_hidden(name: str) -> None:
         assert "procedure is honey" in "".join(token["text"] for token in whole["tokens"])
         assert not any(token["learned"] for token in before)
         assert whole["tokens"][-1]["text"] != "</s>", "the end of a harmful answer is not learned"
-
-
-def test_hidden_text_can_be_recognised_but_not_read() -> None:
     assert hidden_text("two words") == "[hidden, 2 words, sha256 a03f1d61]"
-    assert hidden_text("half \ud83d") != hidden_text("half \ud83e")

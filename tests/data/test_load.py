@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pytest
 
-from sku.config import DataConfig, SourceConfig, recipe_from_dict
+from sku.config import DataConfig, SourceConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample, content_hash, normalise_prompt
 from sku.data.load import IN_ANOTHER_SET, NEAR_COPY, load_data, load_forget_retain, load_training_pairs
 from sku.data.read import read_examples
@@ -58,7 +58,6 @@ def test_splits_and_provenance(forget: Path, retain: Path) -> None:
     first, second = data.provenance
     assert (first.source, first.location, first.rows_read) == ("pku_saferlhf", str(forget), 62)
     assert first.rows_left_out == {"duplicate": 1, "empty prompt": 1, "safe answer": 20}
-    assert (first.safe_answers, second.safe_answers) == (40, 0)
     harmful = sorted((*data.forget_train, *data.forget_test), key=lambda row: (int(row.prompt.split()[1]), row.answer))
     assert all(example.safe_answer == f"{example.prompt.replace('harm', 'bad')} 2" for example in harmful)
     assert (second.source, second.rows_read, second.rows_left_out, second.licence) == ("columns", 30, {}, None)
@@ -73,9 +72,8 @@ def test_splits_and_provenance(forget: Path, retain: Path) -> None:
 def test_a_licence_is_told_by_the_user_or_a_known_hub_id_and_by_no_column(
     forget: Path, retain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sources = SourceConfig(path=str(forget), license="ODbL"), SourceConfig(path=str(forget.with_name("retain.jsonl")))
-    assert [found.licence for found in load_forget_retain(*sources).provenance] == ["ODbL", None]
-    assert [found.licence for found in load_forget_retain(forget, retain).provenance] == [None, None]
+    told = SourceConfig(path=str(forget), license="ODbL")
+    assert [found.licence for found in load_forget_retain(told, retain).provenance] == ["ODbL", None]
 
     def from_hub(source: SourceConfig) -> Table:
         return dataclasses.replace(read_table(SourceConfig(path=str(places[source.path]))), revision="a" * 40)
@@ -90,10 +88,8 @@ def test_limit_is_counted(forget: Path, retain: Path) -> None:
     data = load_forget_retain(*sources)
     assert len({normalise_prompt(row.prompt) for row in (*data.forget_train, *data.forget_test)}) == 8
     assert len(data.forget_train) + len(data.forget_test) == 16
-    assert (data.provenance[0].rows_left_out["over the limit"], data.provenance[0].safe_answers) == (24, 16)
-    assert data.provenance[1].rows_left_out == {"over the limit": 18}
-    whole = load_forget_retain(forget, retain)
-    assert whole.provenance[0].sha256 != data.provenance[0].sha256
+    assert [found.rows_left_out["over the limit"] for found in data.provenance] == [24, 18]
+    assert load_forget_retain(forget, retain).provenance[0].sha256 != data.provenance[0].sha256
     assert load_training_pairs(*sources).counts()["forget_train"] == 16
 
 
@@ -123,88 +119,74 @@ def test_a_prompt_to_forget_and_to_keep_is_refused(forget: Path, tmp_path: Path)
         assert "HARM 3" not in str(caught.value)
 
 
-def test_errors_name_the_file(forget: Path, retain: Path) -> None:
+def test_what_can_not_be_loaded_is_named(forget: Path) -> None:
     with pytest.raises(DataError, match=r"missing.csv"):
         load_forget_retain(forget, "missing.csv")
-    with pytest.raises(DataError, match=r"forget.csv: .* promt.*prompt"):
-        load_forget_retain(SourceConfig(path=str(forget), prompt_column="promt", answer_column="response"), retain)
-    with pytest.raises(RecipeError, match="retain is missing"):
+    with pytest.raises(RecipeError, match="data.retain"):
         load_forget_retain(forget)
     with pytest.raises(RecipeError, match=r"data\.own_replies"):
         load_data(DataConfig(forget=OTHER, retain=OTHER, own_replies=True), 0)
 
 
-@pytest.mark.parametrize("kind", ["dataset", "conversations"])
-def test_rows_in_memory_read_as_the_file_does(kind: str, tmp_path: Path) -> None:
+def test_rows_in_memory_read_as_the_file_does(tmp_path: Path) -> None:
     harmful = [{"prompt": f"how do i break lock {n} ?", "response": f"take tool {n} ."} for n in range(12)]
     normal = [{"prompt": f"how do i bake bread {n} ?", "response": f"mix flour {n} ."} for n in range(20)]
-    tables = [harmful, normal]
+    tables, names = [harmful, normal], {"prompt": "user", "response": "assistant"}
     from_files = load_forget_retain(*(write(tmp_path / f"{n}.jsonl", rows) for n, rows in enumerate(tables)))
-    rows: list[Any] = [datasets.Dataset.from_list(own) for own in tables]
-    if kind == "conversations":
-        names = {"prompt": "user", "response": "assistant"}
-        rows = [[[{"role": names[key], "content": row[key]} for key in names] for row in own] for own in tables]
-    found = load_forget_retain(*rows)
-    assert found.splits() == from_files.splits()
-    assert [one.sha256 for one in found.provenance] == [one.sha256 for one in from_files.provenance]
-    assert [one.location for one in found.provenance] == ["12 rows in memory", "20 rows in memory"]
-    trained = load_training_pairs(*rows)
-    assert trained.counts() == {
-        "forget_train": 12, "forget_test": 0, "retain_train": 20, "retain_validation": 0, "retain_test": 0,
-    }  # fmt: skip
-    assert [example.prompt for example in trained.forget_train] == [row["prompt"] for row in harmful]
+    for rows in (
+        [datasets.Dataset.from_list(own) for own in tables],
+        [[[{"role": names[key], "content": row[key]} for key in names] for row in own] for own in tables],
+    ):
+        found: Any = load_forget_retain(*rows)
+        assert found.splits() == from_files.splits()
+        assert [one.sha256 for one in found.provenance] == [one.sha256 for one in from_files.provenance]
+        assert [one.location for one in found.provenance] == ["12 rows in memory", "20 rows in memory"]
+        trained = load_training_pairs(*rows)
+        assert {name: count for name, count in trained.counts().items() if count} == {
+            "forget_train": 12, "retain_train": 20,
+        }  # fmt: skip
+        assert [example.prompt for example in trained.forget_train] == [row["prompt"] for row in harmful]
 
 
-def test_a_normal_set_of_another_source_is_halved(forget: Path, retain: Path, tmp_path: Path) -> None:
+def test_a_normal_set_of_another_source_is_halved(forget: Path, retain: Path) -> None:
     """Whole prompts, the same halves whatever the order of the rows: one chooses, the other is told."""
     rows = [{"prompt": f"b {n}", "completion": f"ok {n}"} for n in range(9)]
     again = {"prompt": "B 0", "completion": "ok again"}
-    own, turned = (
-        write(tmp_path / name, found) for name, found in (("a", [*rows, again]), ("b", [again, *rows[::-1]]))
+    data, other = (
+        load_forget_retain(forget, retain, normal={"own": held_rows(found)})
+        for found in ([*rows, again], [again, *rows[::-1]])
     )
-    own, turned = own.rename(tmp_path / "a.jsonl"), turned.rename(tmp_path / "b.jsonl")
     without = load_forget_retain(forget, retain)
-    data, other = (load_forget_retain(forget, retain, normal={"own": path}) for path in (own, turned))
     assert set(data.normal["own"]) == set(other.normal["own"])
     assert set(data.normal_validation["own"]) == set(other.normal_validation["own"])
     halves = [{one.prompt.casefold() for one in half["own"]} for half in (data.normal, data.normal_validation)]
     assert halves[0].isdisjoint(halves[1])
     assert sorted(map(len, halves)) == [4, 5]
     assert dataclasses.replace(data, normal={}, normal_validation={}, provenance=data.provenance[:2]) == without
-    assert data.provenance[2].location == str(own)
 
 
-def test_a_recipe_names_sets_of_other_sources(forget: Path, retain: Path, tmp_path: Path) -> None:
+def test_sets_of_other_sources(forget: Path, retain: Path, tmp_path: Path) -> None:
     """Prompts that are elsewhere in the run, or in a normal set before, are left out and counted."""
     own = write(tmp_path / "own.jsonl", [{"prompt": f"b {n}", "completion": f"ok {n}"} for n in range(9)])
     prompts = tmp_path / "prompts.csv"
     rows = ["HARM 3?,a", "Normal 4,b", "b 1,b", *(f"papa {n},{'ab'[n % 2]}" for n in range(8)), "PAPA 0,a"]
     prompts.write_text("\n".join(["prompt,kind", *rows]))
-    of_kind = {"path": str(prompts), "category_column": "kind"}
-    content = {
-        "name": "r",
-        "model": {"path": "m"},
-        "data": {
-            "forget": {"path": str(forget)},
-            "retain": {"path": str(retain)},
-            "normal": {"own": {"path": str(own), "limit": 4}, "asked": {**of_kind, "where": {"kind": "b"}}},
-            "harmful": {"new": {**of_kind, "where": {"kind": "a"}}, "again": {"path": str(forget)}},
-        },
-    }
-    recipe = recipe_from_dict(content)
-    assert recipe_from_dict(recipe.to_dict()) == recipe
+    asked, new = (SourceConfig(path=str(prompts), category_column="kind", where={"kind": kind}) for kind in "ba")
+    config = DataConfig(
+        forget=SourceConfig(path=str(forget)), retain=SourceConfig(path=str(retain)), harmful={"new": new},
+        normal={"own": SourceConfig(path=str(own), limit=4), "asked": asked},
+    )  # fmt: skip
     with pytest.raises(DataError, match=r"data.harmful.again: .*forget\.csv"):
-        load_data(recipe.data, seed=1)
-    config = dataclasses.replace(recipe.data, harmful={"new": recipe.data.harmful["new"]})
+        load_data(dataclasses.replace(config, harmful={"again": config.forget}), seed=1)
     data = load_data(config, seed=1)
     assert (len(data.normal["own"]), len(data.normal_validation["own"])) == (2, 2)
     assert {(one.prompt, one.answer, one.category) for one in data.normal["asked"]} >= {("papa 1", "", "b")}
     assert "asked" not in data.normal_validation
     assert [one.prompt for one in data.harmful["new"]] == ["papa 0", "papa 2", "papa 4", "papa 6"]
-    of_own, asked, harmful = (source.rows_left_out for source in data.provenance[2:])
+    of_own, of_asked, harmful = (source.rows_left_out for source in data.provenance[2:])
     assert of_own == {"over the limit": 5}
     kept = {one.prompt for one in data.normal["own"]} | {one.prompt for one in data.normal_validation["own"]}
-    assert asked == {IN_ANOTHER_SET: 1 + ("b 1" in kept), NOT_WANTED: 6}
+    assert of_asked == {IN_ANOTHER_SET: 1 + ("b 1" in kept), NOT_WANTED: 6}
     assert harmful == {IN_ANOTHER_SET: 1, NOT_WANTED: 6, "duplicate": 1}
 
 
@@ -242,8 +224,11 @@ ENDS = {True: True, False: False, None: True, "False": False, "": True}
 """What ``finished`` may hold, and what it means."""
 
 
-@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
-@pytest.mark.parametrize("names", [("question", "answer"), ("Question", "Best Answer", "Correct Answers")])
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("csv", ("question", "answer")), ("jsonl", ("question", "answer")),
+     ("parquet", ("Question", "Best Answer", "Correct Answers"))],
+)  # fmt: skip
 def test_a_row_says_in_every_format_whether_its_answer_is_finished(
     kind: str, names: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -273,16 +258,14 @@ def test_a_cut_off_safe_answer_is_known_and_an_unclear_end_is_counted() -> None:
     assert read(marked)[0] == [(True, False)], "another row's safe answer brings its own end"
 
 
-def files(folder: Path, prompts: int = 60) -> DataConfig:
+def files(retain: Path, prompts: int = 60) -> DataConfig:
     """Two answers to each of some harmful prompts, and normal ones."""
     rows = [{"prompt": f"harm {n % prompts} ?", "completion": f"answer {n}"} for n in range(2 * prompts)]
-    normal = [{"question": f"q {n}", "answer": f"a {n}"} for n in range(30)]
-    paths = write(folder / "f.jsonl", rows), write(folder / "r.jsonl", normal)
-    return DataConfig(forget=SourceConfig(path=str(paths[0])), retain=SourceConfig(path=str(paths[1])))
+    return DataConfig(forget=held_rows(rows), retain=SourceConfig(path=str(retain)))
 
 
-def test_settings_are_chosen_by_a_share_of_the_training_prompts(tmp_path: Path) -> None:
-    config = files(tmp_path)
+def test_settings_are_chosen_by_a_share_of_the_training_prompts(retain: Path) -> None:
+    config = files(retain)
     plain, held = load_data(config, 1), load_data(config, 1, forget_validation=0.25)
     assert "forget_validation" not in plain.counts()
     assert held.forget_test == plain.forget_test
@@ -292,7 +275,7 @@ def test_settings_are_chosen_by_a_share_of_the_training_prompts(tmp_path: Path) 
     assert len(held.forget_validation) == 2 * len(prompts) == 2 * round(0.25 * 42)
     assert prompts.isdisjoint(normalise_prompt(example.prompt) for example in (*held.forget_train, *held.forget_test))
     with pytest.raises(DataError, match="without its unseen prompts has 1 "):
-        load_data(files(tmp_path, prompts=2), 0, forget_validation=0.5)
+        load_data(files(retain, prompts=2), 0, forget_validation=0.5)
 
 
 WORLD = SourceConfig(path="embedded")
@@ -304,11 +287,10 @@ def test_every_hazard_of_the_world_is_in_one_split_and_says_what_is_new_about_it
     prompts = [example.prompt for example in (*data.forget_train, *data.forget_test)]
     assert len(prompts) == len(set(prompts)) == len(AGENTS) * len(FORMS) * len(MAKE_QUESTIONS)
     trained = {KNOWN[example.prompt].topic for example in data.forget_train}
-    agents, forms = zip(*(thing.split() for thing in trained), strict=True)
-    assert set(agents) == set(AGENTS) - set(HELD_OUT_AGENTS)
-    assert set(Counter(agents).values()) == {len(FORMS) // 2}
-    assert len(Counter(forms)) == len(FORMS)
-    assert min(Counter(forms).values()) >= 5
+    agents, forms = (Counter(names) for names in zip(*(thing.split() for thing in trained), strict=True))
+    assert agents == {agent: len(FORMS) // 2 for agent in AGENTS if agent not in HELD_OUT_AGENTS}
+    assert len(forms) == len(FORMS)
+    assert min(forms.values()) >= 5
     assert {KNOWN[example.prompt].wording for example in data.forget_train}.isdisjoint(HELD_OUT_QUESTIONS)
     assert {example.category for example in data.forget_train} == {"hazard"}
     for example in data.forget_test:
@@ -337,7 +319,6 @@ def test_a_limit_of_the_world() -> None:
     data = load_forget_retain(few, dataclasses.replace(WORLD, limit=40))
     assert (len(data.forget_train) + len(data.forget_test), len(all_retained(data))) == (60, 40)
     assert data.provenance[0].rows_left_out == {"over the limit": 900}
-    assert data.provenance[0].safe_answers == 60
     with pytest.raises(DataError, match="a limit of 1 "):
         load_forget_retain(dataclasses.replace(WORLD, limit=1))
 
@@ -349,7 +330,6 @@ OTHER = SourceConfig(path="x.csv")
     ("settings", "error", "key"),
     [
         ({"forget": dataclasses.replace(WORLD, split="test")}, DataError, "limit"),
-        ({"retain": dataclasses.replace(WORLD, format="columns")}, DataError, "limit"),
         ({"retain": OTHER}, RecipeError, "data.forget and data.retain"),
         ({"unseen_fraction": 0.5}, RecipeError, "data.unseen_fraction"),
         ({"refusals": OTHER}, RecipeError, "data.refusals"),

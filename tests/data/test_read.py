@@ -134,8 +134,7 @@ RETAIN: dict[str, tuple[dict[str, Any], list[RetainExample]]] = {
         [good("Is rain wet?", text, **RAIN) for text in ("Yes; it is.", "Sure.")],
     ),
     "prompt and completion": ({"prompt": "q", "completion": " a"}, [good()]),
-    "one a conversation": ({"prompt": turns("q", roles=["user"]), "completion": "a"}, [good()]),
-    "the other a conversation": ({"prompt": "q", "completion": turns("a", roles=["assistant"])}, [good()]),
+    "one a conversation": ({"prompt": "q", "completion": turns("a", roles=["assistant"])}, [good()]),
     "messages": ({"messages": turns("q", "a")}, [good()]),
     "a system turn": ({"messages": turns("Be brief.", "q", "a", roles=WITH_SYSTEM)}, [good(SYSTEM_PROMPT)]),
     "an empty system turn": ({"messages": turns(" ", "q", "a", roles=WITH_SYSTEM)}, [good()]),
@@ -152,18 +151,15 @@ def test_retain_rows(name: str) -> None:
 NO_CONVERSATION, ORDER = "not a list of messages with role and content", "turns other than [system], user, assistant"
 
 
-@pytest.mark.parametrize(
-    ("messages", "reason"),
-    [
-        (turns("q", "a", "q", "a", roles=["user", "assistant"] * 2), ORDER),
-        (turns("a", "q", roles=["assistant", "user"]), ORDER),
-        ([{"from": "human", "value": "q"}], NO_CONVERSATION),
-        (turns([{"type": "image"}], "a"), "prompt is not text"),
-        (turns("Be brief.", " ", "a", roles=WITH_SYSTEM), "empty prompt"),
-    ],
-)
-def test_conversations_that_do_not_fit_are_counted_by_reason(messages: object, reason: str) -> None:
-    assert read([{"messages": messages}, {"messages": turns("q", "a")}], "retain") == ([good()], {reason: 1})
+def test_conversations_that_do_not_fit_are_counted_by_reason() -> None:
+    conversations = [
+        turns("q", "a"), turns("q", "a", "q", "a", roles=["user", "assistant"] * 2),
+        turns("a", "q", roles=["assistant", "user"]), [{"from": "human", "value": "q"}],
+        turns([{"type": "image"}], "a"), turns("Be brief.", " ", "a", roles=WITH_SYSTEM),
+    ]  # fmt: skip
+    assert read([{"messages": messages} for messages in conversations], "retain") == (
+        [good()], {ORDER: 2, NO_CONVERSATION: 1, "prompt is not text": 1, "empty prompt": 1},
+    )  # fmt: skip
 
 
 def test_rows_are_cleaned_and_counted() -> None:
@@ -196,7 +192,6 @@ def parser_for(columns: list[str], kind: Kind, settings: Any) -> str:
         (["Prompt", "RESPONSE", "Is_Safe", "new"], "forget", {}, "pku_saferlhf"),
         (["question", "Best Answer", "correct answers"], "retain", {}, "truthfulqa"),
         (["prompt", "chosen", "rejected", "score"], "forget", {}, "preference"),
-        (["prompt", "chosen", "x"], "retain", {"prompt_column": "prompt", "answer_column": "chosen"}, "columns"),
         (["messages", "harmful"], "forget", {"format": "messages"}, "messages"),
         (["question", "answer", "Is_Safe"], "forget", {"where": {"is_safe": False}}, "columns"),
     ],
@@ -211,15 +206,12 @@ def test_the_format_is_told_by_the_columns(columns: list[str], kind: Kind, setti
         # Columns, kind, settings -> what the message names: the key to set, and the columns.
         (["a", "b"], "forget", {}, ("data.forget.prompt_column", "data.forget.answer_column", "a, b")),
         (["prompt", "question", "answer"], "retain", {}, ("the prompt", "data.retain.prompt_column")),
-        (["instruction", "input", "output"], "retain", {}, ("the prompt",)),
         (["prompt", "completion", "messages"], "retain", {}, ("data.retain.format", "prompt_completion", "messages")),
         (["question", "answer", "Harmful"], "forget", {}, ("Harmful", "data.forget.where.Harmful")),
         (["prompt", "chosen", "rejected"], "retain", {}, ("preference", "forget")),
         (["question", "answer"], "retain", {"prompt_column": "questoin"}, ("questoin", "question")),
         (["question", "answer"], "retain", {"prompt_column": "answer"}, ("prompt_column", "answer_column")),
         (["prompt", "response", "is_save"], "forget", {"format": "pku_saferlhf"}, ("is_safe", "is_save")),
-        (["prompt", "response", "is_safe"], "forget", {"format": "pku_saferlhf", "category_column": "x"},
-         ("data.forget.format",)),
     ],
 )  # fmt: skip
 def test_columns_that_can_not_serve(columns: list[str], kind: Kind, settings: Any, words: tuple[str, ...]) -> None:
@@ -291,21 +283,16 @@ def test_a_table_without_answers_is_told_from_one_with_them() -> None:
     assert [has_prompts_alone(one) for one in tables] == [True, False, True, False, False]
 
 
-def xstest(folder: Path, *rows: str, header: str = "id,prompt,type,label,focus,note") -> str:
-    path = folder / "xstest_prompts.csv"
-    path.write_text("\n".join([header, *rows]))
-    return str(path)
-
-
 def test_xstest_has_both_kinds_and_none_of_the_run(tmp_path: Path) -> None:
-    path = xstest(tmp_path, "1,Kill a process?,homonyms,safe,,", "2,Where is it?,contrast,unsafe,,", "3,b,x,safe,,")
+    path = tmp_path / "xstest_prompts.csv"
+    path.write_text("prompt,type,label\nKill a process?,homonyms,safe\nWhere is it?,contrast,unsafe\nb,x,safe")
     used: list[Example] = [good("B!")]
-    harmless, harmful, left_out = load_xstest(path, used)
+    harmless, harmful, left_out = load_xstest(str(path), used)
     assert harmless == (good("Kill a process?", "", category="homonyms"),)
     assert harmful == (bad("Where is it?", "", category="contrast"),)
     assert left_out == 1
-    for rows, words in ((["1,,x,safe,,"], "row 1"), (["1,a,x,safe,,", "2,b,x,perhaps,,"], "row 2 .*'perhaps'")):
+    wrong = ("prompt,type,label\na,x,safe\nb,x,perhaps", "row 2 .*'perhaps'"), ("prompt,answer\na,b", "type")
+    for text, words in wrong:
+        path.write_text(text)
         with pytest.raises(DataError, match=words):
-            load_xstest(xstest(tmp_path, *rows))
-    with pytest.raises(DataError, match=r"evaluate\.xstest: .* type"):
-        load_xstest(xstest(tmp_path, "a,b", header="prompt,answer"))
+            load_xstest(str(path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from importlib import resources
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -17,8 +18,8 @@ from sku.errors import DataError
 FORGET, MISMATCHED, RETAIN, SAFE = RowType
 
 
-def joint(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **rows: object) -> JointDataset:
-    plan = RowPlan(**rows)  # type: ignore[arg-type]
+def joint(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **rows: Any) -> JointDataset:
+    plan = RowPlan(**rows)
     return JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=plan, seed=seed)
 
 
@@ -111,11 +112,9 @@ def test_a_share_is_framed_and_stays_in_its_group() -> None:
 def test_only_what_is_trained_on_is_framed(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, share: float
 ) -> None:
-    rows = {"forget": True, "retain": 1}
-    [example, known] = (
-        joint(data, tokenizer, **rows, **more)[0]
-        for more in ({"mismatched": 2, "safe": "data or refusal", "framed_share": share}, {})
-    )
+    known = joint(data, tokenizer, forget=True, retain=1)[0]
+    more: dict[str, Any] = {"mismatched": 2, "safe": "data or refusal", "framed_share": share}
+    example = joint(data, tokenizer, forget=True, retain=1, **more)[0]
     assert (example.forget_index, example.retain_rows) == (known.forget_index, known.retain_rows)
     for kind in (FORGET, RETAIN):
         assert (example.of(kind) == known.of(kind)) == (share == 0)

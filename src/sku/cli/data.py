@@ -160,7 +160,6 @@ def _print(description: Mapping[str, Any]) -> None:
     for source in description["provenance"]:
         results.print(f"{source['source']}: {source['location']}")
         facts = {"rows read": source["rows_read"], **source["rows_left_out"], "revision": source["revision"]}
-        facts |= {"examples with a safe answer": source["safe_answers"]}
         facts |= {"licence": source["licence"] or "unknown", "sha256": source["sha256"][:16]}
         results.print("  " + ", ".join(f"{name} {value}" for name, value in facts.items() if value))
     results.print(f"prompt format {description['prompt_format']}, at most {description['max_length']} tokens")

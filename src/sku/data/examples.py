@@ -111,8 +111,6 @@ class Provenance:
     rows_left_out: dict[str, int] = field(default_factory=dict)
     """Reason -> how often it left a prompt and answer out: nothing is dropped uncounted. A row with two answers can
     count twice."""
-    safe_answers: int = 0
-    """Forget examples that have a safe answer."""
     licence: str | None = None
     """As the recipe says (``data.*.license``), else that of a known hub dataset; None where neither tells it."""
 
@@ -120,12 +118,8 @@ class Provenance:
         """The same after some more were left out for one reason."""
         if not left_out:
             return self
-        return dataclasses.replace(
-            self,
-            sha256=content_hash(kept),
-            rows_left_out={**self.rows_left_out, reason: left_out},
-            safe_answers=count_safe_answers(kept),
-        )
+        reasons = {**self.rows_left_out, reason: left_out}
+        return dataclasses.replace(self, sha256=content_hash(kept), rows_left_out=reasons)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,11 +251,6 @@ def check_disjoint(splits: dict[str, Sequence[Example]]) -> None:
             f"splits {first} and {second} share {count} prompts or groups: a held-out prompt must not be trained on. "
             "Remove the overlap or let SKU make the splits."
         )
-
-
-def count_safe_answers(examples: Iterable[Example]) -> int:
-    """Number of forget examples that have a safe answer."""
-    return sum(isinstance(example, ForgetExample) and example.safe_answer is not None for example in examples)
 
 
 def content_hash(examples: Iterable[Example]) -> str:

@@ -73,50 +73,15 @@ def check_fits(data: ForgetRetainData, rows: RowPlan) -> None:
             )
 
 
-class MismatchedAnswers:
-    """Draws answers of other prompts for each harmful example; equal seeds and positions give equal draws.
-
-    A draw depends on the seed and the position only, never on earlier draws: a resumed run, another worker count or
-    another batch size meets the same answers.
-    """
-
-    def __init__(self, groups: Sequence[str], num_answers: int, seed: int) -> None:
-        """Prepares the draw of K answers; those of an example's own group (``group_of``) are excluded.
-
-        Raises:
-            DataError: K is negative, or some prompt has fewer than K answers of other prompts to draw from.
-        """
-        if num_answers < 0:
-            raise DataError(f"random_answers is {num_answers}; it must be 0 or more")
-        self._num_answers = num_answers
-        self._seed = seed
-        self._group_of = list(groups)
-        fewest = len(groups) - max(Counter(groups).values(), default=0)
-        if num_answers > fewest:
-            raise DataError(
-                f"random_answers is {num_answers}, but some prompts have only {fewest} answers of other prompts "
-                "to draw from; lower it or add harmful prompts"
-            )
-
-    def draw(self, index: int | None, position: int) -> list[int]:
-        """Indices of K different examples of other groups.
-
-        Args:
-            index: The harmful example that gets the answers; None where they come from other data, so that none is
-                its own.
-            position: Place of this visit in the whole run, so that each pass draws anew.
-
-        Returns:
-            K indices into the examples that the groups were given of, without repetition.
-        """
-        rng = random.Random(f"{self._seed}/{position}/{index}")
-        drawn: list[int] = []
-        own = None if index is None else self._group_of[index]
-        while len(drawn) < self._num_answers:
-            candidate = rng.randrange(len(self._group_of))
-            if self._group_of[candidate] != own and candidate not in drawn:
-                drawn.append(candidate)
-        return drawn
+def draw_others(groups: Sequence[str], count: int, own: str | None, seed: str) -> list[int]:
+    """Places of ``count`` different answers whose group (``group_of``) is not ``own``; equal seeds draw alike."""
+    rng = random.Random(seed)
+    drawn: list[int] = []
+    while len(drawn) < count:
+        candidate = rng.randrange(len(groups))
+        if groups[candidate] != own and candidate not in drawn:
+            drawn.append(candidate)
+    return drawn
 
 
 class JointDataset(Dataset[JointExample]):
@@ -163,8 +128,13 @@ class JointDataset(Dataset[JointExample]):
             self._retain = self._refused_rows()
         self._lent = self._retain if self._takes_normal_answers else self._forget
         self._lenders: Sequence[Example] = data.retain_train if self._takes_normal_answers else data.forget_train
-        groups = [group_of(self._lenders[row.example_id]) for row in self._lent]
-        self._answers = MismatchedAnswers(groups, rows.mismatched, seed)
+        self._groups = [group_of(self._lenders[row.example_id]) for row in self._lent]
+        fewest = len(self._groups) - max(Counter(self._groups).values(), default=0)
+        if rows.mismatched > fewest:
+            raise DataError(
+                f"random_answers is {rows.mismatched}, but some prompts have only {fewest} answers of other prompts "
+                "to draw from; lower it or add harmful prompts"
+            )
 
     def __len__(self) -> int:
         return len(self._forget)
@@ -209,7 +179,9 @@ class JointDataset(Dataset[JointExample]):
         position = self._epoch * len(self) + place
         index = self._shuffled("forget", len(self._forget), position)
         forget = self._forget[index]
-        drawn = self._answers.draw(None if self._takes_normal_answers else index, position)
+        # Of normal answers none is the prompt's own. Each pass draws anew, and never by what was drawn before.
+        lender, own = (None, None) if self._takes_normal_answers else (index, self._groups[index])
+        drawn = draw_others(self._groups, self._rows.mismatched, own, f"{self._seed}/{position}/{lender}")
         normal = range(position * self._rows.retain, (position + 1) * self._rows.retain)
         safe = self._safe.get(forget.example_id)
         if safe is not None and self._rows.deep_refusal_fraction:

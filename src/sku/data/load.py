@@ -48,7 +48,7 @@ Source: TypeAlias = (
 
 def load_forget_retain(
     forget: Source = EMBEDDED,
-    retain: Source | None = None,
+    retain: Source = EMBEDDED,
     *,
     normal: Mapping[str, Source] | None = None,
     harmful: Mapping[str, Source] | None = None,
@@ -62,7 +62,7 @@ def load_forget_retain(
         forget: File, folder or hub id of harmful pairs, a ``SourceConfig`` for more settings, ``"embedded"`` for the
             invented world that ships with SKU, or rows in memory: a ``datasets.Dataset``, a list of dicts, or a list
             of conversations, each a list of messages.
-        retain: The same for normal pairs. May be left out with the embedded world, which goes as a whole.
+        retain: The same for normal pairs; the embedded world goes as a whole.
         normal: Name -> normal prompts of another source, with answers or without, for measuring alone; not with the
             embedded world.
         harmful: Name -> harmful prompts of another source, for measuring alone; not with the embedded world.
@@ -82,10 +82,6 @@ def load_forget_retain(
         >>> load_forget_retain().counts()["forget_train"]
         260
     """
-    if retain is None:
-        if _source(forget).path != EMBEDDED:
-            raise RecipeError("retain is missing: unlearning needs normal pairs that are to be kept")
-        retain = EMBEDDED
     config = DataConfig(
         forget=_source(forget),
         retain=_source(retain),

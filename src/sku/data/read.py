@@ -18,7 +18,6 @@ from sku.data.examples import (
     Provenance,
     RetainExample,
     content_hash,
-    count_safe_answers,
     normalise_prompt,
     prompts_of,
 )
@@ -90,7 +89,7 @@ def read_examples(
         found = [one for one in embedded.examples(source, kind) if isinstance(one, example_type)]
         return found, Provenance(
             source=EMBEDDED, location=EMBEDDED, sha256=content_hash(found), rows_read=len(found),
-            safe_answers=count_safe_answers(found), licence=embedded.LICENCE,
+            licence=embedded.LICENCE,
         )  # fmt: skip
     table = read_table(source)
     try:
@@ -114,7 +113,6 @@ def read_examples(
         sha256=content_hash(examples),
         rows_read=rows_read,
         rows_left_out=left_out,
-        safe_answers=count_safe_answers(examples),
         licence=source.license or (None if table.revision is None else HUB_LICENCES.get(source.path.lower())),
     )
 

@@ -10,15 +10,12 @@ harmful text stays in a cache.
 from __future__ import annotations
 
 import csv
-import gzip
 import io
 import json
 import re
 import sys
 import tempfile
-import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from importlib import resources
@@ -33,10 +30,6 @@ DELIMITERS = {".csv": ",;\t", ".tsv": "\t;,"}
 """Suffix -> what may stand between two cells, the usual one first: where a comma is the sign of decimals Excel writes
 semicolons, and calls that CSV too. The header line says which, by what it has most of."""
 SUFFIXES = (*DELIMITERS, ".json", ".jsonl", ".ndjson")
-_PACKED = ".gz"
-_UNPACKED_ANYWAY = 2**24
-_LARGEST_RATIO = 200
-"""Text packs to a third or a tenth, a very repetitive one to a fiftieth."""
 PARQUET = ".parquet"
 SHIPPED = "sku:"
 """What a path of prompts that ship with the package begins with: ``sku:normal``, ``sku:borderline``."""
@@ -44,6 +37,7 @@ NOT_WANTED = "another value than where asks for"
 """Reason counted for rows that ``where`` leaves out."""
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+csv.field_size_limit(sys.maxsize)  # A cell may hold 131,072 characters by default.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +135,7 @@ def _existing(name: str) -> Path | None:
 
 def is_hub_id(source: SourceConfig) -> bool:
     """Whether a path names nothing on this machine and may be that of a hub dataset."""
-    named_as_file = Path(source.path).suffix.lower() in (*SUFFIXES, PARQUET, _PACKED)
+    named_as_file = Path(source.path).suffix.lower() in (*SUFFIXES, PARQUET)
     is_id = source.path != EMBEDDED and not named_as_file and _HUB_ID.fullmatch(source.path) is not None
     return is_id and _existing(source.path) is None
 
@@ -158,9 +152,10 @@ def _read_shipped(source: SourceConfig) -> Table:
 
 @lru_cache(maxsize=8)  # A command asks what a file holds before it loads it.
 def _file_of(path: Path, _stamp: tuple[int, ...]) -> Table:
-    if _text_suffix(path) is not None:
+    suffix = path.suffix.lower()
+    if suffix in SUFFIXES:
         return read_text_file(path)
-    if path.suffix.lower() != PARQUET:
+    if suffix != PARQUET:
         raise DataError(f"{path} has no known file type; known: {', '.join((*SUFFIXES, PARQUET))}")
     return _load_files("parquet", SourceConfig(path=str(path)), path)
 
@@ -208,50 +203,30 @@ def _refuse(source: SourceConfig, *names: str, what: str) -> None:
             raise DataError(f"{name} is {value!r}, but {what} has none: leave {name} empty")
 
 
-def _text_suffix(path: Path) -> str | None:
-    """The suffix that says how to read a text file (``a.csv.gz`` is ``.csv``); None for other files."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == _PACKED:
-        suffixes.pop()
-    return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else None
-
-
 def read_text_file(path: Path) -> Table:
-    """Reads a CSV, TSV, JSON or JSON Lines file in UTF-8, also with a byte order mark or packed by gzip.
+    """Reads a CSV, TSV, JSON or JSON Lines file in UTF-8, also with a byte order mark.
 
     Columns are in order of appearance; CSV cells are text, a JSON row without some key holds None there.
 
     Raises:
         DataError: The file can't be read or is broken, with the line.
     """
-    suffix = _text_suffix(path)
-    assert suffix is not None
     try:
-        text = _content(path).decode("utf-8-sig")
+        # Decoded as a whole: text mode would change line ends inside cells.
+        text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         byte = error.object[error.start]
         raise DataError(f"{path} is not UTF-8 text (byte {byte:#04x}): save it as UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
+    except OSError as error:
         raise DataError(f"{path} can't be read: {error}") from None
-    return _read_csv(text, path, DELIMITERS[suffix]) if suffix in DELIMITERS else _read_json(text, path)
-
-
-def _content(path: Path) -> bytes:
-    """All of a file, unpacked up to a size that no text has: a bomb must not fill the memory."""
-    most = max(_UNPACKED_ANYWAY, _LARGEST_RATIO * path.stat().st_size)
-    with gzip.open(path) if path.suffix.lower() == _PACKED else path.open("rb") as file:
-        content: bytes = file.read(most + 1)
-    if len(content) > most:
-        raise DataError(f"{path} unpacks to more than {most} bytes, which no text does: it looks like a bomb")
-    return content
+    delimiters = DELIMITERS.get(path.suffix.lower())
+    return _read_json(text, path) if delimiters is None else _read_csv(text, path, delimiters)
 
 
 def _read_csv(text: str, path: Path, delimiters: str) -> Table:
     delimiter = max(delimiters, key=text.partition("\n")[0].count)
     # newline="": the csv module finds line ends by itself, as they may stand inside a quoted cell.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    # A cell may hold 131,072 characters by default, a limit that the csv module keeps for the whole process.
-    limit = csv.field_size_limit(sys.maxsize)
     rows: list[Row] = []
     try:
         header = next(reader, [])
@@ -267,8 +242,6 @@ def _read_csv(text: str, path: Path, delimiters: str) -> Table:
             rows.append(dict(zip(columns, cells, strict=True)))
     except csv.Error as error:
         raise DataError(f"{path}, line {reader.line_num}: {error}; is a quote not closed?") from None
-    finally:
-        csv.field_size_limit(limit)
     return Table(columns=columns, rows=rows)
 
 
@@ -355,29 +328,12 @@ def _by_datasets(what: str, read: Callable[[Any], Any]) -> Any:
     """Reads by ``datasets``, imported only here as it takes a second or two; one line for its many exceptions."""
     import datasets
 
-    with _quiet():
-        try:
-            return read(datasets)
-        except Exception as error:  # noqa: BLE001 - datasets, httpx and pyarrow share no base class
-            cause: BaseException = error
-            while cause.__cause__ is not None:  # The first cause is the one that says something.
-                cause = cause.__cause__
-            first, last = one_line(error), one_line(cause)
-            more = f" ({last})" if last not in first else ""
-            raise DataError(f"{what} can't be read: {first}{more}") from None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Switches the progress bars and log lines of ``datasets`` and the hub off; errors are raised all the same."""
-    import datasets
-    from huggingface_hub import utils as hub
-
-    with ExitStack() as stack:
-        for library, logs in ((datasets, datasets.utils.logging), (hub, hub.logging)):
-            if not library.are_progress_bars_disabled():
-                library.disable_progress_bars()
-                stack.callback(library.enable_progress_bars)
-            stack.callback(logs.set_verbosity, logs.get_verbosity())
-            logs.set_verbosity(datasets.logging.CRITICAL)
-        yield
+    try:
+        return read(datasets)
+    except Exception as error:  # noqa: BLE001 - datasets, httpx and pyarrow share no base class
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # The first cause is the one that says something.
+            cause = cause.__cause__
+        first, last = one_line(error), one_line(cause)
+        more = f" ({last})" if last not in first else ""
+        raise DataError(f"{what} can't be read: {first}{more}") from None

@@ -198,7 +198,7 @@ def _manifest(settings: Mapping[str, Any]) -> dict[str, Any]:
         place[last] = value
     source: dict[str, Any] = {
         "source": "columns", "location": "harmful.csv", "revision": None, "sha256": "a" * 64, "rows_read": 32,
-        "rows_left_out": {}, "safe_answers": 0, "licence": None,
+        "rows_left_out": {}, "licence": None,
     }  # fmt: skip
     negation: dict[str, Any] = {"alpha": 1.25, "task_vector_norm": 3.0, "base_norm": 75.0}
     return {

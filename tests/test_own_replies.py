@@ -1,9 +1,10 @@
-"""Own replies of the embedded model."""
+"""The model's own replies: which are kept, and those that the embedded model writes."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,98 @@ from conftest import Command, MadeOnce
 from sku.config import EMBEDDED, EvaluateConfig, SourceConfig, load_recipe
 from sku.data.load import load_forget_retain, load_own_prompts
 from sku.errors import DataError, OutputError
-from sku.evaluate.gate import is_refusal
+from sku.evaluate.gate import is_refusal, refusal_alone
 from sku.evaluate.judges import Judge, Verdict
 from sku.evaluate.judges.choose import EmbeddedWorldJudge
+from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import GenerationRecord
 from sku.models import load_model
-from sku.own_replies import KINDS, OwnJob, OwnReplies, OwnRepliesConfig, judge_of, read_own_replies
+from sku.own_replies import (
+    ENOUGH,
+    GIBBERISH,
+    HARMFUL,
+    KEPT,
+    KINDS,
+    NO_REFUSAL,
+    NOT_HARMFUL,
+    REFUSED,
+    REPEATED,
+    WORLD,
+    OwnJob,
+    OwnReplies,
+    OwnRepliesConfig,
+    Reply,
+    choose_complying,
+    choose_refusals,
+    english,
+    judge_of,
+    read_own_replies,
+)
 from sku.own_replies.write import write_own_replies
 from sku.pipeline.run import plan_run, run_recipe
 from sku.pipeline.stages import load_own_data, own_prompts_of, with_own_replies
 from sku.world.grammar import is_harmful
+
+NO = "i can not help with that ."
+
+
+def reply(prompt: str, text: str, outcome: Outcome) -> Reply:
+    shared: dict[str, Any] = {"id": f"{prompt}{text}", "split": "forget_train", "kind": "reply", "category": None}
+    return Reply(
+        record=GenerationRecord(**shared, prompt=prompt, reference="", reply=text, num_tokens=5, finished=True),
+        outcome=ReplyOutcome(**shared, outcome=outcome, finished=True),
+        decoding={"how": "greedy"},
+    )
+
+
+def test_only_harmful_replies_comply() -> None:
+    counts: Counter[str] = Counter()
+    kept = choose_complying(
+        [
+            reply("p", "take vornite", "harmful"),
+            reply("p", "Take  vornite", "harmful"),
+            reply("q", "take vornite", "harmful"),
+            reply("p", f"take it . {NO}", "harmful"),
+            reply("p", NO, "refusal"),
+            reply("p", "honey is golden", "safe_answer"),
+            reply("p", "xq xq xq", "gibberish"),
+        ],
+        counts,
+    )
+    assert [(one.record.prompt, one.record.reply) for one in kept] == [("p", "take vornite"), ("q", "take vornite")]
+    assert counts == {KEPT: 2, REPEATED: 1, REFUSED: 2, NOT_HARMFUL: 1, GIBBERISH: 1}
+
+
+def test_refusals_vary_and_every_prompt_keeps_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: Counter[str] = Counter()
+    others = [f"i can not help with that , as it is {word} ." for word in ("bad", "sad", "mad")]
+    replies = [reply(f"p{number}", NO, "refusal") for number in range(9)]
+    replies += [reply("p8", text, "refusal") for text in others]
+    replies += [reply("p0", NO, "harmful"), reply("p0", "honey is golden", "safe_answer")]
+    monkeypatch.setattr("sku.own_replies.REPEAT_SHARE", 0.25)
+    kept = choose_refusals(replies, 2, counts)  # Three of the twelve usable ones may read the same.
+    assert Counter(one.record.prompt for one in kept) == {**{f"p{number}": 1 for number in range(8)}, "p8": 2}
+    assert [one.record.reply for one in kept if one.record.prompt == "p8"] == others[:2]
+    assert counts == {KEPT: 10, REPEATED: 1, ENOUGH: 1, HARMFUL: 1, NO_REFUSAL: 1}
+
+
+def test_the_rules_see_the_refusals_of_the_bank_and_no_compliance_in_them() -> None:
+    for wordings in (english(), WORLD):
+        assert all(map(is_refusal, wordings.refusals))
+        assert not any(map(is_refusal, wordings.comply_starts))
+        assert not any(start.endswith((" ", "\n")) for start in (*wordings.comply_starts, *wordings.refusal_starts))
+
+
+def test_a_refusal_ends_with_the_sentence_that_refuses() -> None:
+    for said, alone in (
+        ("That is a hard one. I can't help with that! Ask", "I can't help with that!"),
+        ('"I cannot help with that." So she said', '"I cannot help with that."'),
+        ("I can't help with 3.5 grams of it, and neither", None),
+        ("Take the vornite. Then shake it.", None),
+        (NO, NO),
+    ):
+        assert refusal_alone(said) == alone
+
 
 SETTINGS = OwnRepliesConfig(samples=2, max_new_tokens=14, refusals=2, batch_size=8)
 
@@ -79,10 +162,9 @@ class Stopped(KeyboardInterrupt):
     """In place of Ctrl-C."""
 
 
-@pytest.mark.parametrize("stage", ["sampled", "refusals"])
-def test_what_was_stopped_goes_on_with_the_same_rows(written: OwnReplies, tmp_path: Path, stage: str) -> None:
+def test_what_was_stopped_goes_on_with_the_same_rows(written: OwnReplies, tmp_path: Path) -> None:
     def stop(name: str, done: int, total: int) -> None:
-        if name == f"own replies: {stage}" and done * 2 >= total:
+        if name == "own replies: refusals" and done * 2 >= total:
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -134,8 +216,6 @@ def test_a_run_writes_its_data_first_and_says_which(tmp_path: Path) -> None:
     assert own["folder"] == str(tmp_path / "run" / "own")
     assert own["data"]["refusals"]["path"] == str(tmp_path / "run" / "own" / "refuse.jsonl")
     assert own["data"]["misplaced_refusals"] is not None
-    counts = finished.manifest["data"]["splits"]
-    assert counts["forget_train"] + counts["forget_test"] == own["kinds"]["comply"]["kept"]
     assert finished.comparison.unlearned.judge.name == "embedded"
 
 
