@@ -260,7 +260,7 @@ def test_the_command(tmp_path: Path, command: Command) -> None:
     assert code == 0, messages
     account = json.loads(output)
     assert account["kinds"]["comply"]["kept"]
-    assert account["settings"]["samples"] == 1
+    assert account["inputs"]["settings"]["samples"] == 1
     assert command("data", "own", *options)[0] == 2  # It is there already.
     code, _, messages = command("data", "own", *options, "--set", "drows=1", "--out", str(tmp_path / "other"))
     assert code == 2

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
-from typing import Any, Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from sku.config.check import Count, Fraction, validated
 from sku.errors import RecipeError
@@ -46,6 +48,7 @@ class ModelConfig:
     """``chat``: the model's template, ``paper``: "### Question / ### Answer", ``auto``: chat where there is one."""
 
 
+Cell = str | bool | int | float
 FINAL = "final"
 """Name of the sets that are asked once, for a published row."""
 
@@ -71,7 +74,7 @@ class SourceConfig:
     """Column of the answer (format ``columns``)."""
     category_column: str | None = None
     """Column of the category, optional (format ``columns``)."""
-    where: Mapping[str, Any] = field(default_factory=dict)
+    where: Mapping[str, Cell | Annotated[Sequence[Cell], Field(min_length=1)]] = field(default_factory=dict)
     """Column -> the value, or list of values, that a row must hold there to be read, such as
     ``{source: [advbench, catqa]}`` or ``{is_safe: false}``; compared as lower-case text. Several columns must all
     fit."""
@@ -81,19 +84,11 @@ class SourceConfig:
     limit: Count | None = None
     """Keep this many prompts (with all their answers), drawn by the seed."""
 
-    def __post_init__(self) -> None:
-        for column, wanted in self.where.items():
-            values = wanted if isinstance(wanted, list | tuple) else [wanted]
-            if not values or not all(isinstance(value, str | int | float) for value in values):
-                raise RecipeError(
-                    f"where.{column} is {wanted!r}; it must be a value or a list of values, such as [advbench, catqa]"
-                )
-
     def wanted(self) -> dict[str, frozenset[str]]:
         """``where`` as it is compared: plain name of a column -> values in lower case."""
         return {
             column.strip().casefold(): frozenset(
-                str(one).lower() for one in (held if isinstance(held, list | tuple) else [held])
+                str(one).lower() for one in ([held] if isinstance(held, str | int | float) else held)
             )
             for column, held in self.where.items()
         }

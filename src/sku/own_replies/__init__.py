@@ -10,13 +10,12 @@ kept. A start stands at the head of the reply and is.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from sku.config import EvaluateConfig, ModelConfig, PromptFormatName, SourceConfig, plain_data
+from sku.config import EvaluateConfig, ModelConfig, PromptFormatName, SourceConfig
 from sku.config.check import Count, Seed, validated
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.load import OwnPrompts, PromptSource
@@ -90,18 +89,6 @@ class OwnOptions(OwnRepliesConfig):
     """Laid over the settings of the judge's file."""
     seed: Seed = 0
 
-    @property
-    def replies(self) -> OwnRepliesConfig:
-        """How the model is asked, alone."""
-        return OwnRepliesConfig(
-            **{item.name: getattr(self, item.name) for item in dataclasses.fields(OwnRepliesConfig)}
-        )
-
-    @property
-    def evaluate(self) -> EvaluateConfig:
-        """Names the judge."""
-        return EvaluateConfig(judge=self.judge, judge_settings=self.judge_settings)
-
 
 def judge_of(config: EvaluateConfig, prompts: OwnPrompts) -> Judge:
     """The judge of own replies: that of the evaluation.
@@ -154,8 +141,8 @@ class OwnJob:
             "prompt_format": encoder.prompt_format.name,
             "prompts": {source: found.provenance.sha256 for source, found in self.prompts.items()},
             "judge": self.judge.card.key,
-            "settings": plain_data(self.settings),
-            "wordings": header_hash(dataclasses.asdict(self.wordings)),
+            "settings": {item.name: getattr(self.settings, item.name) for item in fields(OwnRepliesConfig)},
+            "wordings": header_hash(asdict(self.wordings)),
             "seed": self.seed,
         }
 

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sku.config import plain_data
 from sku.data.examples import RetainExample
 from sku.data.load import PromptSource
 from sku.errors import EvaluationError, SkuError
@@ -323,8 +322,6 @@ class _Writing:
         return {
             "schema_version": RECORD_VERSION,
             "inputs": dict(self.inputs),
-            "settings": plain_data(self.job.settings),
-            "seed": self.job.seed,
             "model": {"name": self.job.loaded.name, "revision": self.job.loaded.revision, **self.inputs["model"]},
             "judge": {
                 "name": card.name, "version": card.version, "revision": card.revision, "key": card.key,

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from sku.config import EMBEDDED, DataConfig, Recipe, SourceConfig, plain_data, refuse_final
+from sku.config import EMBEDDED, DataConfig, EvaluateConfig, Recipe, SourceConfig, plain_data, refuse_final
 from sku.config.check import content_sha256
 from sku.data.examples import ForgetRetainData
 from sku.data.load import OwnPrompts, load_own_prompts, load_recipe_data
@@ -78,13 +78,13 @@ def run_own(
         SkuError: Anything a user can mend.
     """
     prompts = load_own_prompts(options.harmful, options.normal, options.borderline, seed=options.seed)
-    judge = judge_of(options.evaluate, prompts)
+    judge = judge_of(EvaluateConfig(judge=options.judge, judge_settings=options.judge_settings), prompts)
     check_model(options.model)
     job = OwnJob(
         loaded=load_model(options.model),
         prompts=prompts,
         judge=judge,
-        settings=options.replies,
+        settings=options,
         seed=options.seed,
         prompt_format=options.model.prompt_format,
     )
