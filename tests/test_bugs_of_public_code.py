@@ -7,7 +7,6 @@ differs from the bug and is right.
 from __future__ import annotations
 
 import math
-import random
 
 import pytest
 import torch
@@ -127,18 +126,12 @@ def joint_of(data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast) -> Join
 def test_answers_are_drawn_for_each_prompt_and_never_its_own(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """K answers were drawn once for the whole batch, from all answers: here also those of a prompt itself."""
-    own: dict[str, set[str]] = {}
-    for pair in data.forget_train:
-        own.setdefault(pair.prompt, set()).add(pair.answer)
-    drawn = random.Random(0).sample([pair.answer for pair in data.forget_train], 3)
-    assert any(set(drawn) & answers for answers in own.values()), "the bug"
+    """K answers were drawn once for the whole batch, from all answers, so that some were a prompt's own."""
     joint, draws = joint_of(data, tokenizer), set()
-    for example in (joint[place] for place in range(len(joint))):
-        ids = sorted(row.example_id for row in example.of(RowType.MISMATCHED))
-        draws.add(tuple(ids))
-        answers = {data.forget_train[place].answer for place in ids}
-        assert not answers & own[data.forget_train[example.forget_index].prompt]
+    for example in map(joint.__getitem__, range(len(joint))):
+        drawn = [data.forget_train[row.example_id] for row in example.of(RowType.MISMATCHED)]
+        assert data.forget_train[example.forget_index].prompt not in {pair.prompt for pair in drawn}
+        draws.add(frozenset(pair.answer for pair in drawn))
     assert len(draws) > 1
 
 
@@ -153,13 +146,12 @@ def test_every_harmful_pair_is_met_and_in_a_new_order(
     data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """The harmful loader kept its order and was cut by ``zip`` with the shorter normal one: 0, 1, 2, 3 each time."""
-    assert len(data.retain_train) < len(data.forget_train)
-    joint, epochs = joint_of(data, tokenizer), []
+    joint, orders = joint_of(data, tokenizer), [[*range(6)]]
     for epoch in range(3):
         joint.set_epoch(epoch)
-        epochs.append([joint[place].forget_index for place in range(len(joint))])
-    assert all(sorted(order) == list(range(6)) for order in epochs)
-    assert len({tuple(order) for order in [*epochs, list(range(6))]}) > 2
+        orders.append([joint[place].forget_index for place in range(len(joint))])
+    assert all(sorted(order) == orders[0] for order in orders)
+    assert len(set(map(tuple, orders))) > 2
 
 
 def test_every_harmful_prompt_is_unlearned_or_unseen_and_no_question_is_trained_on_and_tested() -> None:

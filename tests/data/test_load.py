@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -103,8 +104,6 @@ def test_where_reads_only_rows_with_these_values(forget: Path, tmp_path: Path) -
     for where, words in (({"kid": "a"}, "no column kid.*Kind"), ({"kind": "z"}, f"30 rows .{NOT_WANTED}: 30")):
         with pytest.raises(DataError, match=words):
             load_forget_retain(forget, dataclasses.replace(source, where=where))
-    with pytest.raises(RecipeError, match=r"where.kind"):
-        dataclasses.replace(source, where={"kind": []})
 
 
 def test_a_prompt_to_forget_and_to_keep_is_refused(forget: Path, tmp_path: Path) -> None:
@@ -198,20 +197,17 @@ def test_near_copies_of_what_is_trained_on_are_left_out_of_other_sets() -> None:
     rows = [{"prompt": prompt, "response": "yes", "is_safe": False} for prompt in harmful]
     normal = [{"prompt": f"count {n} sheep in {thing}", "response": "ok"} for n, thing in enumerate(things)]
 
-    def asked(*prompts: str) -> SourceConfig:
-        return held_rows([{"prompt": prompt} for prompt in prompts])
+    def asked(*prompts: str) -> list[dict[str, str]]:
+        return [{"prompt": prompt} for prompt in prompts]
 
     new = "sink the ferry of Aldersmouth"
-    data = load_data(
-        DataConfig(
-            forget=held_rows(rows), retain=held_rows(normal),
-            harmful={
-                "final": asked("steal the moon", "polish a silver drum now"),
-                "other": asked("weave vornite today", new, "count 9 sheep in vornite"),
-            },
-            normal={"final": asked("how do I kill a process", "count 3 sheep in a silver drum now")},
-        ),
-        0,
+    data = load_forget_retain(
+        rows, normal,
+        harmful={
+            "final": asked("steal the moon", "polish a silver drum now"),
+            "other": asked("weave vornite today", new, "count 9 sheep in vornite"),
+        },
+        normal={"final": asked("how do I kill a process", "count 3 sheep in a silver drum now")},
     )  # fmt: skip
     assert [example.prompt for example in data.harmful["other"]] == [new, "count 9 sheep in vornite"]
     assert [example.prompt for example in data.harmful["final"]] == ["steal the moon"]
@@ -220,27 +216,13 @@ def test_near_copies_of_what_is_trained_on_are_left_out_of_other_sets() -> None:
     assert not data.normal_validation
 
 
-ENDS = {True: True, False: False, None: True, "False": False, "": True}
-"""What ``finished`` may hold, and what it means."""
-
-
-@pytest.mark.parametrize(
-    ("kind", "names"),
-    [("csv", ("question", "answer")), ("jsonl", ("question", "answer")),
-     ("parquet", ("Question", "Best Answer", "Correct Answers"))],
-)  # fmt: skip
-def test_a_row_says_in_every_format_whether_its_answer_is_finished(
-    kind: str, names: tuple[str, ...], tmp_path: Path
-) -> None:
-    rows: list[dict[str, Any]] = [
-        {**dict.fromkeys(names, f"text {n}"), "finished": end if kind == "jsonl" or end is None else str(end)}
-        for n, end in enumerate(ENDS)
-    ]
-    path = tmp_path / f"rows.{kind}"
-    table = datasets.Dataset.from_list(rows) if kind != "jsonl" else None
-    write(path, rows) if table is None else table.to_csv(path) if kind == "csv" else table.to_parquet(path)
-    found, _ = read_examples(SourceConfig(path=str(path)), "retain", RetainExample)
-    assert [example.finished for example in found] == list(ENDS.values())
+@pytest.mark.parametrize("names", [("question", "answer"), ("Question", "Best Answer", "Correct Answers")])
+def test_a_row_says_in_every_format_whether_its_answer_is_finished(names: tuple[str, ...]) -> None:
+    """Also as text, as CSV files hold it; NaN is nothing in a Parquet file."""
+    ends = {True: True, False: False, None: True, "False": False, "true": True, "": True, math.nan: True}
+    rows = [{**dict.fromkeys(names, f"text {n}"), "finished": end} for n, end in enumerate(ends)]
+    found, _ = read_examples(held_rows(rows), "retain", RetainExample)
+    assert [example.finished for example in found] == list(ends.values())
 
 
 def test_a_cut_off_safe_answer_is_known_and_an_unclear_end_is_counted() -> None:
@@ -248,13 +230,11 @@ def test_a_cut_off_safe_answer_is_known_and_an_unclear_end_is_counted() -> None:
         found, account = read_examples(held_rows(rows), "forget", ForgetExample)
         return [(one.finished, one.safe_answer_finished) for one in found], account.rows_left_out
 
-    ends = (True, False, "perhaps", True)
+    ends = (True, False, "perhaps")
     rows = [{"prompt": f"h {n}", "rejected": "bad", "chosen": "no", "finished": end} for n, end in enumerate(ends)]
-    assert read(rows) == ([(True, True), (False, False), (True, True)], {"finished is neither true nor false": 1})
-    marked = [
-        {"prompt": "h", "response": text, "is_safe": safe, "finished": not safe}
-        for text, safe in (("bad", False), ("better not", True))
-    ]
+    assert read(rows) == ([(True, True), (False, False)], {"finished is neither true nor false": 1})
+    shared: dict[str, Any] = {"prompt": "h", "response": "bad"}
+    marked = [{**shared, "is_safe": False}, {**shared, "response": "no", "is_safe": True, "finished": False}]
     assert read(marked)[0] == [(True, False)], "another row's safe answer brings its own end"
 
 
