@@ -190,7 +190,7 @@ def test_a_removal_that_was_killed_is_gone_on_with(run: Path, monkeypatch: pytes
     assert [place.path for place in find_replies(run / "own")] == [run / "own"]
     remove_replies(find_replies(run / "own"))
     with pytest.raises(EvaluationError):
-        read_own_replies(run / "own")
+        read_own_replies(run / "own", {})
 
 
 def test_files_of_other_programs_and_links_stay(tmp_path: Path, run: Path) -> None:

@@ -196,7 +196,7 @@ def test_where_the_model_never_complies_it_is_asked_again_and_made_to_begin(tmp_
     assert comply["kept"] == 0
     assert comply["asked"] == 14 * (1 + 2 + 1)
     assert refuse["how"].get("template", 0) < refuse["kept"]
-    assert read_own_replies(found.folder).kept("comply") == 0
+    assert read_own_replies(found.folder, found.account["inputs"]).kept("comply") == 0
     other = {**found.account["inputs"], "seed": 7}
     with pytest.raises(OutputError, match="another model"):
         read_own_replies(found.folder, other)

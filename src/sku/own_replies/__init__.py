@@ -28,7 +28,7 @@ from sku.config import EvaluateConfig, ModelConfig, PromptFormatName, SourceConf
 from sku.config.check import Count, Seed, validated
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.load import OwnPrompts, PromptSource
-from sku.errors import EvaluationError, OutputError
+from sku.errors import OutputError
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.generation.decoding import GenerationRequest
 from sku.evaluate.generation.prompts import PromptEncoder, request_of
@@ -324,12 +324,12 @@ def file_of(folder: Path, kind: OwnKind) -> Path:
     return folder / f"{kind}.jsonl"
 
 
-def read_own_replies(folder: Path, inputs: Mapping[str, Any] | None = None) -> OwnReplies:
+def read_own_replies(folder: Path, inputs: Mapping[str, Any]) -> OwnReplies:
     """What an earlier call wrote.
 
     Args:
         folder: Of that call.
-        inputs: What it must have been written from, if that matters.
+        inputs: What it must have been written from.
 
     Returns:
         The same as it returned.
@@ -339,11 +339,9 @@ def read_own_replies(folder: Path, inputs: Mapping[str, Any] | None = None) -> O
         OutputError: It was written from other inputs.
     """
     account = read_json_object(folder / ACCOUNT_FILE, "remove the folder and write it anew")
-    if inputs is not None and account.get("inputs") != json.loads(json.dumps(inputs)):
+    if account.get("inputs") != json.loads(json.dumps(inputs)):
         raise OutputError(
             f"{folder} holds own replies of another model, judge, prompts or settings: remove it, or choose another "
             "folder"
         )
-    if not isinstance(account.get("kinds"), dict) or account["kinds"].keys() != set(KINDS):
-        raise EvaluationError(f"{folder / ACCOUNT_FILE} is damaged: remove the folder and write it anew")
     return OwnReplies(folder=folder, account=account)
