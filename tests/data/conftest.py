@@ -22,19 +22,10 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CHATML_WITH_DEFAULT_SYSTEM = (
-    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nbe helpful<|im_end|>\n{% endif %}" + CHATML
-)
 LLAMA_2 = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "[INST] {{ message['content'].strip() }} [/INST]"
     "{% else %} {{ message['content'].strip() }} {{ eos_token }}{% endif %}{% endfor %}"
-)
-GEMMA = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    "{% for message in messages %}{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
-    "<start_of_turn>{{ role }}\n{{ message['content'] | trim }}<end_of_turn>\n{% endfor %}"
-    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
 EMPTY_THOUGHTS = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -48,9 +39,7 @@ WITHOUT_END = (
 )
 TEMPLATES = {
     "chatml": CHATML,
-    "chatml_default_system": CHATML_WITH_DEFAULT_SYSTEM,
     "llama_2": LLAMA_2,
-    "gemma": GEMMA,
     "empty_thoughts": EMPTY_THOUGHTS,
     "opened_thought": OPENED_THOUGHT,
     "without_end": WITHOUT_END,
@@ -106,7 +95,6 @@ def metaspace(*, prepend: bool) -> PreTrainedTokenizerFast:
 
 BUILDERS: dict[str, Callable[[], PreTrainedTokenizerBase]] = {
     "byte_level": byte_level,
-    "byte_level_bos": lambda: byte_level(bos=True),
     "byte_level_bos_eos": lambda: byte_level(bos=True, eos=True),
     "byte_level_full_offsets": lambda: byte_level(trim_offsets=False),
     "byte_level_no_regex": lambda: byte_level(use_regex=False),

@@ -84,16 +84,6 @@ def test_a_licence_is_told_by_the_user_or_a_known_hub_id_and_by_no_column(
     assert [source.licence for source in load_forget_retain(*places).provenance] == ["CC-BY-NC-4.0", None]
 
 
-def test_limit_is_counted(forget: Path, retain: Path) -> None:
-    sources = SourceConfig(path=str(forget), limit=8), SourceConfig(path=str(retain), limit=12)
-    data = load_forget_retain(*sources)
-    assert len({normalise_prompt(row.prompt) for row in (*data.forget_train, *data.forget_test)}) == 8
-    assert len(data.forget_train) + len(data.forget_test) == 16
-    assert [found.rows_left_out["over the limit"] for found in data.provenance] == [24, 18]
-    assert load_forget_retain(forget, retain).provenance[0].sha256 != data.provenance[0].sha256
-    assert load_training_pairs(*sources).counts()["forget_train"] == 16
-
-
 def test_where_reads_only_rows_with_these_values(forget: Path, tmp_path: Path) -> None:
     rows = [{"question": f"n {n}", "answer": "a", "Kind": "ABC"[n % 3], "good": n < 18} for n in range(30)]
     path = str(write(tmp_path / "r.jsonl", rows))
@@ -313,7 +303,6 @@ OTHER = SourceConfig(path="x.csv")
         ({"retain": OTHER}, RecipeError, "data.forget and data.retain"),
         ({"unseen_fraction": 0.5}, RecipeError, "data.unseen_fraction"),
         ({"refusals": OTHER}, RecipeError, "data.refusals"),
-        ({"harmful": {"own": WORLD}}, RecipeError, "data.harmful.own"),
         ({"forget": OTHER, "retain": OTHER, "normal": {"own": WORLD}}, RecipeError, "data.normal.own"),
     ],
 )

@@ -154,7 +154,6 @@ SAME_GROUP = (RetainExample(prompt="another", answer="b", group="g"),)
     [
         ({"forget_train": BAD, "retain_test": GOOD}, "forget_train and retain_test share 1"),
         ({"retain_train": GOOD, "retain_test": SAME_GROUP}, "retain_train and retain_test share 1"),
-        ({"retain_train": GOOD, "normal": {"own": GOOD}}, "retain_train and normal:own share"),
         ({"forget_train": BAD, "harmful": {"own": BAD}}, "forget_train and harmful share 1"),
     ],
 )

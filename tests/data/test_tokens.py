@@ -44,9 +44,7 @@ CHATML_TEXT = f"<|im_start|>user\n{Q}<|im_end|>\n<|im_start|>assistant\n"
 WRITTEN = {
     # Template -> what stands before the answer, the answer, its end.
     "chatml": (CHATML_TEXT, A, "<|im_end|>"),
-    "chatml_default_system": (f"<|im_start|>system\nbe helpful<|im_end|>\n{CHATML_TEXT}", A, "<|im_end|>"),
     "llama_2": (f"<s>[INST] {Q} [/INST]", f" {A}", " </s>"),
-    "gemma": (f"<s><start_of_turn>user\n{Q}<end_of_turn>\n<start_of_turn>model\n", A, "<end_of_turn>"),
     "empty_thoughts": (f"{CHATML_TEXT}<think>\n\n</think>\n\n", A, "<|im_end|>"),
     "opened_thought": (CHATML_TEXT, A, "<|im_end|>"),
     "without_end": (f"user: {Q}\n\nassistant:", f" {A}", "</s>"),
@@ -148,7 +146,7 @@ def test_chat_templates_in_every_tokenizer(name: str, template: str) -> None:
     spans = locate_tokens(text, tokenizer, with_end=True)
     if name.startswith("byte_level"):  # In the others a token may hold the border.
         assert Encoder(tokenizer, prompt_format).prompt(Q) == spans.ids[: spans.answer_start]
-    assert spans.ids.count(1) == (1 if template in ("llama_2", "gemma") else 0), "BOS twice or missing"
+    assert spans.ids.count(1) == (1 if template == "llama_2" else 0), "BOS twice or missing"
     answer = spans.ids[spans.answer_start : spans.end_start]
     assert decoded(answer, tokenizer).endswith(text.answer_text.strip())
     assert not decoded(answer[1:], tokenizer).endswith(text.answer_text)
