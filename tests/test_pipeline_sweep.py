@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import stat
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,14 @@ SMALL = (
 LORA = ("acquire.tuning=lora", "acquire.lora.r=4")
 STRICT = ("sweep.if_none=stop", "sweep.harm_target=0.0", "sweep.alphas=[0.001]")
 """Nothing is unlearned at such an alpha."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def any_reply_will_do() -> Iterator[None]:
+    """Of a model that was trained for three steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sku.sweep.REPLY_LIMIT", 0.99)
+        yield
 
 
 def recipe(*changes: str) -> Recipe:
