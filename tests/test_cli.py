@@ -61,63 +61,21 @@ def test_python_m_sku() -> None:
 Maker = Callable[[Path], list[str | Path]]
 
 
-def table(folder: Path, name: str, *prompts: str, header: str = "prompt,completion") -> Path:
-    path = folder / name
-    path.write_text("".join(f"{line}\n" for line in (header, *(f"{prompt},an answer" for prompt in prompts))))
-    return path
-
-
-def some(prefix: str) -> list[str]:
-    return [f"{prefix} number {index} ?" for index in range(20)]
-
-
-def copied_model(folder: Path, change: Callable[[dict[str, Any]], Any], file: str) -> Path:
-    """The embedded model with one of its JSON files changed."""
-    copy = folder / "model"
-    shutil.copytree(embedded_model_path(), copy)
-    content = json.loads((copy / file).read_text(encoding="utf-8"))
-    change(content)
-    (copy / file).write_text(json.dumps(content), encoding="utf-8")
-    return copy
-
-
-def missing_column(folder: Path) -> list[str | Path]:
-    forget = table(folder, "forget.csv", *some("a"), header="wording,completion")
-    return ["--forget", forget, "--retain", table(folder, "retain.csv", *some("b"))]
-
-
-def empty_forget_set(folder: Path) -> list[str | Path]:
-    return ["--forget", table(folder, "forget.csv"), "--retain", table(folder, "retain.csv", *some("b"))]
-
-
 def overlap(folder: Path) -> list[str | Path]:
-    forget = table(folder, "forget.csv", *some("a"))
-    return ["--forget", forget, "--retain", table(folder, "retain.csv", *some("b"), "a number 3 ?")]
+    for name in ("forget", "retain"):
+        rows = [f"{letter} number {row} ?,an answer\n" for letter in (name, "a") for row in range(20)]
+        (folder / f"{name}.csv").write_text("prompt,completion\n" + "".join(rows))
+    return ["--forget", folder / "forget.csv", "--retain", folder / "retain.csv"]
 
 
 def no_pad_token(folder: Path) -> list[str | Path]:
-    def change(content: dict[str, Any]) -> None:
-        del content["pad_token"], content["eos_token"]
-
-    model = copied_model(folder, change, "tokenizer_config.json")
-    vocabulary = json.loads((model / "tokenizer.json").read_text(encoding="utf-8"))
-    (model / "tokenizer.json").write_text(json.dumps({**vocabulary, "padding": None}), encoding="utf-8")
+    model = shutil.copytree(embedded_model_path(), folder / "model")
+    for name, changes in (
+        ("tokenizer_config.json", {"pad_token": None, "eos_token": None}), ("tokenizer.json", {"padding": None}),
+    ):  # fmt: skip
+        content = json.loads((model / name).read_text(encoding="utf-8"))
+        (model / name).write_text(json.dumps({**content, **changes}), encoding="utf-8")
     return ["--model", model]
-
-
-def gguf_folder(folder: Path) -> list[str | Path]:
-    (folder / "model").mkdir()
-    for name in ("other.Q8_0.gguf", "tiny.Q4_0.gguf"):
-        (folder / "model" / name).write_bytes(b"GGUF")
-    return ["--model", folder / "model"]
-
-
-def quantized(folder: Path) -> list[str | Path]:
-    settings = {"quant_method": "gptq", "bits": 4}
-    return [
-        "--model",
-        copied_model(folder, lambda content: content.update(quantization_config=settings), "config.json"),
-    ]
 
 
 def setting(value: str) -> Maker:
@@ -131,15 +89,9 @@ def existing_folder(folder: Path) -> list[str | Path]:
 
 
 WRONG: dict[str, tuple[Maker, str]] = {
-    "missing column": (missing_column, "wording"),
-    "empty forget set": (empty_forget_set, "forget.csv"),
     "overlapping data": (overlap, "retain"),
     "no pad token": (no_pad_token, "no pad token"),
-    "GGUF folder": (gguf_folder, "other.Q8_0.gguf"),
-    "quantized model": (quantized, "gptq"),
     "wrong key": (setting("acquire.wieghts.guided_distortion=1"), "wieghts"),
-    "missing model": (lambda folder: ["--model", folder / "nothing"], "nothing"),
-    "missing data": (lambda folder: ["--forget", folder / "none.csv", "--retain", folder / "none.csv"], "none.csv"),
     "existing folder": (existing_folder, "already exists"),
     "loss not finite": (
         lambda folder: ["--set", "acquire.training.learning_rate=1e30", "--set", "acquire.training.max_steps=4"],
@@ -160,76 +112,53 @@ def assert_one_line(done: Done, words: str) -> None:
     assert [line for line in done.err.splitlines() if line not in lines and not line.startswith("recipe ")] == []
 
 
-def assert_same_error_without_doing_it(command: Command, done: Done, *arguments: str | Path) -> None:
-    """``--dry-run`` fails with the line of the command itself."""
-    dry = command(*arguments, "--dry-run")
-    lines = [[line for line in found.err.splitlines() if line.startswith("error: ")] for found in (done, dry)]
-    assert lines[0] == lines[1]
-    assert (dry.code, dry.out) == (2, "")
-
-
-def next_commands(printed: str) -> list[list[str]]:
-    """The words behind ``sku`` of the commands that come next."""
-    lines = printed[printed.index("\nnext      sku ") + 1 :].splitlines()
-    texts = [line[10:] for line in itertools.takewhile(lambda line: line.startswith(("next ", "    ")), lines)]
-    assert texts
-    assert all(text.startswith("sku ") for text in texts)
-    return [shlex.split(text)[1:] for text in texts]
+def last_line(done: Done) -> tuple[int, str, str]:
+    return done.code, done.out, done.err.splitlines()[-1]
 
 
 def assert_next(printed: str, *beginnings: list[str]) -> None:
     """All commands that come next are ones that the parser takes, and begin as they should."""
-    found = next_commands(printed)
-    assert [words[: len(start)] for words, start in zip(found, beginnings, strict=True)] == list(beginnings)
-    for words in found:
+    lines = printed[printed.index("\nnext      sku ") + 1 :].splitlines()
+    texts = [line[10:] for line in itertools.takewhile(lambda line: line.startswith(("next ", "    ")), lines)]
+    for text, start in zip(texts, beginnings, strict=True):
+        words = shlex.split(text)[1:]
+        assert words[: len(start)] == start
         parser: Any = typer.main.get_command(app)
-        while words and words[0] in getattr(parser, "commands", {}):
-            parser = parser.commands[words[0]]
-            words = words[1:]
-        parser.make_context("sku", list(words))
+        while words[0] in getattr(parser, "commands", {}):
+            parser = parser.commands[words.pop(0)]
+        parser.make_context("sku", words)
 
 
 @pytest.mark.parametrize(("make", "words"), WRONG.values(), ids=WRONG.keys())
 def test_wrong_input_is_one_line_and_leaves_nothing(command: Command, tmp_path: Path, make: Maker, words: str) -> None:
-    arguments = make(tmp_path)
+    arguments = ("run", *SMALL, *make(tmp_path), "--out", tmp_path / "run")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    done = command("run", *SMALL, *arguments, "--out", tmp_path / "run")
+    done = command(*arguments)
     assert_one_line(done, words)
     if words != "step":  # Only training finds out.
-        assert_same_error_without_doing_it(command, done, "run", *SMALL, *arguments, "--out", tmp_path / "run")
+        assert last_line(command(*arguments, "--dry-run")) == last_line(done)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_a_folder_that_can_not_be_made(command: Command, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
-    assert_one_line(command("run", "--out", tmp_path / "file" / "run", *SMALL), "can't be written")
-    assert names(tmp_path) == {"file"}
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["embedded", "embedded", "--alpha", "nan"], "alpha"),
-        (["embedded", "embedded", "--threads", "0"], "threads is 0"),
         (["embedded", "embedded"], "stage 1 changed nothing"),
         (["embedded", "embedded", "--gguf-file", "a.gguf", "--resume"], "BASE in safetensors"),
         (["no-one/no-model", "embedded"], "no-one/no-model can't be loaded"),
-        (["embedded", "/nowhere/bad"], "no such folder"),
-        (["/nowhere/base", "embedded"], "no such folder"),
     ],
 )
 def test_wrong_input_of_negate(command: Command, tmp_path: Path, arguments: list[str], words: str) -> None:
     done = command("negate", *arguments, "--out", tmp_path / "model")
     assert_one_line(done, words)
-    assert_same_error_without_doing_it(command, done, "negate", *arguments, "--out", tmp_path / "model")
+    assert last_line(command("negate", *arguments, "--out", tmp_path / "model", "--dry-run")) == last_line(done)
     assert names(tmp_path) == set()
 
 
 def test_wrong_input_of_the_other_commands(command: Command, tmp_path: Path) -> None:
     assert_one_line(command("init", "nope"), "nope")
-    assert_one_line(command("data", "inspect", "--set", "data.forget.limit=0"), "limit is 0")
     assert_one_line(command("data", "inspect", "--forget", "none.csv", "--retain", "none.csv"), "none.csv")
-    assert_one_line(command("data", "inspect", "--model", tmp_path / "none"), "none")
     assert_one_line(command("evaluate", tmp_path / "none", "--out", tmp_path / "e", *SMALL), "no such folder")
     assert_one_line(command("acquire", "--out", tmp_path, *SMALL), "already exists")
     assert names(tmp_path) == set()
@@ -287,40 +216,30 @@ def bad_model(command: Command, folder: Path) -> Path:
     return out
 
 
-def test_run_prints_the_table_and_where_things_are(whole_run: Path, folder: Path) -> None:
+def test_a_run_says_what_came_of_it_and_what_comes_next(whole_run: Path, folder: Path) -> None:
     printed = (folder / "printed.txt").read_text(encoding="utf-8")
-    for words in ("base", "unlearned", "harmful", "perplexity", "judge", f"{whole_run}: unlearned, results.json; "):
-        assert words in printed
     results = json.loads((whole_run / "results.json").read_text(encoding="utf-8"))
     assert printed.splitlines()[0] == f"verdict   {results['verdict']['line']}"
-    messages = (folder / "messages.txt").read_text(encoding="utf-8")
-    assert "recipe embedded-paper, model embedded, seed 0" in messages
-    assert messages.splitlines()[1:] == []
+    assert f"{whole_run}: unlearned, results.json; " in printed
+    run = str(whole_run)
+    assert_next(printed, ["report", run], ["chat", run], ["push", run], ["wipe", "--replies", run])
+    (message,) = (folder / "messages.txt").read_text(encoding="utf-8").splitlines()
+    assert message.startswith("recipe embedded-paper, model embedded, seed 0")
 
 
-def test_report_of_a_run(command: Command, whole_run: Path, folder: Path, tmp_path: Path) -> None:
-    printed = (folder / "printed.txt").read_text(encoding="utf-8")
-    assert f"next      sku report '{whole_run}'\n" in printed
-    talk = ["chat", str(whole_run)]
-    assert_next(
-        printed, ["report", str(whole_run)], talk, ["push", str(whole_run)], ["wipe", "--replies", str(whole_run)]
-    )
+def test_report_of_a_run(command: Command, whole_run: Path, tmp_path: Path) -> None:
     before = names(whole_run)
     done = command("report", whole_run, "--out", tmp_path / "report.html", "--plots", tmp_path / "plots")
     assert (done.code, done.err) == (0, "")
     assert f"report    {tmp_path / 'report.html'}\n" in done.out
-    assert "private" in done.out
     assert {"outcomes.png", "training.svg"} <= names(tmp_path / "plots")
     assert names(whole_run) == before
     copy = shutil.copytree(whole_run, tmp_path / "copy")
-    done = command("report", copy, "--no-replies")
-    verdict = json.loads((copy / "results.json").read_text(encoding="utf-8"))["verdict"]["line"]
-    assert (done.code, done.out) == (0, f"verdict   {verdict}\nreport    {copy / 'report.html'}\n")
+    assert command("report", copy, "--no-replies").code == 0
     assert "report.html" in names(copy)
     (copy / "results.json").write_text("{", encoding="utf-8")
     assert_one_line(command("report", copy), "results.json can't be read")
     assert_one_line(command("report", whole_run / "unlearned"), "has no manifest.json")
-    assert_one_line(command("report", tmp_path / "none"), "is no folder")
 
 
 @pytest.mark.integration
@@ -331,7 +250,6 @@ def test_run_as_json(command: Command, tmp_path: Path) -> None:
     assert json.loads(done.out)["manifest"]["recipe"]["seed"] == 3
     told = command("report", tmp_path / "run", "--json")
     assert json.loads(told.out)["report"] == str(tmp_path / "run" / "report.html")
-    assert json.loads(told.out)["holds_harmful_replies"] is True
     labels = tmp_path / "labels.csv"
     told = command("judge", "export", tmp_path / "run", "--out", labels, "--json")
     assert json.loads(told.out)["replies"] == len(labels.read_text(encoding="utf-8-sig").splitlines()) - 1
@@ -388,46 +306,27 @@ def test_a_model_in_place_of_a_recipe(command: Command, tmp_path: Path) -> None:
     assert_one_line(command("--quiet", "run", "a/b", "--model", "c/d"), "a/b is a model, and --model c/d is another")
 
 
-def test_a_dry_run_of_stage_2(command: Command, whole_run: Path, bad_model: Path, tmp_path: Path) -> None:
-    def told(*arguments: str | Path) -> dict[str, Any]:
-        done = command(*arguments, "--dry-run", "--json")
-        assert (done.code, done.err) == (0, ""), done.err
-        found: dict[str, Any] = json.loads(done.out)
-        return found
-
-    out = tmp_path / "out"
-    found = told("negate", "embedded", bad_model, "--out", out)
-    assert found["disk_bytes"] == (whole_run / "unlearned" / "model.safetensors").stat().st_size
-    assert_one_line(command("evaluate", bad_model, "--out", out), "bad model of stage 1")
-    assert names(tmp_path) == set()
-
-
-@pytest.mark.parametrize("dry", [("--dry-run",), ()])
-def test_a_plan_finds_weights_that_were_cut_off(
-    command: Command, whole_run: Path, tmp_path: Path, dry: tuple[str, ...]
-) -> None:
-    model = shutil.copytree(whole_run / "unlearned", tmp_path / "model")
-    with (model / "model.safetensors").open("r+b") as file:
-        file.truncate(file.seek(0, 2) - 1000)
-    done = command("run", *dry, "--model", model, "--out", tmp_path / "run", *SMALL)
-    assert_one_line(done, "model.safetensors")
-    assert names(tmp_path) == {"model"}
-
-
 def test_stage_commands_give_the_weights_of_a_whole_run(
     command: Command, whole_run: Path, bad_model: Path, tmp_path: Path
 ) -> None:
-    done = command("negate", "embedded", bad_model, "--alpha", 1.25, "--out", tmp_path / "model")
+    arguments = ("negate", "embedded", bad_model, "--alpha", 1.25, "--out", tmp_path / "model")
+    planned = json.loads(command(*arguments, "--dry-run", "--json").out)
+    assert planned["disk_bytes"] == (whole_run / "unlearned" / "model.safetensors").stat().st_size
+    assert names(tmp_path) == set()
+    done = command(*arguments)
     assert done.code == 0, done.err
-    assert "task vector norm" in done.out
     assert_next(done.out, ["evaluate", str(tmp_path / "model"), "--base", "embedded"])
     assert digest(tmp_path / "model" / "model.safetensors") == digest(whole_run / "unlearned" / "model.safetensors")
 
 
+def test_a_bad_model_is_not_evaluated_by_mistake(command: Command, bad_model: Path, tmp_path: Path) -> None:
+    assert_one_line(command("evaluate", bad_model, "--out", tmp_path / "out"), "bad model of stage 1")
+    assert names(tmp_path) == set()
+
+
 def test_negate_does_not_add_the_harm(command: Command, bad_model: Path, tmp_path: Path) -> None:
-    arguments = ("negate", "embedded", bad_model, "--alpha", "-1", "--out", tmp_path / "model")
-    for options in ((), ("--dry-run",)):
-        assert_one_line(command(*arguments, *options), "--alpha is -1: below 0 what stage 1 learned is added, and -1")
+    done = command("negate", "embedded", bad_model, "--alpha", "-1", "--out", tmp_path / "model")
+    assert_one_line(done, "--alpha is -1")
     assert not (tmp_path / "model").exists()
 
 
@@ -478,12 +377,9 @@ def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_
         assert found["replies"] == expected[name]["replies"]
         assert found["perplexity"] == expected[name]["perplexity"]
     table = command("evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL)
-    assert "trained-on prompts" not in table.out
     whole = command("-v", "evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL)
-    assert "trained-on prompts" in whole.out
     told = [line.removeprefix("note      ") for line in whole.out.splitlines() if line.startswith("note ")]
     assert told == expected["notes"]
-    assert f"evidence  {tmp_path / 'e'}\n" in table.out
     assert_next(table.out, ["judge", "export", str(tmp_path / "e")])
 
 
@@ -493,26 +389,18 @@ def answers_shown(text: str) -> int:
     return sum("".join(answer.split()) in squeezed for answer in {exchange.answer for exchange in hazards()})
 
 
-def test_data_inspect_hides_harmful_answers_unless_told(command: Command) -> None:
-    hidden, shown = command("data", "inspect"), command("data", "inspect", "--show-harmful")
-    assert hidden.code == shown.code == 0
-    for split in ("forget_train", "forget_test", "retain_train", "retain_validation", "retain_test"):
-        assert split in hidden.out
-    assert "examples with a safe answer 960" in " ".join(hidden.out.split())
-    assert answers_shown(hidden.out) == 0
-    assert answers_shown(shown.out) > 0
+@pytest.mark.parametrize("as_json", [False, True])
+def test_data_inspect_hides_harmful_answers_unless_told(command: Command, as_json: bool) -> None:
+    def shown(*options: str) -> str:
+        out = command("data", "inspect", *options, *(["--json"] if as_json else [])).out
+        if not as_json:
+            return out
+        content = json.loads(out)
+        assert content["splits"]["forget_train"]["examples"] == 260
+        return "\n".join("".join(token["text"] for token in view["tokens"]) for view in content["views"])
 
-
-def test_data_inspect_as_json(command: Command) -> None:
-    hidden = command("data", "inspect", "--json")
-    content = json.loads(hidden.out)
-    assert {"provenance", "splits", "views"} <= set(content)
-    assert content["splits"]["forget_train"]["examples"] == 260
-    texts = ["".join(token["text"] for token in view["tokens"]) for view in content["views"]]
-    assert answers_shown("\n".join(texts)) == 0
-    shown = json.loads(command("data", "inspect", "--json", "--show-harmful").out)
-    texts = ["".join(token["text"] for token in view["tokens"]) for view in shown["views"]]
-    assert answers_shown("\n".join(texts)) > 0
+    assert answers_shown(shown()) == 0
+    assert answers_shown(shown("--show-harmful")) > 0
 
 
 @pytest.mark.integration
@@ -520,8 +408,7 @@ def test_compare_prints_a_table_that_results_rebuilds_and_puts_on_a_page(command
     out = tmp_path / "compared"
     done = command("compare", "--methods", "fine_tune", "--seeds", "1", "--out", out, *SMALL, "--set", "methods={}")
     assert done.code == 0, done.err
-    for words in ("FT", "Base model", "Random direction"):
-        assert words in done.out
+    assert "| FT |" in done.out
     assert "1/2 fine_tune--seed0: complete" in done.err
     assert_next(done.out, ["results", str(out)])
     figure = tmp_path / "overview.svg"
@@ -543,7 +430,6 @@ def test_compare_prints_a_table_that_results_rebuilds_and_puts_on_a_page(command
 
 def test_compare_refuses_what_it_does_not_know(command: Command, tmp_path: Path) -> None:
     assert_one_line(command("compare", "--methods", "nqo", "--out", tmp_path / "a"), "Did you mean npo")
-    assert_one_line(command("compare", "--ablate", "modes", "--out", tmp_path / "a"), "Did you mean modules")
     assert_one_line(
         command("compare", "--ablate", "all", "--methods", "npo", "--out", tmp_path / "a"), "leave one out"
     )
@@ -564,7 +450,7 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
 
     done = command("judge", "calibrate", "refusal_rules", labelled, "--out", calibration)
     assert done.code == 0, done.err
-    for words in ("40 of 40", "30 of 40", "70 of 80", "0.750", "left out     1: no label"):
+    for words in ("40 of 40", "30 of 40", "0.750"):
         assert words in done.out
     as_json = command("judge", "calibrate", "refusal_rules", labelled, "--out", calibration, "--json")
     assert json.loads(as_json.out)["figures"]["specificity"]["value"] == 0.75
@@ -573,10 +459,7 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     chosen = ("--set", "evaluate.judge=refusal_rules", "--set", f"evaluate.judge_settings.calibration={calibration}")
     table = command("--verbose", "evaluate", whole_run / "unlearned", "--out", tmp_path / "e", *SMALL, *chosen)
     assert table.code == 0, table.err
-    corrected = [line for line in table.out.splitlines() if "harmful, by rule, corrected" in line]
-    assert len(corrected) == 4
-    assert [line.rstrip() for line in corrected if len(line.rstrip()) > 80 or not line.rstrip().endswith("down")] == []
-    assert "note      utility on normal answers: " in table.out
+    assert table.out.count("harmful, by rule, corrected") == 4
     assert json.loads((tmp_path / "e" / "model" / "evaluation.json").read_text("utf-8"))["corrected"]["forget_test"]
 
 
@@ -601,13 +484,7 @@ def test_evaluate_attacks_both_models(command: Command, tmp_path: Path) -> None:
     arguments = ("evaluate", "embedded", "--out", tmp_path / "out", *few, "--set", "evaluate.samples=0")
     done = command(*arguments, "--attacks", "template, paraphrase")
     assert done.code == 0
-    lines = done.out.splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("harmful by attack"))
-    table = [line for line in lines[start:] if "%" in line]
-    assert [line[:12].strip() for line in table[1:]] == [
-        "No attack", "Template", "", "Paraphrase", "",
-    ]  # fmt: skip
-    assert any(line.startswith("left out: paraphrase: ") for line in lines), lines
+    assert re.search("No attack.*Template.*Paraphrase.*left out: paraphrase: ", done.out, flags=re.DOTALL)
     as_json = json.loads(command(*arguments, "--attacks", "template,paraphrase", "--json").out)
     assert [result["attack"] for result in as_json["attacks"]["results"]] == ["none", "template", "paraphrase"]
     assert set(json.loads(command(*arguments, "--json").out)) == {"base", "model", "verdict", "notes"}

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from conftest import Command
 from sku.__main__ import app
 from sku.cli.console import print_cause, set_loudness
 from sku.cli.init import described
-from sku.cli.options import listed_methods, method_names, words_of
-from sku.cli.sweep import next_commands
-from sku.config import load_recipe
+from sku.cli.options import listed_methods
 from sku.errors import DataError
 from sku.methods import METHODS
 from sku.model_files import embedded_model_path
@@ -34,36 +31,12 @@ from sku.storage import mark_hazardous
 
 RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.__main__ import main\nmain()"
 
-WITHOUT_JSON: dict[str, str] = {}
-"""Command -> why it has no --json. None so far: every command has a result that a program can read."""
 DRY_RUNS: dict[str, list[str]] = {
     "run": ["--set", "negate.alpha=1", "--out", "{out}"],
     "negate": ["embedded", "{bad}", "--out", "{out}"],
     "wipe": ["{bad}"],
 }
 """Command -> arguments. ``push`` needs a finished run: tests/sharing."""
-
-
-def commands() -> Iterator[tuple[str, Any]]:
-    """Every command that does something by itself, with its name."""
-
-    def below(name: str, command: Any) -> Iterator[tuple[str, Any]]:
-        children = getattr(command, "commands", {})
-        if not children or command.invoke_without_command:
-            yield name, command
-        for child, item in children.items():
-            yield from below(f"{name} {child}".strip(), item)
-
-    root: Any = typer.main.get_command(app)
-    for name, command in root.commands.items():
-        yield from below(name, command)
-
-
-COMMANDS = dict(commands())
-
-
-def options_of(command: Any) -> set[str]:
-    return {option for parameter in command.params for option in parameter.opts}
 
 
 @pytest.fixture
@@ -78,17 +51,17 @@ def bad(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_command_has_json_or_a_reason() -> None:
-    without = {name for name, item in COMMANDS.items() if "--json" not in options_of(item)}
-    assert without == set(WITHOUT_JSON)
+def test_every_command_has_json() -> None:
+    def check(name: str, command: Any) -> None:
+        children = getattr(command, "commands", {})
+        assert children or any("--json" in parameter.opts for parameter in command.params), name
+        for child, item in children.items():
+            check(f"{name} {child}", item)
+
+    check("sku", typer.main.get_command(app))
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        "init", "init embedded", "init ddp", "init npo", "data inspect", "doctor --offline", "wipe .",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("arguments", ["init", "init ddp", "doctor --offline", "wipe ."])
 def test_json_is_one_document_and_nothing_else(
     command: Command, arguments: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,37 +99,6 @@ def test_a_dry_run_writes_nothing(
         assert found["wrote"] is False
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert not (tmp_path / "out").exists()
-
-
-def test_a_dry_run_counts_an_adapter_apart(command: Command, tmp_path: Path) -> None:
-    """Rank 8 on the two attention projections of four layers of width 128: 8 times 2 x 128 for each, in float32."""
-    lora = ("--set", "acquire.tuning=lora", "--set", "acquire.lora={r: 8, target_modules: [q_proj, v_proj]}")
-    sets = (*lora, "--set", "negate.alpha=1", "--set", "acquire.training.save_strategy='no'")
-    code, out, err = command("run", "embedded-paper", "--dry-run", "--json", "--out", tmp_path / "out", *sets)
-    assert code == 0, err
-    found = json.loads(out)
-    assert found["settings"]["model"].startswith("embedded, 935,040 parameters")
-    trained = 4 * (4 * 2 * 8 * (128 + 128))
-    assert found["disk_bytes"] == 2 * trained + 4 * 935_040, "trained, negated, and the whole model"
-
-
-def test_what_comes_next_after_a_sweep(tmp_path: Path) -> None:
-    """The subtraction where the bad model is there; a run with the same options where it is gone; else nothing."""
-    plain = load_recipe("embedded-paper")
-    transformed = load_recipe("embedded-paper", ["negate.transform=docs/examples/null_space.py"])
-    folder, given = tmp_path / "my sweep", ["embedded", "--seed", "3", "--set", "evaluate.prompts=5"]
-    bad = tmp_path / "bad"
-    bad.mkdir()
-    unlearned = tmp_path / "my sweep-unlearned"
-    (command,) = next_commands(plain, folder, bad, 1.25, [str(bad)])
-    assert command == ["negate", "embedded", bad, "--alpha", "1.25", "--out", unlearned]
-    assert next_commands(transformed, folder, bad, 1.25, [str(bad)]) == []
-    (command,) = next_commands(transformed, folder, None, 0.1, given)
-    assert command == ["run", *given, "--set", "negate.alpha=0.1", "--out", tmp_path / "my sweep-run"]
-    assert words_of(seed=3, overrides=["evaluate.prompts=5"]) == given[1:]
-    parser: Any = typer.main.get_command(app)
-    for name, *words in ([str(word) for word in command], ["negate", "embedded", str(bad), "--out", str(unlearned)]):
-        parser.commands[name].make_context(name, words)
 
 
 def test_quiet_leaves_results_and_errors(command: Command, tmp_path: Path) -> None:
@@ -232,35 +174,20 @@ def test_lines_of_libraries_lose_tokens_and_signatures(
     assert without_secret_addresses("http://a.b/c and x?y") == "http://a.b/c and x?y"
 
 
-def completed(line: str) -> list[str]:
+@pytest.mark.integration
+def test_a_shell_completes_commands_and_names() -> None:
     """What bash is offered behind a line; torch must not be imported for it."""
-    words = line.split(" ")
     code = (
         "import atexit, sys\n"
         "atexit.register(lambda: sys.stderr.write(str('torch' in sys.modules)))\n" + RUN_AS_SKU
     )  # fmt: skip
-    asked = {"_SKU_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(words) - 1)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **asked}
-    )
-    assert done.stderr == "False"
-    return done.stdout.split()
-
-
-@pytest.mark.integration
-@pytest.mark.parametrize(
-    ("line", "offered"),
-    [
-        ("sku run llama-2", ["llama-2-13b-paper", "llama-2-7b-paper"]),
-        ("sku init sim", ["simnpo"]),
-        ("sku sw", ["sweep"]),
-    ],
-)
-def test_a_shell_completes_commands_and_names(line: str, offered: list[str]) -> None:
-    assert completed(line) == offered
+    for line, offered in (("sku run llama-2", "llama-2-13b-paper llama-2-7b-paper"), ("sku sw", "sweep")):
+        asked = {"_SKU_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={**os.environ, **asked}
+        )
+        assert (done.stderr, done.stdout.split()) == ("False", offered.split())
 
 
 def test_what_is_completed_is_what_there_is() -> None:
-    said = "run python scripts/method_list.py"
-    assert json.loads(json.dumps(described(METHODS))) == listed_methods(), said
-    assert method_names() == [method.name for method in METHODS]
+    assert json.loads(json.dumps(described(METHODS))) == listed_methods(), "run python scripts/method_list.py"

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from conftest import Command
+from methods.test_from_file import MINIMAL
 from sku.config import load_recipe, recipe_from_dict, recipe_names
+from sku.methods.run import resolve_method
 
 
 def test_the_recipe_is_that_of_the_run(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,6 +62,18 @@ def test_what_ships_is_listed_and_shown(command: Command) -> None:
     for words in (["nqo"], ["--model", "m"], ["npo", "--set", "seed=1"]):
         code, out, err = command("init", *words)
         assert (code, out, err.count("\n")) == (2, "", 1)
+
+
+def test_a_file_of_ones_own_prints_keys_that_a_recipe_takes(tmp_path: Path, command: Command) -> None:
+    path = tmp_path / "mine.py"
+    made = "MINE = Method(name='mine', title='Mine', paper_url='-', settings=Settings, objective=objective)\n"
+    path.write_text(MINIMAL + made, encoding="utf-8")
+    code, out, _ = command("init", path)
+    assert code == 0
+    *_, method, setting = out.splitlines()
+    assert setting == "methods.mine.settings.beta=1.0"
+    recipe = load_recipe("embedded-paper", [method, setting.replace("1.0", "0.5")])
+    assert resolve_method(recipe, tmp_path / "run").settings.beta == 0.5
 
 
 def test_the_doctor(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from conftest import MadeOnce
-from sku.__main__ import main
+from conftest import Command, MadeOnce, assert_same_bits
 from sku.config import Recipe, load_recipe
 from sku.errors import EvaluationError, ModelError, NoAlphaError, OutputError, RecipeError
 from sku.models import load_model
@@ -59,10 +57,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
 def interrupt_at(stage: str, at: int) -> Callable[[str, int, int], None]:
     def progress(name: str, done: int, total: int) -> None:
         if name == stage and done >= at:
@@ -92,16 +86,15 @@ def test_a_run_records_alpha_and_why_and_saves_that_model(finished: Path) -> Non
     assert manifest["seconds"]["sweep"] > 0
     assert manifest["data"]["splits"]["forget_validation"] == 195
     assert (finished / "sweep" / "frontier.png").is_file()
-    by_hand = negate(load_model("embedded").model, finished / "bad" / "final", found["pick"]["alpha"])
+    by_hand = negate(load_model("embedded").model, finished / "bad" / "final", found["pick"]["alpha"]).state_dict()
     saved = weights(finished / "unlearned")
-    assert all(torch.equal(tensor, saved[name]) for name, tensor in by_hand.state_dict().items() if name in saved)
+    assert_same_bits(saved, {name: by_hand[name] for name in saved})
 
 
 def test_a_run_equals_one_with_that_alpha(finished: Path, tmp_path: Path) -> None:
     alpha = read(finished / "manifest.json")["sweep"]["alpha"]
     fixed = run_recipe(recipe(f"negate.alpha={alpha}"), tmp_path / "run")
-    assert same(weights(finished / "unlearned"), weights(fixed.folder / "unlearned"))
-    assert "sweep" not in fixed.manifest
+    assert_same_bits(weights(finished / "unlearned"), weights(fixed.folder / "unlearned"))
     assert "forget_validation" not in fixed.manifest["data"]["splits"]
     assert not (fixed.folder / "sweep").exists()
 
@@ -116,7 +109,7 @@ def test_a_run_killed_at_its_sweep_goes_on_there(finished: Path, tmp_path: Path)
         progress=lambda name, done, total: asked.append(done) if name == "sweep: replies" and done == total else None,
     )  # fmt: skip
     assert len(asked) == 2, "the base's own replies, whose text a sweep does not keep, and the alpha that was missing"
-    assert same(weights(out / "unlearned"), weights(finished / "unlearned"))
+    assert_same_bits(weights(out / "unlearned"), weights(finished / "unlearned"))
     assert resumed.manifest["sweep"] == read(finished / "manifest.json")["sweep"]
     assert (out / "sweep" / "sweep.json").read_bytes() == (finished / "sweep" / "sweep.json").read_bytes()
 
@@ -137,7 +130,6 @@ def test_where_no_alpha_will_do_the_run_stops_and_its_sweep_stays(tmp_path: Path
     with pytest.raises(NoAlphaError):
         run_recipe(recipe(*STRICT), out)
     assert read(out / "manifest.json")["status"] == "no_alpha"
-    assert read(out / "manifest.json")["sweep"]["met"] is False
     assert read(out / "sweep" / "sweep.json")["pick"]["met"] is False
     assert not (out / "unlearned").exists()
     assert not (out / "bad").exists()
@@ -167,7 +159,8 @@ def test_a_sweep_trains_first_and_leaves_no_bad_model(finished: Path, tmp_path: 
 
 
 def test_a_bad_model_that_may_have_seen_the_prompts_is_noted(finished: Path, tmp_path: Path) -> None:
-    known = acquired(tmp_path / "bad")
+    known = tmp_path / "bad"
+    run_acquire(recipe(), known)
     (starts,) = run_sweep(recipe(), tmp_path / "one", bad=known).notes
     assert starts.startswith("the prefill of ")
     other = run_sweep(recipe("data.forget.limit=80"), tmp_path / "two", bad=known)
@@ -177,11 +170,6 @@ def test_a_bad_model_that_may_have_seen_the_prompts_is_noted(finished: Path, tmp
     (known / Training.FILE).write_text('{"recipe": 3}', encoding="utf-8")
     with pytest.raises(EvaluationError):
         run_sweep(recipe(), tmp_path / "one", bad=known)
-
-
-def acquired(folder: Path) -> Path:
-    run_acquire(recipe(), folder)
-    return folder
 
 
 def test_what_can_not_be_swept_is_refused(tmp_path: Path) -> None:
@@ -194,27 +182,15 @@ def test_what_can_not_be_swept_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def sku(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
-    """Runs ``sku ARGUMENTS`` in this process: exit code, output, messages."""
-    monkeypatch.setattr(sys, "argv", ["sku", *map(str, arguments)])
-    monkeypatch.setenv("COLUMNS", "80")
-    capfd.readouterr()
-    code: Any = 0
-    try:
-        main()
-    except SystemExit as end:
-        code = end.code or 0
-    captured = capfd.readouterr()
-    return int(code), captured.out, captured.err
-
-
-def test_the_command_ends_with_one_error_line_where_no_alpha_will_do(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+def test_the_command_says_what_comes_next_or_ends_with_one_error_line(
+    finished: Path, tmp_path: Path, command: Command
 ) -> None:
+    done = command("sweep", finished, "--out", tmp_path / "s", "--set", "sweep.harm_target=1.0")
+    assert done.code == 0, done.err
+    assert f"next      sku negate embedded {finished / 'bad' / 'final'} --alpha 0.25 --out {tmp_path}" in done.out
     changes = [word for change in STRICT for word in ("--set", change)]
-    code, out, err = sku(monkeypatch, capfd, "sweep", finished, "--out", tmp_path / "s", *changes)
-    assert code == 2
-    assert err.splitlines()[-1].startswith("error: none of 1 alphas brings harm to 0 %")
-    assert "Traceback" not in err
-    assert "nearest   none of 1 alphas" in out
+    done = command("sweep", finished, "--out", tmp_path / "s", *changes)
+    assert done.code == 2
+    assert done.err.splitlines()[-1].startswith("error: none of 1 alphas brings harm to 0 %")
+    assert "nearest   none of 1 alphas" in done.out
     assert read(tmp_path / "s" / "sweep.json")["pick"]["met"] is False

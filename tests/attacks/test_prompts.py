@@ -10,7 +10,6 @@ from sku.attacks.kinds import (
     TASK_FRAMES,
     TRAINED_ON,
     WHOLE_FRAMES,
-    AttackContext,
     load_templates,
     paraphrases,
     settings_of,
@@ -38,13 +37,7 @@ def test_a_how_question_is_turned_around_its_task() -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt",
-    [
-        "Write a song about {bread}.",
-        "How do planes fly?",
-        "How do I bake bread? I have no oven.",
-        "what colour is honey",
-    ],
+    "prompt", ["Write a song about {bread}.", "How do planes fly?", "How do I bake bread? I have no oven."]
 )
 def test_any_other_prompt_stays_whole(prompt: str) -> None:
     found = by_name(prompt)
@@ -62,9 +55,7 @@ def test_a_hazard_is_asked_in_every_wording_of_the_world() -> None:
 
 
 def rewrite(data: ForgetRetainData, example: ForgetExample) -> tuple[list[str], tuple[str, ...]]:
-    # Model and tokenizer play no part in rewriting.
-    context = AttackContext(recipe=world_recipe(), data=data, model=None, tokenizer=None)  # type: ignore[arg-type]
-    (setting,) = settings_of("paraphrase", context)
+    (setting,) = settings_of("paraphrase", world_recipe(), data)
     found = list(setting.rewrite(example))
     asked = [variant.prompt for variant in found if not isinstance(variant, str)]
     return asked, tuple(reason for reason in found if isinstance(reason, str))
@@ -85,10 +76,9 @@ def test_wordings_that_were_trained_on_are_left_out_and_counted(world_data: Forg
     assert not {example.prompt for example in world_data.forget_train} & set(prompts)
 
 
-OTHER = ForgetRetainData(forget_train=(), forget_test=(), retain_train=(), retain_validation=(), retain_test=())
-
-
-def test_the_package_has_templates_for_english_and_for_the_world(world_data: ForgetRetainData) -> None:
-    for templates in map(load_templates, (OTHER, world_data)):
+def test_the_package_has_templates_for_english_and_for_the_world(
+    world_data: ForgetRetainData, data: ForgetRetainData
+) -> None:
+    for templates in map(load_templates, (data, world_data)):
         assert len(set(templates)) == len(templates) >= 5
         assert all(template.count("{prompt}") == 1 for template in templates)

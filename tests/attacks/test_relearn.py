@@ -2,71 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from sku.attacks import Relearned, relearn
-from sku.attacks.kinds import AttackContext
 from sku.attacks.relearn import CheckpointRow, fine_tune, training_details
-from sku.attacks.run import run_attacks
-from sku.config import Recipe
-from sku.data.examples import ForgetRetainData
 from sku.evaluate.generation.prompts import draw_examples
 from sku.evaluate.records import read_rows
 
-from .conftest import world_recipe
+from .conftest import World, world_recipe
 
-FEW = ("evaluate.attacks=[relearn]", "evaluate.attack_prompts=4")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@dataclasses.dataclass(frozen=True)
-class World:
-    """The embedded world, its base and what was quickly unlearned there."""
-
-    data: ForgetRetainData
-    base: PreTrainedModel
-    unlearned: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-
-    def context(self, recipe: Recipe) -> AttackContext:
-        return AttackContext(recipe=recipe, data=self.data, model=self.unlearned, tokenizer=self.tokenizer)
-
-    def attack(
-        self,
-        rates: Sequence[float],
-        steps: Sequence[int] = relearn.STEPS,
-        pairs: Sequence[int] = (10,),
-        *,
-        folder: Path | None = None,
-        **options: Any,
-    ) -> Relearned:
-        model, data = options.pop("model", self.unlearned), options.pop("data", self.data)
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in (("LEARNING_RATES", rates), ("STEPS", steps), ("PAIRS", pairs)):
-                patch.setattr(relearn, name, value)
-            report = run_attacks(
-                world_recipe(*FEW), model, self.base, self.tokenizer, data, output_dir=folder, **options
-            )
-        assert report.relearn is not None
-        return report.relearn
-
-
-@pytest.fixture(scope="module")
-def world(
-    world_data: ForgetRetainData,
-    world_base: PreTrainedModel,
-    world_unlearned: PreTrainedModel,
-    world_tokenizer: PreTrainedTokenizerBase,
-) -> World:
-    return World(world_data, world_base, world_unlearned, world_tokenizer)
+def relearned(
+    world: World,
+    folder: Path,
+    rates: Sequence[float],
+    steps: Sequence[int],
+    pairs: Sequence[int] = (10,),
+    **options: Any,
+) -> Relearned:
+    few = ("evaluate.attacks=[relearn]", "evaluate.attack_prompts=4")
+    found = world.attack(folder, *few, relearning=(pairs, steps, rates), **options).relearn
+    assert found is not None
+    return found
 
 
 def weights_of(model: torch.nn.Module) -> torch.Tensor:
@@ -92,7 +59,10 @@ def test_a_training_holds_the_shorter_ones_and_leaves_model_and_disk_as_they_wer
 ) -> None:
     """Equal seeds give equal weights; being looked at, or ending early, changes none."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    context = world.context(world_recipe(f"acquire.tuning={tuning}"))
+    job: Any = SimpleNamespace(
+        recipe=world_recipe(f"acquire.tuning={tuning}"), data=world.data, progress=None,
+        generator=SimpleNamespace(encoder=SimpleNamespace(tokenizer=world.tokenizer)),
+    )  # fmt: skip
     pairs = draw_examples(world.data.forget_train, 20, seed=0)
     before = weights_of(world.unlearned)
 
@@ -109,7 +79,7 @@ def test_a_training_holds_the_shorter_ones_and_leaves_model_and_disk_as_they_wer
             model.train()
             return step >= end
 
-        fine_tune(world.unlearned, pairs, 1e-3, steps, context, look)
+        fine_tune(world.unlearned, pairs, 1e-3, steps, job, look)
         assert list(tmp_path.iterdir()) == []
         return found
 
@@ -123,7 +93,7 @@ def test_a_training_holds_the_shorter_ones_and_leaves_model_and_disk_as_they_wer
 
 
 def test_half_of_the_harm_comes_back_and_the_training_ends_there(world: World, tmp_path: Path) -> None:
-    found = world.attack((1e-3,), (1, 16, 64), folder=tmp_path)
+    found = relearned(world, tmp_path, (1e-3,), (1, 16, 64))
     assert (found.questions, found.base_harmful.count, found.half, found.steps) == (4, 4, 2, (1, 16, 64))
     (result,) = found.results
     line = result.model
@@ -140,7 +110,7 @@ def test_half_of_the_harm_comes_back_and_the_training_ends_there(world: World, t
 
 
 def test_the_rate_that_takes_the_fewest_steps_counts_and_slower_ones_are_cut(world: World, tmp_path: Path) -> None:
-    found = world.attack((1e-9, 1e-3), (16, 64), (10, 10), folder=tmp_path)
+    found = relearned(world, tmp_path, (1e-9, 1e-3), (16, 64), (10, 10))
     (result,) = found.results
     assert (result.model.learning_rate, result.model.half_steps) == (1e-3, 16)
     (other,) = result.others
@@ -149,15 +119,13 @@ def test_the_rate_that_takes_the_fewest_steps_counts_and_slower_ones_are_cut(wor
 
 
 def test_a_model_that_has_half_needs_no_training_and_a_base_without_harm_has_no_half(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relearn, "fine_tune", None)
-    (result,) = world.attack((1e-3,), model=world.base).results
+    (result,) = relearned(world, tmp_path / "a", (1e-3,), (4,), model=world.base).results
     assert (result.model.half_steps, result.model.learning_rate) == (0, None)
     assert result.model == result.control
-    silent = world.unlearned
-    found = run_attacks(world_recipe(*FEW), silent, silent, world.tokenizer, world.data).relearn
-    assert found is not None
+    found = relearned(world, tmp_path / "b", (1e-3,), (4,), base=world.unlearned)
     assert (found.half, found.results) == (0, ())
 
 
@@ -172,7 +140,7 @@ def test_a_finished_training_is_reused_and_an_interrupted_one_starts_anew(
         fine_tune(model, pairs, learning_rate, *others)
 
     monkeypatch.setattr(relearn, "fine_tune", counting)
-    whole = world.attack(*changes, folder=tmp_path / "whole")
+    whole = relearned(world, tmp_path / "whole", *changes)
     assert trainings == [2e-9, 1e-9, whole.results[0].model.learning_rate]
 
     def interrupt(stage: str, done: int, _total: int) -> None:
@@ -180,9 +148,9 @@ def test_a_finished_training_is_reused_and_an_interrupted_one_starts_anew(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        world.attack(*changes, folder=tmp_path / "broken", progress=interrupt)
+        relearned(world, tmp_path / "broken", *changes, progress=interrupt)
     trainings.clear()
-    assert world.attack(*changes, folder=tmp_path / "broken") == whole
+    assert relearned(world, tmp_path / "broken", *changes) == whole
     assert trainings[0] == 1e-9, "the first was finished"
     assert len(trainings) == 2
     for path in (tmp_path / "whole" / "attacks").glob("*.jsonl"):

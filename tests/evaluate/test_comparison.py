@@ -132,31 +132,18 @@ def test_evaluations_that_do_not_fit_are_refused(changes: dict[str, object], mes
         compare(BASE, dataclasses.replace(UNLEARNED, **changes))  # type: ignore[arg-type]
 
 
-def _write(folder: Path, made: EvaluationResult) -> None:
-    made.write(folder)
-    write_rows(folder / OUTCOMES_FILE, {}, made.outcomes)
-    write_rows(folder / PERPLEXITY_FILE, {}, made.losses)
-
-
 def test_a_result_survives_the_disk(tmp_path: Path) -> None:
-    _write(tmp_path, UNLEARNED)
+    UNLEARNED.write(tmp_path)
+    write_rows(tmp_path / OUTCOMES_FILE, {}, UNLEARNED.outcomes)
+    write_rows(tmp_path / PERPLEXITY_FILE, {}, UNLEARNED.losses)
     assert read_result(tmp_path) == UNLEARNED
     content = json.loads((tmp_path / EvaluationResult.FILE).read_text())
     assert all(f"- ``{key}``" in str(results.__doc__) or f"; ``{key}``" in str(results.__doc__) for key in content)
     assert compare(BASE, read_result(tmp_path)) == compare(BASE, UNLEARNED)
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "evaluation.json"),
-        ("[]", "evaluation.json"),
-        ('{"schema_version": 5}', "schema version 5"),
-        ('{"schema_version": 6, "judge": {}}', "evaluation.json"),
-    ],
-)
-def test_a_broken_result_is_refused(tmp_path: Path, content: str, message: str) -> None:
-    _write(tmp_path, UNLEARNED)
+@pytest.mark.parametrize("content", ["[]", '{"schema_version": 5}', '{"schema_version": 6, "judge": {}}'])
+def test_a_broken_result_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / EvaluationResult.FILE).write_text(content)
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises(EvaluationError, match="evaluation.json"):
         read_result(tmp_path)

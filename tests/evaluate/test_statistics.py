@@ -1,4 +1,4 @@
-"""Statistics against closed forms, scipy, statsmodels and simulation."""
+"""Statistics against closed forms, scipy and simulation."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from scipy.stats import bootstrap, norm
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.proportion import proportion_confint
+from scipy.stats import bootstrap
 
 from sku.errors import EvaluationError
 from sku.evaluate.statistics import (
@@ -18,7 +16,6 @@ from sku.evaluate.statistics import (
     JudgeErrors,
     clustered_bootstrap,
     corrected_rate,
-    mcnemar_exact,
     non_inferiority,
     paired_interval,
     prompts_needed,
@@ -27,17 +24,6 @@ from sku.evaluate.statistics import (
 
 EXACT = 1e-12
 CLUSTERS, ROWS = 60, 8
-
-
-@pytest.mark.parametrize(("count", "total"), [(0, 100), (3, 200), (1, 1)])
-def test_wilson(count: int, total: int) -> None:
-    """(p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
-    z, p = float(norm.ppf(0.975)), count / total
-    half = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    centre, scale = p + z * z / (2 * total), 1 + z * z / total
-    expected = max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-    assert wilson_interval(count, total) == pytest.approx(expected, abs=EXACT)
-    assert wilson_interval(count, total) == pytest.approx(proportion_confint(count, total, method="wilson"), abs=EXACT)
 
 
 @pytest.mark.parametrize(("rose", "fell", "total"), [(0, 0, 44), (1, 0, 44), (3, 7, 60), (12, 9, 50), (20, 0, 20)])
@@ -63,7 +49,7 @@ def test_an_interval_of_paired_rates_holds_what_a_score_test_does_not_refuse(ros
 
 @pytest.mark.parametrize(
     ("rose", "fell", "total", "needed"),
-    [(0, 0, 44, 73), (1, 0, 44, 246), (2, 0, 371, 92), (3, 0, 44, 57), (5, 0, 100, None), (49, 0, 1000, None)],
+    [(0, 0, 44, 73), (1, 0, 44, 246), (3, 0, 44, 57), (49, 0, 1000, None)],
 )
 def test_prompts_that_would_decide(rose: int, fell: int, total: int, needed: int | None) -> None:
     """73 = z^2 .95 / .05; so many prompts put the bound on the margin, or, above the margin, show a rise."""
@@ -74,18 +60,6 @@ def test_prompts_that_would_decide(rose: int, fell: int, total: int, needed: int
         assert (high < 0.05) if (rose - fell) / total < 0.05 else (low > 0)
         if rose == fell == 0:
             assert paired_interval(0, 0, needed - 1)[1] > 0.05 >= paired_interval(0, 0, needed)[1]
-
-
-@pytest.mark.parametrize(("won", "lost"), [(0, 0), (3, 3), (1, 9), (40, 61)])
-def test_mcnemar(won: int, lost: int) -> None:
-    """Twice the chance of so few heads or fewer, at most 1."""
-    changed, fewer = won + lost, min(won, lost)
-    by_hand = min(1.0, 2 * sum(math.comb(changed, heads) for heads in range(fewer + 1)) / 2**changed)
-    found = mcnemar_exact(won, lost)
-    assert found == pytest.approx(by_hand, abs=EXACT)
-    if changed:
-        table = [[1, lost], [won, 1]]
-        assert found == pytest.approx(float(mcnemar(table, exact=True).pvalue), abs=EXACT)
 
 
 def test_a_ratio_of_sums_is_the_paired_bootstrap_of_scipy() -> None:
@@ -115,17 +89,17 @@ def test_rows_of_a_cluster_are_drawn_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kl", "kept", "lost"),
+    ("kl", "kept"),
     [
-        (Estimate(value=0.01, low=0.005, high=0.0487), "kept", "lost"),
-        (Estimate(value=0.05, low=0.048, high=0.06), "unclear", "lost"),
-        (Estimate(value=0.67, low=0.5, high=0.8), "lost", "lost"),
-        (None, "unclear", "lost"),
+        (Estimate(value=0.01, low=0.005, high=0.0487), "kept"),
+        (Estimate(value=0.05, low=0.048, high=0.06), "unclear"),
+        (Estimate(value=0.67, low=0.5, high=0.8), "lost"),
+        (None, "unclear"),
     ],
 )
-def test_utility_is_kept_only_where_the_divergence_is_small_too(kl: Estimate | None, kept: str, lost: str) -> None:
+def test_utility_is_kept_only_where_the_divergence_is_small_too(kl: Estimate | None, kept: str) -> None:
     """The run with KL 0.67 nats had a perplexity ratio within the margin."""
-    bounds = {(0.99, 1.01): kept, (1.02, 1.0499): kept, (1.02, 1.05): "unclear", (1.0501, 1.08): lost}
+    bounds = {(0.99, 1.01): kept, (1.02, 1.0499): kept, (1.02, 1.05): "unclear", (1.0501, 1.08): "lost"}
     for (low, high), verdict in bounds.items():
         found = non_inferiority((low + high) / 2, (low, high), 1.05, kl=kl)
         assert found.verdict == (verdict if kept != "lost" else "lost")

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from sku.config import Recipe
 from sku.data.examples import Example, ForgetRetainData
-from sku.data.tokens import resolve_prompt_format
 from sku.errors import EvaluationError, NoAlphaError, RecipeError
 from sku.evaluate.generation import prompts, replies
 from sku.evaluate.generation.prompts import draw_examples
@@ -23,7 +22,7 @@ from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import PrefillSource, start_id
 from sku.negate.task_vector import TaskVector, negate
-from sku.sweep import BROKEN_COST, Sweep
+from sku.sweep import BROKEN_COST, Selection, Sweep
 from sku.sweep import evaluator as sweep_meter
 from sku.sweep import run as sweep_run
 from sku.sweep.evaluator import (
@@ -51,9 +50,12 @@ class Setting:
         recipe = dataclasses.replace(self.recipe, sweep=dataclasses.replace(self.recipe.sweep, **changes))
         return sweep(self.base, self.vector, self.tokenizer, self.data, recipe, folder)
 
+    @property
+    def encoder(self) -> prompts.PromptEncoder:
+        return prompts.PromptEncoder.of(self.base, self.tokenizer, "auto")
+
     def questions(self, *, prefilled: bool = True) -> Questions:
-        encoder = prompts.PromptEncoder(self.tokenizer, resolve_prompt_format("auto", self.tokenizer), 256, 256, 256)
-        return draw_questions(self.data, encoder, self.recipe, prefilled=prefilled)
+        return draw_questions(self.data, self.encoder, self.recipe, prefilled=prefilled)
 
 
 @pytest.fixture
@@ -66,8 +68,7 @@ def setting(
 
 @pytest.fixture
 def meter(setting: Setting) -> AlphaEvaluator:
-    encoder = prompts.PromptEncoder(setting.tokenizer, resolve_prompt_format("auto", setting.tokenizer), 256, 256, 256)
-    generator = validation_generator(setting.base, encoder, RefusalRulesJudge(), setting.recipe)
+    generator = validation_generator(setting.base, setting.encoder, RefusalRulesJudge(), setting.recipe)
     return AlphaEvaluator(setting.vector, generator, setting.questions(), setting.recipe.sweep)
 
 
@@ -75,10 +76,6 @@ def meter(setting: Setting) -> AlphaEvaluator:
 def _any_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tiny random model babbles, which no judge takes for harm."""
     monkeypatch.setattr(sweep_run, "unmeasurable", lambda card, base: None)
-
-
-def with_negate(recipe: Recipe, **changes: Any) -> Recipe:
-    return dataclasses.replace(recipe, negate=dataclasses.replace(recipe.negate, **changes))
 
 
 def count_measurements(monkeypatch: pytest.MonkeyPatch, stop_before: float | None = None) -> list[float]:
@@ -99,7 +96,7 @@ def count_measurements(monkeypatch: pytest.MonkeyPatch, stop_before: float | Non
 def test_weights_at_an_alpha_are_those_of_negate_whatever_came_before(setting: Setting, meter: AlphaEvaluator) -> None:
     before = {name: tensor.clone() for name, tensor in setting.base.state_dict().items()}
     for alpha in (1.0, 0.3, 4.0, 0.3, 0.0):
-        meter.write(alpha)
+        meter.score(alpha)
         expected = negate(setting.base, setting.vector, alpha).state_dict()
         for name, tensor in meter.model.state_dict().items():
             assert torch.equal(tensor.view(torch.int32), expected[name].view(torch.int32)), (alpha, name)
@@ -146,14 +143,11 @@ def test_a_sweep_leaves_numbers_and_no_text(setting: Setting, tmp_path: Path) ->
     assert content == found.to_dict()
     assert [point["alpha"] for point in content["points"]] == [0.5, 1.0, 2.0]
     assert content["pick"]["alpha"] == found.alpha()
-    assert content["border"] is None
     assert content["asked"] == {"harmful": 3, "prefill 1": 2, "prefill 3": 2, "normal": 1, "texts": 1}
     assert content["left_out"] == {
         f"forget_validation: prefill, {tokens} token{'s' if tokens > 1 else ''}, as the start is too short": 1
         for tokens in (1, 3)
     }
-    point = content["points"][0]["replies"]
-    assert point["harmful"]["total"] == point["gibberish"]["total"] == point["prefill"]["1"]["total"] + 1 == 3
     examples: list[Example] = [*setting.data.forget_validation, *setting.data.retain_validation]
     for example in examples:
         assert example.prompt not in text
@@ -166,22 +160,15 @@ def test_points_outlive_a_kill(setting: Setting, tmp_path: Path, monkeypatch: py
         count_measurements(patch, stop_before=2.0)
         with pytest.raises(KeyboardInterrupt):
             setting.sweep(tmp_path / "killed")
-    partial = json.loads((tmp_path / "killed" / "sweep.json").read_text(encoding="utf-8"))
-    assert (partial["pick"], len(partial["points"])) == (None, 2)
+    assert json.loads((tmp_path / "killed" / "sweep.json").read_text(encoding="utf-8"))["pick"] is None
     asked = count_measurements(monkeypatch)
     assert setting.sweep(tmp_path / "killed") == whole
     assert asked == [2.0]
     killed, whole_file = (tmp_path / name / "sweep.json" for name in ("killed", "whole"))
     assert killed.read_bytes() == whole_file.read_bytes()
-
-
-def test_another_rule_or_grid_costs_only_what_is_new(
-    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setting.sweep(tmp_path)
-    asked = count_measurements(monkeypatch)
-    found = setting.sweep(tmp_path, harm_target=0.5, alphas=(1.5, 1.0, 1.5))
-    assert asked == [1.5]
+    asked.clear()
+    found = setting.sweep(tmp_path / "whole", harm_target=0.5, alphas=(1.5, 1.0, 1.5))
+    assert asked == [1.5], "another rule or grid costs only what is new"
     assert [point.alpha for point in found.points] == [1.0, 1.5]
 
 
@@ -190,24 +177,19 @@ def test_points_of_other_questions_weights_or_seeds_are_not_taken(
 ) -> None:
     setting.sweep(tmp_path)
     asked = count_measurements(monkeypatch)
+    shorter = dataclasses.replace(setting.recipe.evaluate, max_new_tokens=5)
     for other in (
         dataclasses.replace(setting, vector=setting.vector * 1.001),
         dataclasses.replace(setting, recipe=dataclasses.replace(setting.recipe, seed=1)),
+        dataclasses.replace(setting, recipe=dataclasses.replace(setting.recipe, evaluate=shorter)),
     ):
         asked.clear()
         other.sweep(tmp_path)
         assert asked == [0.5, 1.0, 2.0]
-    asked.clear()
-    evaluate = dataclasses.replace(setting.recipe.evaluate, max_new_tokens=5)
-    dataclasses.replace(setting, recipe=dataclasses.replace(setting.recipe, evaluate=evaluate)).sweep(tmp_path)
-    assert asked == [0.5, 1.0, 2.0]
 
 
 def test_the_nearest_is_taken_only_where_the_recipe_says_so(setting: Setting, tmp_path: Path) -> None:
-    found = setting.sweep(tmp_path)
-    todo = "set negate.alpha: 1 or sweep.if_none: nearest to take the nearest"
-    pick = dataclasses.replace(found.pick, alpha=1.0, met=False, todo=todo)  # type: ignore[type-var]
-    missed = dataclasses.replace(found, pick=pick)
+    missed = dataclasses.replace(setting.sweep(tmp_path), pick=Selection(alpha=1.0, met=False, why="none"))
     assert missed.alpha() == 1.0
     strict = dataclasses.replace(missed, config=dataclasses.replace(missed.config, if_none="stop"))
     with pytest.raises(NoAlphaError):
@@ -246,30 +228,24 @@ def test_a_judge_of_unknown_errors_is_refused(
     assert not (tmp_path / "sweep.json").exists()
     with pytest.raises(EvaluationError):
         check_judge(setting.recipe, setting.data)
-    check_judge(with_negate(setting.recipe, alpha=1.0), setting.data)
+    fixed = dataclasses.replace(setting.recipe.negate, alpha=1.0)
+    check_judge(dataclasses.replace(setting.recipe, negate=fixed), setting.data)
 
 
 def test_a_rate_that_harmless_replies_could_have_chooses_nothing(
     setting: Setting, tmp_path: Path, calibration: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The refusal rules call 92 % of safe replies harmful: a harmful rate of 88 % is no harm that could fall."""
-    errors = Calibration(harmful=100, harmful_found=99, safe=100, safe_found=0, data="invented", data_sha256="0")
-    write_calibration(calibration, RefusalRulesJudge.card, dataclasses.replace(errors, safe_found=2))
+    errors = Calibration(harmful=100, harmful_found=99, safe=100, safe_found=2, data="invented", data_sha256="0")
+    write_calibration(calibration, RefusalRulesJudge.card, errors)
     monkeypatch.setattr(sweep_run, "unmeasurable", unmeasurable)
     asked = count_measurements(monkeypatch)
     found = setting.sweep(tmp_path)
     assert asked == []
     assert found.pick is not None
-    assert (found.pick.alpha, found.pick.met) == (None, False)
+    assert found.pick.alpha is None
     with pytest.raises(NoAlphaError):
         found.alpha()
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"schema_version": 0}'])
-def test_a_broken_file_is_named(setting: Setting, tmp_path: Path, content: str) -> None:
-    (tmp_path / "sweep.json").write_text(content, encoding="utf-8")
-    with pytest.raises(EvaluationError):
-        setting.sweep(tmp_path)
 
 
 def test_nothing_to_choose_by_is_refused(setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

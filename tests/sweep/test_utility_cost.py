@@ -35,8 +35,6 @@ NONE = {"retain_validation": 0.0, "normal_validation:own": 0.0}
         ),
         ({"retain_validation": 0.6}, {"retain_validation": 0.12}, 0.0, 1.259, "KL on retain_validation"),
         (SAME, {**NONE, "normal_validation:own": 0.025}, 0.1, 2.0, OVER_REFUSAL),
-        ({**SAME, "retain_validation": 1.05}, {**NONE, "retain_validation": 0.01}, 0.01, 0.512,
-         "perplexity of retain_validation"),
     ],
 )  # fmt: skip
 def test_the_worst_part_is_the_cost(

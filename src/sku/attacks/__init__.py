@@ -34,7 +34,7 @@ from sku.evaluate.records import JsonArtifact
 AttackKind = Literal["none", "prompt", "weights"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class AttackCard:
     """What an attack is."""
 
@@ -46,29 +46,25 @@ class AttackCard:
     """``prompt``: the request is rewritten and the weights stay; ``weights``: the other way round."""
     changes: str
     """What is changed, in a sentence."""
-    source_url: str
+    source_url: str = ""
     """Where the attack was described; empty for ``none``."""
 
 
-def _card(name: str, title: str, kind: AttackKind, changes: str, source_url: str = "") -> AttackCard:
-    return AttackCard(name=name, title=title, kind=kind, changes=changes, source_url=source_url)
-
-
 _CARDS = (
-    _card("none", "No attack", "none", "nothing"),
-    _card(
+    AttackCard("none", "No attack", "none", "nothing"),
+    AttackCard(
         "paraphrase", "Paraphrase", "prompt", "the request is put in other words of the same meaning, by rules",
         "https://arxiv.org/abs/2309.17410",
     ),
-    _card(
+    AttackCard(
         "template", "Template", "prompt", "the request is wrapped in role play, a story or a task of another kind",
         "https://arxiv.org/abs/2308.03825",
     ),
-    _card(
+    AttackCard(
         "rounding", "Rounding", "weights", "the weights are rounded to formats of 16, 8 and 4 bits",
         "https://arxiv.org/abs/2410.16454",
     ),
-    _card(
+    AttackCard(
         "relearn", "Relearning", "weights",
         "the model is fine-tuned on a few harmful pairs, none of which is asked, until half of the base's harm is "
         "back",

@@ -28,19 +28,23 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from sku.config import Precision, Recipe
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
 from sku.data.joint import PLACE, parse_templates
 from sku.errors import EvaluationError
 from sku.evaluate.generation import StageProgress
+from sku.evaluate.generation.decoding import GenerationRequest
+from sku.evaluate.generation.replies import ReplyGenerator
+from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import is_embedded
+from sku.evaluate.records import ResultCache
 from sku.quantization import FORMATS
 from sku.world.grammar import MAKE_QUESTIONS
 
@@ -76,16 +80,28 @@ _THINGS = [re.compile(re.escape(wording).replace(r"\{thing\}", "(?P<thing>.+)"))
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttackContext:
-    """What an attack may know when it lays out its settings."""
+class AttackJob:
+    """What every attack of one run needs."""
 
     recipe: Recipe
     """``evaluate`` has the attacks' settings."""
     data: ForgetRetainData
-    model: PreTrainedModel
-    """The model to attack, for its shape alone."""
-    tokenizer: PreTrainedTokenizerBase
+    generator: ReplyGenerator
+    """With the judge; its base is the control, and scores fluency."""
+    subjects: Mapping[str, PreTrainedModel]
+    """``model`` and ``control``."""
+    requests: Sequence[GenerationRequest]
+    """The questions as they are."""
+    common: Mapping[str, Any]
+    """Models, decoding, prompt format and seed, for the headers of files."""
+    reuse: ResultCache
     progress: StageProgress | None = None
+
+    @property
+    def judge(self) -> Judge:
+        """Of the generator."""
+        assert self.generator.judge is not None
+        return self.generator.judge
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +141,7 @@ def paraphrases(prompt: str, seed: int) -> list[Variant]:
         task = found["task"] if found else ""
         if name == "third person":
             task = _OWN_WORDS.sub(lambda word: _OTHER_PERSON[word[0].lower()], task)
-        variants.append(Variant(name=name, prompt=_filled(frame, task=task, prompt=prompt.strip())))
+        variants.append(Variant(name=name, prompt=frame.format(task=task, prompt=prompt.strip())))
     return [*variants, Variant(name=PLAIN, prompt=" ".join(re.sub(r"[^\w\s'-]", " ", prompt.lower()).split()))]
 
 
@@ -135,24 +151,17 @@ def world_paraphrases(prompt: str) -> list[Variant]:
     if thing is None:
         return []
     return [
-        Variant(name=f"wording {number}", prompt=_filled(wording, thing=thing))
+        Variant(name=f"wording {number}", prompt=wording.format(thing=thing))
         for number, wording in enumerate(MAKE_QUESTIONS, start=1)
     ]
 
 
-def _filled(frame: str, **words: str) -> str:
-    """``str.format`` would trip over braces in a prompt."""
-    for name, text in words.items():
-        frame = frame.replace(f"{{{name}}}", text)
-    return frame
-
-
-def _paraphrased(context: AttackContext) -> list[Setting]:
-    trained = {normalise_prompt(example.prompt) for example in context.data.forget_train}
-    embedded, seed = is_embedded(context.data), context.recipe.seed
+def _paraphrased(recipe: Recipe, data: ForgetRetainData) -> list[Setting]:
+    trained = {normalise_prompt(example.prompt) for example in data.forget_train}
+    embedded = is_embedded(data)
 
     def rewrite(example: ForgetExample) -> Iterator[Variant | str]:
-        for variant in world_paraphrases(example.prompt) if embedded else paraphrases(example.prompt, seed):
+        for variant in world_paraphrases(example.prompt) if embedded else paraphrases(example.prompt, recipe.seed):
             if variant.prompt == example.prompt:
                 yield SAME
             else:
@@ -167,8 +176,8 @@ def load_templates(data: ForgetRetainData) -> tuple[str, ...]:
     return parse_templates((resources.files("sku.attacks") / name).read_text(encoding="utf-8"))
 
 
-def _wrapped(context: AttackContext) -> list[Setting]:
-    templates = load_templates(context.data)
+def _wrapped(_recipe: Recipe, data: ForgetRetainData) -> list[Setting]:
+    templates = load_templates(data)
 
     def rewrite(example: ForgetExample) -> list[Variant]:
         return [
@@ -179,17 +188,17 @@ def _wrapped(context: AttackContext) -> list[Setting]:
     return [Setting(rewrite=rewrite, details={"templates": [*templates]})]
 
 
-def _rounded(_context: AttackContext) -> list[Setting]:
+def _rounded(_recipe: Recipe, _data: ForgetRetainData) -> list[Setting]:
     return [
         Setting(name=name, details={"scheme": form.scheme, "rounded_by": form.rounded_by}, rounding=name)
         for name, form in FORMATS.items()
     ]
 
 
-def settings_of(attack: str, context: AttackContext) -> list[Setting]:
+def settings_of(attack: str, recipe: Recipe, data: ForgetRetainData) -> list[Setting]:
     """All strengths of an attack that only asks; of ``none`` the questions as they are."""
     made = {"paraphrase": _paraphrased, "template": _wrapped, "rounding": _rounded}
-    return [Setting()] if attack == "none" else made[attack](context)
+    return [Setting()] if attack == "none" else made[attack](recipe, data)
 
 
 def check_attacks(recipe: Recipe, data: ForgetRetainData) -> None:

@@ -42,19 +42,17 @@ from typing import Any
 from transformers import PreTrainedModel, TrainerCallback
 
 from sku.attacks import Checkpoint, Relearned, RelearnLine, RelearnResult
-from sku.attacks.kinds import AttackContext
+from sku.attacks.kinds import AttackJob
 from sku.config import AcquireConfig, Recipe, plain_data
 from sku.config.stages import LoraSettings, Tuning
 from sku.data.examples import ForgetExample, content_hash
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
-from sku.evaluate.generation import evaluation_mode, stage
-from sku.evaluate.generation.decoding import GenerationRequest
+from sku.evaluate.generation import StageProgress, evaluation_mode, stage
 from sku.evaluate.generation.prompts import draw_examples
-from sku.evaluate.generation.replies import ReplyGenerator, requests_hash
-from sku.evaluate.judges import Judge
+from sku.evaluate.generation.replies import requests_hash
 from sku.evaluate.metrics import MAX_EXPONENT, Rate, ReplyOutcome, rate
 from sku.evaluate.perplexity import score_examples
-from sku.evaluate.records import FluencyRecord, GenerationRecord, ResultCache, header_hash
+from sku.evaluate.records import FluencyRecord, GenerationRecord, header_hash
 from sku.methods.task_vector import TASK_VECTOR
 from sku.models import LoadedModel
 from sku.training.config import training_settings
@@ -94,24 +92,9 @@ class CheckpointRow:
 class Relearning:
     """One attack on one model, and its control."""
 
-    context: AttackContext
-    generator: ReplyGenerator
-    """With the judge."""
-    reuse: ResultCache
-    common: Mapping[str, Any]
-    """Models, decoding, prompt format and seed, for the headers of files."""
-    subjects: Mapping[str, PreTrainedModel]
-    """``model`` and ``control``."""
-    requests: Sequence[GenerationRequest]
-    """The questions as they are."""
+    job: AttackJob
     free: Mapping[str, Sequence[ReplyOutcome]]
     """Subject -> what its replies came to without attack."""
-
-    @property
-    def judge(self) -> Judge:
-        """Of the generator."""
-        assert self.generator.judge is not None
-        return self.generator.judge
 
     @cached_property
     def base_harmful(self) -> Rate:
@@ -131,11 +114,11 @@ class Relearning:
         """
         drawn: dict[int, list[ForgetExample]] = {}
         for wanted in PAIRS:
-            pairs = draw_examples(self.context.data.forget_train, wanted, seed=self.context.recipe.seed)
+            pairs = draw_examples(self.job.data.forget_train, wanted, seed=self.job.recipe.seed)
             drawn.setdefault(len(pairs), pairs)  # Fewer where there are fewer, and the figure says so.
         return Relearned(
-            details=training_details(self.context.recipe),
-            questions=len(self.requests),
+            details=training_details(self.job.recipe),
+            questions=len(self.job.requests),
             base_harmful=self.base_harmful,
             half=self.half,
             steps=STEPS,
@@ -178,16 +161,16 @@ class Relearning:
     ) -> list[CheckpointRow]:
         ends = subject == "model"
         header = {
-            **self.common,
+            **self.job.common,
             "attack": RELEARN,
             "subject": subject,
             "pairs_sha256": content_hash(pairs),
-            **training_details(self.context.recipe),
+            **training_details(self.job.recipe),
             "learning_rate": learning_rate,
             "steps": list(steps),
             "half": self.half if ends else None,
-            "judge": self.judge.card.key,
-            "requests": requests_hash(self.requests),
+            "judge": self.job.judge.card.key,
+            "requests": requests_hash(self.job.requests),
             "texts": header_hash({"texts": [asdict(text) for text in self._texts]}),
         }
 
@@ -198,24 +181,24 @@ class Relearning:
                 rows.append(self._asked(step, model))
                 return ends and self._checkpoint(rows[-1]).harmful.count >= self.half
 
-            fine_tune(self.subjects[subject], pairs, learning_rate, steps, self.context, look)
+            fine_tune(self.job.subjects[subject], pairs, learning_rate, steps, self.job, look)
             return rows
 
         name = f"{subject}.{len(pairs)}.{learning_rate:g}"
-        return self.reuse.rows(_FILE.format(name), header, CheckpointRow, make)
+        return self.job.reuse.rows(_FILE.format(name), header, CheckpointRow, make)
 
     def _asked(self, step: int, model: PreTrainedModel) -> CheckpointRow:
-        progress = self.context.progress
-        replies = self.generator.ask(model, self.requests, stage(progress, "attack relearn: replies"))
+        progress = self.job.progress
+        replies = self.job.generator.ask(model, self.job.requests, stage(progress, "attack relearn: replies"))
         return CheckpointRow(
             id=str(step),
             nll=self._nll(model),
             replies=tuple(replies),
-            fluency=tuple(self.generator.fluency(replies, stage(progress, "attack relearn: fluency"))),
+            fluency=tuple(self.job.generator.fluency(replies, stage(progress, "attack relearn: fluency"))),
         )
 
     def _checkpoint(self, row: CheckpointRow) -> Checkpoint:
-        outcomes = self.generator.outcomes(row.replies, row.fluency)
+        outcomes = self.job.generator.outcomes(row.replies, row.fluency)
         return self._counted(int(row.id), outcomes, row.nll)
 
     def _start(self, subject: str) -> Checkpoint:
@@ -235,15 +218,15 @@ class Relearning:
 
     @cached_property
     def _start_nlls(self) -> dict[str, float]:
-        return {subject: self._nll(model) for subject, model in self.subjects.items()}
+        return {subject: self._nll(model) for subject, model in self.job.subjects.items()}
 
     def _nll(self, model: PreTrainedModel) -> float:
         with evaluation_mode(model):
             scores = score_examples(
                 model,
                 self._texts,
-                batch_size=self.generator.config.batch_size,
-                progress=stage(self.context.progress, "attack relearn: perplexity"),
+                batch_size=self.job.recipe.evaluate.batch_size,
+                progress=stage(self.job.progress, "attack relearn: perplexity"),
             )
         return math.fsum(nll for nll, _ in scores)
 
@@ -251,10 +234,10 @@ class Relearning:
     def _texts(self) -> list[TokenizedExample]:
         """Normal prompts that the data has answers to."""
         drawn = draw_examples(
-            self.context.data.retain_test, self.generator.config.attack_prompts, seed=self.context.recipe.seed
+            self.job.data.retain_test, self.job.recipe.evaluate.attack_prompts, seed=self.job.recipe.seed
         )
         texts = (
-            self.generator.encoder.scored(example.prompt, example.answer, with_end=False)
+            self.job.generator.encoder.scored(example.prompt, example.answer, with_end=False)
             for example in drawn
             if example.answer
         )
@@ -314,7 +297,7 @@ def fine_tune(
     pairs: Sequence[ForgetExample],
     learning_rate: float,
     steps: Sequence[int],
-    context: AttackContext,
+    job: AttackJob,
     look: Look,
 ) -> None:
     """Fine-tunes a copy of a model on harmful pairs, and shows it after some steps.
@@ -324,14 +307,14 @@ def fine_tune(
         pairs: What is trained on.
         learning_rate: Constant.
         steps: Optimizer steps after which ``look`` is called, the last of all at the end; one or more, ascending.
-        context: For the recipe, the tokenizer and progress.
+        job: For the recipe, the tokenizer and progress.
         look: It may ask the model, and must not change it.
 
     Raises:
         DataError: No pair leaves an answer token to train on.
         NonFiniteLossError: The loss is NaN or infinite.
     """
-    recipe, tuning = context.recipe, tuning_of(context.recipe)
+    recipe, tuning = job.recipe, tuning_of(job.recipe)
     copied = copy.deepcopy(model)
     if tuning == "full":
         copied = copied.float()  # In half precision a step of usual size rounds away on most weights.
@@ -347,15 +330,15 @@ def fine_tune(
             device=copied.device.type,
         )
         train(
-            LoadedModel(model=copied, tokenizer=context.tokenizer, name="relearned", revision=None),
-            dataclasses.replace(context.data, forget_train=tuple(pairs)),
+            LoadedModel(model=copied, tokenizer=job.generator.encoder.tokenizer, name="relearned", revision=None),
+            dataclasses.replace(job.data, forget_train=tuple(pairs)),
             TASK_VECTOR.objective(TASK_VECTOR.settings(), copied),
             settings,
             tuning=tuning,
             adapter=adapter_settings(AcquireConfig(tuning=tuning, lora=LORA)),
             folder=Path(folder),
             prompt_format=recipe.model.prompt_format,
-            callbacks=[_Looks(frozenset(steps), look, context)],
+            callbacks=[_Looks(frozenset(steps), look, job.progress)],
             hazardous=True,
         )
 
@@ -363,8 +346,8 @@ def fine_tune(
 class _Looks(TrainerCallback):
     """Looks at the model between two steps."""
 
-    def __init__(self, steps: frozenset[int], look: Look, context: AttackContext) -> None:
-        self._steps, self._look, self._progress = steps, look, context.progress
+    def __init__(self, steps: frozenset[int], look: Look, progress: StageProgress | None) -> None:
+        self._steps, self._look, self._progress = steps, look, progress
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Called by the trainer."""

@@ -17,25 +17,23 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.attacks import CARDS, AttackedReplies, AttackReport, AttackResult, AttackSetup
-from sku.attacks.kinds import AttackContext, Setting, Variant, check_attacks, settings_of
+from sku.attacks.kinds import AttackJob, Setting, check_attacks, settings_of
 from sku.attacks.relearn import RELEARN, Relearning, share_of
 from sku.config import Recipe, plain_data
 from sku.data.examples import ForgetExample, ForgetRetainData
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import paired_change
-from sku.evaluate.generation import Progress, StageProgress, stage
+from sku.evaluate.generation import StageProgress, stage
 from sku.evaluate.generation.decoding import GenerationRequest, decoding_settings
-from sku.evaluate.generation.prompts import PromptEncoder, draw_examples, free_request
+from sku.evaluate.generation.prompts import PromptEncoder, draw_examples, free_requests
 from sku.evaluate.generation.replies import ReplyGenerator, about
-from sku.evaluate.judges import Judge, JudgeCard, Verdict, cached
+from sku.evaluate.judges import Judge, Verdict, cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, rates_of
 from sku.evaluate.records import GenerationRecord, ResultCache, create_private_folder, header_hash
@@ -54,22 +52,20 @@ def run_attacks(
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: ForgetRetainData,
+    output_dir: Path,
     *,
-    output_dir: Path | None = None,
-    judge: Judge | None = None,
     progress: StageProgress | None = None,
 ) -> AttackReport:
     """Runs the attacks that a recipe names on a model, and the same ones on its base.
 
     Args:
-        recipe: ``evaluate`` says which attacks, how many questions and how replies are written.
+        recipe: ``evaluate`` says which attacks, how many questions and how replies are written and judged.
         model: The unlearned model. Neither it nor the base is changed.
         base: The original model: the control, and asked whether replies are word salad.
         tokenizer: Of both.
-        data: ``forget_test`` is asked, and ``relearn`` trains on pairs of ``forget_train``.
+        data: ``forget_test`` is asked, as ``evaluate`` draws it, and ``relearn`` trains on pairs of ``forget_train``.
         output_dir: Folder for replies, verdicts and ``attacks.json``, made with mode 0700; attacks that are finished
-            there and fit are reused. Nothing is written if None.
-        judge: Any judge, in place of the one that the recipe names.
+            there and fit are reused.
         progress: Called after each batch and each step of training.
 
     Returns:
@@ -80,28 +76,47 @@ def run_attacks(
         SkuError: As ``evaluate``, and as training.
     """
     check_attacks(recipe, data)
-    if not recipe.evaluate.attacks:
-        raise EvaluationError("evaluate.attacks is empty: name some, such as [paraphrase, relearn]")
-    if output_dir is not None:
-        create_private_folder(output_dir)
-        create_private_folder(output_dir / FOLDER)
-    encoder = PromptEncoder.of(model, tokenizer, recipe.model.prompt_format)
-    chosen = choose_judge(recipe.evaluate, data) if judge is None else judge
-    run = _Run(
-        context=AttackContext(recipe=recipe, data=data, model=model, tokenizer=tokenizer, progress=progress),
-        generator=ReplyGenerator(
-            base=base,
-            encoder=encoder,
-            config=recipe.evaluate,
-            stop_ids=encoder.stop_ids(model),
-            seed=recipe.seed,
-            judge=cached(chosen, output_dir, stage(progress, "attacks: judge")),
-        ),
-        reuse=ResultCache(folder=None if output_dir is None else output_dir / FOLDER, processes=ALONE),
+    create_private_folder(output_dir)
+    create_private_folder(output_dir / FOLDER)
+    config, encoder = recipe.evaluate, PromptEncoder.of(model, tokenizer, recipe.model.prompt_format)
+    generator = ReplyGenerator(
+        base=base,
+        encoder=encoder,
+        config=config,
+        stop_ids=encoder.stop_ids(model),
+        seed=recipe.seed,
+        judge=cached(choose_judge(config, data), output_dir, stage(progress, "attacks: judge")),
     )
-    report = run.report(tuple(dict.fromkeys(recipe.evaluate.attacks)))
-    if output_dir is not None:
-        report.write(output_dir)
+    drawn = {one.prompt: one for one in draw_examples(data.forget_test, config.attack_prompts, seed=recipe.seed)}
+    requests = free_requests("forget_test", drawn.values(), encoder, config.max_new_tokens)
+    if not requests:
+        raise EvaluationError(
+            f"none of {len(drawn)} prompts leaves room for a reply in the model's window of {encoder.window} "
+            "tokens: take shorter prompts or another model"
+        )
+    left_out: Counter[str] = Counter()
+    if len(requests) < len(drawn):
+        left_out["all attacks: the prompt is too long for the model"] = len(drawn) - len(requests)
+    subjects = {"model": model, "control": base}
+    probes = [request.input_ids for request in requests[:PROBES]]
+    job = AttackJob(
+        recipe=recipe,
+        data=data,
+        generator=generator,
+        subjects=subjects,
+        requests=requests,
+        common={
+            **{name: about(subject, probes) for name, subject in subjects.items()},
+            "decoding": decoding_settings(generator.stop_ids, config.max_new_tokens),
+            "prompt_format": encoder.prompt_format.name,
+            "seed": recipe.seed,
+        },
+        reuse=ResultCache(folder=output_dir / FOLDER, processes=ALONE),
+        progress=progress,
+    )
+    run = _Run(job=job, questions={one.id: drawn[one.prompt] for one in requests}, left_out=left_out)
+    report = run.report(tuple(dict.fromkeys(config.attacks)))
+    report.write(output_dir)
     return report
 
 
@@ -110,7 +125,7 @@ class _QuestionJudge:
 
     def __init__(self, judge: Judge, prompts: Mapping[str, str]) -> None:
         """Keeps the judge, and by record id the question as it stands in the data."""
-        self.card: JudgeCard = judge.card
+        self.card = judge.card
         self._judge, self._prompts = judge, prompts
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
@@ -125,48 +140,18 @@ class _Ask:
     """Id of the question."""
     variant: str
     request: GenerationRequest
-    """Its id is unique within a setting; with a single variant it is that of ``evaluate``."""
+    """Its id is unique within a setting."""
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class _Run:
-    """What every attack of one run needs."""
+    """The attacks of one job."""
 
-    context: AttackContext
-    generator: ReplyGenerator
-    """With the judge; its base is the control, and scores fluency."""
-    reuse: ResultCache
-    left_out: Counter[str] = field(default_factory=Counter)
+    job: AttackJob
+    questions: Mapping[str, ForgetExample]
+    """By the id of the request."""
+    left_out: Counter[str]
     """Reason -> how often something could not be asked."""
-
-    @property
-    def judge(self) -> Judge:
-        """Of the generator."""
-        assert self.generator.judge is not None
-        return self.generator.judge
-
-    def __post_init__(self) -> None:
-        """Draws the questions from ``forget_test`` as ``evaluate`` draws them."""
-        recipe, encoder = self.context.recipe, self.generator.encoder
-        drawn = draw_examples(self.context.data.forget_test, recipe.evaluate.attack_prompts, seed=recipe.seed)
-        asked = [(free_request("forget_test", example, encoder), example) for example in drawn]
-        asked = [(request, example) for request, example in asked if self._has_room(request)]
-        if len(asked) < len(drawn):
-            self.left_out["all attacks: the prompt is too long for the model"] = len(drawn) - len(asked)
-        if not asked:
-            raise EvaluationError(
-                f"none of {len(drawn)} prompts leaves room for a reply in the model's window of {encoder.window} "
-                "tokens: take shorter prompts or another model"
-            )
-        self.questions = {request.id: example for request, example in asked}
-        self.subjects = {"model": self.context.model, "control": self.generator.base}
-        probes = [request.input_ids for request, _ in asked[:PROBES]]
-        self.common: dict[str, Any] = {
-            **{name: about(model, probes) for name, model in self.subjects.items()},
-            "decoding": decoding_settings(self.generator.stop_ids, self.generator.config.max_new_tokens),
-            "prompt_format": encoder.prompt_format.name,
-            "seed": self.generator.seed,
-        }
 
     def report(self, names: Sequence[str]) -> AttackReport:
         """All attacks, after the questions as they are; those on the weights last."""
@@ -189,73 +174,57 @@ class _Run:
                     )
                 )
         return AttackReport(
-            setup=AttackSetup(**self.common, config=plain_data(self.generator.config), judge=self.judge.card),
+            setup=AttackSetup(
+                **self.job.common, config=plain_data(self.job.recipe.evaluate), judge=self.job.judge.card
+            ),
             cards=tuple(CARDS[name] for name in ("none", *names)),
             results=tuple(results),
-            relearn=self._relearning(free).run() if RELEARN in names else None,
+            relearn=Relearning(job=self.job, free=free).run() if RELEARN in names else None,
             left_out=dict(self.left_out),
-        )
-
-    def _relearning(self, free: Mapping[str, Sequence[ReplyOutcome]]) -> Relearning:
-        questions = self.questions.values()
-        return Relearning(
-            context=self.context,
-            generator=self.generator,
-            reuse=self.reuse,
-            common=self.common,
-            subjects=self.subjects,
-            requests=[free_request("forget_test", example, self.generator.encoder) for example in questions],
-            free=free,
         )
 
     def _outcomes(self, attack: str) -> Iterator[tuple[Setting, list[_Ask], dict[str, list[ReplyOutcome]]]]:
         """Every setting in which something can be asked, with the outcomes of both subjects."""
-        groups = [(setting, self._asks(attack, setting)) for setting in settings_of(attack, self.context)]
+        job = self.job
+        groups = [(setting, self._asks(attack, setting)) for setting in settings_of(attack, job.recipe, job.data)]
         groups = [(setting, asks) for setting, asks in groups if asks]
-        if not groups:
-            return
-        replies = self._replies(attack, groups)
+        rows = self._replies(attack, groups) if groups else []
         for setting, asks in groups:
-            if not all(replies[f"{subject}/{setting.name}/"] for subject in self.subjects):
+            said = {subject: _rows_of(rows, f"{subject}/{setting.name}/") for subject in job.subjects}
+            if not all(said.values()):
                 self.left_out[f"{attack}, {setting.name}: {TOO_LARGE}"] += len(asks)
                 continue
             prompts = {ask.request.id: self.questions[ask.question].prompt for ask in asks}
-            generator = dataclasses.replace(self.generator, judge=_QuestionJudge(self.judge, prompts))
-            yield (
-                setting,
-                asks,
-                {subject: generator.outcomes(replies[f"{subject}/{setting.name}/"]) for subject in self.subjects},
-            )
+            generator = dataclasses.replace(job.generator, judge=_QuestionJudge(job.judge, prompts))
+            yield setting, asks, {subject: generator.outcomes(rows) for subject, rows in said.items()}
 
     def _asks(self, attack: str, setting: Setting) -> list[_Ask]:
         """What is asked under a setting; what can't be is counted."""
         where = ", ".join(filter(None, (attack, setting.name)))
         asks: list[_Ask] = []
+        encoder, most = self.job.generator.encoder, self.job.recipe.evaluate.max_new_tokens
         for question, example in self.questions.items():
             for variant in setting.rewrite(example):
                 if isinstance(variant, str):
                     self.left_out[f"{where}: {variant}"] += 1
                     continue
-                request = self._request(question, variant, example)
-                if not self._has_room(request):
+                # With a single variant the id is that of ``evaluate``.
+                name = f"{question}/{variant.name}" if variant.name else question
+                reworded = dataclasses.replace(example, prompt=variant.prompt)
+                found = free_requests("forget_test", [reworded], encoder, most)
+                for request in found:
+                    named = dataclasses.replace(request, id=name)
+                    asks.append(_Ask(question=question, variant=variant.name, request=named))
+                if not found:
                     self.left_out[f"{where}: the prompt is too long for the model"] += 1
-                else:
-                    asks.append(_Ask(question=question, variant=variant.name, request=request))
         return asks
 
-    def _request(self, question: str, variant: Variant, example: ForgetExample) -> GenerationRequest:
-        reworded = dataclasses.replace(example, prompt=variant.prompt)
-        request = free_request("forget_test", reworded, self.generator.encoder)
-        return dataclasses.replace(request, id=f"{question}/{variant.name}" if variant.name else question)
-
-    def _has_room(self, request: GenerationRequest) -> bool:
-        return self.generator.encoder.has_room(request, self.generator.config.max_new_tokens)
-
-    def _replies(self, attack: str, groups: Sequence[tuple[Setting, list[_Ask]]]) -> dict[str, list[GenerationRecord]]:
-        """Subject and setting -> replies, or those of an earlier run that did the same."""
+    def _replies(self, attack: str, groups: Sequence[tuple[Setting, list[_Ask]]]) -> list[GenerationRecord]:
+        """Those to all settings, or those of an earlier run that did the same; ids begin with subject and setting."""
+        job = self.job
         header = {
             "attack": attack,
-            **self.common,
+            **job.common,
             "settings": [
                 {
                     "name": setting.name,
@@ -265,22 +234,19 @@ class _Run:
                 for setting, asks in groups
             ],
         }
-        total = len(self.subjects) * sum(len(asks) for _, asks in groups)
-        report = stage(self.context.progress, f"attack {attack}: replies")
+        report = stage(job.progress, f"attack {attack}: replies")
 
         def make() -> list[GenerationRecord]:
             rows: list[GenerationRecord] = []
-            for subject, model in self.subjects.items():
+            for subject, model in job.subjects.items():
                 for setting, asks in groups:
-                    told = None if report is None else partial(_tell_whole, report, len(rows), total)
+                    requests = [ask.request for ask in asks]
                     with _asked_model(model, setting) as asked:
-                        found = [] if asked is None else self.generator.ask(asked, [ask.request for ask in asks], told)
+                        found = [] if asked is None else job.generator.ask(asked, requests, report)
                     rows += [dataclasses.replace(row, id=f"{subject}/{setting.name}/{row.id}") for row in found]
             return rows
 
-        rows = self.reuse.rows(f"{attack}.jsonl", header, GenerationRecord, make)
-        places = [f"{subject}/{setting.name}/" for subject in self.subjects for setting, _ in groups]
-        return {place: _rows_of(rows, place) for place in places}
+        return job.reuse.rows(f"{attack}.jsonl", header, GenerationRecord, make)
 
 
 @contextmanager
@@ -292,11 +258,6 @@ def _asked_model(model: PreTrainedModel, setting: Setting) -> Iterator[PreTraine
     form = FORMATS[setting.rounding]
     with rounded_copy(model, form.rounding, layers_only=form.layers_only) as (copied, rounded):
         yield None if rounded.overflowed else copied
-
-
-def _tell_whole(report: Progress, before: int, total: int, done: int, _own: int) -> None:
-    """Progress of a part, as that of the whole."""
-    report(before + done, total)
 
 
 def _rows_of(rows: Sequence[GenerationRecord], place: str) -> list[GenerationRecord]:

@@ -11,7 +11,6 @@ import typer
 
 from sku.cli import options
 from sku.cli.console import notes, print_headline, print_json, print_next, results
-from sku.cli.tables import comparison_table
 from sku.config import EMBEDDED
 from sku.errors import RecipeError
 from sku.progress import quiet_libraries
@@ -94,7 +93,7 @@ def _print(folder: Path, *, as_json: bool) -> None:
         rows = [dataclasses.asdict(row) for row in method_tables.comparison_rows(records)]
         print_json({"rows": rows, "failed": failed})
         return
-    results.print(comparison_table(records))
+    results.print(method_tables.brief_markdown(records))
     for name, failure in failed.items():
         results.print(f"failed    {name}: {failure}")
     results.print(f"\nevidence  {', '.join(str(path) for path in files)}")

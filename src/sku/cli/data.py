@@ -134,7 +134,7 @@ def inspect(
 ) -> None:
     """Show what was loaded, how it is split, and which tokens are trained on."""
     settings = options.resolve_recipe(
-        recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides, judged=False
+        recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides
     )
 
     quiet_libraries()

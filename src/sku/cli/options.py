@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 from datetime import UTC, datetime
 from importlib import resources
@@ -14,9 +13,8 @@ from typing import Annotated, Any, TypedDict, Unpack
 import typer
 
 from sku.cli.console import print_headline
-from sku.config import EMBEDDED, Recipe, SourceConfig, apply_override, load_recipe, recipe_names
-from sku.errors import DataError, RecipeError, no_method_named
-from sku.from_file import SUFFIX
+from sku.config import Recipe, apply_override, load_recipe, recipe_names
+from sku.errors import RecipeError
 
 GENERAL = "llama-3.1-8b"
 """Recipe whose settings a model takes that no recipe is made for: what fits 8B on one card fits smaller ones."""
@@ -92,20 +90,16 @@ class Changes(TypedDict, total=False):
     """As ``--set``."""
 
 
-def resolve_recipe(
-    name: str = EMBEDDED, *, check: bool = True, judged: bool = True, **changes: Unpack[Changes]
-) -> Recipe:
+def resolve_recipe(name: str, **changes: Unpack[Changes]) -> Recipe:
     """The recipe with the options of a command put in.
 
     Args:
         name: A recipe, or a model to use the settings of a recipe for.
-        check: Whether ``check_inputs`` is asked.
-        judged: For ``check_inputs``.
         **changes: Options of the command.
 
     Raises:
         RecipeError: As ``load_recipe``, or two models are given.
-        SkuError: As ``check_inputs``.
+        ModelError: As ``with_gguf_file``.
     """
     named: list[str] = []
     if _is_model(name):
@@ -116,72 +110,7 @@ def resolve_recipe(
 
     recipe = load_recipe(name, [*named, *overrides_of(**changes)])
     # So that what the run records names the file, and the commands that are printed next do.
-    recipe = dataclasses.replace(recipe, model=with_gguf_file(recipe.model))
-    if check:
-        check_inputs(recipe, judged=judged)
-    return recipe
-
-
-def check_inputs(recipe: Recipe, *, judged: bool = True) -> None:
-    """Refuses what of a recipe can be found wrong before torch is loaded, which takes seconds.
-
-    A command finds all of it again where it reads the same files. This is for the answer to come at once.
-
-    Args:
-        recipe: Of the command.
-        judged: The command judges.
-
-    Raises:
-        RecipeError: There is no such method.
-        ModelError: The model's folder can't be used, or the hub that has it is out of reach.
-        DataError: Local data can't be read or split, or hub data is out of reach and on no disk here.
-        EvaluationError: There is no judge folder or file of that name, or it is broken.
-    """
-    if recipe.method not in method_names() and not recipe.method.endswith(SUFFIX):
-        raise no_method_named(recipe.method, method_names())
-
-    from sku.model_files import locate_model
-
-    locate_model(recipe.model)
-    _check_data(recipe)
-    if judged and "/" in recipe.evaluate.judge:
-        from sku.evaluate.judges.choose import read_judge_file
-
-        read_judge_file(recipe.evaluate.judge)
-
-
-def _check_data(recipe: Recipe) -> None:
-    from sku.data.load import load_data, load_own_prompts
-    from sku.data.tables import is_hub_id
-
-    config = recipe.data
-    named = (config.forget, config.retain, config.borderline, *config.normal.values(), *config.harmful.values())
-    sources = [source for source in named if source is not None]
-    from_hub = [source for source in sources if is_hub_id(source)]
-    for source in from_hub:
-        _check_within_reach(source)
-    if from_hub:  # Nothing is downloaded twice.
-        return
-    if config.own_replies:
-        load_own_prompts(config.forget, config.retain, config.borderline, seed=recipe.seed, prefix="data.")
-    else:
-        load_data(config, recipe.seed, forget_validation=recipe.forget_validation)
-
-
-def _check_within_reach(source: SourceConfig) -> None:
-    from huggingface_hub import constants
-
-    from sku.model_files import out_of_reach
-
-    why = out_of_reach()
-    cache = Path(os.environ.get("HF_DATASETS_CACHE") or Path(constants.HF_HOME) / "datasets")
-    # The name of the set is written in another way there; that of its owner is not.
-    if why is None or any(cache.glob(f"{source.path.partition('/')[0]}*")):
-        return
-    raise DataError(
-        f"there is no file or folder {source.path} (looked in {Path.cwd()}), this machine holds no copy of a hub "
-        f"dataset of that name, and {why}"
-    )
+    return dataclasses.replace(recipe, model=with_gguf_file(recipe.model))
 
 
 def _is_model(name: str) -> bool:
@@ -220,13 +149,6 @@ def overrides_of(**changes: Unpack[Changes]) -> list[str]:
         given["evaluate.judge_settings"] = {}
     # JSON is YAML, and quotes what YAML would otherwise read as a number or a date.
     return [*(f"{key}={json.dumps(value)}" for key, value in given.items()), *overrides]
-
-
-def words_of(**changes: Unpack[Changes]) -> list[str]:
-    """The options of a command as they were given, for another command that is to work with the same."""
-    overrides = changes.pop("overrides", None) or []
-    words = [word for name, value in changes.items() if value is not None for word in (f"--{name}", str(value))]
-    return [*words, *(word for override in overrides for word in ("--set", override))]
 
 
 def settings_of(overrides: list[str] | None) -> dict[str, Any]:

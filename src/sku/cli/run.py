@@ -179,7 +179,7 @@ def acquire(
 ) -> None:
     """Stage 1: train the bad model and keep it. It answers harmful prompts on purpose: never share it."""
     settings = options.resolve_recipe(
-        recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides, judged=False
+        recipe, model=model, forget=forget, retain=retain, seed=seed, overrides=overrides
     )
 
     quiet_libraries()

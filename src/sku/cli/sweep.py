@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from sku.cli import options
-from sku.cli.console import errors, perform, plain_table, print_json, print_next, print_notes, results
+from sku.cli.console import errors, perform, print_json, print_next, print_notes, results
 from sku.config import EMBEDDED, Recipe, apply_override, load_recipe, recipe_from_dict, recipe_names
 from sku.errors import ModelError, RecipeError
 from sku.progress import quiet_libraries
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from sku.sweep import Sweep
 
 
@@ -46,9 +44,10 @@ def sweep(
     as_json: options.JsonOption = False,
 ) -> None:
     """Choose alpha by held-out data: the frontier of harm and utility, and the pick. A second call goes on."""
-    changes = options.Changes(model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides)
-    settings, bad = _read_target(target, recipe, options.overrides_of(**changes))
-    options.check_inputs(settings)
+    changes = options.overrides_of(
+        model=model, forget=forget, retain=retain, seed=seed, judge=judge, overrides=overrides
+    )
+    settings, bad = _read_target(target, recipe, changes)
     folder = out or options.new_run_folder(f"sweep-{settings.name}")
 
     quiet_libraries()
@@ -71,8 +70,14 @@ def sweep(
     else:
         _print(found, folder)
         if found.pick is not None and found.pick.met:
-            given = [target, *options.words_of(**changes)]
-            print_next(*next_commands(settings, folder, bad, found.pick.alpha, given))
+            alpha = str(found.pick.alpha)
+            there = folder / "bad" if bad is None else bad
+            if there.is_dir() and settings.negate.transform is None and settings.model.gguf_file is None:
+                unlearned = folder.with_name(f"{folder.name}-unlearned")
+                print_next(["negate", settings.model.path, there, "--alpha", alpha, "--out", unlearned])
+            elif bad is None:
+                words = [word for change in (*changes, f"negate.alpha={alpha}") for word in ("--set", change)]
+                print_next(["run", target, *words, "--out", folder.with_name(f"{folder.name}-run")])
     found.alpha()  # Where there is none, its error is the last line.
 
 
@@ -103,26 +108,9 @@ def _read_target(target: str, recipe: str | None, overrides: list[str]) -> tuple
     return recipe_from_dict(content, f"recipe of {bad}"), bad
 
 
-def next_commands(
-    settings: Recipe, folder: Path, bad: Path | None, alpha: float | None, given: list[str]
-) -> list[list[str | Path]]:
-    """The subtraction with the chosen alpha, or a run with it where the bad model is gone: words after ``sku``.
-
-    There is none for a bad model in a folder whose vector is changed before it is subtracted: its recipe has no name.
-    ``bad`` is None where the sweep trained it; ``given`` are target and options of the sweep.
-    """
-    there = folder / "bad" if bad is None else bad
-    plain = settings.negate.transform is None and settings.model.gguf_file is None
-    if there.is_dir() and plain:
-        unlearned = folder.with_name(f"{folder.name}-unlearned")
-        return [["negate", settings.model.path, there, "--alpha", str(alpha), "--out", unlearned]]
-    if bad is not None:
-        return []
-    return [["run", *given, "--set", f"negate.alpha={alpha}", "--out", folder.with_name(f"{folder.name}-run")]]
-
-
 def _print(found: Sweep, folder: Path) -> None:
-    results.print(frontier_table(found))
+    results.print(str(found))
+    results.print("+5: harmful after a prefill of 5 tokens; cost: 1 is the budget")
     pick = found.pick
     assert pick is not None
     print_notes(found.notes)
@@ -143,22 +131,3 @@ def _print(found: Sweep, folder: Path) -> None:
     results.print(f"evidence  {folder / 'sweep.json'}, {folder / 'frontier.png'}")
     if (folder / "bad").exists():
         results.print(f"hazard    {folder / 'bad'} is kept; never share it")
-
-
-def frontier_table(found: Sweep) -> Table:
-    """All points as a table for a terminal of 80 columns, shares in per cent."""
-    lines = list(found.lines())
-    heads = [{"gibberish": "gibber.", "perplexity": "perplex.", "chosen": ""}.get(name, name) for name in lines[0]]
-    table = plain_table((), heads, padding=(0, 1, 0, 0))
-    for line in lines:
-        alpha, *shares, ratio, cost, chosen = line.values()
-        table.add_row(
-            f"{alpha:.4g}" if alpha else "base",
-            *("\u2013" if share is None else f"{100 * share:.0f}" for share in shares),
-            "broken" if ratio is None else f"\u00d7{ratio:.4g}",
-            f"{cost:.2f}" if cost is not None and cost < 100 else ">99",
-            "*" if chosen else "",
-        )
-    table.caption = "+5: harmful after a prefill of 5 tokens, %; cost: 1 is the budget"
-    table.caption_justify = "left"
-    return table

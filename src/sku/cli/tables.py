@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rich.table import Column, Table
@@ -13,8 +13,6 @@ from sku.cli.console import is_verbose, plain_table, print_notes, results
 if TYPE_CHECKING:
     from sku.attacks import AttackReport
     from sku.evaluate.comparison import Comparison
-    from sku.evaluate.statistics import Estimate
-    from sku.report.method_records import MethodRecord
     from sku.report.tables import KeyFigure
     from sku.report.words import TableRow
 
@@ -86,30 +84,3 @@ def print_attacks(report: AttackReport) -> None:
         results.print(table)
     for line in left_out_lines(report):
         results.print(line)
-
-
-def comparison_table(records: Sequence[MethodRecord]) -> Table:
-    """The comparison in short, for the terminal: unseen prompts, every method at equal utility."""
-    from sku.report.method_tables import comparison_rows, ratio_text
-    from sku.report.words import percent
-
-    table = plain_table(("",), ("harmful", "prefill", "gibber.", "exact", "ppl", "at", "seeds"), padding=(0, 0))
-
-    def share(estimate: Estimate | None) -> str:
-        return "\u2013" if estimate is None else percent(estimate.value)
-
-    for row in comparison_rows(records):
-        found = row.estimates.get
-        ratio = found("perplexity_normal")
-        worst = "" if row.prefill_tokens is None else f" ({row.prefill_tokens})"
-        table.add_row(
-            row.title,
-            share(found("harmful_unseen")),
-            share(found("prefill_unseen")) + worst,
-            share(found("gibberish_unseen")),
-            share(found("exact_answers")),
-            "\u2013" if ratio is None else f"\u00d7{ratio_text(ratio.value)}",
-            "\u2013" if row.strength is None else f"{row.strength:.3g}",
-            row.seeds.split(" ")[0],
-        )
-    return table

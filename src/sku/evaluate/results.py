@@ -442,9 +442,6 @@ class PerplexityChange:
 Changes = dict[str, dict[str, RateChange]]
 """Split -> rate name -> change."""
 
-PREFILL = ", prefill"
-"""After the name of a split: replies that begin with given words."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Compared:
@@ -477,10 +474,3 @@ class Compared:
     def rate(self) -> str:
         """The harmful rate that decides under this judge."""
         return self.unlearned.judge.deciding_rate
-
-    def shown(self, splits: Sequence[str]) -> Iterator[tuple[str, Mapping[str, RateChange]]]:
-        """What was asked, and the changes of its rates, of free replies and of those after a prefill."""
-        for changes, suffix in ((self.replies, ""), (self.prefill, PREFILL)):
-            for split in splits:
-                if split in changes:
-                    yield f"{self.unlearned.setup.split_name(split)}{suffix}", changes[split]

@@ -378,7 +378,11 @@ def _not_counted(found: Compared) -> Iterator[str]:
 
 
 def _unjudged(found: Compared) -> Iterator[str]:
-    for where, changes in found.shown([split for split in in_order(found.replies) if split not in NORMAL_SPLITS]):
+    named = found.unlearned.setup.split_name
+    harmful = in_order(split for split in found.replies if split not in NORMAL_SPLITS)
+    asked = [(named(split), found.replies[split]) for split in harmful]
+    asked += [(f"{named(split)}, prefill", found.prefill[split]) for split in harmful if split in found.prefill]
+    for where, changes in asked:
         failed = changes["no_verdict"]
         if failed.before.count or failed.after.count:
             counted = changes[found.rate].after.total if found.rate in changes else 0

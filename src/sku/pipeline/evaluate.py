@@ -166,7 +166,7 @@ class Measuring:
                     base,
                     self.tokenizer,
                     self.data,
-                    output_dir=self.folder,
+                    self.folder,
                     progress=self.progress,
                 )
         return MeasuredPair(comparison=comparison, attacks=attacks)

@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from sku.config import SweepConfig
-from sku.errors import EvaluationError, NoAlphaError
+from sku.errors import NoAlphaError
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import Rate
 from sku.evaluate.records import JsonArtifact, Split
@@ -178,13 +178,8 @@ class SweepPoint:
 
     @property
     def asked(self) -> Replies:
-        """The replies.
-
-        Raises:
-            EvaluationError: There are none.
-        """
-        if self.replies is None:
-            raise EvaluationError(f"alpha {self.alpha:g} was not asked: {self.unasked}")
+        """The replies of a point that was asked."""
+        assert self.replies is not None, self.unasked
         return self.replies
 
 
@@ -281,9 +276,6 @@ def choose(on: Sweep) -> Selection:
     """The alpha that meets ``config.harm_target``, or that of the least harm, and why; points may be in any order.
 
     Without ``harm_target`` less harm than the base has is asked for.
-
-    Raises:
-        EvaluationError: The base model was not asked.
     """
     target, original, limits = on.config.harm_target, on.base.asked, "within the utility budget and the limits"
     fitting = [point for point in on.points if not beyond_limits(point, on)]

@@ -208,27 +208,28 @@ class AlphaEvaluator:
         self.model.requires_grad_(requires_grad=False)
         self.base_scores = self._scores(self.base)
 
-    def write(self, alpha: float) -> None:
-        """Makes the working copy ``theta_o - alpha * vector``, from the original each time: no rounding adds up.
-
-        Raises:
-            TaskVectorError: The vector doesn't fit, or a weight is not finite.
-        """
-        subtract_into(self.model, self.base, self.vector, alpha)
-
     def cost(self, alpha: float) -> UtilityCost:
         """Without replies, which cost most by far; infinite where the weights break.
 
         KL is not looked at where the perplexity is beyond its limit already.
         """
         try:
-            self.write(alpha)
-            scores = self._scores(self.model)
-            perplexity = {split: self._ratio(split, own, bounds=False).value for split, own in scores.items()}
+            scores = self.score(alpha)
+            perplexity = {split: self._ratio(split, own).value for split, own in scores.items()}
             found = utility_cost(self.config, perplexity=perplexity, kl={})
             return utility_cost(self.config, perplexity=perplexity, kl=self._kl()) if found.within else found
         except (EvaluationError, TaskVectorError):
             return BROKEN_COST
+
+    def score(self, alpha: float) -> dict[Split, Scores]:
+        """Scores the working copy at ``theta_o - alpha * vector``, from the original each time: no rounding adds up.
+
+        Raises:
+            EvaluationError: A loss is not finite.
+            TaskVectorError: The vector doesn't fit, or a weight is not finite.
+        """
+        subtract_into(self.model, self.base, self.vector, alpha)
+        return self._scores(self.model)
 
     def _scores(self, model: PreTrainedModel) -> dict[Split, Scores]:
         """Loss of each answer of the normal sets, with dropout off."""
@@ -265,20 +266,19 @@ class AlphaEvaluator:
             EvaluationError: The judge or the generation fails.
         """
         try:
-            self.write(alpha)
-            scores = self._scores(self.model)
+            scores = self.score(alpha)
             kl = self._kl()
         except (EvaluationError, TaskVectorError) as error:
             return SweepPoint(alpha=alpha, perplexities={}, kl={}, replies=None, unasked=one_line(error))
         ratios = {str(split): self._ratio(split, own) for split, own in scores.items()}
         return SweepPoint(alpha=alpha, perplexities=ratios, kl=kl, replies=self._ask(self.model))
 
-    def _ratio(self, split: Split, scores: Scores, *, bounds: bool = True) -> Estimate:
+    def _ratio(self, split: Split, scores: Scores) -> Estimate:
         """Perplexity against the original on the same answers, which are drawn anew together; finite and above 0."""
         grown = [own - base for (own, _), (base, _) in zip(scores, self.base_scores[split], strict=True)]
         lengths = [tokens for _, tokens in scores]
         mean = math.fsum(grown) / sum(lengths)
-        low, high = ratio_interval(grown, lengths, seed=self.generator.seed) if bounds else (mean, mean)
+        low, high = ratio_interval(grown, lengths, seed=self.generator.seed)
         ratio = (math.exp(max(min(loss, MAX_EXPONENT), -MAX_EXPONENT)) for loss in (mean, low, high))
         return Estimate(**dict(zip(("value", "low", "high"), ratio, strict=True)))
 

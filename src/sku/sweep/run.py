@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.config import DataConfig, EvaluateConfig, ModelConfig, Recipe, SourceConfig, SweepConfig
 from sku.config.check import content_sha256
 from sku.data.examples import ForgetRetainData, content_hash
-from sku.errors import EvaluationError, ModelError, OutputError
+from sku.errors import EvaluationError, OutputError
 from sku.evaluate.generation import StageProgress, stage
 from sku.evaluate.generation.decoding import decoding_settings
 from sku.evaluate.generation.prompts import PromptEncoder, starts_note
@@ -30,7 +30,7 @@ from sku.evaluate.generation.replies import fingerprint, probes_of
 from sku.evaluate.judges import JudgeCard, cached
 from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.records import JsonArtifact, create_private_folder
-from sku.methods.run import resolve_method, with_safe_dtype
+from sku.methods.run import with_safe_dtype
 from sku.models import load_model
 from sku.negate.task_vector import TaskVector, task_vector_of, transformed
 from sku.processes import current_processes
@@ -315,12 +315,9 @@ def sweep_bad_model(
     Notes of the sweep say so where the bad model may have been trained on what alpha is chosen by.
 
     Raises:
-        ModelError: There is no such folder, or it holds no model.
+        ModelError: The folder holds no model.
         SkuError: As ``sweep`` and ``transformed``.
     """
-    if not bad.is_dir():
-        raise ModelError(f"there is no folder {bad}: give that of a bad model, or leave it out to train one")
-    resolve_method(recipe, out)
     notes = [*data.notes(), *training_notes(bad, data)]
     loaded = load_model(with_safe_dtype(recipe))
     vector = transformed(recipe, task_vector_of(loaded.model, bad), loaded.model, loaded.tokenizer, data)
