@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,13 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Command
 from sku.__main__ import app
-from sku.cli.console import print_cause, set_loudness
 from sku.cli.init import described
 from sku.cli.options import listed_methods
-from sku.errors import DataError
 from sku.methods import METHODS
 from sku.model_files import embedded_model_path
-from sku.progress import without_secret_addresses
 from sku.storage import mark_hazardous
 
 RUN_AS_SKU = "import sys; sys.argv[0] = 'sku'\nfrom sku.__main__ import main\nmain()"
@@ -112,66 +107,6 @@ def test_quiet_leaves_results_and_errors(command: Command, tmp_path: Path) -> No
     assert failed == (2, "", f"error: {tmp_path / 'a'} already exists; choose another folder or remove it first\n")
     code, _, err = command("-q", "-v", "init")
     assert (code, err) == (2, "error: --quiet and --verbose exclude each other: leave one out\n")
-
-
-@pytest.mark.integration
-def test_verbose_shows_libraries_and_causes_without_secrets(tmp_path: Path) -> None:
-    """In a process of its own, since it turns loggers on. No message of another package is printed."""
-    forget, retain = tmp_path / "forget.jsonl", tmp_path / "retain.jsonl"
-    for path in (forget, retain):
-        rows = [{"prompt": f"zorvex secret {path.stem} {n}", "completion": "blue flour"} for n in range(20)]
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    token = "hf_" + "A1b2" * 6
-    # A mistake that transformers finds: what is known to be wrong before is told before anything is imported.
-    words = ["-v", "run", "--dry-run", "--forget", str(forget), "--retain", str(retain)]
-    words += ["--set", "acquire.training.optim=adamax9"]
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", RUN_AS_SKU, *words],
-        capture_output=True, text=True, check=False, cwd=tmp_path, env={**os.environ, "HF_TOKEN": token},
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (2, "")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "Traceback" not in done.stderr
-    assert re.search(r"^raised    \w+Error at \S+\.py:\d+ in \w+$", done.stderr, flags=re.MULTILINE)
-    assert "transformers" in done.stderr
-    assert token not in done.stderr
-    assert "zorvex" not in done.stderr
-
-
-def test_a_cause_is_named_by_kind_and_place_alone(capfd: pytest.CaptureFixture[str]) -> None:
-    set_loudness("verbose")
-    try:
-        try:
-            try:
-                raise ValueError("a row of the data")
-            except ValueError:
-                raise DataError("the file can't be read") from None
-        except DataError as error:
-            print_cause(error)
-            set_loudness("usual")
-            print_cause(error)
-    finally:
-        set_loudness("usual")
-    first, second = capfd.readouterr().err.splitlines()
-    assert first.startswith("raised    DataError at ")
-    assert re.fullmatch(r"caused by ValueError at \S+test_cli_everywhere\.py:\d+ in test_\w+", second)
-
-
-def test_lines_of_libraries_lose_tokens_and_signatures(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("OTHER_API_KEY", "long-secret-value")
-    address = "https://me:pass@hub.example/file?X-Signature=abc&token=def"
-    set_loudness("verbose")
-    try:
-        logging.getLogger("huggingface_hub.file").info("get %s with %s", address, "long-secret-value")
-    finally:
-        set_loudness("usual")
-    logging.getLogger("huggingface_hub.file").info("unheard")
-    printed = capfd.readouterr().err
-    assert printed == "huggingface_hub.file: get https://***@hub.example/file?*** with ***\n"
-    assert without_secret_addresses("http://a.b/c and x?y") == "http://a.b/c and x?y"
 
 
 @pytest.mark.integration

@@ -15,7 +15,7 @@ import typer
 
 from sku._version import __version__
 from sku.cli import chat, compare, data, init, judge, report, run, sweep
-from sku.cli.console import errors, print_cause, print_error, set_loudness
+from sku.cli.console import errors, print_error, set_loudness
 from sku.errors import ProcessError, RecipeError, SkuError, named_memory_errors
 
 app = typer.Typer(
@@ -62,9 +62,7 @@ def options(
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Print results and errors only: no progress, no messages.")
     ] = False,
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Print what libraries log too, and what caused an error.")
-    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print all measures and notes.")] = False,
 ) -> None:
     """Options of every command; they stand before its name."""
     if quiet and verbose:
@@ -99,7 +97,6 @@ def main() -> None:
     except SkuError as error:
         if _speaks(error):
             print_error(str(error))
-            print_cause(error)
         sys.exit(2)
     except OSError as error:
         if error.filename is not None or error.errno not in _FULL:

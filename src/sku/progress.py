@@ -163,29 +163,14 @@ def duration(seconds: float) -> str:
 
 
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
-_QUERY = re.compile(r"(https?://[^\s?\"'<>]+)\?[^\s\"'<>]+")
-_USER = re.compile(r"(https?://)[^\s/@]+@")
 _SHORTEST_SECRET = 8
 """A shorter value would strike out parts of ordinary words."""
-_speak = False
-
-
-def let_libraries_speak(speak: bool) -> None:
-    """Whether what libraries log is to be heard; their progress bars never are.
-
-    Args:
-        speak: Holds for the calls of this module that follow, in this process.
-    """
-    global _speak
-    _speak = speak
 
 
 def quiet_imports() -> None:
     """Silences what libraries say while they are imported, without importing one."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TQDM_DISABLE", "1")  # Read when tqdm is imported, so before the libraries below.
-    if _speak:
-        return
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # It warns of a missing CPU kernel when imported.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
@@ -207,15 +192,8 @@ def quiet_libraries() -> None:
     for message in ("Unable to fetch remote file", "Could not find a config file in"):
         warnings.filterwarnings("ignore", message, UserWarning, r"peft\.")
     for library in (transformers, datasets):
-        library.utils.logging.set_verbosity(logging.INFO if _speak else logging.ERROR)
-    if not _speak:
-        datasets.utils.logging.set_verbosity(logging.CRITICAL)  # What can't be read is told in a line of ours.
-    # Leaves the lines to whoever listens to the loggers, and strikes out tokens: not twice, and not unread.
-    for name in ("datasets", "huggingface_hub", "transformers") if _speak else ():
-        logger = logging.getLogger(name)
-        for handler in list(logger.handlers):
-            if type(handler) is logging.StreamHandler:
-                logger.removeHandler(handler)
+        library.utils.logging.set_verbosity(logging.ERROR)
+    datasets.utils.logging.set_verbosity(logging.CRITICAL)  # What can't be read is told in a line of ours.
 
 
 def without_secrets(text: str) -> str:
@@ -224,8 +202,3 @@ def without_secrets(text: str) -> str:
         if len(value) >= _SHORTEST_SECRET and name.upper().endswith(("TOKEN", "KEY", "SECRET", "PASSWORD")):
             text = text.replace(value, "***")
     return _HUB_TOKEN.sub("***", text)
-
-
-def without_secret_addresses(text: str) -> str:
-    """``without_secrets``, and addresses without user, password and query, where signatures and keys stand too."""
-    return _USER.sub(r"\1***@", _QUERY.sub(r"\1?***", without_secrets(text)))

@@ -7,7 +7,6 @@ import logging
 import os
 import shlex
 import sys
-import traceback
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from sku.progress import let_libraries_speak, shown_progress, without_secret_addresses
+from sku.progress import shown_progress
 
 if TYPE_CHECKING:
     from sku.pipeline import CommandPlan, Progress
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Loudness = Literal["quiet", "usual", "verbose"]
-_LOGGERS = ("accelerate", "bitsandbytes", "datasets", "httpx", "huggingface_hub", "lm_eval", "peft", "transformers")
-"""Libraries that speak under ``--verbose``, at level INFO; below it some log what they are asked."""
 _OBEYED = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Categories of Unicode that a terminal may obey or can't be given: controls, formats, lone surrogates, line ends."""
 _LONGEST_ERROR = 900
@@ -125,11 +122,10 @@ def print_next(*commands: Sequence[str | Path]) -> None:
 
 
 class _Printer(logging.Handler):
-    """Prints messages between the bars, not through them; those of libraries without tokens and signed addresses."""
+    """Prints messages between the bars, not through them."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = record.getMessage()
-        notes.print(text if record.name.startswith("sku") else f"{record.name}: {without_secret_addresses(text)}")
+        notes.print(record.getMessage())
 
 
 _PRINTER = _Printer(logging.INFO)
@@ -165,7 +161,7 @@ def set_loudness(loudness: Loudness) -> None:
     """Sets how much this process says, from the next line on.
 
     Args:
-        loudness: ``quiet`` leaves results and errors; ``verbose`` adds what libraries log, and causes of errors.
+        loudness: ``quiet`` leaves results and errors; ``verbose`` adds all measures and notes.
     """
     global _loudness
     _loudness = loudness
@@ -173,33 +169,11 @@ def set_loudness(loudness: Loudness) -> None:
     logging.disable(logging.WARNING if notes.quiet else logging.NOTSET)
     if notes.quiet:
         warnings.simplefilter("ignore")
-    let_libraries_speak(loudness == "verbose")
-    for logger in map(logging.getLogger, _LOGGERS):
-        logger.removeHandler(_PRINTER)
-        if loudness == "verbose":
-            logger.addHandler(_PRINTER)
-            logger.setLevel(logging.INFO)
 
 
 def is_verbose() -> bool:
     """Whether ``--verbose`` was given."""
     return _loudness == "verbose"
-
-
-def print_cause(error: BaseException) -> None:
-    """Under ``--verbose``: what raised an error and what led to it, by kind and place, innermost last.
-
-    Messages of other packages are left out: they can hold a row of the data or an address with a key. What of them a
-    user needs stands in the error's own line.
-    """
-    link: BaseException | None = error if is_verbose() else None
-    word = "raised"
-    while link is not None:
-        innermost = traceback.extract_tb(link.__traceback__)[-1:]
-        # The last parts of the path: what stands before them is the same on this machine.
-        places = [f" at {'/'.join(Path(at.filename).parts[-3:])}:{at.lineno} in {at.name}" for at in innermost]
-        errors.print(f"{word:<10}{type(link).__name__}{''.join(places)}")
-        link, word = link.__cause__ or link.__context__, "caused by"
 
 
 def carry_out(plan: CommandPlan[T], *, dry_run: bool, as_json: bool, is_main: bool = True, **options: Any) -> T:
