@@ -22,7 +22,6 @@ from filelock import FileLock
 import sku
 from conftest import Command, Done
 from sku.__main__ import app
-from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.model_files import embedded_model_path
 from sku.storage import BAD_MODEL_MARK
 from sku.world.grammar import hazards
@@ -42,11 +41,6 @@ def names(folder: Path) -> set[str]:
 
 def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    return done.stdout
 
 
 def test_python_m_sku() -> None:
@@ -353,21 +347,6 @@ def test_negate_from_file_to_file(command: Command, bad_model: Path, tmp_path: P
 
 
 @pytest.mark.integration
-def test_negate_of_a_plain_folder_imports_no_transformers(bad_model: Path, tmp_path: Path) -> None:
-    printed = python(
-        "import sys\n"
-        "from sku.__main__ import main\n"
-        f"sys.argv = {['sku', 'negate', 'embedded', str(bad_model), '--out', str(tmp_path / 'model')]!r}\n"
-        "try:\n"
-        "    main()\n"
-        "except SystemExit as end:\n"
-        "    assert not end.code, end.code\n"
-        "print(sorted({'transformers', 'peft', 'datasets'} & set(sys.modules)))\n"
-    )
-    assert printed.splitlines()[-1] == "[]"
-
-
-@pytest.mark.integration
 def test_evaluate_as_json_equals_the_run(command: Command, whole_run: Path, tmp_path: Path) -> None:
     done = command("evaluate", whole_run / "unlearned", "--json", "--out", tmp_path / "e", *SMALL)
     assert done.code == 0, done.err
@@ -461,21 +440,6 @@ def test_a_judge_is_calibrated_and_its_errors_are_shown(command: Command, whole_
     assert table.code == 0, table.err
     assert table.out.count("harmful, by rule, corrected") == 4
     assert json.loads((tmp_path / "e" / "model" / "evaluation.json").read_text("utf-8"))["corrected"]["forget_test"]
-
-
-def test_where_a_calibration_is_written_is_known_before_anything_is_judged(
-    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    labelled = tmp_path / "labelled.csv"
-    labelled.write_text("prompt,reply,label\na,b,1\nc,I can't help with that.,0\n", encoding="utf-8")
-    calibrate = ("judge", "calibrate", "refusal_rules", labelled, "--out")
-    new = tmp_path / "new" / "folder" / "a.json"
-    assert command(*calibrate, new).code == 0
-    assert new.is_file()
-
-    monkeypatch.setattr(RefusalRulesJudge, "judge", lambda *_: pytest.fail("asked in vain"))
-    for wrong, message in ((labelled / "a.json", "can't be written"), (tmp_path, "is a folder")):
-        assert_one_line(command(*calibrate, wrong), message)
 
 
 @pytest.mark.integration

@@ -37,12 +37,16 @@ WRONG = {
 
 def test_lists_and_wrong_keys_are_answered_without_torch_and_a_plan_draws_nothing(tmp_path: Path) -> None:
     wrong = [words.split() for words in WRONG.values()]
+    subtraction = ["negate", "embedded", "embedded", "--out", str(tmp_path / "model")]
     plan = ["run", "--dry-run", "--out", str(tmp_path / "run")]
+    commands = json.dumps([*LISTS, *wrong, subtraction, plan])
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(SCRIPT), json.dumps([*LISTS, *wrong, plan])],
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(SCRIPT), commands],
         capture_output=True, text=True, check=True, env={**os.environ, "COLUMNS": "400"},
     )  # fmt: skip
-    *found, (code, out, err, heavy) = json.loads(done.stdout)
+    *found, (code, _, err, heavy), planned = json.loads(done.stdout)
+    assert (code, heavy) == (2, ["torch"]), err
+    code, out, err, heavy = planned
     assert (code, bool(out)) == (0, True), err
     assert "torch" in heavy
     assert "matplotlib" not in heavy

@@ -23,7 +23,6 @@ from sku.evaluate.statistics import (
 )
 
 EXACT = 1e-12
-CLUSTERS, ROWS = 60, 8
 
 
 @pytest.mark.parametrize(("rose", "fell", "total"), [(0, 0, 44), (1, 0, 44), (3, 7, 60), (12, 9, 50), (20, 0, 20)])
@@ -142,29 +141,8 @@ def test_a_judge_that_tells_nothing_is_refused() -> None:
         corrected(5, 10, blind)
 
 
-def _beta_binomial(rng: np.random.Generator) -> NDArray[np.int64]:
-    """Hits per prompt, mean 0.3: replies to one prompt are alike (intra-cluster correlation 1 / (1 + 0.9 + 2.1))."""
-    return rng.binomial(ROWS, rng.beta(0.9, 2.1, size=CLUSTERS))
-
-
 def _covered(intervals: Sequence[tuple[float, float]], truth: float) -> float:
     return float(np.mean([low <= truth <= high for low, high in intervals]))
-
-
-def test_coverage_of_a_rate_with_several_replies_a_prompt() -> None:
-    """400 data sets. Sampling replies as if each had a prompt of its own gives intervals that miss far too often."""
-    rng = np.random.default_rng(7)
-    clustered, plain = [], []
-    prompts = [row // ROWS for row in range(CLUSTERS * ROWS)]
-    ones = np.ones(len(prompts))
-    for seed in range(400):
-        hits = np.concatenate([np.arange(ROWS) < count for count in _beta_binomial(rng)])
-        clustered.append(clustered_bootstrap(hits, ones, clusters=prompts, statistic=np.divide, seed=seed % 4))
-        # The bootstrap of independent replies, which is normal at 480 of them.
-        spread = 1.96 * math.sqrt(hits.mean() * (1 - hits.mean()) / len(hits))
-        plain.append((hits.mean() - spread, hits.mean() + spread))
-    assert 0.92 <= _covered(clustered, 0.3) <= 0.975
-    assert _covered(plain, 0.3) < 0.85
 
 
 def test_coverage_of_a_corrected_rate() -> None:
