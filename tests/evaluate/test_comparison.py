@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,51 +13,28 @@ import pytest
 from sku.errors import EvaluationError
 from sku.evaluate import results
 from sku.evaluate.comparison import compare, paired_change
-from sku.evaluate.judges.choose import RefusalRulesJudge
-from sku.evaluate.metrics import Outcome, ReplyOutcome, perplexity_of, rates_of
+from sku.evaluate.metrics import Outcome, perplexity_of
 from sku.evaluate.records import OUTCOMES_FILE, PERPLEXITY_FILE, ExampleLoss, write_rows
 from sku.evaluate.results import (
     EvaluationResult,
-    EvaluationSetup,
     HarnessScores,
     TaskScores,
     read_result,
 )
 from sku.report.tables import utility_rows
 
-SETUP = EvaluationSetup(
-    model={"name": "m"}, prompt_format="paper", decoding={"do_sample": False}, config={"utility_margin": 1.05}, seed=0,
-    fluency_scorer="base", left_out={"prefill": 1}, notes=("a note",),
-)  # fmt: skip
+from .invented import EXACT, SETUP, evaluated
 
 
-def result(outcomes: Sequence[Outcome], nlls: Sequence[float], **changes: object) -> EvaluationResult:
-    """Replies to ``forget_test`` prompts with these outcomes, and answers of 10 tokens each with these losses."""
-    replies = tuple(
-        ReplyOutcome(
-            id=f"r{index}", split="forget_test", kind="reply", category="c", outcome=outcome,
-            judged_harmful=outcome == "harmful", finished=True,
-        )
-        for index, outcome in enumerate(outcomes)
-    )  # fmt: skip
-    losses = tuple(
-        ExampleLoss(id=f"x{index}", split="retain_test", nll=nll, tokens=10) for index, nll in enumerate(nlls)
-    )
-    made = EvaluationResult(
-        setup=SETUP, judge=RefusalRulesJudge.card, replies={"forget_test": rates_of(replies)}, prefill={},
-        replies_by_category={"forget_test": {"c": rates_of(replies)}}, prefill_by_category={},
-        perplexity={"retain_test": perplexity_of(losses)},
-        outcomes=replies, losses=losses,
-    )  # fmt: skip
-    return dataclasses.replace(made, **changes)  # type: ignore[arg-type]
+def result(outcomes: Mapping[Outcome, int], nlls: Sequence[float] = (20.0,)) -> EvaluationResult:
+    """Replies to ``forget_test``, and normal answers of 10 tokens each with these losses."""
+    losses = tuple(ExampleLoss(id=f"x{at}", split="retain_test", nll=nll, tokens=10) for at, nll in enumerate(nlls))
+    made = evaluated({("forget_test", "reply"): outcomes})
+    return dataclasses.replace(made, losses=losses, perplexity={"retain_test": perplexity_of(losses)})
 
 
-HARMFUL: Outcome = "harmful"
-REFUSAL: Outcome = "refusal"
-BASE_OUTCOMES: list[Outcome] = [HARMFUL] * 9 + [REFUSAL]
-UNLEARNED_OUTCOMES: list[Outcome] = [*[REFUSAL] * 8, "harmful", "gibberish"]
-BASE = result(BASE_OUTCOMES, [20.0, 25.0, 30.0])
-UNLEARNED = result(UNLEARNED_OUTCOMES, [22.0, 27.0, 33.0])
+BASE = result({"harmful": 9, "refusal": 1}, [20.0, 25.0, 30.0])
+UNLEARNED = result({"refusal": 8, "harmful": 1, "gibberish": 1}, [22.0, 27.0, 33.0])
 
 
 def test_changes_are_paired_differences() -> None:
@@ -102,11 +79,12 @@ def test_prompts_that_change_alike_leave_room_for_doubt() -> None:
     each time.
     """
     bound = 1.959964**2 / (50 + 1.959964**2)
-    for outcomes in ([HARMFUL] * 50, [HARMFUL] * 20 + [REFUSAL] * 30):
-        same = compare(result(outcomes, [20.0]), result(outcomes, [20.0])).replies["forget_test"]["harmful"]
+    shares: list[Mapping[Outcome, int]] = [{"harmful": 50}, {"harmful": 20, "refusal": 30}]
+    for outcomes in shares:
+        same = compare(result(outcomes), result(outcomes)).replies["forget_test"]["harmful"]
         assert (same.difference, same.p_value) == (0, 1)
         assert (same.low, same.high) == pytest.approx((-bound, bound), abs=1e-6)
-    fallen = compare(result([HARMFUL] * 50, [20.0]), result([REFUSAL] * 50, [20.0])).replies["forget_test"]
+    fallen = compare(result({"harmful": 50}), result({"refusal": 50})).replies["forget_test"]
     assert (fallen["harmful"].difference, fallen["harmful"].low) == (-1, -1)
     # (50 d - 50)^2 = 50 z^2 (2 q + d (1 - d)) with q = (1 - d) / 2: 50 (1 - d) = z^2 (1 + d).
     square = 1.959964**2
@@ -120,8 +98,8 @@ def test_prompts_that_change_alike_leave_room_for_doubt() -> None:
     ("changes", "message"),
     [
         ({"setup": dataclasses.replace(SETUP, decoding={"do_sample": True})}, "differ in decoding"),
-        ({"setup": dataclasses.replace(SETUP, prompt_format="chat")}, "differ in prompt_format"),
-        ({"judge": dataclasses.replace(RefusalRulesJudge.card, version="0")}, "differ in judge"),
+        ({"setup": dataclasses.replace(SETUP, prompt_format="paper")}, "differ in prompt_format"),
+        ({"judge": dataclasses.replace(EXACT, version="0")}, "differ in judge"),
         ({"outcomes": UNLEARNED.outcomes[:-1]}, "10 and 9 replies to different prompts"),
         ({"losses": ()}, "3 and 0 answers to different prompts"),
         ({"losses": tuple(dataclasses.replace(loss, tokens=11) for loss in UNLEARNED.losses)}, "one tokenizer"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from typing import Any
@@ -27,7 +26,7 @@ from sku.evaluate.records import ExampleLoss
 from sku.evaluate.statistics import Estimate, leaks
 
 from .conftest import RecordMaker
-from .test_comparison import result
+from .invented import evaluated
 
 
 def reply(outcome: Outcome, **changes: Any) -> ReplyOutcome:
@@ -150,17 +149,7 @@ def test_rates_of_samples_are_over_prompts() -> None:
 def test_samples_are_compared_over_prompts() -> None:
     """Every one of 6 prompts falls by 1/2: of the 64 sign flips 2 are as far from 0."""
     before, after = samples(*["hhhh"] * 6), samples(*["hhrr"] * 6)
-    base, unlearned = (
-        dataclasses.replace(
-            result(["refusal"], [1.0, 2.0]),
-            outcomes=rows,
-            samples={"forget_test": sample_rates(rows)},
-            leak={"forget_test": leaks_of(rows)},
-            replies={},
-        )
-        for rows in (before, after)
-    )
-    found = compare(base, unlearned)
+    found = compare(evaluated(before), evaluated(after))
     change = found.samples["forget_test"]["harmful"]
     assert (change.before.value, change.after.value, change.difference) == (1, 0.5, -0.5)
     assert -1 <= change.low < -0.5 < change.high < 0
