@@ -99,12 +99,6 @@ def _print_written(written: OwnReplies, asked: OwnOptions) -> None:
         if counts["dropped"]:
             reasons = ", ".join(f"{reason} {count}" for reason, count in counts["dropped"].items())
             results.print(f"dropped   {kind}: {reasons}")
-        if len(counts["how"]) > 1:
-            ways = ", ".join(f"{how} {count}" for how, count in counts["how"].items())
-            results.print(f"kept      {kind}: {ways}")
-    kept = account["kinds"]["answer"]["refusals_kept"]
-    if kept:
-        results.print(f"note      {kept} answers are refusals of the model itself: they are kept")
     for reason, count in account["left_out"].items():
         results.print(f"left out  {count}: {reason}")
     results.print(f"tokens    {account['tokens']:,} written in {account['seconds']:.0f} s")

@@ -66,7 +66,6 @@ def results(
     brief: Annotated[
         bool, typer.Option("--brief", help="Only the main columns at equal utility; the marks are then NAME-brief.")
     ] = False,
-    figure: Annotated[Path | None, typer.Option(help="Draw all methods here (.png, .svg, .pdf).")] = None,
     table: Annotated[
         Path | None,
         typer.Option(
@@ -78,25 +77,22 @@ def results(
     """Write the tables of a comparison, or one of many runs, from their folders: no model, no data."""
     quiet_libraries()
     if table is not None:
-        if brief or update is not None or figure is not None:
-            raise RecipeError("--table is written alone: leave out --update, --brief, --figure")
+        if brief or update is not None:
+            raise RecipeError("--table is written alone: leave out --update and --brief")
         _write_table(folders, table, as_json=as_json)
         return
     if len(folders) > 1:
         raise RecipeError(f"{len(folders)} folders are named, and these tables are of one: add --table FILE.json")
-    _comparison(folders[0], update, figure, brief=brief, as_json=as_json)
+    _comparison(folders[0], update, brief=brief, as_json=as_json)
 
 
-def _comparison(folder: Path, update: Path | None, figure: Path | None, *, brief: bool, as_json: bool) -> None:
-    from sku.report.method_overview import overview_figure
+def _comparison(folder: Path, update: Path | None, *, brief: bool, as_json: bool) -> None:
     from sku.report.method_records import read_records
     from sku.report.method_tables import brief_markdown, comparison_markdown
     from sku.report.words import replace_block
 
     records = read_records(folder)
     text = brief_markdown(records) if brief else comparison_markdown(records)
-    if figure is not None:
-        overview_figure(records, figure)
     if update is not None:
         mark = f"{folder.name}-brief" if brief else folder.name
         try:
@@ -104,7 +100,7 @@ def _comparison(folder: Path, update: Path | None, figure: Path | None, *, brief
         except OSError as error:
             raise OutputError(f"{update} can't be read or written: {error.strerror or error}") from error
     if as_json:
-        print_json({"markdown": text, "written": [str(path) for path in (update, figure) if path is not None]})
+        print_json({"markdown": text, "written": [] if update is None else [str(update)]})
     elif update is None:
         console.print(text)
     else:
