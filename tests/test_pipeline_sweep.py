@@ -20,6 +20,7 @@ from sku.negate.task_vector import negate
 from sku.pipeline.run import run_recipe
 from sku.pipeline.stages import run_acquire, run_sweep
 from sku.storage import is_marked_hazardous
+from sku.sweep import Selection
 from sku.sweep.run import TRAINED_ON, UNKNOWN_TRAINING, Training
 
 pytestmark = [pytest.mark.integration, pytest.mark.usefixtures("one_thread", "blank_pictures")]
@@ -170,9 +171,11 @@ def test_what_can_not_be_swept_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_command_says_what_comes_next_or_ends_with_one_error_line(
-    finished: Path, tmp_path: Path, command: Command
+    finished: Path, tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    done = command("sweep", finished, "--out", tmp_path / "s", "--set", "sweep.harm_target=1.0")
+    with monkeypatch.context() as patch:
+        patch.setattr("sku.sweep.run.choose", lambda _: Selection(alpha=0.25, met=True, why="it is"))
+        done = command("sweep", finished, "--out", tmp_path / "s")
     assert done.code == 0, done.err
     assert f"next      sku negate embedded {finished / 'bad' / 'final'} --alpha 0.25 --out {tmp_path}" in done.out
     changes = [word for change in STRICT for word in ("--set", change)]

@@ -32,7 +32,6 @@ from sku.errors import EvaluationError, OutputError, RecipeError, did_you_mean
 from sku.evaluate.records import read_json_object
 from sku.methods import METHODS, method_named
 from sku.methods.run import resolve_method
-from sku.model_files import locate_model
 from sku.report.method_records import Comparison, RowTitle, run_name
 from sku.storage import LOCK_FILE, acquire_lock, check_place, named_disk_errors, write_text
 from sku.sweep.evaluator import check_judge
@@ -209,7 +208,7 @@ def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: T
     Raises:
         RecipeError: A setting of some row is unknown or impossible, or the data has final sets: before any is run.
         OutputError: The folder can't be written, another process writes it, or it holds a run with other settings.
-        SkuError: The model isn't there, the data can't be loaded, or the judge's errors are unknown.
+        SkuError: The data can't be loaded, or the judge's errors are unknown.
     """
     check_place(out)
     refuse_final(rows[0].recipe.data, "a comparison, which chooses strengths,")
@@ -218,7 +217,6 @@ def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: T
         resolve_method(recipe, out)
         state_of(out / run_name(row.name, seed), recipe)
     first = runs[0][2]
-    locate_model(first.model)
     check_judge(first, load_data(first.data, first.seed, forget_validation=first.forget_validation))
     with _own_folder(out):
         found = _opened(out, rows, seeds)

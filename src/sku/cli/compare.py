@@ -51,7 +51,9 @@ def compare(
     )
     quiet_libraries()
     from sku.comparison import ablation_rows, comparison_rows, run_comparison, seeds_of
+    from sku.model_files import locate_model
 
+    locate_model(settings.model)  # Or every run would fail for it.
     if ablate is None:
         rows = comparison_rows(settings, options.names_in(methods))
     else:
