@@ -27,8 +27,8 @@ from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import compare
 from sku.evaluate.generation import replies
-from sku.evaluate.generation.backends import generate_replies
 from sku.evaluate.generation.prompts import with_answers
+from sku.evaluate.generation.writing import generate_replies
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.records import (
     GENERATIONS_FILE,

@@ -17,7 +17,6 @@ from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import compare
 from sku.evaluate.generation import replies
-from sku.evaluate.generation.backends import generate_replies
 from sku.evaluate.generation.prompts import (
     AFFIRMATIVE_STARTS,
     NO_OWN,
@@ -28,6 +27,7 @@ from sku.evaluate.generation.prompts import (
     prefills,
 )
 from sku.evaluate.generation.replies import choose_starts
+from sku.evaluate.generation.writing import generate_replies
 from sku.evaluate.judges.choose import EmbeddedWorldJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome, prefill_words, rate, worst_prefill
 from sku.evaluate.records import (

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.load import load_forget_retain
-from sku.evaluate.generation.backends import GenerateBackend
+from sku.evaluate.generation.writing import ReplyWriter
 from sku.evaluate.records import (
     FLUENCY_FILE,
     GENERATIONS_FILE,
@@ -70,13 +70,13 @@ def test_a_failed_run_goes_on_with_the_missing_batches(
     at: int,
 ) -> None:
     asked: list[str] = []
-    real = GenerateBackend.answer
+    real = ReplyWriter.answer
 
     def counting(self: Any, requests: Any, decoding: Any) -> Any:
         asked.extend(request.id for request in requests)
         return real(self, requests, decoding)
 
-    monkeypatch.setattr(GenerateBackend, "answer", counting)
+    monkeypatch.setattr(ReplyWriter, "answer", counting)
 
     def stop(name: str, done: int, total: int) -> None:
         if (name, done) == (stage, at):

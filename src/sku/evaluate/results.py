@@ -209,8 +209,7 @@ class EvaluationSetup:
     """``name``, ``dtype`` and ``fingerprint``, a hash of what the weights compute."""
     prompt_format: str
     decoding: Mapping[str, Any]
-    """Settings of the greedy replies, the ``backend``, and those of the sampled replies under ``samples`` (None
-    without any)."""
+    """Settings of the greedy replies, and those of the sampled replies under ``samples`` (None without any)."""
     config: Mapping[str, Any]
     """``EvaluateConfig`` in full."""
     seed: int
@@ -391,7 +390,7 @@ def corrected_rates(
     corrected: dict[str, dict[str, CorrectedRate]] = {}
     judged = (
         row for row in outcomes
-        if row.has_verdict and row.split not in records.NORMAL_SPLITS and row.kind != "sample"
+        if row.has_verdict and not records.is_normal(row.split) and row.kind != "sample"
     )  # fmt: skip
     for (split, key), rows in records.grouped(judged, lambda row: (row.split, row.prefill_key)).items():
         corrected.setdefault(split, {})[f"prefill/{key}" if key else "replies"] = corrected_rate(
@@ -467,7 +466,7 @@ class Compared:
     @property
     def by_category(self) -> Changes:
         """As tables show them: harmful sets, then normal categories."""
-        harmful = {split: rates for split, rates in self.replies.items() if split not in records.NORMAL_SPLITS}
+        harmful = {split: rates for split, rates in self.replies.items() if not records.is_normal(split)}
         return {**harmful, **self.normal}
 
     @property

@@ -41,7 +41,7 @@ from sku.models import load_model
 from sku.processes import current_processes
 
 Progress = StageProgress
-"""Called with what is being done, the number done and their total: ``backend check``, ``replies``, ``samples``,
+"""Called with what is being done, the number done and their total: ``replies``, ``samples``,
 ``prefill``, ``perplexity``, ``lm_eval``, ``fluency``, ``agreement``, ``similarity``,
 ``judge``; ``base, replies`` and the like where the base model is asked first."""
 
@@ -59,9 +59,8 @@ def evaluate(
     model: PreTrainedModel | PeftModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, data: ForgetRetainData,
     *, config: EvaluateConfig | None = None, judge: Judge | None = None, prompt_format: PromptFormatName = "auto",
     base_model: PreTrainedModel | PeftModel | None = None, output_dir: Path | None = None,
-    model_name: str | None = None, model_source: str | Path | None = None,
-    starts: Sequence[PrefillSource] | None = None, trained_prefill_tokens: int | None = None, seed: int = 0,
-    progress: Progress | None = None,
+    model_name: str | None = None, starts: Sequence[PrefillSource] | None = None,
+    trained_prefill_tokens: int | None = None, seed: int = 0, progress: Progress | None = None,
 ) -> EvaluationResult:  # fmt: skip
     """Measures what a model answers to harmful and to normal prompts, and the perplexity of fixed answers.
 
@@ -84,8 +83,6 @@ def evaluate(
             were made by the same model from the same prompts are reused, those of an interrupted run too. Nothing is
             written if None.
         model_name: Recorded; the name it was loaded by, or ``name_or_path`` of its configuration if None.
-        model_source: Folder or hub id that holds the same weights, for the backend ``vllm``; that of ``model``
-            where it is a name.
         starts: What prefills begin with: ``starts`` of the base model's result, so that both are asked the same
             without asking the base again.
         trained_prefill_tokens: Recorded: the longest harmful beginning that training put before a refusal, 0 for none.
@@ -98,14 +95,13 @@ def evaluate(
     Raises:
         DataError: The XSTest file can't be read.
         EvaluationError: Nothing to measure, a judge that does not fit, an unknown task, non-finite losses, too little
-            GPU memory, a backend that fails, or another process that does.
+            GPU memory, or another process that fails.
         ModelError: A model can't be loaded, or the prompt format doesn't fit its tokenizer.
         OutputError: The folder can't be written.
     """
     config = EvaluateConfig() if config is None else config
     processes = current_processes()
     if isinstance(model, str | Path):
-        model_source = model if model_source is None else model_source
         loaded = load_model(model)
         model_name = loaded.name if model_name is None else model_name
         model, tokenizer = loaded.model, loaded.tokenizer if tokenizer is None else tokenizer
@@ -125,7 +121,7 @@ def evaluate(
         judge=judges[0] if judges else None, seed=seed, processes=processes,
     )  # fmt: skip
     replies = SavedReplies(
-        generator=generator, model=asked, source=model_source, report=partial(stage, progress), base=base,
+        generator=generator, model=asked, report=partial(stage, progress), base=base,
         given=starts, reuse=ResultCache(folder=output_dir, processes=processes),
     )  # fmt: skip
     name = model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed")

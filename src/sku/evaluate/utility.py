@@ -198,7 +198,7 @@ class UtilityStages:
     def agreement(self, probes: Sequence[Sequence[int]], texts: Sequence[ScoredText]) -> dict[str, Any]:
         """Divergence from the base on fixed text; nothing where the model is the base, or no base was given."""
         base, model = self.replies.base, self.replies.model
-        read = [text for text in texts if text.split in records.NORMAL_SPLITS]
+        read = [text for text in texts if records.is_normal(text.split)]
         if base is None or base is model or not read:
             return {}
         compare = partial(

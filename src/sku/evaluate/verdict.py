@@ -50,7 +50,7 @@ from typing import Any, Literal
 
 from sku.evaluate import statistics
 from sku.evaluate.metrics import Rate, RateChange, prefill_words
-from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL_SPLITS, answers_words, grouped, in_order
+from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, answers_words, grouped, in_order, is_normal
 from sku.evaluate.results import Changes, Compared, EvaluationResult
 from sku.evaluate.statistics import CorrectedRate, percent
 
@@ -379,7 +379,7 @@ def _not_counted(found: Compared) -> Iterator[str]:
 
 def _unjudged(found: Compared) -> Iterator[str]:
     named = found.unlearned.setup.split_name
-    harmful = in_order(split for split in found.replies if split not in NORMAL_SPLITS)
+    harmful = in_order(split for split in found.replies if not is_normal(split))
     asked = [(named(split), found.replies[split]) for split in harmful]
     asked += [(f"{named(split)}, prefill", found.prefill[split]) for split in harmful if split in found.prefill]
     for where, changes in asked:
