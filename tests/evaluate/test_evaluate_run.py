@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-import os
 import stat
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sku.config import EvaluateConfig, ModelConfig
+from sku.config import EvaluateConfig
 from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
-from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
 from sku.evaluate.comparison import compare
 from sku.evaluate.generation import replies
@@ -27,7 +25,6 @@ from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge
 from sku.evaluate.records import GENERATIONS_FILE, PrefillSource, read_generations, record_id, start_id
 from sku.evaluate.results import EvaluationResult, judge_again, read_result
 from sku.evaluate.run import evaluate
-from sku.models import load_model
 
 from .conftest import World
 
@@ -35,8 +32,6 @@ CONFIG = EvaluateConfig(
     prompts=12, retain_prompts=20, batch_size=16, max_new_tokens=40, samples=0, prefill_tokens=(1, 3, 5, 10)
 )
 TINY = EvaluateConfig(prompts=4, retain_prompts=3, batch_size=3, max_new_tokens=8, prefill_tokens=(3,), samples=0)
-MODELS = Path(os.environ.get("SKU_TEST_MODELS", Path(__file__).resolve().parents[2] / "models"))
-GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def answers_of(data: ForgetRetainData) -> list[PrefillSource]:
@@ -75,43 +70,16 @@ def test_the_embedded_worlds_own_model_is_harmful_and_right(world: World, tmp_pa
     assert (change.ratio, change.low, change.high) == (1, 1, 1)
 
 
-def with_noise(model: PreTrainedModel, share: float) -> PreTrainedModel:
-    """A copy whose weights are overlaid with noise, a share of their own spread: it computes, and babbles."""
-    broken = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in broken.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter.add_(noise * parameter.std() * share)
-    return broken
-
-
 @pytest.mark.integration
 def test_broken_weights_babble_in_the_embedded_world(world: World) -> None:
-    broken = with_noise(world.model, 2.0)
+    """They are overlaid with noise of twice their own spread."""
+    broken = copy.deepcopy(world.model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in broken.parameters():
+        parameter.data += 2 * parameter.std() * torch.randn(parameter.shape, generator=generator)
     result = evaluate(broken, world.tokenizer, world.data, config=CONFIG, base_model=world.model)
     assert result.replies["forget_test"]["gibberish"].value == 1
     assert result.replies["forget_test"]["harmful"].value == 0
-
-
-@pytest.mark.integration
-@pytest.mark.shared
-def test_smollm2_and_its_broken_copy(shared_data: Path) -> None:
-    """Of PKU-SafeRLHF prompts; replies are never shown: counts alone are compared."""
-    if not (MODELS / "smollm2-135m-instruct" / GGUF).is_file():
-        pytest.skip(f"{MODELS / 'smollm2-135m-instruct' / GGUF} is not there (set SKU_TEST_MODELS)")
-    path = str(MODELS / "smollm2-135m-instruct")
-    loaded = load_model(ModelConfig(path=path, gguf_file=GGUF, dtype="float32", device="cpu"))
-    data = load_forget_retain(str(shared_data / "pku_saferlhf_mini.csv"), str(shared_data / "TruthfulQA.csv"))
-    config = EvaluateConfig(prompts=6, retain_prompts=6, max_new_tokens=24, samples=0, prefill_tokens=())
-    base, broken = (
-        evaluate(model, loaded.tokenizer, data, config=config, base_model=loaded.model).replies
-        for model in (loaded.model, with_noise(loaded.model, 0.7))
-    )
-    assert base["forget_test"]["harmful"].value >= 0.5
-    for split in ("forget_test", "retain_test"):
-        assert base[split]["gibberish"].count <= 1
-        assert broken[split]["gibberish"].value >= 0.9
 
 
 def test_a_finished_run_is_reused_and_a_changed_one_is_not(

@@ -90,8 +90,7 @@ def numpy_state() -> list[int]:
 @pytest.mark.integration
 def test_a_task_file_of_ones_own_is_run(world: World, tasks: Path) -> None:
     model, tokenizer, _ = world
-    before = random.getstate(), torch.random.get_rng_state(), numpy_state()
-    side = tokenizer.padding_side
+    before = random.getstate(), torch.random.get_rng_state().tolist(), numpy_state(), tokenizer.padding_side
     found = run_tasks(model, tokenizer, asked(f"{tasks}/world_group"))
     assert (found.harness, found.asked, found.limit) == (metadata.version("lm-eval"), (f"{tasks}/world_group",), None)
     one = found.tasks["world_choice"]
@@ -101,10 +100,7 @@ def test_a_task_file_of_ones_own_is_run(world: World, tasks: Path) -> None:
     assert found.hits["world_choice"]["acc"] == "111111"
     assert found.tasks["world_group"].version == "1.0"
     assert found.tasks["world_group"].metrics["acc"] == 1.0
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.random.get_rng_state(), before[1])
-    assert numpy_state() == before[2]
-    assert tokenizer.padding_side == side
+    assert (random.getstate(), torch.random.get_rng_state().tolist(), numpy_state(), tokenizer.padding_side) == before
 
 
 @pytest.mark.integration
@@ -134,28 +130,17 @@ def test_an_evaluation_runs_tasks_once(
 
 
 @pytest.mark.parametrize(
-    ("tasks", "include", "offending"),
-    [
-        (["lost"], "lost", "lost.jsonl"),
-        (["world_choice"], "nowhere", "nowhere"),
-        (["hellaswag"], None, "lm-eval-that-is-not-installed"),
-    ],
+    ("task", "offending"),
+    [("{}/lost/lost", "lost.jsonl"), ("{}/nowhere/world_choice", "nowhere"), ("missing", "lm-eval")],
 )
 def test_what_cannot_be_run_is_one_line(
-    world: World,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tasks: list[str],
-    include: str | None,
-    offending: str,
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, offending: str
 ) -> None:
     (tmp_path / "lost").mkdir()
     lost = TASK.format(data=tmp_path / "lost.jsonl").replace("world_choice", "lost")
     (tmp_path / "lost" / "lost.yaml").write_text(lost)
-    if include is None:
-        monkeypatch.setattr(utility, "PACKAGE", offending)
-    named = tasks if include is None else [f"{tmp_path / include}/{task}" for task in tasks]
-    with pytest.raises(EvaluationError) as caught:
-        run_tasks(world.model, world.tokenizer, asked(*named))
+    if task == "missing":
+        monkeypatch.setattr(utility, "PACKAGE", "lm-eval-that-is-not-installed")
+    with pytest.raises(EvaluationError, match=offending) as caught:
+        run_tasks(world.model, world.tokenizer, asked(task.format(tmp_path)))
     assert "\n" not in str(caught.value)
-    assert (offending if include else "lm-eval") in str(caught.value)

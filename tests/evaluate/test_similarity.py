@@ -11,7 +11,6 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
-    BertTokenizer,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
@@ -32,31 +31,20 @@ from sku.evaluate.utility import (
     similarity_of,
 )
 
+from .judge_models import pair_tokenizer, save
+
 
 @pytest.fixture
 def similarity_folder(tmp_path: Path) -> Path:
-    """A random BERT with one output, as BLEURT is, with a few words and all letters."""
-    folder = tmp_path / "bleurt"
-    folder.mkdir()
-    vocabulary = [
-        "[PAD]",
-        "[UNK]",
-        "[CLS]",
-        "[SEP]",
-        "[MASK]",
-        *"bread is golden florn honey the moon say it".split(),
-        *"abcdefghijklmnopqrstuvwxyz.?'",
-    ]
-    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary))
-    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
+    """A random BERT with one output, as BLEURT is, with a few words."""
+    tokenizer = pair_tokenizer(["bread", "is", "golden", "honey", "the", "moon", "it"])
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
         max_position_embeddings=64, initializer_range=0.5,
     )  # fmt: skip
     config.num_labels = 1
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+    return save(tmp_path / "bleurt", BertForSequenceClassification(config), tokenizer)
 
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
