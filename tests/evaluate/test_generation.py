@@ -248,7 +248,6 @@ def test_a_reply_that_ended_is_computed_no_more_and_the_others_are_the_same_bits
     tokenizer: PreTrainedTokenizerFast,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Also where the room behind the cache is used up."""
     model = _model(architecture, make_model)
     requests = [request(tokenizer, prompt) for prompt in PROMPTS]
     stops = _ragged_stops(model, requests, sampling)
@@ -260,7 +259,6 @@ def test_a_reply_that_ended_is_computed_no_more_and_the_others_are_the_same_bits
     together = sum(rows for rows, _ in shapes)
     shapes.clear()
     monkeypatch.setattr(writing, "CHUNK", 3)
-    monkeypatch.setattr(writing, "ROOM", 4)
     assert _answers(model, requests, decoding) == whole
     lengths = [len(ids) for ids in whole]
     assert min(lengths) + 6 < max(lengths), "the replies end at different places"

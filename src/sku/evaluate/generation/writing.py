@@ -2,12 +2,9 @@
 
 ``generate`` of transformers computes a whole batch until its last reply ends. Here it is called for ``CHUNK`` tokens
 at a time, going on from its own cache, and replies that ended leave batch and cache between two calls: they cost
-nothing more, and those that stay get the tokens that they get without it. In the cache a token is written into tensors
-with room for more, where transformers' own is copied whole for each token. A prompt with several replies in a batch
+nothing more, and those that stay get the tokens that they get without it. A prompt with several replies in a batch
 (sampled ones, one for each length of a prefill) is read once: each reply goes on from a copy of its cache, with what
 is its own after the padding that makes all of a batch end together.
-
-Shapes: B = rows, H = heads of keys and values, T = tokens so far, D = size of a head.
 """
 
 from __future__ import annotations
@@ -28,53 +25,6 @@ from sku.evaluate.generation.decoding import Decoding, GenerationRequest, RowSam
 from sku.evaluate.records import GenerationRecord, grouped
 from sku.models import embedding_weight, plain_model
 from sku.processes import ALONE, Processes
-
-ROOM = 64
-"""Tokens that fit after those that are there before everything is copied once."""
-
-
-class PreallocatedCacheLayer(DynamicLayer):
-    """``DynamicLayer`` whose keys and values are the beginning of larger tensors; takes over at least one token."""
-
-    def __init__(self, layer: DynamicLayer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.dtype, self.device = layer.dtype, layer.device
-        self.keys, self.values = layer.keys, layer.values
-        self.is_initialized = True
-        self._shown: tuple[Tensor, ...] = ()
-        self._room: tuple[Tensor, ...] = ()
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Adds keys and values ``[B, H, new, D]``.
-
-        Returns:
-            Those of all tokens, ``[B, H, T, D]``; views, which the next call doesn't change.
-        """
-        assert self.keys is not None
-        assert self.values is not None
-        begun = self.keys.shape[-2]
-        end = begun + key_states.shape[-2]
-        # Whoever selects rows or crops puts other tensors in the place of those shown last.
-        if not self._shown or self.keys is not self._shown[0] or end > self._room[0].shape[-2]:
-            self._room = tuple(_with_room(part, end + ROOM) for part in (self.keys, self.values))
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[..., begun:end, :] = new
-        self.keys, self.values = self._shown = tuple(room[..., :end, :] for room in self._room)
-        return self.keys, self.values
-
-
-def _with_room(part_BHTD: Tensor, tokens: int) -> Tensor:
-    *rows, begun, size = part_BHTD.shape
-    room = part_BHTD.new_empty(*rows, tokens, size)
-    room[..., :begun, :] = part_BHTD
-    return room
-
-
-def give_room(cache: Cache) -> None:
-    """Replaces each plain layer that holds a token; layers of another kind (sliding windows, states) stay."""
-    for place, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
-            cache.layers[place] = PreallocatedCacheLayer(layer)
 
 
 def _masks_padding(layer: Any, tokens: int) -> bool:
@@ -142,7 +92,6 @@ class ReplyWriter:
                 break
             if not isinstance(cache, Cache):
                 return None
-            give_room(cache)
             mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - before)], dim=1)
             if len(stay) < len(rows):
                 kept: Any = torch.tensor(stay, device=ids.device)
@@ -175,7 +124,6 @@ class ReplyWriter:
             longest = ids.shape[1] + decoding.max_new_tokens
             if isinstance(cache, Cache) and all(_masks_padding(layer, longest) for layer in cache.layers):
                 cache.reorder_cache(cast(Any, of))
-                give_room(cache)
                 return ids, torch.cat([head_mask[of], own_mask], dim=1), cache
             self._reads_once = False
         return (*fill(rows), None)
