@@ -122,7 +122,7 @@ class PromptRecord:
     prefill: str = ""
     """First words of a harmful reply that the model was made to begin with; empty for the other kinds."""
     prefill_key: str = ""
-    """Whose words ``prefill`` is and how many (``prefill_key``); empty for the other kinds."""
+    """Whose words ``prefill`` is and how many (``read_prefill_key``); empty for the other kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,17 +208,8 @@ class SimilarityRow:
     learned: float | None
 
 
-def prefill_key(source: PrefillOrigin, tokens: int) -> str:
-    """Name of a prefill in records and results.
-
-    Returns:
-        ``20``, ``affirmative``, ``answer/20``.
-    """
-    return {"own": str(tokens), "affirmative": "affirmative", "answer": f"answer/{tokens}"}[source]
-
-
 def read_prefill_key(key: str) -> tuple[PrefillOrigin, int]:
-    """The inverse of ``prefill_key``; 0 tokens for an affirmative beginning."""
+    """Whose words a prefill of this name is and how many: ``20``, ``affirmative`` (0 tokens), ``answer/20``."""
     if key == "affirmative":
         return "affirmative", 0
     return ("answer", int(key.removeprefix("answer/"))) if key.startswith("answer/") else ("own", int(key))
