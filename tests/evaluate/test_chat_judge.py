@@ -136,7 +136,7 @@ def test_an_evaluation_survives_an_outage_and_its_second_run_fills_the_gaps(
     )  # fmt: skip
 
     def run() -> EvaluationResult:
-        return evaluate(*world, config=config, output_dir=tmp_path)
+        return evaluate(*world, base_model=world.model, config=config, output_dir=tmp_path)
 
     server.control(next=[""] * 15 + ["malformed", "malformed", "", "no_verdict", "no_verdict"], always="outage")
     first = run().replies

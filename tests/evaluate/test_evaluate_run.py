@@ -101,8 +101,9 @@ def test_a_finished_run_is_reused_and_a_changed_one_is_not(
         calls.clear()
         config = dataclasses.replace(TINY, **changes)
         found = evaluate(
-            tiny_model, tiny_tokenizer, tiny_data, config=config, output_dir=tmp_path, starts=answers_of(tiny_data)
-        )
+            tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=config, output_dir=tmp_path,
+            starts=answers_of(tiny_data),
+        )  # fmt: skip
         assert len(calls) == calls_made
         return found
 
@@ -127,7 +128,9 @@ def test_what_could_not_be_asked_is_counted(
     )
     config = dataclasses.replace(TINY, retain_prompts=4)
     starts = answers_of(tiny_data)
-    result = evaluate(tiny_model, tiny_tokenizer, long, config=config, output_dir=tmp_path, starts=starts)
+    result = evaluate(
+        tiny_model, tiny_tokenizer, long, base_model=tiny_model, config=config, output_dir=tmp_path, starts=starts
+    )
     assert [name.split(",")[0] for name in result.setup.left_out] == ["retain_test: reply", "forget_test: prefill"]
     assert {*result.setup.left_out.values()} == {1}
     assert result.perplexity["retain_test"].examples == 4
@@ -149,12 +152,11 @@ def test_prompts_alone_are_asked_and_the_base_models_own_replies_to_them_scored(
 
     def asked(model: LlamaForCausalLM, name: str | None = None, **options: Any) -> EvaluationResult:
         folder = None if name is None else tmp_path / name
-        return evaluate(
-            model, tiny_tokenizer, others, config=TINY, judge=RefusalRulesJudge(), output_dir=folder, **options
-        )
+        settings: dict[str, Any] = {"base_model": tiny_model, "config": TINY, "judge": RefusalRulesJudge(), **options}
+        return evaluate(model, tiny_tokenizer, others, output_dir=folder, **settings)
 
-    base = asked(tiny_model, "base", base_model=tiny_model)
-    after = asked(changed, "after", base_model=tiny_model, starts=base.starts)
+    base = asked(tiny_model, "base")
+    after = asked(changed, "after", starts=base.starts)
     assert [read_result(tmp_path / name) for name in ("base", "after")] == [base, after]
     _, records = read_generations(tmp_path / "base" / GENERATIONS_FILE)
     written = {start_id(record.split, record.prompt): record.reply for record in records if record.kind == "reply"}
@@ -169,10 +171,7 @@ def test_prompts_alone_are_asked_and_the_base_models_own_replies_to_them_scored(
     assert "harmful:new" not in {*after.prefill, *after.perplexity}
     assert compare(base, after).utility["normal:plain"].verdict == "lost"
     # Without those of its evaluation, the base is asked for them.
-    assert asked(changed, base_model=tiny_model).perplexity["normal:plain"] == after.perplexity["normal:plain"]
-    alone = asked(changed)
-    assert "normal:plain" not in alone.perplexity
-    assert any("no base model" in note for note in alone.setup.notes)
+    assert asked(changed).perplexity["normal:plain"] == after.perplexity["normal:plain"]
 
 
 def test_the_model_is_left_as_it_was(
@@ -182,7 +181,7 @@ def test_the_model_is_left_as_it_was(
     tiny_model.lm_head.eval()
     modes = [module.training for module in tiny_model.modules()]
     before = {name: weight.clone() for name, weight in tiny_model.state_dict().items()}
-    evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY)
+    evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=TINY)
     assert [module.training for module in tiny_model.modules()] == modes
     assert all(torch.equal(weight, before[name]) for name, weight in tiny_model.state_dict().items())
     assert all(weight.grad is None for weight in tiny_model.parameters())
@@ -194,15 +193,15 @@ def test_the_model_is_left_as_it_was(
 def test_an_adapter_model_is_evaluated_with_its_adapter(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
 ) -> None:
-    plain = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY)
+    plain = evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=TINY)
     model = get_peft_model(tiny_model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    silent = evaluate(model, tiny_tokenizer, tiny_data, config=TINY)
+    silent = evaluate(model, tiny_tokenizer, tiny_data, base_model=model, config=TINY)
     assert silent.outcomes == plain.outcomes
     assert silent.setup.model["fingerprint"] == plain.setup.model["fingerprint"]
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.fill_(0.1)
-    loud = evaluate(model, tiny_tokenizer, tiny_data, config=TINY)
+    loud = evaluate(model, tiny_tokenizer, tiny_data, base_model=model, config=TINY)
     assert loud.perplexity != plain.perplexity
     assert loud.setup.model["fingerprint"] != plain.setup.model["fingerprint"]
 
@@ -216,12 +215,12 @@ def test_what_can_not_be_evaluated_is_refused(
     own_alone = dataclasses.replace(empty, normal={"own": (RetainExample(prompt="tell", answer="it is"),)})
     for data in (empty, own_alone):
         with pytest.raises(EvaluationError, match="retain_test"):
-            evaluate(tiny_model, tiny_tokenizer, data)
+            evaluate(tiny_model, tiny_tokenizer, data, base_model=tiny_model)
     with pytest.raises(EvaluationError, match="judge is embedded"):
-        evaluate(tiny_model, tiny_tokenizer, tiny_data, config=EvaluateConfig(judge="embedded"))
+        evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=EvaluateConfig(judge="embedded"))
     tiny_model.lm_head.weight.data.fill_(math.nan)
     with pytest.raises(EvaluationError, match="nan"):
-        evaluate(tiny_model, tiny_tokenizer, tiny_data, config=TINY)
+        evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=TINY)
 
 
 def test_xstest_prompts_are_asked_and_not_scored(
@@ -231,7 +230,7 @@ def test_xstest_prompts_are_asked_and_not_scored(
     rows = "1,stop it,kind,safe\n2,end it,kind,safe\n3,do harm,other,unsafe\n4,Do thing 1,kind,unsafe\n"
     path.write_text(f"id,prompt,type,label\n{rows}")
     config = dataclasses.replace(TINY, xstest=str(path))
-    result = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=config)
+    result = evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=config)
     assert result.replies["xstest_safe"]["over_refusal"].total == 2
     assert result.replies["xstest_unsafe"]["harmful"].total == 1, "a prompt of the run's own is left out"
     assert set(result.replies_by_category["xstest_safe"]) == {"kind"}
@@ -266,7 +265,7 @@ def test_trained_on_prompts_are_those_that_training_visits(
 ) -> None:
     def measured(visited: tuple[int, ...] | None) -> tuple[EvaluationResult, set[str]]:
         data = dataclasses.replace(tiny_data, visited=visited)
-        result = evaluate(tiny_model, tiny_tokenizer, data, config=TINY)
+        result = evaluate(tiny_model, tiny_tokenizer, data, base_model=tiny_model, config=TINY)
         return result, {row.id for row in result.outcomes if (row.split, row.kind) == ("forget_train", "reply")}
 
     some, asked = measured((1, 3))

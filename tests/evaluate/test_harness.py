@@ -114,7 +114,7 @@ def test_an_evaluation_runs_tasks_once(
 
     def again(**changes: Any) -> HarnessScores | None:
         settings = dataclasses.replace(config, **changes)
-        result = evaluate(*world, config=settings, output_dir=tmp_path)
+        result = evaluate(*world, base_model=world.model, config=settings, output_dir=tmp_path)
         assert read_result(tmp_path) == result
         return result.lm_eval
 

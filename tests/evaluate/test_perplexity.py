@@ -142,10 +142,10 @@ def test_an_evaluation_compares_the_models_on_normal_answers(
 ) -> None:  # fmt: skip
     data = dataclasses.replace(tiny_data, normal={"benign": (RetainExample(prompt="tell", answer="it is so"),)})
 
-    def again(base: LlamaForCausalLM | None, folder: Path | None = None) -> Any:
+    def again(base: LlamaForCausalLM, folder: Path | None = None) -> Any:
         return evaluate(other_model, tiny_tokenizer, data, config=CONFIG, base_model=base, output_dir=folder)
 
-    assert [again(base).agreement for base in (None, other_model)] == [{}, {}]
+    assert again(other_model).agreement == {}
     found = again(tiny_model, tmp_path)
     assert list(found.agreement) == ["retain_test", "normal:benign"]
     assert found.agreement["retain_test"].kl > 0

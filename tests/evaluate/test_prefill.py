@@ -20,7 +20,6 @@ from sku.evaluate.comparison import compare
 from sku.evaluate.generation import replies
 from sku.evaluate.generation.prompts import (
     AFFIRMATIVE_STARTS,
-    NO_OWN,
     PromptEncoder,
     affirmative_start,
     by_id,
@@ -42,7 +41,7 @@ from sku.evaluate.records import (
     start_id,
 )
 from sku.evaluate.results import EvaluationResult, read_result
-from sku.evaluate.run import NO_BASE, NO_ENGLISH, evaluate
+from sku.evaluate.run import NO_ENGLISH, evaluate
 from sku.pipeline.evaluate import trained_prefill_tokens
 
 from .conftest import World
@@ -141,24 +140,13 @@ def test_another_model_gets_the_same_starts(asked: Asked, world: World) -> None:
     places = [[(record.id, record.prefill) for record in asked.prefills(name)] for name in ("base", "given", "alone")]
     assert places[0] == places[1] == places[2]
     assert given == alone == asked(other, "alone", base_model=world.model)
+    with pytest.raises(EvaluationError, match="what prefills begin with"):
+        compare(base, dataclasses.replace(given, starts=given.starts[1:]))
     comparison = compare(base, given)
     assert set(comparison.prefill_by_key["forget_test"]) == {"1", "5"}
     shown = comparison.prefill["forget_test"]["harmful"]
     worst = comparison.prefill_by_key["forget_test"][given.worst_prefill["forget_test"]]
     assert dataclasses.replace(shown, p_holm=None) == worst["harmful"]
-
-
-def test_without_a_base_no_prefill_is_a_models_own_and_a_note_says_so(asked: Asked, world: World) -> None:
-    config = dataclasses.replace(CONFIG, prefill_tokens=(5, 1, 40))
-    alone: EvaluationResult = asked(world.model, "alone", config)
-    assert alone.setup.starts == {"asked": 6, "own": 0}
-    assert NO_BASE in alone.setup.notes
-    assert alone.prefill == {}
-    assert alone.setup.left_out == {f"{split}: {NO_OWN}": 3 for split in ("forget_train", "forget_test")}
-    assert read_result(asked.folder / "alone") == alone
-    other = dataclasses.replace(alone, starts=(PrefillSource(id="x", text="x"),))
-    with pytest.raises(EvaluationError, match="what prefills begin with"):
-        compare(alone, other)
 
 
 def test_starts_are_judged_once_and_a_lost_file_asks_no_model(

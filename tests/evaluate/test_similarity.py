@@ -101,7 +101,7 @@ def test_an_evaluation_holds_similarities(
 
     def again(model: str | None) -> Any:
         config = dataclasses.replace(CONFIG, similarity_model=model)
-        return evaluate(tiny_model, tiny_tokenizer, tiny_data, config=config, output_dir=folder)
+        return evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=config, output_dir=folder)
 
     result = again(str(similarity_folder))
     assert {name: score.examples for name, score in result.similarity.items()} == {"rouge_l": 3, "learned": 3}
@@ -113,7 +113,7 @@ def test_an_evaluation_holds_similarities(
 def test_changes_are_paired_by_reply(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
 ) -> None:
-    base = evaluate(tiny_model, tiny_tokenizer, tiny_data, config=CONFIG)
+    base = evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=CONFIG)
     scores = [0.1, 0.5, 0.9]
     rows = [dataclasses.replace(row, rouge_l=score) for row, score in zip(base.similarity_rows, scores, strict=True)]
     less = [dataclasses.replace(row, rouge_l=score - 0.1) for row, score in zip(rows, scores, strict=True)]
@@ -130,6 +130,7 @@ def test_what_can_not_be_measured_is_refused_before_anything_is_asked(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData,
     similarity_folder: Path, tmp_path: Path,
 ) -> None:  # fmt: skip
+    out = tmp_path / "out"
     two = load_similarity(str(similarity_folder))
     two.model.config.num_labels = 2
     two.model.classifier = torch.nn.Linear(16, 2)
@@ -141,5 +142,12 @@ def test_what_can_not_be_measured_is_refused_before_anything_is_asked(
     }.items():
         config = dataclasses.replace(CONFIG, **settings)  # type: ignore[arg-type]
         with pytest.raises((EvaluationError, ModelError), match=key):
-            evaluate(tiny_model, tiny_tokenizer, tiny_data, config=config, output_dir=tmp_path / "out")
+            evaluate(
+                tiny_model,
+                tiny_tokenizer,
+                tiny_data,
+                base_model=tiny_model,
+                config=config,
+                output_dir=tmp_path / "out",
+            )
     assert not (tmp_path / "out").exists()

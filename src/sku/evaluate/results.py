@@ -28,7 +28,7 @@ Keys of the file:
 - ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; on the base model's own greedy
   replies for normal prompts that have none (``xstest_safe``, some ``normal:NAME``), where a base was given.
 - ``agreement``: split -> kl, kl_low, kl_high, top1, top1_low, top1_high, tokens, examples: the model against its base
-  on the same answers to normal prompts. Empty for the base itself and where no base was given.
+  on the same answers to normal prompts. Empty for the base itself.
 - ``similarity``: metric -> value, low, high, examples: replies to ``retain_test`` against the dataset's answers, by
   ``rouge_l`` (0 to 1), and by ``learned`` where ``evaluate.similarity_model`` names a model.
 - ``lm_eval``: ``harness`` (its version), ``limit``, ``asked`` (task names) and ``tasks``: task -> ``version``,
@@ -213,8 +213,8 @@ class EvaluationSetup:
     config: Mapping[str, Any]
     """``EvaluateConfig`` in full."""
     seed: int
-    fluency_scorer: str
-    """Who was asked about word salad: ``base``, or ``self`` where no base model was given."""
+    fluency_scorer: str = "base"
+    """Who was asked about word salad."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """What was not measured -> number of prompts."""
     starts: Mapping[str, int] = field(default_factory=dict)

@@ -37,20 +37,13 @@ from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, P
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure
 from sku.processes import current_processes
 
-NO_BASE = (
-    "no base model was given, so no prefill begins with its own harmful replies: evaluate.prefill_tokens is not asked"
-)
 NO_ENGLISH = "prefill, affirmative start, as the embedded model knows no English"
-SELF_SCORED = (
-    "no base model was given, so word salad was looked for with the evaluated model itself, which may find its own "
-    "word salad fluent"
-)
 
 
 def evaluate(
     model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData, *,
-    config: EvaluateConfig | None = None, judge: Judge | None = None, prompt_format: PromptFormatName = "auto",
-    base_model: PreTrainedModel | PeftModel | None = None, output_dir: Path | None = None,
+    base_model: PreTrainedModel | PeftModel, config: EvaluateConfig | None = None, judge: Judge | None = None,
+    prompt_format: PromptFormatName = "auto", output_dir: Path | None = None,
     model_name: str | None = None, starts: Sequence[PrefillSource] | None = None,
     trained_prefill_tokens: int | None = None, seed: int = 0, progress: StageProgress | None = None,
 ) -> EvaluationResult:  # fmt: skip
@@ -64,12 +57,12 @@ def evaluate(
         tokenizer: Of the model.
         data: The splits ``forget_train`` (its ``visited`` examples where they are known), ``forget_test`` and
             ``retain_test`` are measured, and the sets of other sources (``normal``, ``harmful``).
+        base_model: The original model, or the model itself where that is the original: asked whether replies are word
+            salad, and where no ``starts`` are given for the harmful replies that prefills begin with. Its tokenizer
+            must be the same.
         config: Numbers of prompts, lengths, judge; the defaults of ``EvaluateConfig`` if None.
         judge: Any judge, in place of the one that the config names.
         prompt_format: As in training.
-        base_model: The original model: asked whether replies are word salad, and where no ``starts`` are given for
-            the harmful replies that prefills begin with. The model itself if None, with a note in the result, and no
-            prefill then begins with a model's own words. Its tokenizer must be the same.
         output_dir: Folder for the rows and ``evaluation.json``, made with mode 0700. Rows that are already there and
             were made by the same model from the same prompts are reused, those of an interrupted run too. Nothing is
             written if None.
@@ -101,14 +94,13 @@ def evaluate(
         processes.run_on_rank0(lambda: records.create_private_folder(output_dir))
     judges = [cached(found, output_dir, stage(progress, "judge")) for found in judges]
     asked = cast(PreTrainedModel, model)
-    base = cast("PreTrainedModel | None", base_model)
     encoder = prompts.PromptEncoder.of(asked, tokenizer, prompt_format)
     generator = ReplyGenerator(
-        base=asked if base is None else base, encoder=encoder, config=config, stop_ids=encoder.stop_ids(asked),
+        base=cast(PreTrainedModel, base_model), encoder=encoder, config=config, stop_ids=encoder.stop_ids(asked),
         judge=judges[0] if judges else None, seed=seed, processes=processes,
     )  # fmt: skip
     replies = SavedReplies(
-        generator=generator, model=asked, report=partial(stage, progress), base=base,
+        generator=generator, model=asked, report=partial(stage, progress),
         given=starts, reuse=ResultCache(folder=output_dir, processes=processes),
     )  # fmt: skip
     name = model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed")
@@ -167,14 +159,12 @@ class _Run:
         counts = {"asked": len(drawn.harmful()), "own": len(starts)} if own_lengths else {}
         setup = EvaluationSetup(
             model=model, prompt_format=generator.encoder.prompt_format.name, decoding=replies.decoding(),
-            config=plain_data(config), seed=generator.seed,
-            fluency_scorer="self" if replies.base is None else "base", left_out=left_out,
+            config=plain_data(config), seed=generator.seed, left_out=left_out,
             starts=counts, trained_on=prompts.trained_on(self.data, drawn),
             trained_prefill_tokens=self.trained_prefill_tokens,
             notes=(
                 *self.data.notes(), *prompts.short_of_room(requests, generator.encoder, config),
-                *([SELF_SCORED] if replies.base is None else []),
-                *(self._starts_notes(counts, max(own_lengths)) if own_lengths else []), *answers_notes(requests, own),
+                *(self._starts_notes(counts, max(own_lengths)) if own_lengths else []), *answers_notes(requests),
             ),
         )  # fmt: skip
         fields["starts"] = (*starts, *own)
@@ -194,8 +184,6 @@ class _Run:
     def _starts_notes(self, counts: Mapping[str, int], longest: int) -> list[str]:
         """How many prompts have a start of the base model's own, and whether its replies are long enough."""
         config = self.replies.config
-        if self.replies.base is None and not self.replies.given:
-            return [NO_BASE]
         notes = [starts_note(**counts, others="the others are not asked so")]
         if longest >= config.max_new_tokens:
             notes.append(
@@ -236,7 +224,7 @@ class _Run:
                 if not answer:
                     start = own.get(records.start_id(split, example.prompt))
                     if start is None:
-                        continue  # Harmful prompts are only asked; of others a note says that there was no base.
+                        continue  # Harmful prompts are only asked.
                     answer, with_end = start.text, False  # It may have been cut.
                 tokens = self.replies.generator.encoder.scored(example.prompt, answer, with_end=with_end)
                 if tokens is None:

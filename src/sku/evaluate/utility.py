@@ -187,10 +187,10 @@ def check_settings(config: EvaluateConfig) -> None:
 def agreement(
     replies: SavedReplies, about: Mapping[str, str], probes: Sequence[Sequence[int]], texts: Sequence[ScoredText]
 ) -> dict[str, Any]:
-    """Divergence from the base on fixed text; nothing where the model is the base, or no base was given."""
-    base, model = replies.base, replies.model
+    """Divergence from the base on fixed text; nothing where the model is the base."""
+    base, model = replies.generator.base, replies.model
     read = [text for text in texts if records.is_normal(text.split)]
-    if base is None or base is model or not read:
+    if base is model or not read:
         return {}
     compare = partial(
         compare_distributions, base, model, read,

@@ -179,7 +179,6 @@ class SavedReplies:
     reuse: ResultCache
     report: Callable[[str], Progress | None]
     """Name of a stage to its progress."""
-    base: PreTrainedModel | None
     given: Sequence[PrefillSource] | None
     """Of the base model's own evaluation, which is then not asked again."""
 
@@ -266,11 +265,11 @@ class SavedReplies:
         asked = [request for request in requests if request.split in HARMFUL_SPLITS]
         judge = self.generator.judge
 
-        def choose(base: PreTrainedModel) -> list[PrefillSource]:
-            if base is self.model:
+        def choose() -> list[PrefillSource]:
+            if self.generator.base is self.model:
                 said, scored = [record for record in free if record.split in HARMFUL_SPLITS], fluency(free)
             else:
-                said = self._ask_base(base, asked)
+                said = self._ask_base(asked)
                 scored = self.generator.fluency(said, self.report("fluency"))
             return self.reuse.processes.run_on_rank0(
                 lambda: choose_starts(said, self.generator.outcomes(said, scored))
@@ -283,17 +282,17 @@ class SavedReplies:
     ) -> list[PrefillSource]:
         """The base model's replies to normal prompts that have no answer, kept in ``own_answers.jsonl``.
 
-        None where there is neither a base nor what it was asked before. Arguments as of ``starts``.
+        Arguments as of ``starts``.
         """
         asked = [request for request in _unanswered(requests) if request.kind == "reply"]
         folder = self.reuse.folder
-        if not asked or (self.given is None and self.base is None):
+        if not asked:
             if folder is not None:  # Of an earlier evaluation.
                 self.reuse.processes.run_on_rank0(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
             return []
 
-        def choose(base: PreTrainedModel) -> list[PrefillSource]:
-            said = generations if base is self.model else self._ask_base(base, asked)
+        def choose() -> list[PrefillSource]:
+            said = generations if self.generator.base is self.model else self._ask_base(asked)
             texts = {record.id: record.reply for record in said}
             return [PrefillSource(id=start_id(one.split, one.prompt), text=texts[one.id]) for one in asked]
 
@@ -303,36 +302,36 @@ class SavedReplies:
         self,
         file: str,
         asked: Sequence[GenerationRequest],
-        choose: Callable[[PreTrainedModel], list[PrefillSource]],
+        choose: Callable[[], list[PrefillSource]],
         **header: Any,
     ) -> list[PrefillSource]:
         """Words of the base model for some prompts: of those that are given, or chosen and kept."""
-        base = self.base
-        if self.given is not None or base is None:
+        if self.given is not None:
             names = {start_id(request.split, request.prompt) for request in asked}
-            found = [start for start in self.given or () if start.id in names]
+            found = [start for start in self.given if start.id in names]
             texts = header_hash({"starts": [dataclasses.asdict(start) for start in found]})
             return self.reuse.rows(file, {"given": texts}, PrefillSource, lambda: found)
-        made_from = self._header(asked, base=fingerprint(base, probes_of(asked)), decoding=self.decoding(), **header)
-        return self.reuse.rows(file, made_from, PrefillSource, lambda: choose(base))
+        base = fingerprint(self.generator.base, probes_of(asked))
+        made_from = self._header(asked, base=base, decoding=self.decoding(), **header)
+        return self.reuse.rows(file, made_from, PrefillSource, choose)
 
-    def _ask_base(self, base: PreTrainedModel, asked: Sequence[GenerationRequest]) -> list[GenerationRecord]:
+    def _ask_base(self, asked: Sequence[GenerationRequest]) -> list[GenerationRecord]:
         """The base model's replies, where its own evaluation is not at hand; none is written."""
         stages = dataclasses.replace(
             self,
-            model=base,
+            model=self.generator.base,
             reuse=ResultCache(folder=None, processes=self.reuse.processes),
             report=lambda stage: self.report(f"base, {stage}"),
         )
         return stages.generate(asked, {})
 
 
-def answers_notes(requests: Sequence[GenerationRequest], own: Sequence[PrefillSource]) -> tuple[str, ...]:
+def answers_notes(requests: Sequence[GenerationRequest]) -> tuple[str, ...]:
     """Whose words the perplexity and KL of prompts without answers are about."""
     splits = dict.fromkeys(request.split for request in _unanswered(requests))
-    said = "so the base model's own greedy replies" if own else "and no base model was given to write them, so none"
     listed = ", ".join(map(answers_words, splits))
-    return (f"{listed}: there are none in the data, {said} are scored",) if splits else ()
+    said = "there are none in the data, so the base model's own greedy replies are scored"
+    return (f"{listed}: {said}",) if splits else ()
 
 
 def _unanswered(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
