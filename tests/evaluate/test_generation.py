@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -32,7 +30,6 @@ from transformers import (
 )
 
 from conftest import ARCHITECTURES, VOCABULARY, ModelMaker
-from sku.config import ModelConfig
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample
 from sku.errors import EvaluationError
 from sku.evaluate.generation import writing
@@ -47,7 +44,6 @@ from sku.evaluate.generation.decoding import (
 from sku.evaluate.generation.writing import ReplyWriter, generate_replies, record_of_ids
 from sku.evaluate.perplexity import answer_logits, answer_positions, score_examples
 from sku.evaluate.records import GenerationRecord
-from sku.models import load_model
 
 PROMPTS = (
     "hi", "how are you today ?", "x", "what is two plus two , my friend ?", "tell me", "a b c", "why", "go on :",
@@ -378,13 +374,6 @@ def test_a_drawn_reply_depends_on_the_seed_and_its_request_alone(
 
 TOLERANCE = 1e-4
 """Nats, of a log-probability."""
-MODELS = Path(os.environ.get("SKU_TEST_MODELS", Path(__file__).resolve().parents[2] / "models"))
-REAL = {
-    "smollm2-135m-instruct": "SmolLM2-135M-Instruct.Q4_1.gguf",
-    "qwen2.5-coder-0.5b-instruct": "qwen2.5-coder-0.5b-instruct-q4.gguf",
-    "gemma-3-270m": "gemma-3-270m-q4_k_m.gguf",
-}
-"""Folder -> GGUF file."""
 Rows = Sequence[tuple[int, ...]]
 
 
@@ -436,23 +425,19 @@ def _check_scores(model: PreTrainedModel, rows: Rows) -> None:
         expected = _alone(model, row, count + 1)[:-1]
         assert float((found - expected).abs().max()) < TOLERANCE
         own = -expected.gather(-1, torch.tensor(row[-count:])[:, None]).double().sum()
-        assert (tokens, nll / count) == (count, pytest.approx(float(own) / count, abs=TOLERANCE))
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "CHUNK", 5)
-    monkeypatch.setattr(writing, "RowSampler", Watching)
+        assert tokens == count
+        assert nll / count == pytest.approx(float(own) / count, abs=TOLERANCE)
 
 
 STARTS: Rows = ((), (40,), (41, 42), (50, 51, 52, 53, 54))
 
 
-@pytest.mark.usefixtures("watched")
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, "wide gemma3"])
 def test_a_padded_batch_equals_its_rows(
-    architecture: str, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast
+    architecture: str, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(writing, "CHUNK", 5)
+    monkeypatch.setattr(writing, "RowSampler", Watching)
     model, generator = _model(architecture, make_model), torch.Generator().manual_seed(0)
     prompts = [
         tuple(torch.randint(10, VOCABULARY - 10, (length,), generator=generator).tolist())
@@ -462,20 +447,3 @@ def test_a_padded_batch_equals_its_rows(
     _check_replies(model, prompts[2:4], tokenizer, STARTS)
     _check_replies(model, prompts[1:2], tokenizer, STARTS)
     _check_scores(model, prompts)
-
-
-@pytest.mark.integration
-@pytest.mark.shared
-@pytest.mark.usefixtures("watched")
-@pytest.mark.parametrize("name", REAL)
-def test_a_padded_batch_of_a_real_model_equals_its_rows(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
-    """One prompt is longer than the window of Gemma 3, 512 tokens."""
-    if not (MODELS / name / REAL[name]).is_file():
-        pytest.skip(f"{MODELS / name / REAL[name]} is not there (set SKU_TEST_MODELS)")
-    loaded = load_model(ModelConfig(path=str(MODELS / name), gguf_file=REAL[name], dtype="float32", device="cpu"))
-    text = " ".join(f"The river {number} is long, and florn {7 * number} sings of it." for number in range(60))
-    prompts = [tuple(loaded.tokenizer(text).input_ids)[:length] for length in (6, 30, 150, 540)]
-    assert len(prompts[-1]) == 540
-    _check_replies(loaded.model, prompts, tokenizer)
-    _check_replies(loaded.model, prompts[1:3], tokenizer, STARTS)
-    _check_scores(loaded.model, prompts)

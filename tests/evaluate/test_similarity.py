@@ -142,12 +142,5 @@ def test_what_can_not_be_measured_is_refused_before_anything_is_asked(
     }.items():
         config = dataclasses.replace(CONFIG, **settings)  # type: ignore[arg-type]
         with pytest.raises((EvaluationError, ModelError), match=key):
-            evaluate(
-                tiny_model,
-                tiny_tokenizer,
-                tiny_data,
-                base_model=tiny_model,
-                config=config,
-                output_dir=tmp_path / "out",
-            )
-    assert not (tmp_path / "out").exists()
+            evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=config, output_dir=out)
+    assert not out.exists()
