@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -123,43 +122,22 @@ def rounded_layers(model: PreTrainedModel) -> dict[str, nn.Linear | Conv1D]:
     return layers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rounded:
-    """What rounding a copy of a model did."""
-
-    rounded: int
-    """Weights that were rounded."""
-    moved: int
-    """Those of them whose value is another now."""
-    overflowed: int
-    """Those that the format can't hold: infinite now, and finite before."""
-
-
-@contextmanager
-def rounded_copy(
-    model: PreTrainedModel, rounding: Rounding, *, layers_only: bool = True
-) -> Iterator[tuple[PreTrainedModel, Rounded]]:
-    """A copy of a model with rounded weights.
+def rounded_copy(model: PreTrainedModel, form: Format) -> PreTrainedModel | None:
+    """A copy of a model with rounded weights; None where the format can't hold a weight, which would be infinite.
 
     Args:
         model: It is not changed.
-        rounding: The format's.
-        layers_only: Round linear layers alone; else all weights and stored floating-point buffers.
-
-    Yields:
-        The copy, and what was rounded.
+        form: Says what is rounded: linear layers alone, or all weights and stored floating-point buffers.
     """
     copied = copy.deepcopy(model)
-    count = moved = overflowed = 0
     with torch.no_grad():
-        for weight in _weights(copied, layers_only=layers_only):
+        for weight in _weights(copied, layers_only=form.layers_only):
             before = weight.float()
-            after = rounding(before).to(weight.dtype)
-            count += weight.numel()
-            moved += int((after != weight).sum())
-            overflowed += int((torch.isinf(after) & torch.isfinite(before)).sum())
+            after = form.rounding(before).to(weight.dtype)
+            if bool((torch.isinf(after) & torch.isfinite(before)).any()):
+                return None
             weight.copy_(after)
-    yield copied, Rounded(rounded=count, moved=moved, overflowed=overflowed)
+    return copied
 
 
 def _weights(model: PreTrainedModel, *, layers_only: bool) -> Iterator[Tensor]:

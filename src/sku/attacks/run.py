@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -240,24 +239,14 @@ class _Run:
             rows: list[GenerationRecord] = []
             for subject, model in job.subjects.items():
                 for setting, asks in groups:
+                    # None where the format can't hold a weight.
+                    asked = model if setting.rounding is None else rounded_copy(model, FORMATS[setting.rounding])
                     requests = [ask.request for ask in asks]
-                    with _asked_model(model, setting) as asked:
-                        found = [] if asked is None else job.generator.ask(asked, requests, report)
+                    found = [] if asked is None else job.generator.ask(asked, requests, report)
                     rows += [dataclasses.replace(row, id=f"{subject}/{setting.name}/{row.id}") for row in found]
             return rows
 
         return job.reuse.rows(f"{attack}.jsonl", header, GenerationRecord, make)
-
-
-@contextmanager
-def _asked_model(model: PreTrainedModel, setting: Setting) -> Iterator[PreTrainedModel | None]:
-    """The model, or a rounded copy; None where the format can't hold a weight."""
-    if setting.rounding is None:
-        yield model
-        return
-    form = FORMATS[setting.rounding]
-    with rounded_copy(model, form.rounding, layers_only=form.layers_only) as (copied, rounded):
-        yield None if rounded.overflowed else copied
 
 
 def _rows_of(rows: Sequence[GenerationRecord], place: str) -> list[GenerationRecord]:
