@@ -44,8 +44,9 @@ from sku.evaluate.records import GenerationRecord, Split
 from sku.evaluate.statistics import mcnemar_exact
 from sku.evaluate.utility import base_agreement
 from sku.models import load_model
+from sku.negate import random_direction
 from sku.negate.adapters import AdapterVector, combined, load_adapter
-from sku.negate.task_vector import TaskVector, subtract_into
+from sku.negate.task_vector import TaskVector, TransformContext, subtract_into
 
 SPLITS: dict[str, Split] = {
     "forget_test": "forget_test",
@@ -182,9 +183,9 @@ def main() -> None:
             parts = {"good": -good, "bad": 0.0 if is_random else bad}
             subtracted = TaskVector.from_factors(combined([(parts[name], vector) for name, vector in twins.items()]))
             if is_random:
-                norms = (TaskVector.from_factors(twins["bad"]) * bad).norms()
-                drawn = TaskVector.random(base, norms, recipe.seed).deltas
-                subtracted = TaskVector({name: delta + drawn[name] for name, delta in subtracted.deltas.items()})
+                context = TransformContext(base=base, normal=(), seed=recipe.seed)
+                drawn = random_direction.transform(TaskVector.from_factors(twins["bad"]) * bad, context).deltas
+                subtracted = TaskVector({name: delta - drawn[name] for name, delta in subtracted.deltas.items()})
             subtract_into(mixture, base, subtracted, 1.0)
             replies = screen.replies(mixture, options.samples, recipe.seed)
             verdicts = {name: judge.judge(found) for name, found in replies.items() if name not in HARMLESS}

@@ -1,4 +1,4 @@
-"""``negate.transform``: the two examples by hand, files that can't be used, and a run with one."""
+"""``negate.transform``: the control and the example by hand, files that can't be used, and a run with one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from sku.config import load_recipe
 from sku.data.tokens import TokenizedExample
 from sku.errors import RecipeError, TaskVectorError
 from sku.models import load_model
+from sku.negate import random_direction
 from sku.negate.task_vector import TaskVector, TransformContext, negate, task_vector_of, transform_in
 from sku.pipeline.run import run_recipe
 
@@ -30,7 +31,8 @@ def context_of(base: torch.nn.Module) -> TransformContext:
 def test_a_random_direction_keeps_norms_alone(make_model: ModelMaker) -> None:
     base = make_model("llama_tied")
     vector = TaskVector.between(base, disturbed(base))
-    found = transform_in(str(EXAMPLES / "random_direction.py"))(vector, context_of(base))
+    found, again = (random_direction.transform(vector, context_of(base)) for _ in range(2))
+    assert_same_bits(found.deltas, again.deltas)
     assert found.norms() == pytest.approx(vector.norms(), rel=1e-5)
     name = "model.layers.0.mlp.up_proj.weight"
     assert abs(float((found.deltas[name] * vector.deltas[name]).sum())) < 0.2 * vector.norms()[name] ** 2
@@ -55,7 +57,7 @@ def test_what_the_null_space_leaves_says_nothing_to_normal_inputs(
     assert all(not delta.any() for name, delta in found.deltas.items() if name not in squares)
 
 
-@pytest.mark.parametrize("content", [None, "def other(): ...", "from math import sqrt as transform", "1 / 0", "("])
+@pytest.mark.parametrize("content", [None, "from math import sqrt as transform", "1 / 0"])
 def test_files_that_cannot_be_used(content: str | None, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     if content is not None:

@@ -143,7 +143,7 @@ class NegateConfig:
     theta_o)); without it there is no good twin and both must be 1."""
     transform: str | None = None
     """Python file of your own with a function ``transform(vector, context)`` that gives the task vector to subtract in
-    place of SKU's; ``docs/examples`` has two."""
+    place of SKU's; ``docs/examples`` has one."""
 
     def __post_init__(self) -> None:
         if self.alpha != "auto":

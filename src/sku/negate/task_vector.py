@@ -2,7 +2,7 @@
 
 ``tau = theta_bad - theta_o``, one float32 tensor per weight, tied weights once; ``theta_u = theta_o - alpha * tau``.
 ``negate.transform`` names a user's own file, whose function ``transform(vector: TaskVector, context:
-TransformContext) -> TaskVector`` changes the vector before; ``docs/examples`` has two.
+TransformContext) -> TaskVector`` changes the vector before: ``random_direction`` is one.
 """
 
 from __future__ import annotations
@@ -96,23 +96,6 @@ class TaskVector:
     def from_factors(cls, vector: AdapterVector) -> TaskVector:
         """The difference that an adapter makes: ``scaling * B A`` per adapted weight, computed in float32."""
         return cls({name: change.delta() for name, change in vector.factors.items()})
-
-    @classmethod
-    def random(cls, base: nn.Module, norms: Mapping[str, float], seed: int) -> TaskVector:
-        """Independent normal numbers, tensor by tensor as long as a task vector: is it the direction or just the size?
-
-        Raises:
-            TaskVectorError: The base has no weight of such a name.
-        """
-        weights, tied = unique_weights(base)
-        generator = torch.Generator().manual_seed(seed)
-        deltas = {}
-        for name in sorted(norms):
-            if name not in weights:
-                raise TaskVectorError(f"the norms name a weight {name} that the base does not have")
-            direction = torch.randn(weights[name].shape, generator=generator)
-            deltas[name] = direction * (norms[name] / torch.linalg.vector_norm(direction).clamp_min(1e-30))
-        return cls(deltas, {name: owner for name, owner in tied.items() if owner in deltas})
 
     def __mul__(self, factor: float) -> TaskVector:
         return TaskVector({name: delta * factor for name, delta in self.deltas.items()}, self.tied)
