@@ -16,12 +16,10 @@ from safetensors import SafetensorError, safe_open
 
 from sku.errors import OutputError, one_line
 from sku.progress import without_secrets
-from sku.report.card import CARD_FILE, TAG, check_adapter, read_card, reflection_of
+from sku.report.card import CARD_FILE, TAG, check_adapter, read_card
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.storage import HAZARD_KEY, is_marked_hazardous
 
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz", "*.h5", "*.msgpack")
-"""Files that run code when they are read, or may."""
 SHARED = (
     "README.md", "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json",
     "adapter_config.json", "adapter_model.safetensors", "tokenizer*.json", "tokenizer*.model", "*.tiktoken",
@@ -29,7 +27,7 @@ SHARED = (
     "chat_template.*", "additional_chat_templates/*.jinja", "*processor_config.json", "configuration_*.py",
     "modeling_*.py", "tokenization_*.py", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
-"""All that an unlearned model consists of; anything else in the folder stops the upload."""
+"""All that an unlearned model consists of; anything else in the folder, pickles above all, stops the upload."""
 _HttpError = cast("type[Exception]", HfHubHTTPError.__mro__[1])
 """``HTTPError`` of the HTTP library below the hub's client, which is httpx or httpx2 by version."""
 _LOGIN = "log in with `hf auth login` and a token that may write there"
@@ -57,7 +55,7 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
     Raises:
         OutputError: The run is hazardous, unfinished or not evaluated, or its folder holds no card, pickled weights,
             links or files that are no part of a model; or ``repo_id`` is no name of a repository; or an adapter is the
-            bad model's and nobody says so, or holds the factors of twins.
+            bad model's and nobody says so.
         EvaluationError: Its results are broken.
     """
     try:
@@ -76,10 +74,6 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
     _check_weights(folder, files)
     if part == "adapter":
         check_adapter(run, acknowledged=acknowledged)
-        if reflection_of(run) == "twins":
-            from sku.negate.adapters import check_refactored  # Imports torch, which an upload has no use for.
-
-            check_refactored(folder)
     if CARD_FILE not in files or TAG not in (read_card(folder).get("tags") or ()):
         raise OutputError(f"{folder} has no model card of SKU: --license NAME or --base-model ID writes it")
     return PushPlan(folder, repo_id, part, files)
@@ -139,8 +133,6 @@ def _files(folder: Path) -> Iterator[tuple[str, int]]:
             raise OutputError(f"{path} is a link, which may lead to anything: put the file itself there, or remove it")
         if path.is_dir():
             continue
-        if any(fnmatchcase(path.name, pattern) for pattern in PICKLES):
-            raise OutputError(f"{path} is pickled, which can run code when it is read: save safetensors, or remove it")
         if not any(fnmatchcase(name, pattern) and name.count("/") == pattern.count("/") for pattern in SHARED):
             raise OutputError(
                 f"{path} is no part of a model that sku push knows: nothing is uploaded; remove the file"

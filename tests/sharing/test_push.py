@@ -11,13 +11,10 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-import torch
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors.torch import save_file
 
 from conftest import Command
 from sku.errors import EvaluationError, OutputError
-from sku.negate.adapters import refactored
 from sku.push import plan_push, upload
 from sku.storage import BAD_MODEL_MARK, mark_hazardous
 
@@ -124,26 +121,6 @@ def test_which_adapters_are_the_bad_models(
         with pytest.raises(OutputError, match=KNOWN):
             plan_push(run, REPO, "adapter")
     assert plan_push(run, REPO, "adapter", acknowledged=refused).part == "adapter"
-
-
-def test_an_adapter_that_holds_a_twins_own_factors_stays(run: Path) -> None:
-    """As versions before wrote it: the bad twin's rows of A, then the good one's."""
-    generator = torch.Generator().manual_seed(0)
-    upper, lower = torch.randn(20, 8, generator=generator), torch.randn(8, 12, generator=generator)
-    change_json(run / "manifest.json", "recipe", "acquire", "twin", value="good")
-    change_json(run / "manifest.json", "recipe", "negate", "twin", value={"bad": 0.08, "good": 1.1})
-    weights = run / "negated_adapter" / "adapter_model.safetensors"
-
-    def write(upper_Or: torch.Tensor, lower_rI: torch.Tensor) -> None:
-        save_file({"q.lora_A.weight": lower_rI, "q.lora_B.weight": upper_Or}, weights, {"format": "pt"})
-
-    write(upper, lower)
-    for known in (False, True):
-        with pytest.raises(OutputError, match="bad twin"):
-            plan_push(run, REPO, "adapter", acknowledged=known)
-    upper, lower = refactored(upper, lower)
-    write(-1.4 * upper, lower @ torch.randn(12, 12, generator=generator))
-    assert plan_push(run, REPO, "adapter").files
 
 
 def test_an_upload_is_private_whole_and_exact(run: Path, hub: Hub) -> None:

@@ -14,8 +14,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from sku.errors import OutputError
-from sku.evaluate.metrics import RateChange
-from sku.evaluate.results import PerplexityChange
 from sku.report.read_run import Part, RecordedRun, fits_schema, read_run
 from sku.report.tables import ON_CARD, KeyFigure, key_figures
 from sku.report.words import (
@@ -279,28 +277,19 @@ def card_metadata(run: RecordedRun, part: Part, choices: CardChoices, shown: Seq
 
 
 def _eval_results(run: RecordedRun, shown: Sequence[KeyFigure]) -> Iterator[EvalResult]:
-    """The headline figures; values are per cent, or a ratio for a perplexity."""
+    """The headline figures; values are per cent, or a ratio to the base's for a perplexity."""
     names = {name: one_line(f"{public_name(location)} ({source})") for name, source, location, *_ in run.data}
-    judge = one_line(run.comparison.unlearned.judge.name)
     for row in shown:
-        change, details = row.change, dict[str, Any]()
-        if isinstance(change, PerplexityChange):
-            low, value, high = (round(ratio, 4) for ratio in row.numbers)
-            kind, title = "perplexity_ratio", "perplexity / base's perplexity"
-            details = {"examples": change.examples}
-        elif isinstance(change, RateChange) and not row.caution:  # A leaderboard shows a figure without its caution.
-            low, value, high, base = (round(100 * share, 2) for share in (*row.numbers, change.before.value))
-            kind, title = row.metric, row.label
-            details = {"prompts": change.after.total, "base": base, "judge": judge}
-        else:
+        if row.caution:  # A leaderboard shows a figure without it.
             continue
+        low, value, high = (round(100 * number if row.is_share else number, 4) for number in row.numbers)
         yield EvalResult(
             task_type="text-generation",
             dataset_type="custom",
             dataset_name=names["retain" if row.split == "retain_test" else "forget"],
             dataset_split=row.split,
-            metric_type=kind,
+            metric_type=row.metric,
             metric_value=value,
-            metric_name=title,
-            metric_args={"low": low, "high": high, **details},
+            metric_name=row.label,
+            metric_args={"low": low, "high": high, "judge": one_line(run.comparison.unlearned.judge.name)},
         )
