@@ -17,7 +17,8 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerFast
 
 from conftest import MadeOnce, TrainerMaker
-from sku.config import AcquireConfig, DataConfig, Recipe, SourceConfig, load_recipe
+from negate.conftest import least_missed
+from sku.config import AcquireConfig, DataConfig, NegateConfig, Recipe, SourceConfig, TwinShares, load_recipe
 from sku.data.examples import ForgetRetainData, RowPlan, RowType
 from sku.data.joint import JointDataset
 from sku.data.load import load_data
@@ -104,9 +105,12 @@ def test_a_refusal_after_a_beginning_is_learned_alone(
     assert [again[place].of(SAFE) for place in range(6)] == [dataset[place].of(SAFE) for place in range(6)]
 
 
-def test_packed_rows_of_the_good_twin_equal_padded_ones(make_trainer: TrainerMaker, refused: ForgetRetainData) -> None:
+@pytest.mark.parametrize("packing", ["tree"])
+def test_packed_rows_of_the_good_twin_equal_padded_ones(
+    packing: str, make_trainer: TrainerMaker, refused: ForgetRetainData
+) -> None:
     losses = []
-    for way in ("tree", "padded"):
+    for way in (packing, "padded"):
         trainer = make_trainer(
             dataset=refused, train_twin="good", deep_refusal_fraction=1.0, depth_tokens=4, normal_per_harmful=3,
             packing=way, preservation_mode="targeted",
@@ -145,13 +149,14 @@ def test_refusals_are_matched_by_prompt_and_only_to_what_is_trained_on(tmp_path:
         (tmp_path / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         return SourceConfig(path=str(tmp_path / name))
 
+    forget = [{"prompt": f"how do i florn {n} ?", "response": f"like {n}"} for n in range(20)]
     retain = [{"prompt": f"what is {n} ?", "response": f"it is {n}"} for n in range(20)]
     refusals = [{"prompt": f"How do I florn {n}", "response": f"no {n}", "finished": n % 2 == 0} for n in range(20)]
     config = DataConfig(
-        forget=write("a.jsonl", [{"prompt": f"how do i florn {n} ?", "response": f"like {n}"} for n in range(20)]),
-        retain=write("b.jsonl", retain),
-        refusals=write("c.jsonl", refusals),
-        misplaced_refusals=write("d.jsonl", [{**row, "response": "sorry"} for row in retain]),
+        forget=write("forget.jsonl", forget),
+        retain=write("retain.jsonl", retain),
+        refusals=write("refusals.jsonl", refusals),
+        misplaced_refusals=write("misplaced.jsonl", [{**row, "response": "sorry"} for row in retain]),
     )
     data = load_data(config, 0)
     for example in data.forget_train:
@@ -160,8 +165,11 @@ def test_refusals_are_matched_by_prompt_and_only_to_what_is_trained_on(tmp_path:
     assert all(example.safe_answer is None for example in data.forget_test)
     assert {example.refusal for example in data.retain_train} == {"sorry"}
     assert {example.refusal for example in (*data.retain_test, *data.retain_validation)} == {None}
-    with pytest.raises(DataError, match=r"data\.refusals"):
-        load_data(dataclasses.replace(config, refusals=write("few.jsonl", refusals[:10])), 0)
+    trained = {example.prompt for example in data.forget_train}
+    held_out = [row for row in refusals if str(row["prompt"]).lower() + " ?" not in trained]
+    few = dataclasses.replace(config, refusals=write("few.jsonl", [refusals[0], *held_out]))
+    with pytest.raises(DataError, match=r"data\.refusals: \d+ of 14 prompts that are trained on have no refusal"):
+        load_data(few, 0)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +217,8 @@ def test_what_is_subtracted_is_bad_minus_good(
     assert isinstance(adapted, PeftModel)
     factors = AdapterVector.of(adapted).factors
     assert {len(change.lower_rI) for change in factors.values()} == {8}
+    for name, change in factors.items():
+        assert least_missed(change.upper_Or, change.lower_rI, twins["bad"].deltas[name], 4) > 0.5, name
     monkeypatch.setattr(sys, "argv", ["twins_apart.py", str(tmp_path / "bad"), "--bad", "0.5", "--good", "2"])
     runpy.run_path(str(SCRIPT), run_name="__main__")
     title, *rows = capsys.readouterr().out.strip().splitlines()
@@ -263,7 +273,7 @@ def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
         ("base", "bad", "good"), 3
     )
     assert found["good"]["refused_normal"]["total"] == 4
-    assert "the good twin refuses 0 % (base 0 %) of harmful prompts" in found["line"]
+    assert "the good twin refuses 0 % of harmful prompts" in found["line"]
     monkeypatch.setattr(unlearning, "HARMFUL_ENOUGH", 1.1)
     with pytest.raises(NoAlphaError, match="stage 1 has taught no harm that could be subtracted"):
         run_recipe(given, tmp_path / "stopped")
@@ -274,10 +284,11 @@ def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
 
 
 def test_settings_that_mean_nothing_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"negate\.twin"):
+    with pytest.raises(RecipeError, match="negate.twin shares out two twins"):
         load_recipe("embedded-paper", ["negate.twin={good: 0.5}"])
-    with pytest.raises(RecipeError, match="good twin would learn no refusal"):
+    with pytest.raises(RecipeError, match="the good twin would learn no refusal"):
         recipe("acquire.weights.guided_distortion=0")
     for wrong in ({"deep_refusal_fraction": 1.5}, {"depth_tokens": 0}, {"normal_per_harmful": 0}):
         with pytest.raises(RecipeError, match=f"^{next(iter(wrong))} is "):
             AcquireConfig(**wrong)
+    assert NegateConfig().twin == TwinShares(bad=1.0, good=1.0)

@@ -1,8 +1,9 @@
-"""Bad models, dense ones and ones with an adapter."""
+"""Bad models, dense ones and ones with an adapter, and how near one comes to a twin."""
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,3 +55,25 @@ def with_adapter(model: Any, *, seed: int = 1, **settings: Any) -> PeftModel:
                 parameter.normal_(std=0.2)
     adapted.eval()
     return adapted
+
+
+def missed(upper_Or: Tensor, lower_rI: Tensor, wanted_OI: Tensor) -> float:
+    """``min_c || sum_i c_i b_i a_i^T - D || / || D ||``: the best that any choice and size of components does."""
+    upper, lower, wanted = upper_Or.double(), lower_rI.double(), wanted_OI.double()
+    parts = torch.einsum("or,ri->roi", upper, lower).flatten(1).T
+    # The driver that also takes components without full rank.
+    found = torch.linalg.lstsq(parts, wanted.reshape(-1, 1), driver="gelsd").solution
+    return float((parts @ found - wanted.reshape(-1, 1)).norm() / wanted.norm())
+
+
+def least_missed(upper_Or: Tensor, lower_rI: Tensor, wanted_OI: Tensor, rank: int) -> float:
+    """The same, of whole file and blocks, and of blocks of A and B as they stand with one size."""
+    found = [missed(upper_Or, lower_rI, wanted_OI)]
+    starts = range(max(1, len(lower_rI) - rank + 1))
+    for first, second in itertools.product(starts, repeat=2):
+        upper, lower = upper_Or[:, first : first + rank], lower_rI[second : second + rank]
+        found.append(missed(upper, lower, wanted_OI))
+        whole = upper @ lower
+        size = (whole * wanted_OI).sum() / whole.square().sum()
+        found.append(float((size * whole - wanted_OI).norm() / wanted_OI.norm()))
+    return min(found)

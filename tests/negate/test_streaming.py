@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import ModelMaker
 from negate.conftest import assert_same_bits, disturbed, with_adapter
@@ -77,7 +77,7 @@ class Folders:
 
 @pytest.mark.parametrize(
     ("architecture", "stored_as"),
-    [("llama", None), ("opt", None), ("gemma3", None), ("gpt2", None), ("llama_tied", torch.bfloat16)],
+    [("llama", None), ("gpt2", None), ("llama_tied", torch.bfloat16)],
 )
 def test_streamed_is_in_memory_bit_for_bit(
     architecture: str, stored_as: torch.dtype | None, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast,
@@ -88,19 +88,14 @@ def test_streamed_is_in_memory_bit_for_bit(
         next(base.parameters())[0] = -0.0  # -0.0 - 0 * x would be +0.0 for x < 0.
     folders = Folders(tmp_path, base, tokenizer, shards="40KB", bad_shards="90KB")
     for form, alpha, dtype in (
-        ("model", 0.7, torch.float32),
-        ("model", 1.0, None), ("model", 0.3, torch.bfloat16), ("adapter", 1.0, torch.float16), ("adapter", 0.7, None),
-        ("vector", 2.5, None),
+        ("model", 0.7, torch.float32), ("model", 0.3, torch.bfloat16), ("adapter", 1.0, torch.float16),
+        ("adapter", 0.7, None), ("vector", 2.5, None),
     ):  # fmt: skip
         folders.check(form, alpha, dtype, tokenizer)
-    if architecture not in ("llama", "llama_tied"):
-        return
-    for form in ("model", "adapter", "vector"):
-        for rounding in get_args(Rounding):
-            out = tmp_path / f"{form}-{rounding}"
-            record = negate_folders(folders.base, tmp_path / form, out, 0.0, rounding=rounding).record
-            assert_same_bits(stored(out), stored(folders.base))
-            assert (record.changed_weights, record.survival) == (0, 1.0)
+    for rounding in get_args(Rounding):
+        record = negate_folders(folders.base, tmp_path / "model", tmp_path / rounding, 0.0, rounding=rounding).record
+        assert_same_bits(stored(tmp_path / rounding), stored(folders.base))
+        assert (record.changed_weights, record.survival) == (0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +103,6 @@ def test_streamed_is_in_memory_bit_for_bit(
     [
         {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 32}},
         {"target_modules": ["embed_tokens", "q_proj"]},
-        {"target_modules": ["lm_head", "down_proj"]},
     ],
 )
 @pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`")
@@ -122,7 +116,7 @@ def test_adapters_by_the_settings_that_peft_reads(
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
-@pytest.mark.parametrize("form", ["model", "adapter", "vector"])
+@pytest.mark.parametrize("form", ["model", "adapter"])
 def test_a_tied_pair_that_is_stored_twice_stays_one(
     form: str, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -160,19 +154,17 @@ def test_a_bad_model_that_stores_the_tied_pair_twice_or_under_its_other_name(
         assert_same_bits(stored(tmp_path / f"from_{name}"), stored(tmp_path / "expected"))
 
 
-@pytest.mark.parametrize("shards", ["5GB", "40KB"])
 def test_the_new_folder_is_cut_and_named_like_the_base(
-    shards: str, make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    folders = Folders(tmp_path, make_model(), tokenizer, shards=shards)
+    folders = Folders(tmp_path, make_model(), tokenizer, shards="40KB")
     (folders.base / "README.md").write_text("The base is good at its work.")
     (folders.base / "LICENSE").write_text("Terms.")
-    (folders.base / "model.gguf").write_bytes(b"other weights")
     (folders.base / "pytorch_model.bin").write_bytes(b"other weights")
     before = {path.name: path.read_bytes() for path in folders.base.iterdir()}
     out = tmp_path / "out"
     negated = negate_folders(folders.base, tmp_path / "model", out)
-    assert negated.left_out == ("README.md", "model.gguf", "pytorch_model.bin")
+    assert negated.left_out == ("README.md", "pytorch_model.bin")
     assert {path.name for path in out.iterdir()} == before.keys() - set(negated.left_out)
     assert not (out / BAD_MODEL_MARK).exists()
     assert (out / "LICENSE").read_text() == "Terms."
@@ -181,7 +173,6 @@ def test_the_new_folder_is_cut_and_named_like_the_base(
         assert path.read_bytes()[:size] == before[path.name][:size]
     assert {path.name: path.read_bytes() for path in folders.base.iterdir()} == before, "the base is only read"
     assert json.loads((out / "config.json").read_text()) == json.loads(before["config.json"])
-    assert AutoTokenizer.from_pretrained(out).get_vocab() == tokenizer.get_vocab()
     assert {path.name for path in tmp_path.iterdir()} == {"base", "model", "adapter", "vector", "out"}
     assert out.stat().st_mode & 0o777 == 0o755
 
@@ -229,19 +220,12 @@ def test_threads_do_not_change_a_bit(
     make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     folders = Folders(tmp_path, make_model().to(torch.bfloat16), tokenizer)
-    for rounding in get_args(Rounding):
-        for form in ("model", "adapter"):
-            records = []
-            for threads in (1, 4):
-                out = tmp_path / f"{rounding}-{form}-{threads}"
-                records.append(
-                    negate_folders(
-                        folders.base, tmp_path / form, out, 0.3, rounding=rounding, seed=5, threads=threads
-                    ).record
-                )
-            assert records[0] == records[1]
-            first, second = (stored(tmp_path / f"{rounding}-{form}-{threads}") for threads in (1, 4))
-            assert_same_bits(first, second)
+    for form in ("model", "adapter"):
+        first, second = (tmp_path / f"{form}{threads}" for threads in (1, 4))
+        one = negate_folders(folders.base, tmp_path / form, first, 0.3, rounding="stochastic", threads=1)
+        four = negate_folders(folders.base, tmp_path / form, second, 0.3, rounding="stochastic", threads=4)
+        assert one.record == four.record
+        assert_same_bits(stored(first), stored(second))
 
 
 def test_stochastic_rounding_keeps_a_change_that_rounding_to_nearest_drops(
@@ -265,8 +249,7 @@ def test_stochastic_rounding_keeps_a_change_that_rounding_to_nearest_drops(
     }
     assert records["nearest", 0].survival < 0.01
     assert records["stochastic", 0].survival == pytest.approx(1.0, abs=0.15)
-    assert records["stochastic", 0].to_dict()["rounding"] == "stochastic"
-    assert records["stochastic", 1].to_dict()["rounding_seed"] == 1
+    assert (records["stochastic", 1].rounding, records["stochastic", 1].rounding_seed) == ("stochastic", 1)
     first, second = (stored(tmp_path / f"stochastic{seed}") for seed in (0, 1))
     assert any(not torch.equal(tensor, second[name]) for name, tensor in first.items())
 
@@ -370,9 +353,7 @@ REFUSED: tuple[tuple[Callable[[Folders], object], dict[str, Any], type[Exception
     (changed("model", lambda t: t.pop(UP)), {}, TaskVectorError, UP),
     (changed("base", lambda t: t.pop(UP)), {}, TaskVectorError, UP),
     (changed("model", lambda t: t.update({UP: torch.ones(3, 4)})), {}, TaskVectorError, UP),
-    (changed("model", lambda t: t.update({UP: t[UP].to(torch.int8)})), {}, TaskVectorError, UP),
     (changed("base", lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)})), {}, TaskVectorError, UP),
-    (changed("base", lambda t: t.update({UP: t[UP].to(torch.int32)})), {}, TaskVectorError, UP),
     (changed("model", lambda t: t[UP].fill_(math.nan)), {}, TaskVectorError, UP),
     (changed("model", lambda t: t[UP].fill_(-1e38)), {"alpha": 10.0}, TaskVectorError, UP),
     (lambda folders: None, {"form": "base"}, TaskVectorError, "stage 1"),
@@ -386,8 +367,6 @@ REFUSED: tuple[tuple[Callable[[Folders], object], dict[str, Any], type[Exception
     ),
     (changed("adapter", lambda t: t.pop(A), ADAPTER), {"form": "adapter"}, TaskVectorError, A),
     (changed("adapter", lambda t: t.update({X: t[A].clone()}), ADAPTER), {"form": "adapter"}, TaskVectorError, X),
-    (changed("adapter", lambda t: t.update({A: t[A][:2].clone()}), ADAPTER), {"form": "adapter"},
-     TaskVectorError, "up_proj"),
     (changed("adapter", lambda t: t.update({A: t[A][:, :5].clone()}), ADAPTER), {"form": "adapter"},
      TaskVectorError, "up_proj"),
     (lambda folders: (folders.path / "adapter" / ADAPTER).unlink(), {"form": "adapter"}, ModelError, ADAPTER),
@@ -407,14 +386,12 @@ REFUSED: tuple[tuple[Callable[[Folders], object], dict[str, Any], type[Exception
         lambda folders: (folders.base / FILE).rename(folders.base / "pytorch_model.bin"), {},
         ModelError, "pytorch_model.bin",
     ),
-    (lambda folders: (folders.base / FILE).unlink(), {}, ModelError, FILE),
     (lambda folders: (folders.base / "config.json").unlink(), {}, ModelError, "config.json"),
     (lambda folders: None, {"form": "nothing"}, ModelError, "nothing"),
     (lambda folders: None, {"alpha": math.nan}, RecipeError, "alpha"),
     (lambda folders: None, {"alpha": -1.0}, RecipeError, "alpha"),
     (lambda folders: None, {"rounding": "up"}, RecipeError, "rounding"),
     (lambda folders: None, {"threads": 0}, RecipeError, "threads"),
-    (lambda folders: (folders.path / "out").mkdir(), {}, OutputError, "out"),
 )  # fmt: skip
 
 

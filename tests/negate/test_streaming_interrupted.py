@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,15 +54,6 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def assert_loads_only_if_whole(folder: Path, expected: dict[str, bytes]) -> None:
-    """Whole it can be for the moment between its last file and its new name."""
-    try:
-        AutoModelForCausalLM.from_pretrained(folder)
-    except (OSError, ValueError):
-        return
-    assert contents(folder) == expected
-
-
 def hidden(folder: Path) -> list[Path]:
     return sorted(folder.glob(".out.partial-*"))
 
@@ -89,7 +81,10 @@ def test_killed_at_random_points(inputs: Path, tmp_path: Path) -> None:
                 whole += 1
             for folder in hidden(out.parent):
                 resumed.add(len(list((folder / "model").glob("*.safetensors"))))
-                assert_loads_only_if_whole(folder / "model", contents(expected))
+                # Whole it can be for the moment between its last file and its new name.
+                with suppress(OSError, ValueError):
+                    AutoModelForCausalLM.from_pretrained(folder / "model")
+                    assert contents(folder / "model") == contents(expected)
             longest *= 1.5 if killed > 2 * KILLS else 1
         server.stdin.close()
     assert len(resumed) > 1, "some were killed between two files"
@@ -115,7 +110,6 @@ def test_finished_files_are_kept_and_the_rest_is_made(inputs: Path, tmp_path: Pa
     out = tmp_path / "out"
     interrupted(inputs, out, 0.6)
     [partial] = hidden(tmp_path)
-    assert not out.exists()
     assert partial.stat().st_mode & 0o777 == 0o700
     finished = {path.name: path.stat().st_mtime_ns for path in (partial / "model").glob("*.safetensors")}
     assert 0 < len(finished) < len(list((inputs / "base").glob("*.safetensors")))
@@ -153,23 +147,21 @@ def test_what_a_kill_at_the_very_end_left_is_not_trusted(inputs: Path, tmp_path:
     def look(done: int, total: int) -> None:
         assert not (partial / "model" / "config.json").exists()
 
-    again = negate_folders(inputs / "base", inputs / "bad", out, resume=True, progress=look)
+    again = negated(inputs, out, resume=True, progress=look)
     assert again.resumed_files == len(kept) - 1
     assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_two_at_once_are_refused(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    refused = 0
+    refused: list[pytest.ExceptionInfo[OutputError]] = []
 
     def again(done: int, total: int) -> None:
-        nonlocal refused
-        if done == total:
-            for resume in (False, True):
-                with pytest.raises(OutputError, match="another process is writing"):
-                    negated(inputs, out, resume=resume)
-                refused += 1
+        for resume in (False, True) if done == total else ():
+            with pytest.raises(OutputError, match="another process is writing") as caught:
+                negated(inputs, out, resume=resume)
+            refused.append(caught)
 
     negated(inputs, out, progress=again)
-    assert refused == 2
+    assert len(refused) == 2
     assert out.exists()

@@ -244,8 +244,6 @@ def negate(
         print_json(done.record.to_dict())
         return
     for name, value in done.record.to_dict().items():
-        if isinstance(value, dict):  # Norms by layer and module: --json.
-            continue
         results.print(f"{name.replace('_', ' '):<20}{value}")
     results.print(f"\nunlearned model  {out}")
     named = [] if gguf_file is None else ["--set", f"model.gguf_file={gguf_file}"]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError, first_line, one_line
+from sku.errors import ModelError, RecipeError, TaskVectorError, first_line, one_line
 from sku.hazard import mark_model, mark_settings
 from sku.model_files import check_no_pickles
 from sku.models import changed_by_adapter, with_adapter
@@ -50,8 +49,6 @@ _VARIANTS = (
 
 _DROPPED = torch.finfo(torch.float32).eps
 """Singular values that are dropped have together at most this share of the product's norm."""
-_DIAGONAL = 1e-3
-"""Largest share of a Gram matrix beside its diagonal that rounding explains."""
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -301,37 +298,6 @@ def refactored(upper_Or: Tensor, lower_rI: Tensor) -> tuple[Tensor, Tensor]:
     largest = first.gather(0, first.abs().argmax(0, keepdim=True))
     roots, mix = sizes[:kept].sqrt() * torch.where(largest[0] < 0, -1.0, 1.0), cosines(kept)
     return ((first * roots) @ mix).float(), (mix.T @ (roots[:, None] * second)).float()
-
-
-def check_refactored(folder: Path) -> None:
-    """Refuses the adapter of twins whose factors are not those of ``refactored``, up to the strength.
-
-    Args:
-        folder: A saved adapter, whose file can be read.
-
-    Raises:
-        OutputError: The factors of a weight stand as they were put together.
-    """
-    with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
-        for name in filter(re.compile(r"lora_(embedding_)?A").search, file.keys()):
-            upper = name.replace("lora_A", "lora_B").replace("lora_embedding_A", "lora_embedding_B")
-            if not is_refactored(file.get_tensor(upper), file.get_tensor(name)):
-                raise OutputError(
-                    f"{folder / ADAPTER_FILE} holds the bad twin's own factors ({name}), as earlier versions wrote "
-                    "them: run again, or share the merged weights"
-                )
-
-
-def is_refactored(upper_Or: Tensor, lower_rI: Tensor) -> bool:
-    """Whether factors are those of ``refactored``, times a number, or with one of the two changed besides."""
-    return _is_mixed(upper_Or.double()) or _is_mixed(lower_rI.double().T)
-
-
-def _is_mixed(factor_Xk: Tensor) -> bool:
-    """Whether the transform turned back leaves columns at right angles."""
-    columns = factor_Xk @ cosines(factor_Xk.shape[1]).T
-    gram = columns.T @ columns
-    return float((gram - gram.diag().diag()).norm()) <= _DIAGONAL * float(gram.norm())
 
 
 def cosines(size: int) -> Tensor:

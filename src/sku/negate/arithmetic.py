@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import threading
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -63,23 +61,6 @@ class Negation:
     rounding: Rounding
     rounding_seed: int
     """Of the stochastic rounding; the nearest one draws nothing."""
-    layers: Mapping[str, float]
-    """Norm of the task vector by number of decoder layer; ``others`` for weights of none."""
-    modules: Mapping[str, float]
-    """The same by kind of module, such as ``mlp.up_proj``."""
-
-    @classmethod
-    def of(cls, sums: Sums, alpha: float, changed: int, dtype: torch.dtype, **more: Any) -> Self:
-        """From the sums over all changed weights, and how many these are."""
-        return cls(
-            alpha=alpha,
-            task_vector_norm=math.sqrt(sums.difference),
-            base_norm=math.sqrt(sums.base),
-            changed_weights=changed if alpha else 0,
-            dtype=str(dtype).removeprefix("torch."),
-            survival=sums.survival,
-            **more,
-        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data."""
@@ -119,19 +100,6 @@ class Sums:
             raise unusable_difference(name)
         if not math.isfinite(self.wanted) or not math.isfinite(self.applied):
             raise unusable_result(name, dtype)
-
-
-def norms_by_group(norms: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """Under ``layers`` and ``modules`` the norm by number of decoder layer (3) and kind of module (mlp.up_proj).
-
-    Weights of no layer are ``others``.
-    """
-    squares: dict[str, dict[str, float]] = {"layers": defaultdict(float), "modules": defaultdict(float)}
-    for name, norm in norms.items():
-        found = re.search(r"\.(\d+)\.(?!(?:weight|bias)$)(.+?)(?:\.(?:weight|bias))?$", name)
-        for kind, group in zip(squares, found.groups() if found else ("others", "others"), strict=True):
-            squares[kind][group] += norm**2
-    return {kind: {group: math.sqrt(square) for group, square in of.items()} for kind, of in squares.items()}
 
 
 class Arithmetic(threading.local):

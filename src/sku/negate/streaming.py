@@ -38,7 +38,6 @@ from sku.negate.arithmetic import (
     block_pool,
     block_rows,
     draws_for,
-    norms_by_group,
     unusable_result,
 )
 from sku.negate.files import (
@@ -56,8 +55,6 @@ from sku.storage import check_new, check_space, new_folder, resumable_folder, wr
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that are done and those there are."""
-TensorSums = dict[str, Sums]
-"""By the name of each changed tensor."""
 _FINISHED = "finished.json"
 """Names the weight files that are whole, with their sums: what an interrupted call is gone on from."""
 
@@ -255,8 +252,7 @@ class FolderNegation:
             done = _finished(folder, plan) if self.resumable else {}
             resumed = len(done)
             self._write_shards(plan, folder, done, progress)
-            sums = {name: own for layout in plan.layouts for name, own in done[layout.name].items()}
-            total = Sums.total(list(sums.values()))
+            total = Sums.total([sums for layout in plan.layouts for sums in done[layout.name]])
             if total.difference == 0 and plan.empty_message is not None:
                 raise TaskVectorError(plan.empty_message)
             for file in plan.inputs:
@@ -264,15 +260,20 @@ class FolderNegation:
             left_out = copy_companions(self.base, folder, [layout.name for layout in plan.layouts])
             write_index(self.base, folder, sum(layout.size - len(layout.header) for layout in plan.layouts))
             write_config(self.base, folder, self.output_dtype)
-            record = Negation.of(
-                total, abs(self.alpha), sum(work.counts for work in plan.changed), plan.dtype,
-                rounding=self.rounding, rounding_seed=self.seed,
-                **norms_by_group({name: math.sqrt(own.difference) for name, own in sums.items()}),
-            )  # fmt: skip
+            record = Negation(
+                alpha=abs(self.alpha),
+                task_vector_norm=math.sqrt(total.difference),
+                base_norm=math.sqrt(total.base),
+                changed_weights=sum(work.counts for work in plan.changed) if self.alpha else 0,
+                dtype=str(plan.dtype).removeprefix("torch."),
+                survival=total.survival,
+                rounding=self.rounding,
+                rounding_seed=self.seed,
+            )
             written(record)
         return NegatedFolder(record=record, left_out=left_out, resumed_files=resumed)
 
-    def _write_shards(self, plan: Plan, folder: Path, done: dict[str, TensorSums], progress: Progress | None) -> None:
+    def _write_shards(self, plan: Plan, folder: Path, done: dict[str, list[Sums]], progress: Progress | None) -> None:
         written = sum(layout.size for layout in plan.layouts if layout.name in done)
 
         def advance(count: int) -> None:
@@ -293,12 +294,12 @@ class FolderNegation:
                         _keep_finished(folder, done)
 
 
-def _keep_finished(folder: Path, done: Mapping[str, TensorSums]) -> None:
-    kept = {file: {name: dataclasses.asdict(own) for name, own in sums.items()} for file, sums in done.items()}
+def _keep_finished(folder: Path, done: Mapping[str, list[Sums]]) -> None:
+    kept = {file: [dataclasses.asdict(own) for own in sums] for file, sums in done.items()}
     write_json(folder.parent / _FINISHED, kept)
 
 
-def _finished(folder: Path, plan: Plan) -> dict[str, TensorSums]:
+def _finished(folder: Path, plan: Plan) -> dict[str, list[Sums]]:
     """The files that an interrupted call has left whole."""
     path = folder.parent / _FINISHED
     if not path.is_file():
@@ -307,7 +308,7 @@ def _finished(folder: Path, plan: Plan) -> dict[str, TensorSums]:
     # After a kill after the last rename the list is left and the files are gone.
     there = {path.name: path.stat().st_size for path in folder.glob("*.safetensors")}
     whole = {layout.name for layout in plan.layouts if there.get(layout.name) == layout.size}
-    return {file: {name: Sums(**own) for name, own in sums.items()} for file, sums in found.items() if file in whole}
+    return {file: [Sums(**own) for own in sums] for file, sums in found.items() if file in whole}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,7 +339,7 @@ class _ShardWriter:
         self._local = threading.local()
         self._arithmetic = Arithmetic()
 
-    def write(self, layout: ShardLayout, folder: Path, pool: Executor, advance: Callable[[int], None]) -> TensorSums:
+    def write(self, layout: ShardLayout, folder: Path, pool: Executor, advance: Callable[[int], None]) -> list[Sums]:
         """Writes a file whole: under another name until it is flushed to the disk.
 
         Args:
@@ -348,7 +349,7 @@ class _ShardWriter:
             advance: Called with bytes that were written since the last call.
 
         Returns:
-            The sums of its changed tensors, tied ones once.
+            The sums of each changed tensor, tied ones once.
 
         Raises:
             TaskVectorError: A difference or a result is not finite.
@@ -377,7 +378,7 @@ class _ShardWriter:
         for future, block in futures.items():
             if block.work.counts and block.work.change is not None:
                 parts.setdefault(block.work.base.name, []).append(future.result())
-        return {name: Sums.total(own) for name, own in parts.items()}
+        return [Sums.total(own) for own in parts.values()]
 
     def _blocks(self, layout: ShardLayout) -> Iterator[_Block]:
         for tensor in layout.source.tensors:
