@@ -13,18 +13,12 @@ from matplotlib.figure import Figure
 from sku.errors import EvaluationError, OutputError
 from sku.evaluate.statistics import Estimate
 from sku.report.method_overview import CONTROL, METHOD, Measure, draw_measure, overview_figure
-from sku.report.method_records import MethodRecord
 from sku.report.method_tables import ComparisonRow
 
 from .invented_records import METHODS, failed_record, invented_comparison, make_point, make_record
 
 RATE = Measure(field="harmful_unseen", title="Harmful replies", of="forget_test", better="lower")
 RATIO = Measure(field="perplexity_normal", title="Perplexity / base", of="normal", better="lower", ratio=True)
-
-
-@pytest.fixture(scope="module")
-def records() -> list[MethodRecord]:
-    return invented_comparison(seeds=2, prompts=20)
 
 
 def words_of(path: Path) -> list[str]:
@@ -35,13 +29,10 @@ def estimate(value: float, low: float, high: float) -> Estimate:
     return Estimate(value=value, low=low, high=high)
 
 
-def row(
-    name: str = "a", found: Estimate | None = None, *, control: bool = False, failed: bool = False
-) -> ComparisonRow:
+def row(name: str, found: Estimate, *, control: bool = False) -> ComparisonRow:
     return ComparisonRow(
-        name=name, title=name, control=control, failed=failed, prefill_tokens=None, prefill_lengths=(), strength=None,
-        estimates={} if found is None else {RATE.field: found, RATIO.field: found}, utility_cost=None, bound_by="",
-        seeds="",
+        name=name, title=name, control=control, failed=False, prefill_tokens=None, prefill_lengths=(), strength=None,
+        estimates={RATE.field: found, RATIO.field: found}, utility_cost=None, bound_by="", seeds="",
     )  # fmt: skip
 
 
@@ -84,14 +75,13 @@ def test_ratios_beyond_the_axis_are_told_by_a_number() -> None:
     assert "\u00d71.21e+10" in [text.get_text() for text in axes.texts]
 
 
-def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path: Path) -> None:
+def test_svg_names_rows_and_measures(tmp_path: Path) -> None:
+    records = invented_comparison(seeds=2, prompts=20)
     path = overview_figure(records, tmp_path / "figure.svg")
     words = words_of(path)
-    titles = [name.replace("_", " ") for name in METHODS]
-    controls = ["base", "random direction"]
-    assert [word for word in words if word in {*titles, *controls}] == titles + controls
-    assert {"Gibberish", "Exact answers", "Perplexity / base"} <= set(words)
-    assert "Over-refusal" not in words
+    titles = [*(name.replace("_", " ") for name in METHODS), "base", "random direction"]
+    assert [word for word in words if word in titles] == titles
+    assert ("Exact answers" in words, "Over-refusal" in words) == (True, False)
     assert overview_figure(records, tmp_path / "b.svg").read_bytes() == path.read_bytes()
     less = [
         make_record("base", make_point("hh", normal="aa", losses={"retain_test": (10, 10)}), control=True),
@@ -99,16 +89,11 @@ def test_svg_names_rows_measures_and_signs(records: list[MethodRecord], tmp_path
         failed_record("npo", 2, "NaN"), failed_record("lost", 0, "NaN"),
     ]  # fmt: skip
     words = words_of(overview_figure(less, path))
-    assert "Over-refusal" in words, "no exact answer was asked for"
-    assert "Exact answers" not in words
+    assert ("Exact answers" in words, "Over-refusal" in words) == (False, True)
     assert words.count("failed") == 4, "the row of lost, in each column"
     assert "npo: 1 of 2 seeds failed" in " ".join(words)
-
-
-def test_refusals(records: list[MethodRecord], tmp_path: Path) -> None:
-    with pytest.raises(OutputError):
-        overview_figure(records, tmp_path / "figure.gif")
-    with pytest.raises(OutputError):
-        overview_figure(records[-2:], tmp_path / "missing" / "figure.png")
+    for wrong in ("figure.gif", "missing/figure.png"):
+        with pytest.raises(OutputError):
+            overview_figure(less, tmp_path / wrong)
     with pytest.raises(EvaluationError):
-        overview_figure([failed_record("sku", 0, "NaN")], tmp_path / "figure.png")
+        overview_figure([failed_record("sku", 0, "NaN")], path)

@@ -46,9 +46,7 @@ def test_columns_hold_what_they_say() -> None:
     for name, value in shares.items():
         assert row.estimates[name].value == pytest.approx(value), name
     assert (row.strength, row.seeds, row.title, row.control) == (1.5, "1/1", "sku", False)
-    markdown = markdown_comparison([row], "legend")
-    assert "| \u00d71.221 (1.221 to 1.221) |" in markdown
-    assert len({line.count("|") for line in markdown.splitlines()[:3]}) == 1
+    assert "| \u00d71.221 (1.221 to 1.221) |" in markdown_comparison([row], "legend")
 
 
 def test_a_row_of_which_every_seed_failed_still_stands() -> None:
@@ -56,40 +54,26 @@ def test_a_row_of_which_every_seed_failed_still_stands() -> None:
     records = [make_record("sku", make_point("hr", losses=LOSSES)), base("hh"), *failures]
     text = markdown_comparison(comparison_rows(records), "")
     line = next(line for line in text.splitlines() if line.startswith("| npo"))
-    assert set(line.split(" | ")[1:-1]) == {"\u2013"}
     assert line.endswith("0/3 failed: the loss \\| is NaN |")
     assert row_order(records) == ["sku", "npo", "base"], "controls last"
     assert "| npo | \u2013 | \u2013 |" in markdown_differences(records)
 
 
-def test_rows_at_equal_utility() -> None:
+def test_rows_at_equal_utility_say_what_their_strength_costs_and_what_binds_it() -> None:
     """Of two seeds and two prompts that are shown one reply is harmful."""
-    points = make_point("hr", strength=0.4), make_point("rr", strength=0.6), None
-    records = [*(make_record("sku", point, seed=seed) for seed, point in enumerate(points)), make_record("npo")]
-    records.append(base("hh"))
-    sku, npo, control = (one_row(records, name) for name in ("sku", "npo", "base"))
-    assert sku.strength == pytest.approx(0.5)
-    assert sku.estimates["harmful_unseen"].value == 0.25
-    assert sku.seeds == "2/3 no strength within the utility budget"
-    assert (npo.estimates.get("harmful_unseen"), npo.strength, npo.seeds) == (
-        None,
-        None,
-        "0/1 no strength within the utility budget",
-    )
-    assert control.estimates["harmful_unseen"].value == 1
-
-
-def test_a_row_says_what_its_strength_costs_and_what_binds_it() -> None:
-    point = make_point("hrrr", strength=0.4, cost=1.0)
+    points = make_point("hr", strength=0.4, cost=1.0), make_point("rr", strength=0.6, cost=0.8), None
+    bounds = "KL on retain_validation", "over-refusal", "KL on retain_validation"
     seeds = [
         make_record("sku", point, seed=seed, bound_by=bound)
-        for seed, bound in enumerate(["KL on retain_validation", "over-refusal", "KL on retain_validation"])
+        for seed, (point, bound) in enumerate(zip(points, bounds, strict=True))
     ]
-    alone = make_record("npo", point)
-    rows = {row.name: row for row in comparison_rows([*seeds, alone, base()])}
-    assert rows["sku"].utility_cost == pytest.approx(1.0)
-    assert rows["sku"].bound_by == "KL on retain_validation (2); over-refusal (1)"
-    assert rows["npo"].bound_by == "nothing, up to the largest strength"
+    sku, npo = (one_row([*seeds, make_record("npo"), base("hh")], name) for name in ("sku", "npo"))
+    assert (sku.strength, sku.utility_cost) == pytest.approx((0.5, 0.9))
+    assert sku.estimates["harmful_unseen"].value == 0.25
+    assert sku.seeds == "2/3 no strength within the utility budget"
+    assert sku.bound_by == "KL on retain_validation (2); over-refusal (1)"
+    assert (npo.estimates, npo.strength, npo.seeds[:3]) == ({}, None, "0/1")
+    assert npo.bound_by == "nothing, up to the largest strength"
 
 
 def test_rows_are_of_the_prompts_that_every_row_has_a_verdict_for() -> None:

@@ -37,19 +37,13 @@ def body_of(run: Path, part: str = "unlearned") -> str:
 
 def test_figures_come_with_intervals_from_the_records(run: Path) -> None:
     body = body_of(run)
-    assert "| harmful, judge's own word, unseen prompts (0 of 100) | 0.0 % | 0.0 to 3.7 | 100.0 % |" in body
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     ratio = results["perplexity"]["retain_test"]
     shown = [f"\u00d7{ratio[key]:.3f}" for key in ("ratio", "low", "high")]
     assert f"| perplexity of normal answers, to the base's | {shown[0]} | {shown[1]} to {shown[2]} |" in body
-    for row in results["table"]:
-        assert row["measure"] in body
-    for note in results["notes"]:
-        assert note in body
+    assert all(told in body for told in (*(row["measure"] for row in results["table"]), *results["notes"]))
     attacks = AttackReport.from_dict(results["attacks"])
-    rows = [cells for _, _, *cells in attack_rows(attacks)] + [[*cells] for cells in relearn_rows(attacks)]
-    assert len(rows) > 3
-    for cells in rows:
+    for cells in [cells for _, _, *cells in attack_rows(attacks)] + [[*cells] for cells in relearn_rows(attacks)]:
         assert f"| {' | '.join(map(escaped, cells))} |" in body
 
 
@@ -78,11 +72,8 @@ def test_what_the_judge_cant_measure_is_no_figure_of_a_leaderboard(run_without_c
 
 def test_the_front_matter(run: Path) -> None:
     data = card_of(run).data.to_dict()
-    assert data["library_name"] == "transformers"
-    assert data["pipeline_tag"] == "text-generation"
+    assert (data["library_name"], data["license"]) == ("transformers", "apache-2.0")
     assert {"unlearning", "sku", "arxiv:2402.10058"} <= set(data["tags"])
-    manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
-    assert data["license"] == manifest["model"]["license"] == "apache-2.0"
     assert not {"base_model", "datasets"} & data.keys(), "nothing is guessed"
     [index] = data["model-index"]
     figures = {
@@ -91,13 +82,11 @@ def test_the_front_matter(run: Path) -> None:
         for metric in result["metrics"]
     }
     prefill = figures["forget_test", "harmful_prefill"]
-    after = json.loads((run / "results.json").read_text(encoding="utf-8"))["prefill"]["forget_test"]["harmful"][
-        "after"
-    ]
+    changes = json.loads((run / "results.json").read_text(encoding="utf-8"))["prefill"]["forget_test"]
     told = (prefill["value"], prefill["args"]["low"], prefill["args"]["high"])
-    assert told == tuple(round(100 * after[key], 2) for key in ("value", "low", "high"))
-    assert (prefill["args"]["prompts"], prefill["args"]["base"], prefill["args"]["judge"]) == (100, 100.0, "embedded")
-    assert figures["retain_test", "perplexity_ratio"]["value"] > 1
+    assert told == tuple(round(100 * changes["harmful"]["after"][key], 4) for key in ("value", "low", "high"))
+    assert prefill["args"]["judge"] == "embedded"
+    assert figures["retain_test", "ratio_perplexity"]["value"] > 1
 
 
 def test_a_hub_model_and_hub_data(run_without_cards: Path) -> None:
@@ -133,12 +122,9 @@ def test_a_local_base_is_named_on_request(run: Path) -> None:
     write_cards(run, CardChoices(license="My Own Licence", base_model="someone/base"))
     data = card_of(run).data.to_dict()
     assert (data["license"], data["license_name"], data["base_model"]) == ("other", "my-own-licence", "someone/base")
-
-
-@pytest.mark.parametrize("base", ["/home/me/model", "a b/c", "../x"])
-def test_a_base_that_is_no_hub_id(base: str) -> None:
-    with pytest.raises(OutputError):
-        CardChoices(base_model=base)
+    for base in ("/home/me/model", "a b/c"):
+        with pytest.raises(OutputError):
+            CardChoices(base_model=base)
 
 
 def test_alpha_from_a_search(run_without_cards: Path) -> None:
@@ -168,42 +154,37 @@ def with_twins(run: Path, bad: float, good: float) -> None:
     write_cards(run)
 
 
-@pytest.mark.parametrize("part", ["unlearned", "negated_adapter"])
-def test_the_card_of_twins(part: str, run_without_cards: Path) -> None:
-    run, close = run_without_cards, "so the result is close to the hazardous model"
-    with_twins(run, 0.08, 1.1)
-    body = body_of(run, part)
-    assert "is the hazardous model of stage 1" not in body
-    assert "the base with 0.08 of what the bad twin learned added and 1.1 of what the good twin learned" in body
-    assert "Whoever also has the good twin, or trains it again, can compute the bad one." in body
-    assert close not in body
-    with_twins(run, 1.0, 1.0)
-    assert close in body_of(run, part)
-    with_twins(run, 1.0, 0.0)
-    assert "is the hazardous model of stage 1" in body_of(run, part)
-    with_twins(run, 0.0, 1.1)
-    assert "Nothing of a bad twin is in it." in body_of(run, part)
-    assert "hazardous model of stage 1" not in body_of(run, part)
-    change_json(run / "manifest.json", "recipe", "method", value="task_vector")
+@pytest.mark.parametrize(
+    ("shares", "bad_model", "close"),
+    [((0.08, 1.1), False, False), ((1.0, 1.0), False, True), ((1.0, 0.0), True, False), ((0.0, 1.1), False, False)],
+)
+def test_the_card_of_twins_says_what_reflection_gives(
+    shares: tuple[float, float], bad_model: bool, close: bool, run_without_cards: Path
+) -> None:
+    run, (bad, good) = run_without_cards, shares
+    change_json(run / "manifest.json", "recipe", "acquire", "twin", value="good")
+    change_json(run / "manifest.json", "recipe", "negate", "twin", value={"bad": bad, "good": good})
     write_cards(run)
-    body = body_of(run, part)
-    assert r"theta\_o + (theta\_o - theta\_u) / 0.95 is the hazardous model of stage 1" in body
+    for part in ("unlearned", "negated_adapter"):
+        body = body_of(run, part)
+        assert ("is the hazardous model of stage 1" in body) is bad_model
+        assert ("so the result is close to the hazardous model" in body) is close
+        assert ("can compute the bad one" in body) is bool(bad and good)
+        assert ("Nothing of a bad twin is in it." in body) is (bad == 0)
     own = "This adapter is that model's own, times -0.95: anybody who has it has the hazardous model."
-    assert (own in body) is (part == "negated_adapter")
+    assert (own in body) is bad_model
 
 
 def test_hostile_text_stays_text(run_without_cards: Path) -> None:
     run = run_without_cards
     for keys in (
         ("recipe", "name"), ("recipe", "description"), ("recipe", "data", "forget", "license"), ("model", "name"),
-        ("model", "license"), ("data", "sources"),
+        ("model", "license"),
     ):  # fmt: skip
-        if keys == ("data", "sources"):
-            source = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["data"]["sources"]
-            source[0] |= {"location": HOSTILE, "source": HOSTILE, "revision": HOSTILE}
-            change_json(run / "manifest.json", *keys, value=source)
-        else:
-            change_json(run / "manifest.json", *keys, value=HOSTILE + "`" * 7)
+        change_json(run / "manifest.json", *keys, value=HOSTILE + "`" * 7)
+    source = json.loads((run / "manifest.json").read_text(encoding="utf-8"))["data"]["sources"]
+    source[0] |= {"location": HOSTILE, "source": HOSTILE, "revision": HOSTILE}
+    change_json(run / "manifest.json", "data", "sources", value=source)
     change_json(run / "results.json", "notes", value=[HOSTILE])
     change_json(run / "results.json", "unlearned", "judge", "known_errors", value=HOSTILE)
     write_cards(run)
@@ -241,10 +222,8 @@ def test_public_names_and_escaping(tmp_path: Path) -> None:
     assert escaped("a|b_c*d`e`[f](g) <h> &amp; #1") == r"a\|b\_c\*d\`e\`\[f\](g) &lt;h&gt; &amp;amp; \#1"
     assert escaped("https://a.b and www.c.d") == "https:&#47;&#47;a.b and www&#46;c.d"
     assert fenced("a\n````\nb", "yaml") == "`````yaml\na\n````\nb\n`````"
-    assert public_name(str(tmp_path / "a" / "b.csv")) == "b.csv"
-    assert public_name("~/data/b.csv") == "b.csv"
-    assert public_name("org/name") == "org/name"
-    assert public_name("x" * 5000) == "x" * 5000
+    names = str(tmp_path / "a" / "b.csv"), "~/data/b.csv", "org/name", "x" * 5000
+    assert [public_name(name) for name in names] == ["b.csv", "b.csv", "org/name", "x" * 5000]
 
 
 def test_a_run_without_results_or_with_broken_ones(run_without_cards: Path) -> None:

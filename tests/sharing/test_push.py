@@ -90,18 +90,6 @@ def test_what_must_not_leave_is_refused_before_the_hub_is_asked(
     assert hub.asked == []
 
 
-KNOWN = "--i-know-this-is-the-bad-model"
-
-
-def test_an_adapter_that_is_the_bad_models_needs_a_word(run: Path, command: Command) -> None:
-    for more, code in (([], 2), ([KNOWN], 0)):
-        done = command("push", run, REPO, "--dry-run", "--adapter", *more)
-        assert done.code == code
-        assert (KNOWN in done.err) is (code == 2)
-        assert ("adapter_model.safetensors" in done.out) is (code == 0)
-    assert plan_push(run, REPO).files, "merged weights need none"
-
-
 @pytest.mark.parametrize(
     ("method", "shares", "refused"),
     [
@@ -118,7 +106,7 @@ def test_which_adapters_are_the_bad_models(
     bad, good = shares or (1, 1)
     change_json(run / "manifest.json", "recipe", "negate", "twin", value={"bad": bad, "good": good})
     if refused:
-        with pytest.raises(OutputError, match=KNOWN):
+        with pytest.raises(OutputError, match="--i-know-this-is-the-bad-model"):
             plan_push(run, REPO, "adapter")
     assert plan_push(run, REPO, "adapter", acknowledged=refused).part == "adapter"
 
@@ -171,9 +159,8 @@ def wrapped(error: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (answer(401), REPO), (answer(403), "403"), (answer(409), "409"), (answer(400), "400"),
-        (wrapped(answer(500)), "the same command goes on"), (ConnectionError("reset"), "out of reach"),
-        (ValueError("odd"), "failed: odd"),
+        (answer(401), "hf auth login"), (answer(400), "400"), (wrapped(answer(500)), "the same command goes on"),
+        (ConnectionError("reset"), "out of reach"), (ValueError("odd"), "odd"),
     ],
 )  # fmt: skip
 def test_refusals_of_the_hub_are_one_line(run: Path, hub: Hub, fault: Exception, message: str) -> None:
@@ -200,8 +187,8 @@ def test_the_command_is_interrupted_and_done_again(run: Path, hub: Hub, command:
 
 
 def test_a_dry_run_lists_files_and_asks_nobody(run: Path, hub: Hub, command: Command) -> None:
-    code, out, _ = command("push", run, REPO, "--dry-run", "--json")
-    printed = json.loads(out)
-    assert (code, printed["url"]) == (0, None)
-    assert {"path": "config.json", "bytes": (run / "unlearned" / "config.json").stat().st_size} in printed["files"]
+    code, out, _ = command("push", run, REPO, "--dry-run", "--json", "--adapter", "--i-know-this-is-the-bad-model")
+    assert (code, json.loads(out)["url"]) == (0, None)
+    size = (run / "negated_adapter" / "adapter_config.json").stat().st_size
+    assert {"path": "adapter_config.json", "bytes": size} in json.loads(out)["files"]
     assert hub.asked == []

@@ -18,6 +18,7 @@ from sku.config import load_recipe
 from sku.errors import OutputError
 from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.verdict import CANT_MEASURE
+from sku.report.figures import PALETTE, drawable
 from sku.report.page import Page, run_page, write_report
 from sku.report.read_run import RecordedRun, read_run
 from sku.report.tables import key_figures
@@ -195,3 +196,32 @@ def test_what_can_not_be_written(run_folder: Path, tmp_path: Path) -> None:
         with pytest.raises(OutputError):
             write_report(run_folder, out, plots=plots)
     assert not (tmp_path / "report.html").exists()
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance by WCAG 2."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.03928 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(PALETTE[one]), luminance(PALETTE[other])))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_colours_have_the_contrast_of_wcag_aa() -> None:
+    assert min(contrast(text, "paper") for text in ("ink", "muted")) >= 4.5
+    assert min(contrast(mark, "paper") for mark in ("base", "unlearned", "harm", "second")) >= 3
+    bars = ("harmful", "evasive", "safe_answer", "gibberish", "unjudged")
+    assert min(*(contrast(bar, "on_bright") for bar in bars), contrast("refusal", "on_deep")) >= 4.5
+
+
+def test_every_picture_has_its_numbers_and_names_the_font_can_draw(page: Page) -> None:
+    names = ["outcomes", "normal", "perplexity", "frontier", "training", "attacks", "cost_to_break"]
+    assert [picture.name for picture in page.pictures] == names
+    for picture in page.pictures:
+        assert picture.rows
+        assert {len(row) for row in picture.rows} == {len(picture.columns)}
+    assert [drawable(text) for text in ("a\n\tb", "\U0001f9ea \u6f22 x")] == ["a b", "\ufffd \ufffd x"]
+    assert drawable("a" * 99) == f"{'a' * 33}\u2026"

@@ -20,23 +20,17 @@ Break = Callable[[Path], None]
 
 
 def test_everything_is_read(run: RecordedRun) -> None:
-    assert run.title == "invented"
     assert run.comparison.replies["forget_test"]["harmful"].after.count == 2
     assert run.attacks is not None
-    assert [result.setting for result in run.attacks.results] == ["", ""]
     assert [entry["step"] for entry in run.log] == list(range(1, 31))
-    assert set(run.log[0]) == {"step", "loss", "loss/guided_distortion"}
     assert run.pairs is not None
     assert len(run.pairs) == len(ASKED) * PROMPTS
     assert all(pair.base.record.id == pair.unlearned.record.id for pair in run.pairs)
     assert run.sweep is not None
-    assert run.sweep.pick is not None
     assert [point.alpha for point in run.sweep.points] == [0.5, 1, 1.5, 2, 4]
-    assert run.sweep.pick.alpha == 1.5
-    third, last = run.sweep.points[2].replies, run.sweep.points[-1]
+    third = run.sweep.points[2].replies
     assert third is not None
     assert (third.harmful.value, third.prefill[1].count, third.harm) == (0, 3, (1, third.prefill[1]))
-    assert (last.perplexity, last.unasked) == (None, "the weights are not finite")
 
 
 def test_what_a_run_need_not_have(tmp_path: Path) -> None:
