@@ -103,34 +103,30 @@ def test_an_alpha_changes_the_scores_as_stage_2_would(adapter_pair: Pair, whole_
             assert torch.nn.functional.cosine_similarity(small.flatten(), smaller.flatten(), dim=0) > 0.99
 
 
-def test_what_can_not_be_asked_is_said(adapter_pair: Pair) -> None:
-    with pytest.raises(EvaluationError, match="prompt is empty"):
-        said(adapter_pair, " \n")
-    for alpha, message in ((-1.0, "-1 gives the bad model itself"), (float("nan"), "finite")):
-        with pytest.raises(RecipeError, match=message):
+def test_what_can_not_be_asked_is_said(
+    adapter_pair: Pair, adapter_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for prompt in (" \n", "what " * 5000):
+        with pytest.raises(EvaluationError, match="the prompt is"):
+            said(adapter_pair, prompt)
+    for alpha in (-1.0, float("nan")):
+        with pytest.raises(RecipeError, match="alpha"):
             said(adapter_pair, alpha=alpha)
-    with pytest.raises(EvaluationError, match="prompt is too long"):
-        said(adapter_pair, "what " * 5000)
+    for folder, judge in ((tmp_path, None), (adapter_run, "nobody")):
+        with pytest.raises(EvaluationError, match=judge or "no run folder"):
+            Pair(folder, judge=judge)
     assert said(adapter_pair)
-
-
-def test_a_folder_that_is_no_finished_run_is_refused(tmp_path: Path, adapter_run: Path) -> None:
-    with pytest.raises(EvaluationError, match="no run folder"):
-        Pair(tmp_path)
-    with pytest.raises(EvaluationError, match="nobody"):
-        Pair(adapter_run, judge="nobody")
+    monkeypatch.setattr(adapter_pair, "strength", 0.0)
+    with pytest.raises(EvaluationError, match="alpha of this run is 0"):
+        said(adapter_pair, alpha=1)
 
 
 def test_the_command_prints_both_sides(command: Command, adapter_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, out, _ = command("chat", adapter_run, "--prompt", PROMPT, "--max-new-tokens", "12", "--json")
-    assert code == 0
-    found = json.loads(out)
+    found = json.loads(command("chat", adapter_run, "--prompt", PROMPT, "--max-new-tokens", "12", "--json").out)
     assert set(found) == {"prompt", "alpha", "base", "unlearned"}
     code, out, _ = command("chat", adapter_run, "-p", PROMPT, "--max-new-tokens", "12", "--alpha", "0")
-    assert code == 0
-    assert out.count(found["base"]["reply"]) == 2
-    assert "unlearned, alpha 0" in out
-    assert command("chat", adapter_run, "-p", PROMPT, "--alpha", "-1")[0] == 2
+    assert (code, out.count(found["base"]["reply"])) == (0, 2)
+    assert command("chat", adapter_run, "-p", PROMPT, "--alpha", "-1").code == 2
     monkeypatch.setattr("sys.stdin", io.StringIO("/alpha -1\n/odd\n/alpha 0\n"))
     code, _, messages = command("chat", adapter_run)
     assert code == 0
@@ -141,9 +137,3 @@ def test_a_judge_of_refusals_alone_does_not_call_the_rest_harmful(adapter_pair: 
     pair = Pair(adapter_run, judge="refusal_rules", max_new_tokens=40)
     normal = next(normal_exchanges())
     assert said(pair, normal.prompt)["base"] == (normal.answer, "not refused")
-
-
-def test_a_run_without_a_change_has_one_strength(adapter_pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(adapter_pair, "strength", 0.0)
-    with pytest.raises(EvaluationError, match="alpha of this run is 0"):
-        said(adapter_pair, alpha=1)

@@ -22,7 +22,6 @@ from sku.errors import OutputError
 from sku.hazard import is_marked_model
 from sku.methods import method_named
 from sku.methods.run import train_method
-from sku.methods.trainer import SkuTrainer
 from sku.models import load_model
 from sku.negate.adapters import AdapterVector, load_adapter
 from sku.negate.streaming import negate_folders
@@ -127,7 +126,6 @@ def test_nothing_of_it_is_uploaded(full: bool, make_trainer: TrainerMaker, tmp_p
     pushed = [trainer.model] if full else [trainer.model, trainer.model.get_base_model()]
     for push in (
         trainer.push_to_hub,
-        lambda: trainer.push_to_hub("message", private=True),
         *(lambda model=model: model.push_to_hub("someone/something") for model in pushed),
         *(lambda model=model: model.save_pretrained(tmp_path / "new", push_to_hub=True) for model in pushed),
         *([] if full else [lambda: trainer.model.merge_and_unload().push_to_hub("someone/something")]),
@@ -139,36 +137,26 @@ def test_nothing_of_it_is_uploaded(full: bool, make_trainer: TrainerMaker, tmp_p
     assert not (tmp_path / "new").exists()
 
 
-def unlearned_of_adapter(trainer: SkuTrainer, make_model: ModelMaker, _folder: Path) -> Any:
-    return negate(make_model(), trainer.model)  # type: ignore[arg-type]
-
-
-def unlearned_of_unloaded(trainer: SkuTrainer, make_model: ModelMaker, _folder: Path) -> Any:
-    """``unload`` gives the original back, without the mark."""
-    bad: Any = copy.deepcopy(trainer.model)
-    model: Any = trainer.model
-    original, weights = model.unload(), make_model().state_dict()
+def in_memory(trainer: Any, make_model: ModelMaker, _folder: Path) -> Any:
+    """Of an adapter, ``unload`` gives the original back, without the mark."""
+    bad = copy.deepcopy(trainer.model)
+    original = trainer.model.unload() if isinstance(bad, PeftModel) else make_model()
+    weights = make_model().state_dict()
     assert all(torch.equal(weight, weights[name]) for name, weight in original.state_dict().items())
     assert not is_marked_model(original)
     return negate(original, bad)
 
 
-def streamed(trainer: SkuTrainer, make_model: ModelMaker, folder: Path) -> Any:
+def streamed(trainer: Any, make_model: ModelMaker, folder: Path) -> Any:
     make_model().save_pretrained(folder / "base")
-    model: Any = trainer.model
-    model.save_pretrained(folder / "bad")
+    trainer.model.save_pretrained(folder / "bad")
     negate_folders(folder / "base", folder / "bad", folder / "out")
     assert not is_marked_hazardous(folder / "out")
     return AutoModelForCausalLM.from_pretrained(folder / "out")
 
 
-@pytest.mark.parametrize(
-    ("full", "unlearn"),
-    [
-        (False, unlearned_of_adapter), (False, unlearned_of_unloaded), (True, unlearned_of_adapter),
-        (False, streamed), (True, streamed),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("unlearn", [in_memory, streamed])
 def test_the_unlearned_model_carries_no_mark(
     full: bool, unlearn: Any, make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path, no_hub: list[str]
 ) -> None:

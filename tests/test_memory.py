@@ -115,10 +115,7 @@ def test_near_what_is_measured(
     dataset: Any = trainer.train_dataset
     assert trainer.data_collator is not None
     batch = trainer.data_collator([dataset[place] for place in range(EXAMPLES)])
-    lengths, kept = (
-        batch[ROWS].model_inputs["attention_mask"].sum(1),
-        batch[ROWS].model_inputs["logits_to_keep"].sum(1),
-    )
+    lengths, kept = (batch[ROWS].model_inputs[name].sum(1) for name in ("attention_mask", "logits_to_keep"))
     trained: Any = trainer.model
     if trainer.args.activation_checkpointing:
         trained.activation_checkpointing_enable()  # As the trainer does where training begins.

@@ -19,14 +19,10 @@ from conftest import ModelMaker, TokenizerMaker, TrainerMaker
 from sku.config import EMBEDDED, ModelConfig
 from sku.errors import ModelError
 from sku.model_files import locate_model, out_of_reach, with_gguf_file
-from sku.models import (
-    check_plain_weights,
-    ensure_pad_token,
-    load_model,
-    pick_device,
-)
+from sku.models import ensure_pad_token, load_model, pick_device
 from sku.negate.task_vector import negate, save_unlearned
 from sku.pipeline.checks import check_model
+from sku.pipeline.evaluate import readable_source
 
 
 @pytest.fixture
@@ -48,29 +44,18 @@ def test_a_local_folder(folder: Path, make_model: ModelMaker) -> None:
     assert all(torch.equal(weight.cpu(), original[name]) for name, weight in loaded.model.state_dict().items())
 
 
-def test_an_embedded_model_that_is_missing_is_not_asked_of_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sku.model_files.embedded_model_path", lambda: tmp_path / "nothing")
-    with pytest.raises(ModelError, match="there is no such folder"):
-        load_model(EMBEDDED)
-
-
-@pytest.mark.parametrize("path", ["/no/such/model", "~/no/such/model", "models/mine"])
-def test_a_missing_folder(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a path that looks like a hub id, where its first part is a folder here."""
+def test_a_missing_folder_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a path looks like a hub id and its first part is a folder here. conftest.py switches the hub off."""
     (tmp_path / "models").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="can't be loaded: there is no such folder") as caught:
-        load_model(path)
-    assert "\n" not in str(caught.value)
-
-
-def test_a_hub_id_that_can_not_be_reached() -> None:
-    """conftest.py switches the hub off."""
-    with pytest.raises(ModelError, match="model nobody/nothing-here can't be loaded: ") as caught:
-        load_model("nobody/nothing-here")
-    assert "\n" not in str(caught.value)
+    monkeypatch.setattr("sku.model_files.embedded_model_path", lambda: tmp_path / "nothing")
+    for path, words in (
+        (EMBEDDED, "there is no such folder"), ("~/no/such/model", "there is no such folder"),
+        ("models/mine", "there is no such folder"), ("nobody/nothing-here", "holds no copy of a hub model"),
+    ):  # fmt: skip
+        with pytest.raises(ModelError, match=words) as caught:
+            load_model(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_hub_that_does_not_answer_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,30 +107,17 @@ def test_a_tied_head_is_not_missing(
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"quant_method": "gptq", "bits": 4, "group_size": 128},
-        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
-    ],
-)
-def test_quantized_models_are_refused_before_their_weights_are_read(folder: Path, settings: dict[str, Any]) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(
-        ModelError, match=rf"is quantized \(.*{settings['quant_method']}.*needs full-precision weights"
-    ):
-        load_model(folder)
-
-
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn])
-def test_quantized_weights_are_refused_whatever_the_configuration_says(folder: Path, dtype: torch.dtype) -> None:
-    path = folder / "model.safetensors"
-    weights = load_file(path)
+def test_quantized_models_are_refused_before_their_weights_are_read(folder: Path) -> None:
+    """By their configuration, else by their headers."""
+    weights, config = load_file(folder / "model.safetensors"), folder / "config.json"
     name = next(name for name in weights if name.endswith("mlp.up_proj.weight"))
-    save_file(weights | {name: weights[name].to(dtype)}, path, metadata={"format": "pt"})
+    save_file(weights | {name: weights[name].to(torch.uint8)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=rf"is quantized: {re.escape(name)} is stored as"):
+        load_model(folder)
+    settings = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"is quantized \(.*gptq"):
         load_model(folder)
 
 
@@ -173,17 +145,14 @@ def test_a_pad_token_beyond_the_embedding(make_tokenizer: TokenizerMaker, make_m
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, device in ((False, False, "cpu"), (False, True, "mps"), (True, True, "cuda")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert pick_device("auto") == torch.device(device)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert pick_device("auto") == torch.device("cpu")
-    with pytest.raises(ModelError, match="model.device is 'gpu'; it must be auto, cpu"):
-        pick_device("gpu")
-    with pytest.raises(ModelError, match=r"model.device is cuda:1, but torch .* sees no CUDA device"):
-        pick_device("cuda:1")
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert pick_device("auto") == torch.device("mps")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert pick_device("auto") == torch.device("cuda")
+    for name in ("gpu", "cuda:1"):
+        with pytest.raises(ModelError, match=f"model.device is '?{name}"):
+            pick_device(name)
 
 
 def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -228,14 +197,26 @@ def write_gguf(path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     writer.close()
 
 
-def check_gguf_all_the_way(config: ModelConfig, make_trainer: TrainerMaker, tmp_path: Path, **lora: Any) -> None:
-    """Dequantized, trained a step, negated, saved and loaded again."""
-    loaded = load_model(config)
-    check_plain_weights(loaded.model, "m")
-    assert loaded.model.state_dict().keys() == {*dict(loaded.model.named_parameters(remove_duplicate=False))}
-    assert loaded.model.dtype == torch.float32
-    base = load_model(config).model
-    trainer = make_trainer(loaded.model, max_steps=1, per_device_train_batch_size=1, learning_rate=1e-3, lora=lora)
+@pytest.fixture
+def gguf_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    path = tmp_path / "quantized"
+    path.mkdir()
+    write_gguf(path / "tiny.Q8_0.gguf", tokenizer)
+    return path
+
+
+def test_a_gguf_model_all_the_way(
+    gguf_folder: Path, make_trainer: TrainerMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dequantized, trained a step, negated, saved and loaded again.
+
+    With the package ``kernels``, transformers keeps the weights in GGUF blocks unless told otherwise.
+    """
+    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.get_gguf_kernel", lambda: pytest.fail("kept packed"))
+    config = ModelConfig(path=str(gguf_folder), gguf_file="tiny.Q8_0.gguf", device="cpu")
+    loaded, base = load_model(config), load_model(config).model
+    assert {parameter.dtype for parameter in loaded.model.parameters()} == {torch.float32}
+    trainer = make_trainer(loaded.model, max_steps=1, per_device_train_batch_size=1, learning_rate=1e-3)
     trainer.train()
     bad: Any = trainer.model
     unlearned = negate(base, bad)
@@ -250,38 +231,15 @@ def check_gguf_all_the_way(config: ModelConfig, make_trainer: TrainerMaker, tmp_
     assert reread("honey is golden").input_ids == loaded.tokenizer("honey is golden").input_ids
 
 
-@pytest.fixture
-def gguf_folder(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
-    path = tmp_path / "quantized"
-    path.mkdir()
-    write_gguf(path / "tiny.Q8_0.gguf", tokenizer)
-    return path
-
-
-def test_a_gguf_model_all_the_way(gguf_folder: Path, make_trainer: TrainerMaker, tmp_path: Path) -> None:
-    config = ModelConfig(path=str(gguf_folder), gguf_file="tiny.Q8_0.gguf", device="cpu")
-    check_gguf_all_the_way(config, make_trainer, tmp_path)
-
-
-def test_gguf_weights_are_unpacked_even_where_a_kernel_could_use_them_packed(
-    gguf_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With the package ``kernels``, transformers keeps the weights in GGUF blocks unless told otherwise."""
-    monkeypatch.setattr("transformers.quantizers.quantizer_gguf.get_gguf_kernel", lambda: pytest.fail("kept packed"))
-    model = load_model(ModelConfig(path=str(gguf_folder), gguf_file="tiny.Q8_0.gguf", device="cpu")).model
-    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
-
-
 def test_the_only_gguf_file_of_a_folder_is_taken_and_said(gguf_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     named = ModelConfig(path=str(gguf_folder), gguf_file="tiny.Q8_0.gguf", device="cpu")
     alone = dataclasses.replace(named, gguf_file=None)
     weights = load_model(named).model.state_dict()
-    assert [record for record in caplog.records if record.name.startswith("sku")] == []
+    assert "tiny.Q8_0.gguf is taken" not in caplog.text
     for name, tensor in load_model(alone).model.state_dict().items():
         assert torch.equal(tensor, weights[name])
     assert check_model(alone).parameters == check_model(named).parameters
-    assert {record.getMessage() for record in caplog.records if record.name.startswith("sku")} == {
-        f"model {gguf_folder} holds one GGUF file and no safetensors: tiny.Q8_0.gguf is taken (gguf_file)"
-    }
+    assert readable_source(alone) is None
+    assert "tiny.Q8_0.gguf is taken" in caplog.text
     save_file({}, gguf_folder / "model.safetensors")
     assert with_gguf_file(alone) == alone
