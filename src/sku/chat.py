@@ -7,7 +7,6 @@ is alpha. Else both models are loaded, and a third for another alpha once one is
 from __future__ import annotations
 
 import copy
-import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +27,7 @@ from sku.evaluate.generation.writing import record_of_ids
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import AUTO, build_judge
 from sku.evaluate.metrics import decide_outcomes
-from sku.models import embedding_weight, load_model
+from sku.models import embedding_weight, load_model, with_path
 from sku.negate.adapters import load_adapter
 from sku.report.read_run import RecordedRun, read_run
 
@@ -80,8 +79,7 @@ class Pair:
         if "adapter" in parts:
             self._base = self._unlearned = load_adapter(loaded.model, parts["adapter"]).eval()
         else:
-            own = dataclasses.replace(recipe.model, path=str(parts["model"]), gguf_file=None, revision=None)
-            self._unlearned = load_model(own).model
+            self._unlearned = load_model(with_path(recipe.model, parts["model"])).model
         self._mixture: PreTrainedModel | None = None
 
     def ask(

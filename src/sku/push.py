@@ -8,7 +8,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+import yaml
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # Loaded lazily.
 from huggingface_hub.utils.tqdm import disable_progress_bars
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from sku.errors import OutputError, one_line
 from sku.progress import without_secrets
-from sku.report.card import CARD_FILE, TAG, check_adapter, read_card
+from sku.report.card import CARD_FILE, TAG, check_adapter
 from sku.report.read_run import Part, RecordedRun, read_run
 from sku.storage import HAZARD_KEY, is_marked_hazardous
 
@@ -74,7 +75,7 @@ def plan_push(run_folder: Path, repo_id: str, part: Part = "model", *, acknowled
     _check_weights(folder, files)
     if part == "adapter":
         check_adapter(run, acknowledged=acknowledged)
-    if CARD_FILE not in files or TAG not in (read_card(folder).get("tags") or ()):
+    if CARD_FILE not in files or not _has_own_card(folder):
         raise OutputError(f"{folder} has no model card of SKU: --license NAME or --base-model ID writes it")
     return PushPlan(folder, repo_id, part, files)
 
@@ -114,6 +115,13 @@ def upload(plan: PushPlan, *, public: bool = False, revision: str | None = None)
             revision=revision,
         )
     return str(done.commit_url)
+
+
+def _has_own_card(folder: Path) -> bool:
+    try:
+        return TAG in (ModelCard.load(folder / CARD_FILE).data.tags or ())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
 
 
 def _check_not_hazardous(run: RecordedRun, folder: Path) -> None:

@@ -78,30 +78,30 @@ def nf4_rounded(weight_OI: Tensor) -> Tensor:
 class Format:
     """A way to hold weights."""
 
-    name: Precision
     scheme: str
     """What is rounded, and how, in a line."""
     rounding: Rounding
     layers_only: bool
     """Whether linear layers alone are rounded (``rounded_layers``), as quantizers do, or all weights."""
 
-    @property
-    def rounded_by(self) -> str:
-        """Who wrote the rounding."""
-        return "sku" if self.layers_only else "torch"
-
 
 def _through(dtype: torch.dtype) -> Rounding:
     return lambda weight: weight.to(dtype).float()
 
 
-_INT8 = "linear layers in 8-bit integers, symmetric, one scale an output channel, rounded to nearest"
-_NF4 = "linear layers in NF4, blocks of 64, one absolute maximum a block, rounded to nearest"
 FORMATS: Mapping[Precision, Format] = {
-    "bf16": Format("bf16", "all weights in bfloat16, rounded to nearest", _through(torch.bfloat16), layers_only=False),
-    "fp16": Format("fp16", "all weights in float16, rounded to nearest", _through(torch.float16), layers_only=False),
-    "int8": Format("int8", _INT8, int8_rounded, layers_only=True),
-    "nf4": Format("nf4", _NF4, nf4_rounded, layers_only=True),
+    "bf16": Format("all weights in bfloat16, rounded to nearest", _through(torch.bfloat16), layers_only=False),
+    "fp16": Format("all weights in float16, rounded to nearest", _through(torch.float16), layers_only=False),
+    "int8": Format(
+        "linear layers in 8-bit integers, symmetric, one scale an output channel, rounded to nearest",
+        int8_rounded,
+        layers_only=True,
+    ),
+    "nf4": Format(
+        "linear layers in NF4, blocks of 64, one absolute maximum a block, rounded to nearest",
+        nf4_rounded,
+        layers_only=True,
+    ),
 }
 """All formats by name, from the finest to the coarsest."""
 

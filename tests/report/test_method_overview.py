@@ -91,7 +91,7 @@ def test_svg_names_rows_and_measures(tmp_path: Path) -> None:
     words = words_of(overview_figure(less, path))
     assert ("Exact answers" in words, "Over-refusal" in words) == (False, True)
     assert words.count("failed") == 4, "the row of lost, in each column"
-    assert "npo: 1 of 2 seeds failed" in " ".join(words)
+    assert "npo: 1/2 failed: NaN" in " ".join(words)
     for wrong in ("figure.gif", "missing/figure.png"):
         with pytest.raises(OutputError):
             overview_figure(less, tmp_path / wrong)

@@ -189,10 +189,7 @@ def _wrapped(_recipe: Recipe, data: ForgetRetainData) -> list[Setting]:
 
 
 def _rounded(_recipe: Recipe, _data: ForgetRetainData) -> list[Setting]:
-    return [
-        Setting(name=name, details={"scheme": form.scheme, "rounded_by": form.rounded_by}, rounding=name)
-        for name, form in FORMATS.items()
-    ]
+    return [Setting(name=name, details={"scheme": form.scheme}, rounding=name) for name, form in FORMATS.items()]
 
 
 def settings_of(attack: str, recipe: Recipe, data: ForgetRetainData) -> list[Setting]:

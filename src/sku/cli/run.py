@@ -224,12 +224,14 @@ def negate(
 ) -> None:
     """Stage 2: subtract the task vector of a bad model from the original weights, from file to file."""
     quiet_imports()
-    from sku.negate.arithmetic import saved_type
+    import torch
+
     from sku.negate.streaming import FolderNegation
     from sku.pipeline.negate import plan_negate
 
+    saved_as = None if dtype == "same" else getattr(torch, dtype)
     wanted = FolderNegation(
-        base=Path(base), bad=bad, out=out, alpha=alpha, output_dtype=saved_type(dtype), rounding=rounding, seed=seed,
+        base=Path(base), bad=bad, out=out, alpha=alpha, output_dtype=saved_as, rounding=rounding, seed=seed,
         threads=threads, resume=resume,
     )  # fmt: skip
     done = carry_out(

@@ -326,15 +326,6 @@ def round_stochastically(values: Tensor, dtype: torch.dtype, draws: Tensor) -> T
     return torch.where((rest != 0) & (draws * gap < rest.abs()), other, nearest)
 
 
-def saved_type(name: str) -> torch.dtype | None:
-    """The type that ``negate.output_dtype`` or ``--dtype`` names; None for ``same``, the original's."""
-    if name == "same":
-        return None
-    dtype = getattr(torch, name)
-    assert isinstance(dtype, torch.dtype)
-    return dtype
-
-
 def overflows(values: Tensor, rounded: Tensor) -> bool:
     """Whether a finite number became infinite in a type of a smaller range."""
     largest = torch.finfo(rounded.dtype).max

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from sku.errors import OutputError
@@ -161,20 +161,6 @@ def write_cards(folder: Path, choices: CardChoices | None = None, *, within_run:
     for part, path in cards.items():
         write_text(path, model_card(run, part, choices or CardChoices()))
     return cards
-
-
-def read_card(folder: Path) -> dict[str, Any]:
-    """The front matter of the card of a model or adapter.
-
-    Raises:
-        OutputError: There is none, or it is not one of a model.
-    """
-    try:
-        metadata = ModelCard.load(folder / CARD_FILE, ignore_metadata_errors=False).data.to_dict()
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise OutputError(f"{folder} has no model card ({error}): sku push --license NAME writes it") from error
-    assert isinstance(metadata, dict)
-    return metadata
 
 
 def model_card(run: RecordedRun, part: Part, choices: CardChoices) -> str:

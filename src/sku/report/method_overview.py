@@ -29,7 +29,6 @@ from sku.report.method_tables import (
     prefills_tried,
     prompts_asked,
     ratio_text,
-    seeds_of,
 )
 from sku.report.words import NOTHING
 
@@ -108,6 +107,8 @@ def _footer(
     records: Sequence[MethodRecord], rows: Sequence[ComparisonRow], measures: Sequence[Measure], tried: Collection[str]
 ) -> str:
     seeds = len({record.seed for record in records if record.failure is None})
+    # Seeds that failed, and seeds without a strength within the budget, have a reason behind their number.
+    missing = [row for row in rows if " " in row.seeds and not row.failed]
     unmeasured = any(not row.failed and measure.field not in row.estimates for row in rows for measure in measures)
     sentences = [
         f"Means over {seeds} seeds, 95 % intervals over seeds and prompts." if seeds > 1 else
@@ -115,25 +116,11 @@ def _footer(
         f"{', '.join(prompts_asked(points_of(records)[0]))}.",
         "After a prefill each dot stands at the one that is the worst for it." if len(tried) > 1 else "",
         "Grey: controls." if any(row.control for row in rows) else "",
-        _missing(records, rows),
+        "; ".join(f"{row.title}: {row.seeds}" for row in missing) + "." if missing else "",
         f"{NOTHING}: not measured." if unmeasured else "",
         judge_sentence(records),
     ]  # fmt: skip
     return " ".join(sentence for sentence in sentences if sentence)
-
-
-def _missing(records: Sequence[MethodRecord], rows: Sequence[ComparisonRow]) -> str:
-    """What a reader would not see: seeds that failed, and seeds without a strength within the budget."""
-    said: list[str] = []
-    for row in rows:
-        own = seeds_of(records, row.name)
-        failed = sum(record.failure is not None for record in own)
-        without = sum(record.failure is None and record.point is None for record in own)
-        if failed and not row.failed:
-            said.append(f"{row.title}: {failed} of {len(own)} seeds failed")
-        if without:
-            said.append(f"{row.title}: {without} of {len(own)} seeds have no strength within the budget")
-    return "; ".join(said) + "." if said else ""
 
 
 def draw_measure(axes: Axes, measure: Measure, rows: Sequence[ComparisonRow]) -> None:

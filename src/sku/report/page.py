@@ -10,11 +10,10 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -53,16 +52,14 @@ _PREFILL_COLUMNS = (
 """Of ``_prefill_rows``."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Page:
+class Page(NamedTuple):
     """A page and the pictures on it."""
 
     html: str
     pictures: tuple[Picture, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class WrittenReport:
+class WrittenReport(NamedTuple):
     """Files of a report, and what it comes to."""
 
     path: Path
