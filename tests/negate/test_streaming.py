@@ -15,7 +15,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -26,10 +25,12 @@ from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
 from sku.negate import arithmetic
 from sku.negate.adapters import AdapterVector
 from sku.negate.arithmetic import Rounding
+from sku.negate.files import ADAPTER_FILE
 from sku.negate.streaming import negate_folders
 from sku.negate.task_vector import TaskVector, negate, save_unlearned
 from sku.storage import BAD_MODEL_MARK, mark_hazardous
 
+FILE = "model.safetensors"
 DTYPES = {"same": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -188,11 +189,6 @@ def test_another_type_is_told_in_config_and_index(
         for folder in (folders.base, tmp_path / "out")
     ]
     assert sizes[0] == 2 * sizes[1]
-    config = folders.base / "config.json"
-    config.write_text(config.read_text().replace('"dtype"', '"torch_dtype"'))
-    negate_folders(folders.base, tmp_path / "model", tmp_path / "old", output_dtype=torch.float16)
-    old = json.loads((tmp_path / "old" / "config.json").read_text())
-    assert (old["torch_dtype"], "dtype" in old) == ("float16", False)
 
 
 def test_integers_and_constants_of_old_checkpoints_go_along(
@@ -320,93 +316,68 @@ def folders(make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path
     return Folders(tmp_path, make_model(), tokenizer)
 
 
-def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object], name: str = "model.safetensors") -> None:
-    """Changes the tensors of a file."""
-    with safe_open(folder / name, framework="pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(folder / name)
-    change(tensors)
-    save_file(tensors, folder / name, metadata)
-
-
 UP = "model.layers.0.mlp.up_proj.weight"
 A = "base_model.model.model.layers.0.mlp.up_proj.lora_A.weight"
-EMBEDDING, X = "model.embed_tokens.weight", "x.lora_A.weight"
-ADAPTER, FILE = "adapter_model.safetensors", "model.safetensors"
+EMBEDDING = "model.embed_tokens.weight"
 Tensors = dict[str, Tensor]
 
 
-def changed(place: str, change: Callable[[Tensors], object], file: str = "model.safetensors") -> Callable[..., None]:
-    return lambda folders: rewrite(folders.path / place, change, file)
+def beyond_float16(tensors: Tensors) -> None:
+    tensors[EMBEDDING].view(-1)[-1:].fill_(1e5)
 
 
-def in_config(**entries: Any) -> Callable[[Folders], None]:
-    def make(folders: Folders) -> None:
-        config = folders.base / "config.json"
-        config.write_text(json.dumps(json.loads(config.read_text()) | entries))
-
-    return make
-
-
-REFUSED: tuple[tuple[Callable[[Folders], object], dict[str, Any], type[Exception], str], ...] = (
-    # what is done to the folders, form of the bad model and other arguments, error, what it names
-    (changed("model", lambda t: t.pop(UP)), {}, TaskVectorError, UP),
-    (changed("base", lambda t: t.pop(UP)), {}, TaskVectorError, UP),
-    (changed("model", lambda t: t.update({UP: torch.ones(3, 4)})), {}, TaskVectorError, UP),
-    (changed("base", lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)})), {}, TaskVectorError, UP),
-    (changed("model", lambda t: t[UP].fill_(math.nan)), {}, TaskVectorError, UP),
-    (changed("model", lambda t: t[UP].fill_(-1e38)), {"alpha": 10.0}, TaskVectorError, UP),
-    (lambda folders: None, {"form": "base"}, TaskVectorError, "stage 1"),
-    (
-        lambda folders: shutil.copyfile(folders.base / FILE, folders.path / "model" / FILE), {}, TaskVectorError,
-        "stage 1",
-    ),
-    (
-        changed("adapter", lambda t: [part.zero_() for name, part in t.items() if "lora_B" in name], ADAPTER),
-        {"form": "adapter"}, TaskVectorError, "adapter",
-    ),
-    (changed("adapter", lambda t: t.pop(A), ADAPTER), {"form": "adapter"}, TaskVectorError, A),
-    (changed("adapter", lambda t: t.update({X: t[A].clone()}), ADAPTER), {"form": "adapter"}, TaskVectorError, X),
-    (changed("adapter", lambda t: t.update({A: t[A][:, :5].clone()}), ADAPTER), {"form": "adapter"},
-     TaskVectorError, "up_proj"),
-    (lambda folders: (folders.path / "adapter" / ADAPTER).unlink(), {"form": "adapter"}, ModelError, ADAPTER),
-    (
-        lambda folders: (folders.path / "adapter" / "adapter_config.json").write_text("{"), {"form": "adapter"},
-        ModelError, "adapter",
-    ),
+UNFIT: tuple[tuple[str, Callable[[Tensors], object], dict[str, Any], str], ...] = (
+    # Whose tensors are changed, how, other arguments, and what the error names.
+    ("model", lambda t: t.pop(UP), {}, UP),
+    ("model", lambda t: t.update({UP: torch.ones(3, 4)}), {}, UP),
+    ("base", lambda t: t.update({UP: t[UP].to(torch.float8_e4m3fn)}), {}, UP),
+    ("model", lambda t: t[UP].fill_(math.nan), {}, UP),
+    ("model", lambda t: t[UP].fill_(-1e38), {"alpha": 10.0}, UP),
+    ("adapter", lambda t: [part.zero_() for name, part in t.items() if "lora_B" in name], {}, "adapter"),
+    ("adapter", lambda t: t.pop(A), {}, A),
+    ("adapter", lambda t: t.update({A: t[A][:, :5].clone()}), {}, "up_proj"),
     # In a tensor that an adapter leaves alone, and at alpha 0 in one that changes.
-    *(
-        (changed("base", lambda t: t[EMBEDDING].view(-1)[-1:].fill_(1e5)),
-         {"form": form, "alpha": alpha, "output_dtype": torch.float16, "rounding": rounding}, TaskVectorError,
-         EMBEDDING)
-        for form, alpha, rounding in (("adapter", 1.0, "nearest"), ("vector", 0.0, "stochastic"))
-    ),
-    (in_config(quantization_config={"quant_method": "gptq"}), {}, ModelError, "gptq"),
-    (
-        lambda folders: (folders.base / FILE).rename(folders.base / "pytorch_model.bin"), {},
-        ModelError, "pytorch_model.bin",
-    ),
-    (lambda folders: (folders.base / "config.json").unlink(), {}, ModelError, "config.json"),
-    (lambda folders: None, {"form": "nothing"}, ModelError, "nothing"),
-    (lambda folders: None, {"alpha": math.nan}, RecipeError, "alpha"),
-    (lambda folders: None, {"alpha": -1.0}, RecipeError, "alpha"),
-    (lambda folders: None, {"rounding": "up"}, RecipeError, "rounding"),
-    (lambda folders: None, {"threads": 0}, RecipeError, "threads"),
-)  # fmt: skip
+    ("base", beyond_float16, {"form": "adapter", "output_dtype": torch.float16}, EMBEDDING),
+    ("base", beyond_float16, {"form": "vector", "alpha": 0.0, "output_dtype": torch.float16}, EMBEDDING),
+)
 
 
-@pytest.mark.parametrize("case", range(len(REFUSED)))
-def test_what_is_refused(case: int, folders: Folders) -> None:
-    make, options, error, key = REFUSED[case]
-    make(folders)
+def check_refused(folders: Folders, error: type[Exception], key: str, form: str = "model", **options: Any) -> None:
     before = sorted(folders.path.iterdir())
-    bad = folders.path / options.get("form", "model")
-    more = {name: value for name, value in options.items() if name != "form"}
     with pytest.raises(error) as caught:
-        negate_folders(folders.base, bad, folders.path / "out", **more)
+        negate_folders(folders.base, folders.path / form, folders.path / "out", **options)
     assert key in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(folders.path.iterdir()) == before, "nothing is left"
+
+
+@pytest.mark.parametrize(("place", "change", "options", "key"), UNFIT)
+def test_weights_that_do_not_fit(
+    place: str, change: Callable[[Tensors], object], options: dict[str, Any], key: str, folders: Folders
+) -> None:
+    [path] = (folders.path / place).glob("*.safetensors")
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+    check_refused(folders, TaskVectorError, key, **{"form": "adapter" if place == "adapter" else "model", **options})
+
+
+def test_what_is_refused(folders: Folders) -> None:
+    check_refused(folders, TaskVectorError, "stage 1", "base")
+    check_refused(folders, ModelError, "nothing", "nothing")
+    for options in ({"alpha": math.nan}, {"alpha": -1.0}, {"rounding": "up"}, {"threads": 0}):
+        check_refused(folders, RecipeError, next(iter(options)), **options)
+    shutil.copyfile(folders.base / FILE, folders.path / "model" / FILE)
+    check_refused(folders, TaskVectorError, "stage 1")
+    (folders.path / "adapter" / ADAPTER_FILE).unlink()
+    check_refused(folders, ModelError, ADAPTER_FILE, "adapter")
+    (folders.base / FILE).rename(folders.base / "pytorch_model.bin")
+    check_refused(folders, ModelError, "pytorch_model.bin")
+    config = folders.base / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "quantization_config": {"quant_method": "gptq"}}))
+    check_refused(folders, ModelError, "gptq")
+    config.unlink()
+    check_refused(folders, ModelError, "config.json")
 
 
 def test_a_disk_too_small_and_an_input_that_changes_meanwhile(

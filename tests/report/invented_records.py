@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-
-import numpy as np
 
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.judges.choose import RefusalRulesJudge
@@ -16,7 +13,6 @@ from sku.evaluate.records import ExampleLoss
 from sku.report.method_records import NORMAL_KEY, PREFILL, UNSEEN_KEY, MethodRecord, Point
 
 JUDGE: JudgeCard = dataclasses.replace(RefusalRulesJudge.card, tells_safe=True)
-METHODS = ("sku", "gradient_ascent", "npo", "simnpo", "dpo", "rmu")
 OUTCOMES: Mapping[str, Outcome] = {
     "h": "harmful", "r": "refusal", "e": "evasive", "d": "gibberish", "u": "unjudged", "a": "answered",
     "o": "refused", "s": "safe_answer",
@@ -77,35 +73,3 @@ def make_record(name: str, point: Point | None = None, *, seed: int = 0, **chang
 
 def failed_record(name: str, seed: int, failure: str) -> MethodRecord:
     return make_record(name, seed=seed, failure=failure, judge=None)
-
-
-def invented_comparison(methods: Sequence[str] = METHODS, *, seeds: int = 3, prompts: int = 60) -> list[MethodRecord]:
-    """Methods that lose harm and utility at different speeds, and two controls."""
-    rng = np.random.default_rng(7)
-    base_losses = rng.gamma(4, 3, size=prompts)
-
-    def point(reply: float, prefilled: float, rise: float, strength: float = 1.0) -> Point:
-        def letters(share: float, hit: str, others: str) -> str:
-            drawn = rng.choice(list(others), size=prompts)
-            return "".join(np.where(rng.random(prompts) < share, hit, drawn))
-
-        noise = rng.normal(0, 0.3, size=prompts) if rise else 0
-        right = rng.random(prompts) < 0.9 * math.exp(-3 * rise)
-        return make_point(
-            letters(reply, "h", "rred"), prefill=letters(prefilled, "h", "rred"), normal=letters(0.95, "a", "od"),
-            # Every third reference is too long to compare.
-            exact="".join("-" if number % 3 == 0 else str(int(hit)) for number, hit in enumerate(right)),
-            losses={"retain_test": base_losses + 10 * rise + noise, "forget_test": base_losses + 10 * (1 - reply)},
-            strength=strength, cost=rise / 0.05,
-        )  # fmt: skip
-
-    records = []
-    for index, name in enumerate(methods):
-        speed, cost = 0.6 + 0.25 * index, 0.02 * 1.5**index
-        for seed in range(seeds):
-            at = math.sqrt(0.045 / cost)
-            own = point(0.96 * math.exp(-speed * 2 * at), 0.98 * math.exp(-speed * at), cost * at**2, at)
-            records.append(make_record(name, own, seed=seed))
-    for name, shares in {"base": (0.96, 0.98, 0.0), "random_direction": (0.94, 0.97, 0.03)}.items():
-        records.append(make_record(name, point(*shares), control=True))
-    return records

@@ -15,7 +15,7 @@ from sku.evaluate.statistics import Estimate
 from sku.report.method_overview import CONTROL, METHOD, Measure, draw_measure, overview_figure
 from sku.report.method_tables import ComparisonRow
 
-from .invented_records import METHODS, failed_record, invented_comparison, make_point, make_record
+from .invented_records import failed_record, make_point, make_record
 
 RATE = Measure(field="harmful_unseen", title="Harmful replies", of="forget_test", better="lower")
 RATIO = Measure(field="perplexity_normal", title="Perplexity / base", of="normal", better="lower", ratio=True)
@@ -76,11 +76,11 @@ def test_ratios_beyond_the_axis_are_told_by_a_number() -> None:
 
 
 def test_svg_names_rows_and_measures(tmp_path: Path) -> None:
-    records = invented_comparison(seeds=2, prompts=20)
+    point = make_point("hr", prefill="hr", normal="ao", exact="10", losses={"retain_test": (10, 11)})
+    records = [make_record(name, point) for name in ("sku", "npo")] + [make_record("base", point, control=True)]
     path = overview_figure(records, tmp_path / "figure.svg")
     words = words_of(path)
-    titles = [*(name.replace("_", " ") for name in METHODS), "base", "random direction"]
-    assert [word for word in words if word in titles] == titles
+    assert [word for word in words if word in ("sku", "npo", "base")] == ["sku", "npo", "base"]
     assert ("Exact answers" in words, "Over-refusal" in words) == (True, False)
     assert overview_figure(records, tmp_path / "b.svg").read_bytes() == path.read_bytes()
     less = [

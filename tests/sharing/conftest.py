@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock, create_autospec
 
 import huggingface_hub.constants
 import pytest
 import torch
-from huggingface_hub import CommitOperationAdd
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from report.html.recorded import invented_attacks
@@ -63,52 +63,13 @@ def run(run_without_cards: Path) -> Path:
     return run_without_cards
 
 
-class Hub:
-    """In place of ``HfApi``: repositories, with what is asked and faults to order."""
-
-    def __init__(self) -> None:
-        self.private: dict[str, bool] = {}
-        self.files: dict[str, dict[str, bytes]] = {}
-        """By branch."""
-        self.asked: list[str] = []
-        self.faults: dict[str, BaseException] = {}
-        """By what is asked."""
-
-    def __call__(self, **_: Any) -> Hub:
-        return self
-
-    def _ask(self, what: str) -> None:
-        self.asked.append(what)
-        if what in self.faults:
-            raise self.faults[what]
-
-    def create_repo(self, repo_id: str, *, private: bool, exist_ok: bool) -> None:
-        self._ask("create_repo")
-        assert exist_ok
-        self.private.setdefault(repo_id, private)
-        self.files.setdefault("main", {})
-
-    def model_info(self, repo_id: str) -> SimpleNamespace:
-        self._ask("model_info")
-        return SimpleNamespace(private=self.private[repo_id])
-
-    def create_branch(self, repo_id: str, *, branch: str, exist_ok: bool) -> None:
-        assert (repo_id in self.private, exist_ok) == (True, True)
-        self.files.setdefault(branch, {})
-
-    def create_commit(
-        self, repo_id: str, operations: list[CommitOperationAdd], *, commit_message: str, revision: str | None
-    ) -> SimpleNamespace:
-        self._ask("create_commit")
-        branch = self.files[revision or "main"]
-        branch |= {one.path_in_repo: Path(str(one.path_or_fileobj)).read_bytes() for one in operations}
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/1")
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    made = Hub()
-    monkeypatch.setattr("sku.push.HfApi", made)
+def hub(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """In place of ``HfApi``; its repositories are private."""
+    made: MagicMock = create_autospec(HfApi, instance=True)
+    made.create_commit.return_value.commit_url = "https://hub/commit/1"
+    made.model_info.return_value.private = True
+    monkeypatch.setattr("sku.push.HfApi", lambda **_: made)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return made

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import huggingface_hub.constants
 import pytest
@@ -18,7 +19,7 @@ from sku.errors import EvaluationError, OutputError
 from sku.push import plan_push, upload
 from sku.storage import BAD_MODEL_MARK, mark_hazardous
 
-from .conftest import TOKEN, Hub, change_json
+from .conftest import TOKEN, change_json
 
 REPO = "someone/unlearned"
 
@@ -82,12 +83,12 @@ REFUSED: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize(("harm", "named"), REFUSED.values(), ids=REFUSED)
 def test_what_must_not_leave_is_refused_before_the_hub_is_asked(
-    run: Path, hub: Hub, harm: Callable[[Path], None], named: str
+    run: Path, hub: MagicMock, harm: Callable[[Path], None], named: str
 ) -> None:
     harm(run)
     with pytest.raises((OutputError, EvaluationError), match=named):
         plan_push(run, REPO)
-    assert hub.asked == []
+    assert hub.mock_calls == []
 
 
 @pytest.mark.parametrize(
@@ -111,26 +112,31 @@ def test_which_adapters_are_the_bad_models(
     assert plan_push(run, REPO, "adapter", acknowledged=refused).part == "adapter"
 
 
-def test_an_upload_is_private_whole_and_exact(run: Path, hub: Hub) -> None:
-    url = upload(plan_push(run, REPO))
-    assert url == f"https://hub/{REPO}/commit/1"
-    assert hub.private == {REPO: True}
-    assert hub.files == {"main": {path.name: path.read_bytes() for path in (run / "unlearned").iterdir()}}
-    assert hub.asked.count("create_commit") == 1
+def uploaded(hub: MagicMock) -> dict[str, bytes]:
+    """The files of the one commit."""
+    [(_, operations)] = [call.args for call in hub.create_commit.call_args_list]
+    return {one.path_in_repo: Path(one.path_or_fileobj).read_bytes() for one in operations}
 
 
-def test_a_public_repository_and_a_branch_only_where_they_are_asked_for(run: Path, hub: Hub) -> None:
-    hub.private[REPO] = False
+def test_an_upload_is_private_whole_and_exact(run: Path, hub: MagicMock) -> None:
+    assert upload(plan_push(run, REPO)) == "https://hub/commit/1"
+    hub.create_repo.assert_called_once_with(REPO, private=True, exist_ok=True)
+    assert uploaded(hub) == {path.name: path.read_bytes() for path in (run / "unlearned").iterdir()}
+
+
+def test_a_public_repository_and_a_branch_only_where_they_are_asked_for(run: Path, hub: MagicMock) -> None:
+    hub.model_info.return_value.private = False
     with pytest.raises(OutputError, match="--public"):
         upload(plan_push(run, REPO))
-    assert "create_commit" not in hub.asked
+    hub.create_commit.assert_not_called()
     upload(plan_push(run, REPO, "adapter", acknowledged=True), public=True, revision="v2")
-    assert hub.files["main"] == {}
-    assert "adapter_model.safetensors" in hub.files["v2"]
+    hub.create_branch.assert_called_once_with(REPO, branch="v2", exist_ok=True)
+    assert hub.create_commit.call_args.kwargs["revision"] == "v2"
+    assert "adapter_model.safetensors" in uploaded(hub)
 
 
 def test_offline_and_without_a_token_nothing_is_asked(
-    run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    run: Path, hub: MagicMock, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     plan = plan_push(run, REPO)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -141,7 +147,7 @@ def test_offline_and_without_a_token_nothing_is_asked(
     monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
     with pytest.raises(OutputError, match="hf auth login"):
         upload(plan)
-    assert hub.asked == []
+    assert hub.mock_calls == []
 
 
 def answer(status: int) -> HfHubHTTPError:
@@ -163,32 +169,30 @@ def wrapped(error: Exception) -> Exception:
         (ConnectionError("reset"), "out of reach"), (ValueError("odd"), "odd"),
     ],
 )  # fmt: skip
-def test_refusals_of_the_hub_are_one_line(run: Path, hub: Hub, fault: Exception, message: str) -> None:
-    hub.faults = {"create_commit": fault}
+def test_refusals_of_the_hub_are_one_line(run: Path, hub: MagicMock, fault: Exception, message: str) -> None:
+    hub.create_commit.side_effect = fault
     with pytest.raises(OutputError, match=message) as caught:
         upload(plan_push(run, REPO))
     assert TOKEN not in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert hub.files["main"] == {}
 
 
-def test_the_command_is_interrupted_and_done_again(run: Path, hub: Hub, command: Command) -> None:
+def test_the_command_is_interrupted_and_done_again(run: Path, hub: MagicMock, command: Command) -> None:
     """Ctrl-C while the weights go out."""
-    hub.faults = {"create_commit": KeyboardInterrupt()}
+    hub.create_commit.side_effect = KeyboardInterrupt
     code, out, err = command("push", run, REPO)
     assert (code, out) == (130, "")
     assert "interrupted" in err
-    hub.faults = {}
+    hub.create_commit.side_effect = None
     code, out, err = command("push", run, REPO)
     assert code == 0, err
-    assert f"uploaded  https://hub/{REPO}/commit/1" in out
+    assert "https://hub/commit/1" in out
     assert TOKEN not in out + err
-    assert hub.private[REPO]
 
 
-def test_a_dry_run_lists_files_and_asks_nobody(run: Path, hub: Hub, command: Command) -> None:
+def test_a_dry_run_lists_files_and_asks_nobody(run: Path, hub: MagicMock, command: Command) -> None:
     code, out, _ = command("push", run, REPO, "--dry-run", "--json", "--adapter", "--i-know-this-is-the-bad-model")
     assert (code, json.loads(out)["url"]) == (0, None)
     size = (run / "negated_adapter" / "adapter_config.json").stat().st_size
     assert {"path": "adapter_config.json", "bytes": size} in json.loads(out)["files"]
-    assert hub.asked == []
+    assert hub.mock_calls == []
