@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,7 @@ _FULL = ("No space left", "Disk quota exceeded", "File too large")
 """The system's words, which safetensors quotes."""
 
 
-@contextmanager
-def new_folder(target: Path, *, private: bool = False) -> Iterator[Path]:
+def new_folder(target: Path, *, private: bool = False) -> AbstractContextManager[Path]:
     """A folder beside ``target`` to write into; it becomes ``target`` when the block ends well, else it is removed.
 
     Every file is flushed to disk before the rename, so no crash leaves a folder of that name half-written. What a
@@ -51,34 +51,34 @@ def new_folder(target: Path, *, private: bool = False) -> Iterator[Path]:
         target: Folder that must not exist yet.
         private: Mode 0700, for hazardous weights and harmful replies.
 
-    Yields:
-        The temporary folder.
+    Returns:
+        Gives the temporary folder.
 
     Raises:
         OutputError: ``target`` exists, before the block or after it, can't be written, or the disk is full.
+    """
+    return _written_beside(target, _open_temporary, private=private)
+
+
+@contextmanager
+def _written_beside(
+    target: Path, open_place: Callable[[Path], tuple[Path, Path, int]], *, private: bool,
+    stays_after: tuple[type[BaseException], ...] = (),
+) -> Iterator[Path]:  # fmt: skip
+    """Opens a folder, which becomes ``target`` when the block ends well.
+
+    It is the place that ``open_place`` made, or lies in it. The place, which is owned by an open file, the lock, goes
+    then, and after errors that ``stays_after`` doesn't name.
     """
     target = target.absolute()
     check_new(target)
     with named_disk_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary, lock = _open_temporary(target)
-    with _put_in_place(temporary, temporary, lock, target, private=private):
-        yield temporary
-
-
-@contextmanager
-def _put_in_place(
-    folder: Path, place: Path, lock: int, target: Path, *, private: bool,
-    stays_after: tuple[type[BaseException], ...] = (),
-) -> Iterator[None]:  # fmt: skip
-    """Renames a folder, which is ``place`` or lies in it, to ``target`` when the block ends well.
-
-    ``place``, which is owned by an open file ``lock``, goes then, and after errors that ``stays_after`` doesn't name.
-    """
+        folder, place, lock = open_place(target)
     stays = False
     try:
         with named_disk_errors(target):
-            yield
+            yield folder
             folder.chmod(0o700 if private else 0o755)
             _flush(*(path for path in folder.rglob("*") if path.exists()), folder)
             check_new(target)  # Another process may have made it meanwhile.
@@ -93,7 +93,7 @@ def _put_in_place(
         os.close(lock)
 
 
-def _open_temporary(target: Path) -> tuple[Path, int]:
+def _open_temporary(target: Path) -> tuple[Path, Path, int]:
     """A new folder beside ``target``, and the open file by which this process owns it; abandoned ones are removed."""
     with one_at_a_time(target.parent):
         for other in target.parent.glob(f"{glob.escape(f'.{target.name}.')}*.unfinished"):
@@ -102,13 +102,12 @@ def _open_temporary(target: Path) -> tuple[Path, int]:
                 shutil.rmtree(other)
         temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".unfinished", dir=target.parent))
         try:
-            return temporary, acquire_lock(temporary)
+            return temporary, temporary, acquire_lock(temporary)
         except BaseException:
             temporary.rmdir()
             raise
 
 
-@contextmanager
 def resumable_folder(
     target: Path,
     inputs: Mapping[str, Any],
@@ -116,7 +115,7 @@ def resumable_folder(
     resume: bool = False,
     private: bool = False,
     stays_after: tuple[type[BaseException], ...] = (KeyboardInterrupt,),
-) -> Iterator[Path]:
+) -> AbstractContextManager[Path]:
     """A folder beside ``target`` to write a large result into, which outlives a kill and is gone on with later.
 
     What is written lies in ``.NAME.partial-KEY/model`` and becomes ``target`` by one rename when the block ends well.
@@ -130,23 +129,18 @@ def resumable_folder(
         private: Mode 0700, for harmful text.
         stays_after: Errors after which what was written stays.
 
-    Yields:
-        The folder to write into. The folder around it may keep a file that says what is finished.
+    Returns:
+        Gives the folder to write into. The folder around it may keep a file that says what is finished.
 
     Raises:
         OutputError: ``target`` exists or can't be written, another process is writing it, or with ``resume`` what was
             left there is of other inputs.
     """
-    target = target.absolute()
-    check_new(target)
-    with named_disk_errors(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place, lock = _open_partial(target, inputs, resume=resume)
-    with _put_in_place(place / "model", place, lock, target, private=private, stays_after=stays_after):
-        yield place / "model"
+    open_partial = partial(_open_partial, inputs=inputs, resume=resume)
+    return _written_beside(target, open_partial, private=private, stays_after=stays_after)
 
 
-def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> tuple[Path, int]:
+def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> tuple[Path, Path, int]:
     """The folder that holds an unfinished ``target``, and the open file by which this process owns it."""
     text = json.dumps(inputs, indent=2, sort_keys=True)
     place = target.with_name(f".{target.name}.partial-{sha256(text.encode()).hexdigest()[:12]}")
@@ -165,7 +159,7 @@ def _open_partial(target: Path, inputs: Mapping[str, Any], *, resume: bool) -> t
         place.mkdir(mode=0o700, exist_ok=True)
         (place / "model").mkdir(mode=0o700, exist_ok=True)
         (place / "inputs.json").write_text(text, encoding="utf-8")
-        return place, acquire_lock(place)
+        return place / "model", place, acquire_lock(place)
 
 
 def _read_dict(path: Path) -> dict[str, Any]:

@@ -84,8 +84,6 @@ def write_report(folder: Path, out: Path, *, plots: Path | None = None, replies:
     if out.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"the report {out} must end in .html")
     run = read_run(folder, replies=replies)
-    if not out.parent.is_dir():
-        raise OutputError(f"{out} can't be written: there is no folder {out.parent}")
     if plots is not None:
         with named_disk_errors(plots):
             plots.mkdir(parents=True, exist_ok=True)

@@ -267,8 +267,6 @@ def on_terminal(rate: str) -> tuple[Measure, ...]:
 class KeyFigure:
     """One figure before and after, with the 95 % interval of what it is after."""
 
-    name: str
-    """For pairing runs: figures of one name are of the same measure."""
     split: str
     metric: str
     """Such as ``harmful_replies``."""
@@ -318,10 +316,8 @@ def key_figures(comparison: Comparison, measures: Iterable[Measure] = ON_PAGE) -
             if kind == "prefill":
                 shown = f"{shown}, {prefill_words(tried)}"
                 detail = start_words(comparison.unlearned.worst_prefill[split]) if len(tried) > 1 else ""
-            name = "/".join(filter(None, (kind, split, rate, k, *tried)))
-            yield KeyFigure(
-                name, split, f"{rate}_{kind}", f"{shown} ({detail})" if detail else shown, wanted, change, caution
-            )
+            label = f"{shown} ({detail})" if detail else shown
+            yield KeyFigure(split, f"{rate}_{kind}", label, wanted, change, caution)
 
 
 def _measured(comparison: Comparison, kind: Kind, split: str, rate: str) -> Iterator[tuple[str, Change, str]]:

@@ -157,11 +157,9 @@ def test_a_tile_says_where_the_judge_measures_nothing(run: RecordedRun) -> None:
     doubted = dataclasses.replace(run, comparison=dataclasses.replace(run.comparison, unlearned=unlearned))
     told = CANT_MEASURE.replace("'", "&#39;")
     assert told not in run_page(run).html
-    cautions = {figure.name for figure in key_figures(doubted.comparison) if figure.caution}
-    assert "replies/forget_test/harmful" in cautions
-    assert not cautions & {
-        "replies/retain_test/over_refusal", "perplexity/retain_test/ratio", "replies/forget_test/gibberish",
-    }  # fmt: skip
+    cautions = {(figure.split, figure.metric) for figure in key_figures(doubted.comparison) if figure.caution}
+    assert ("forget_test", "harmful_replies") in cautions
+    assert all(metric.startswith("harmful") for _, metric in cautions)
     assert told in run_page(doubted).html
 
 
