@@ -79,7 +79,7 @@ def test_one_method_that_fails_leaves_the_others_and_says_why(finished: Path) ->
     for name in (NAMES[0], NAMES[2]):
         assert {path.name for path in (finished / name).iterdir()}.isdisjoint({"unlearned", "trained"})
         lines = (finished / name / "evaluation" / "base" / "generations.jsonl").read_text().splitlines()
-        asked.append([line for line in lines if '"forget_test"' in line])
+        asked.append([line for line in lines if '"split"' in line and '"forget_test"' in line])
     assert asked[0] == asked[1] != []
 
 

@@ -127,31 +127,20 @@ def test_a_local_base_is_named_on_request(run: Path) -> None:
             CardChoices(base_model=base)
 
 
-def test_alpha_from_a_search(run_without_cards: Path) -> None:
+def test_where_the_strength_comes_from_and_what_a_method_without_a_bad_model_gives(run_without_cards: Path) -> None:
     run = run_without_cards
     pick = {"alpha": 0.95, "met": True, "why": "the lowest alpha within 5 % | of the base"}
     change_json(run / "manifest.json", "sweep", value=pick)
+    change_json(run / "manifest.json", "recipe", "evaluate", "judge_settings", value={"base_url": "http://10.0.0.7"})
     write_cards(run)
-    body = body_of(run)
-    assert r"0.95: the lowest alpha within 5 % \| of the base" in body
+    assert r"0.95: the lowest alpha within 5 % \| of the base" in body_of(run)
+    assert "10.0.0.7" not in card_of(run).content, "settings of judges are not shown"
     change_json(run / "manifest.json", "negation", "alpha", value=2.0)
+    change_json(run / "manifest.json", "recipe", "method", value="npo")
     write_cards(run)
     assert "2: given in the recipe" in body_of(run), "the sweep speaks of another alpha"
-
-
-def test_a_method_that_does_not_negate(run_without_cards: Path) -> None:
-    change_json(run_without_cards / "manifest.json", "recipe", "method", value="npo")
-    write_cards(run_without_cards)
-    body = body_of(run_without_cards)
-    assert "trains no hazardous model, so reflection through the base gives none" in body
-    assert "| strength | 0.95:" in body
-    assert "npo" in card_of(run_without_cards).data.tags
-
-
-def with_twins(run: Path, bad: float, good: float) -> None:
-    change_json(run / "manifest.json", "recipe", "acquire", "twin", value="good")
-    change_json(run / "manifest.json", "recipe", "negate", "twin", value={"bad": bad, "good": good})
-    write_cards(run)
+    assert "trains no hazardous model, so reflection through the base gives none" in body_of(run)
+    assert "npo" in card_of(run).data.tags
 
 
 @pytest.mark.parametrize(
@@ -209,19 +198,10 @@ def test_hostile_text_stays_text(run_without_cards: Path) -> None:
     assert yaml.safe_load(shown.group(2))["description"] == HOSTILE + "`" * 7
 
 
-def test_settings_of_judges_are_not_shown(run_without_cards: Path) -> None:
-    secret = "http://10.0.0.7:8000/v1"
-    change_json(
-        run_without_cards / "manifest.json", "recipe", "evaluate", "judge_settings", value={"base_url": secret}
-    )
-    write_cards(run_without_cards)
-    assert "10.0.0.7" not in card_of(run_without_cards).content
-
-
 def test_public_names_and_escaping(tmp_path: Path) -> None:
     assert escaped("a|b_c*d`e`[f](g) <h> &amp; #1") == r"a\|b\_c\*d\`e\`\[f\](g) &lt;h&gt; &amp;amp; \#1"
     assert escaped("https://a.b and www.c.d") == "https:&#47;&#47;a.b and www&#46;c.d"
-    assert fenced("a\n````\nb", "yaml") == "`````yaml\na\n````\nb\n`````"
+    assert fenced("a\n````\nb") == "`````yaml\na\n````\nb\n`````"
     names = str(tmp_path / "a" / "b.csv"), "~/data/b.csv", "org/name", "x" * 5000
     assert [public_name(name) for name in names] == ["b.csv", "b.csv", "org/name", "x" * 5000]
 

@@ -85,7 +85,7 @@ class Matched(Generic[C]):
     """Of these, names whose tied twin is counted."""
 
 
-def match_models(base: Source[T], bad: Source[T], bad_name: str = "bad model") -> Matched[T]:
+def match_models(base: Source[T], bad: Source[T]) -> Matched[T]:
     """Finds the other model's tensor of each weight of the base.
 
     Raises:
@@ -98,7 +98,7 @@ def match_models(base: Source[T], bad: Source[T], bad_name: str = "bad model") -
         unique, their_unique = (
             {tied.get(name, name) for name in kept} for tied, kept in ((ties, base.weights), (their_ties, theirs))
         )
-        check_same_names(unique, their_unique, "base", bad_name)
+        check_same_names(unique, their_unique, "base", "bad model")
         odd = sorted(set(ties.items()) ^ set(their_ties.items()))
         if odd:
             raise TaskVectorError(f"{odd[0][0]} is tied in one model and not in the other; load both the same way")
@@ -107,7 +107,7 @@ def match_models(base: Source[T], bad: Source[T], bad_name: str = "bad model") -
             for name, owner in (pair, pair[::-1]):
                 if name not in bad.weights and owner in bad.weights:
                     theirs[name] = bad.weights[owner]
-    check_same_names(base.weights, base.weights.keys() & theirs.keys(), "base", bad_name)
+    check_same_names(base.weights, base.weights.keys() & theirs.keys(), "base", "bad model")
     _check_same_integers(base, bad)
     for name, weight in base.weights.items():
         check_same_shape(name, weight, theirs[name])

@@ -204,7 +204,7 @@ def _facts(run: RecordedRun, part: Part, choices: CardChoices, shown: Sequence[K
         "public_name": public_name,
         "non_commercial": ", ".join(sorted(licences)),
         "licence_unknown": license_of(run, choices) is None,
-        "recipe": fenced(yaml.safe_dump(_public_recipe(run.recipe), sort_keys=False, allow_unicode=True), "yaml"),
+        "recipe": fenced(yaml.safe_dump(_public_recipe(run.recipe), sort_keys=False, allow_unicode=True)),
     }
 
 

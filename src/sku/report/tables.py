@@ -196,7 +196,7 @@ def _perplexity_rows(changes: Mapping[str, PerplexityChange], unlearned: str) ->
 def utility_rows(comparison: Comparison) -> Iterator[TableRow]:
     """Agreement with the base, similarity to the dataset's answers, and the harness's tasks, as far as measured."""
     yield from _agreement_rows(comparison.unlearned.agreement)
-    yield from _score_rows("similarity to the right answer", comparison.similarity, _SIMILARITY_NAMES)
+    yield from _similarity_rows(comparison.similarity)
     yield from _harness_rows(comparison)
 
 
@@ -213,14 +213,14 @@ def _agreement_rows(agreement: Mapping[str, BaseAgreement]) -> Iterator[TableRow
         yield TableRow(section, "KL per token, nats", "0", f"{found.kl:.3g}", bounds, change, "same")
 
 
-def _score_rows(section: str, changes: Mapping[str, ScoreChange], names: Mapping[str, str]) -> Iterator[TableRow]:
-    for key, words in names.items():
+def _similarity_rows(changes: Mapping[str, ScoreChange]) -> Iterator[TableRow]:
+    for key, words in _SIMILARITY_NAMES.items():
         if key in changes:
             change = changes[key]
             sides = f"{change.before.value:.3f}", f"{change.after.value:.3f}"
             bounds = f"{change.after.low:.3f} to {change.after.high:.3f}"
             difference = f"{change.difference:+.3f} ({change.low:+.3f} to {change.high:+.3f})"
-            yield TableRow(section, words, *sides, bounds, difference, "same")
+            yield TableRow("similarity to the right answer", words, *sides, bounds, difference, "same")
 
 
 def _harness_rows(comparison: Comparison) -> Iterator[TableRow]:

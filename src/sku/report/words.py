@@ -92,11 +92,11 @@ def escaped(value: Any) -> str:
     return _MARKUP.sub(r"\\\1", text).replace("&\\#", "&#")
 
 
-def fenced(text: str, language: str) -> Written:
-    """A code block whose fence is longer than any run of backticks inside."""
+def fenced(text: str) -> Written:
+    """A block of YAML whose fence is longer than any run of backticks inside."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
-    return Written(f"{fence}{language}\n{text.rstrip()}\n{fence}")
+    return Written(f"{fence}yaml\n{text.rstrip()}\n{fence}")
 
 
 def bars_escaped(text: str) -> str:

@@ -52,19 +52,13 @@ def write_run(
     *,
     texts: Mapping[str, str] | None = None,
     prompts: Mapping[str, str] | None = None,
-    still_harmful: int = 2,
     parts: bool = True,
     settings: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Writes the folder of a finished run.
+    """Writes the folder of a finished run, with attacks and sweep as ``parts``.
 
-    Args:
-        folder: New.
-        texts: Reply of the unlearned model by id (``forget_test-reply-0``), in place of the invented one.
-        prompts: The same for prompts.
-        still_harmful: Replies of each harmful split that the unlearned model still gives harmfully.
-        parts: With attacks and sweep.
-        settings: Laid over the recipe: dotted key -> value.
+    ``texts`` and ``prompts`` stand in place of invented ones, by id (``forget_test-reply-0``); ``settings``, by dotted
+    key, are laid over the recipe.
     """
     results = {}
     for name in ("base", "unlearned"):
@@ -72,7 +66,7 @@ def write_run(
         for split, kind in ASKED:
             for number in range(PROMPTS):
                 key = f"{split}-{kind}-{number}"
-                outcome = _outcome(name, split, kind, number, still_harmful)
+                outcome = _outcome(name, split, kind, number)
                 own = (texts or {}).get(key) if name == "unlearned" else None
                 records.append(_record(key, split, kind, number, outcome, own, (prompts or {}).get(key)))
                 outcomes.append(_row(key, split, kind, outcome))
@@ -104,10 +98,10 @@ def write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content), encoding="utf-8")
 
 
-def _outcome(name: str, split: Split, kind: Kind, number: int, still_harmful: int) -> Outcome:
+def _outcome(name: str, split: Split, kind: Kind, number: int) -> Outcome:
     if split == "retain_test":
         return "answered"
-    if name == "base" or number < still_harmful * (3 if kind == "prefill" else 1):
+    if name == "base" or number < (6 if kind == "prefill" else 2):
         return "harmful"
     outcomes: Sequence[Outcome] = ("refusal", "evasive", "safe_answer", "gibberish", "unjudged")
     return outcomes[number % 5]
