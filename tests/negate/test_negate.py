@@ -84,13 +84,11 @@ def test_neither_base_nor_bad_model_is_touched(make_model: ModelMaker) -> None:
 
 
 def test_bfloat16_loses_a_part_of_a_small_change_and_says_so(make_model: ModelMaker) -> None:
-    """Changes below half a bfloat16 step, 2e-3 to 4e-3 of the value, are rounded away: none to speak of at 1e-1,
-    most at 1e-3, all at 1e-4.
-    """
+    """Changes below half a bfloat16 step, 2e-3 to 4e-3 of the value, are rounded away."""
     rounded = make_model().to(torch.bfloat16)
     exact = copy.deepcopy(rounded).float()
     generator = torch.Generator().manual_seed(0)
-    for relative, low, high in ((1e-1, 0.98, 1.02), (1e-3, 0.05, 0.9), (1e-4, -0.01, 0.05)):
+    for relative, low, high in ((1e-1, 0.98, 1.02), (2e-3, 0.2, 0.97), (1e-4, -0.01, 0.05)):
         bad = copy.deepcopy(exact)
         with torch.no_grad():
             for parameter in bad.parameters():
@@ -99,7 +97,9 @@ def test_bfloat16_loses_a_part_of_a_small_change_and_says_so(make_model: ModelMa
         assert low < subtract_into(copy.deepcopy(rounded), rounded, vector, 1.0).survival < high
     kept = subtract_into(copy.deepcopy(exact), rounded, vector, 1.0)
     assert round(kept.survival, 3) == 1.0
-    assert kept.base == pytest.approx(sum(float((own.double() ** 2).sum()) for own in exact.parameters()), rel=1e-5)
+    assert kept.base == pytest.approx(
+        sum(float((own.detach().double() ** 2).sum()) for own in exact.parameters()), rel=1e-5
+    )
     assert kept.difference == pytest.approx(1e-8 * kept.base, rel=0.4)
 
 
