@@ -22,7 +22,6 @@ from sku.model_files import locate_model, out_of_reach, with_gguf_file
 from sku.models import ensure_pad_token, load_model, pick_device
 from sku.negate.task_vector import negate, save_unlearned
 from sku.pipeline.checks import check_model
-from sku.pipeline.evaluate import readable_source
 
 
 @pytest.fixture
@@ -239,7 +238,6 @@ def test_the_only_gguf_file_of_a_folder_is_taken_and_said(gguf_folder: Path, cap
     for name, tensor in load_model(alone).model.state_dict().items():
         assert torch.equal(tensor, weights[name])
     assert check_model(alone).parameters == check_model(named).parameters
-    assert readable_source(alone) is None
     assert "tiny.Q8_0.gguf is taken" in caplog.text
     save_file({}, gguf_folder / "model.safetensors")
     assert with_gguf_file(alone) == alone

@@ -320,7 +320,7 @@ def test_samples_are_compared_over_prompts() -> None:
     before, after = samples(*["hhhh"] * 6), samples(*["hhrr"] * 6)
     base, unlearned = (
         dataclasses.replace(
-            result(["refusal"], [1.0, 2.0]),
+            result({"refusal": 1}, [1.0, 2.0]),
             outcomes=rows,
             samples={"forget_test": sample_rates(rows)},
             leak={"forget_test": leaks_of(rows)},
