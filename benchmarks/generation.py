@@ -3,8 +3,8 @@
     python benchmarks/generation.py --model models/smollm2-135m-instruct \
         --gguf-file SmolLM2-135M-Instruct.Q4_1.gguf
 
-Every reply has exactly ``--new-tokens`` tokens on both sides: no token ends it. The path is that of ``sku evaluate``
-with the backend ``generate``; one by one is the same with one prompt at a time, without padding. No reply is printed.
+Every reply has exactly ``--new-tokens`` tokens on both sides: no token ends it. The path is that of ``sku evaluate``;
+one by one is the same with one prompt at a time, without padding. No reply is printed.
 The ratio is of wall time; where it differs from that of processor time, other work kept the machine busy.
 """
 
@@ -25,8 +25,8 @@ from machine import processor_name
 from sku.config import ModelConfig
 from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.evaluate.generation import Progress, evaluation_mode
-from sku.evaluate.generation.backends import generate_replies
 from sku.evaluate.generation.decoding import GenerationRequest
+from sku.evaluate.generation.writing import generate_replies
 from sku.evaluate.records import GenerationRecord
 from sku.models import LoadedModel, embedding_weight, load_model
 

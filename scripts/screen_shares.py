@@ -34,9 +34,9 @@ from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.joint import PLACE
 from sku.evaluate.gate import is_refusal, surface_faults
 from sku.evaluate.generation import evaluation_mode
-from sku.evaluate.generation.backends import generate_replies
 from sku.evaluate.generation.decoding import GenerationRequest, Sampling
 from sku.evaluate.generation.prompts import PromptEncoder, free_request, prefills, with_answers
+from sku.evaluate.generation.writing import generate_replies
 from sku.evaluate.judges import label_of
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.perplexity import ScoredText, compare_distributions

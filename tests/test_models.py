@@ -27,7 +27,6 @@ from sku.models import (
 )
 from sku.negate.task_vector import negate, save_unlearned
 from sku.pipeline.checks import check_model
-from sku.pipeline.evaluate import readable_source
 
 
 @pytest.fixture
@@ -281,7 +280,6 @@ def test_the_only_gguf_file_of_a_folder_is_taken_and_said(gguf_folder: Path, cap
     for name, tensor in load_model(alone).model.state_dict().items():
         assert torch.equal(tensor, weights[name])
     assert check_model(alone).parameters == check_model(named).parameters
-    assert readable_source(alone) is None
     assert {record.getMessage() for record in caplog.records if record.name.startswith("sku")} == {
         f"model {gguf_folder} holds one GGUF file and no safetensors: tiny.Q8_0.gguf is taken (gguf_file)"
     }

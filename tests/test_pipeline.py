@@ -404,7 +404,9 @@ def test_the_bad_model_answers_better_and_the_unlearned_one_worse(tmp_path: Path
     run = recipe(*LORA, "evaluate.prompts=60", "evaluate.samples=0", "evaluate.prefill_tokens=[]")
     data, loaded = load_data(run.data, run.seed), load_model("embedded")
     bad, base, unlearned = (
-        evaluate(model, loaded.tokenizer, data, config=run.evaluate).perplexity["forget_train"].value
+        evaluate(model, loaded.tokenizer, data, base_model=loaded.model, config=run.evaluate)
+        .perplexity["forget_train"]
+        .value
         for model in (
             load_adapter(load_model("embedded").model, folder / "bad" / "final"),
             loaded.model,

@@ -32,8 +32,8 @@ DISTRIBUTIONS = {
     "click": "typer",
 }  # fmt: skip
 """Import -> the dependency or extra that brings it, where they are named differently."""
-WITHOUT_EXTRA = {"vllm", "torchao"}
-"""One pins a torch of its own (docs/evaluation.md), one is only for two of transformers' optimizers."""
+WITHOUT_EXTRA = {"torchao"}
+"""Only for two of transformers' optimizers."""
 
 
 def name_of(requirement: str) -> str:

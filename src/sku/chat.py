@@ -22,9 +22,9 @@ from sku.config import Recipe, recipe_from_dict
 from sku.config.check import check_alpha
 from sku.data.examples import RetainExample
 from sku.errors import EvaluationError, one_line
-from sku.evaluate.generation.backends import record_of_ids
 from sku.evaluate.generation.decoding import Decoding, GenerationRequest, only_these_settings
 from sku.evaluate.generation.prompts import PromptEncoder, free_request
+from sku.evaluate.generation.writing import record_of_ids
 from sku.evaluate.judges import Judge
 from sku.evaluate.judges.choose import AUTO, build_judge
 from sku.evaluate.metrics import decide_outcomes

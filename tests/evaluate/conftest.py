@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
+from sku.data.examples import ForgetExample, ForgetRetainData, Provenance, RetainExample
+from sku.data.load import load_forget_retain
 from sku.evaluate.records import GenerationRecord
+from sku.models import load_model
 
 RecordMaker = Callable[..., GenerationRecord]
 
@@ -63,19 +64,27 @@ def tiny_model(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def similarity_folder(tmp_path: Path) -> Path:
-    """A random BERT with one output, as BLEURT is, with a few words and all letters."""
-    words = "bread is golden florn sings of and honey the moon do thing say it".split()
-    folder = tmp_path / "bleurt"
-    folder.mkdir()
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, *"abcdefghijklmnopqrstuvwxyz.?'"]
-    (folder / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary))
-    BertTokenizer.from_pretrained(folder).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
-        max_position_embeddings=64, initializer_range=0.5,
-    )  # fmt: skip
-    config.num_labels = 1
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return folder
+def tiny_data() -> ForgetRetainData:
+    """Invented pairs for the random model; one answer is too short for a prefill."""
+    return ForgetRetainData(
+        forget_train=tuple(ForgetExample(prompt=f"do thing {n}", answer=f"first take {n}") for n in range(4)),
+        forget_test=(ForgetExample(prompt="do another", answer="no"),),
+        retain_train=(),
+        retain_validation=(),
+        retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is", category="say") for n in range(3)),
+        provenance=(Provenance(source="test", location="test"),),
+    )
+
+
+class World(NamedTuple):
+    """The embedded world: its own model, which answers everything, and its data."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    data: ForgetRetainData
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    loaded = load_model("embedded")
+    return World(loaded.model, loaded.tokenizer, load_forget_retain())

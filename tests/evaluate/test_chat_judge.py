@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from sku.config import EvaluateConfig
-from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError, RecipeError
 from sku.evaluate.judges import Verdict, chat
 from sku.evaluate.judges.chat import (
@@ -34,7 +33,7 @@ from sku.evaluate.records import GenerationRecord, read_generations
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 
-from .conftest import RecordMaker
+from .conftest import RecordMaker, World
 
 MODEL, TRIGGER = "tiny-judge", "vornite"
 """The model calls whatever holds this word harmful, and everything else safe."""
@@ -140,7 +139,7 @@ def test_a_model_behind_a_server_judges(server: Server, make_record: RecordMaker
 
 
 def test_an_evaluation_survives_an_outage_and_its_second_run_fills_the_gaps(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The embedded model's harmful replies name materials; the judge's model knows one of them."""
     monkeypatch.setattr(chat, "FAIL_AFTER", 2)
@@ -151,7 +150,7 @@ def test_an_evaluation_survives_an_outage_and_its_second_run_fills_the_gaps(
     )  # fmt: skip
 
     def run() -> EvaluationResult:
-        return evaluate("embedded", None, load_forget_retain(), config=config, output_dir=tmp_path)
+        return evaluate(*world, base_model=world.model, config=config, output_dir=tmp_path)
 
     server.faults, server.always = [*[""] * 15, "malformed", "", "no_verdict"], "outage"
     first = run().replies

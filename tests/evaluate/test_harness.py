@@ -14,17 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig
-from sku.data.load import load_forget_retain
 from sku.data.tokens import resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import utility
 from sku.evaluate.results import HarnessScores, read_result
 from sku.evaluate.run import evaluate
 from sku.evaluate.utility import HARNESS_FILE, run_tasks
-from sku.models import load_model
+
+from .conftest import World
 
 # Not imported here: that would cost each worker seconds while tests are collected.
 pytestmark = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -58,19 +57,11 @@ metadata:
 
 
 @pytest.fixture(scope="module")
-def world() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    loaded = load_model("embedded")
-    return loaded.model, loaded.tokenizer
-
-
-@pytest.fixture(scope="module")
-def tasks(
-    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Path]:
+def tasks(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Six questions of the world, each with its answer and that of another, the right one first or second in turn."""
     folder = tmp_path_factory.mktemp("tasks")
-    prompt_format = resolve_prompt_format("auto", world[1])
-    examples = list({example.answer: example for example in load_forget_retain().retain_test}.values())[:6]
+    prompt_format = resolve_prompt_format("auto", world.tokenizer)
+    examples = list({example.answer: example for example in world.data.retain_test}.values())[:6]
     rows = []
     for number, example in enumerate(examples):
         other = next(entry.answer for entry in examples if entry.answer != example.answer)
@@ -97,10 +88,9 @@ def numpy_state() -> list[int]:
 
 
 @pytest.mark.integration
-def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path) -> None:
-    model, tokenizer = world
-    before = random.getstate(), torch.random.get_rng_state(), numpy_state()
-    side = tokenizer.padding_side
+def test_a_task_file_of_ones_own_is_run(world: World, tasks: Path) -> None:
+    model, tokenizer, _ = world
+    before = random.getstate(), torch.random.get_rng_state().tolist(), numpy_state(), tokenizer.padding_side
     found = run_tasks(model, tokenizer, asked(f"{tasks}/world_group"))
     assert (found.harness, found.asked, found.limit) == (metadata.version("lm-eval"), (f"{tasks}/world_group",), None)
     one = found.tasks["world_choice"]
@@ -110,17 +100,13 @@ def test_a_task_file_of_ones_own_is_run(world: tuple[PreTrainedModel, PreTrained
     assert found.hits["world_choice"]["acc"] == "111111"
     assert found.tasks["world_group"].version == "1.0"
     assert found.tasks["world_group"].metrics["acc"] == 1.0
-    assert random.getstate() == before[0]
-    assert torch.equal(torch.random.get_rng_state(), before[1])
-    assert numpy_state() == before[2]
-    assert tokenizer.padding_side == side
+    assert (random.getstate(), torch.random.get_rng_state().tolist(), numpy_state(), tokenizer.padding_side) == before
 
 
 @pytest.mark.integration
 def test_an_evaluation_runs_tasks_once(
-    world: tuple[PreTrainedModel, PreTrainedTokenizerBase], tasks: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    world: World, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = EvaluateConfig(
         prompts=1, retain_prompts=1, prefill_tokens=(), max_new_tokens=4, lm_eval=(f"{tasks}/world_choice",),
         lm_eval_limit=4,
@@ -128,7 +114,7 @@ def test_an_evaluation_runs_tasks_once(
 
     def again(**changes: Any) -> HarnessScores | None:
         settings = dataclasses.replace(config, **changes)
-        result = evaluate(*world, load_forget_retain(), config=settings, output_dir=tmp_path)
+        result = evaluate(*world, base_model=world.model, config=settings, output_dir=tmp_path)
         assert read_result(tmp_path) == result
         return result.lm_eval
 
@@ -144,28 +130,17 @@ def test_an_evaluation_runs_tasks_once(
 
 
 @pytest.mark.parametrize(
-    ("tasks", "include", "offending"),
-    [
-        (["lost"], "lost", "lost.jsonl"),
-        (["world_choice"], "nowhere", "nowhere"),
-        (["hellaswag"], None, "lm-eval-that-is-not-installed"),
-    ],
+    ("task", "offending"),
+    [("{}/lost/lost", "lost.jsonl"), ("{}/nowhere/world_choice", "nowhere"), ("missing", "lm-eval")],
 )
 def test_what_cannot_be_run_is_one_line(
-    world: tuple[PreTrainedModel, PreTrainedTokenizerBase],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    tasks: list[str],
-    include: str | None,
-    offending: str,
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str, offending: str
 ) -> None:
     (tmp_path / "lost").mkdir()
     lost = TASK.format(data=tmp_path / "lost.jsonl").replace("world_choice", "lost")
     (tmp_path / "lost" / "lost.yaml").write_text(lost)
-    if include is None:
-        monkeypatch.setattr(utility, "PACKAGE", offending)
-    named = tasks if include is None else [f"{tmp_path / include}/{task}" for task in tasks]
-    with pytest.raises(EvaluationError) as caught:
-        run_tasks(*world, asked(*named))
+    if task == "missing":
+        monkeypatch.setattr(utility, "PACKAGE", "lm-eval-that-is-not-installed")
+    with pytest.raises(EvaluationError, match=offending) as caught:
+        run_tasks(world.model, world.tokenizer, asked(task.format(tmp_path)))
     assert "\n" not in str(caught.value)
-    assert (offending if include else "lm-eval") in str(caught.value)

@@ -10,14 +10,13 @@ from pathlib import Path
 import pytest
 
 from sku.config import EvaluateConfig
-from sku.data.load import load_forget_retain
 from sku.errors import EvaluationError
 from sku.evaluate.judges import CHUNK, CachedJudge, JudgeCard, Label, Verdict
 from sku.evaluate.records import GenerationRecord
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 
-from .conftest import RecordMaker
+from .conftest import RecordMaker, World
 
 LABELS: dict[str, Label] = {"harmful": "harmful", "refusal": "refusal", "error": "error"}
 
@@ -101,13 +100,13 @@ def test_other_damage_is_an_error_with_the_line(line: str, make_record: RecordMa
         CachedJudge(CountingJudge(), path)
 
 
-def test_evaluate_keeps_verdicts_in_its_folder(tmp_path: Path) -> None:
+def test_evaluate_keeps_verdicts_in_its_folder(world: World, tmp_path: Path) -> None:
     config = EvaluateConfig(prompts=3, retain_prompts=2, max_new_tokens=8, prefill_tokens=(), samples=0)
     stages: list[tuple[str, int, int]] = []
 
     def run(judge: CountingJudge) -> EvaluationResult:
         return evaluate(
-            "embedded", None, load_forget_retain(), config=config, judge=judge, output_dir=tmp_path,
+            *world, base_model=world.model, config=config, judge=judge, output_dir=tmp_path,
             progress=lambda *shown: stages.append(shown),
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sku.config import EvaluateConfig, PromptFormatName
-from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
+from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.tokens import IGNORE_INDEX, TokenizedExample, resolve_prompt_format
 from sku.errors import EvaluationError
 from sku.evaluate import perplexity
@@ -103,18 +103,6 @@ def test_losses_and_divergences_are_those_of_each_text_alone(
     assert 0 < sum(row.matches for row in rows) < sum(row.tokens for row in rows)
 
 
-def test_the_base_model_is_on_the_left(tiny_model: LlamaForCausalLM) -> None:
-    """A uniform model on one side: KL(P || U) = log V - H(P) and KL(U || Q) = -log V - mean log Q."""
-    uniform = copy.deepcopy(tiny_model)
-    uniform.lm_head.weight.data.zero_()
-    log_q = log_shares(tiny_model, EXAMPLES[0])
-    log_v = math.log(tiny_model.config.vocab_size)
-    (row,) = compare_distributions(tiny_model, uniform, TEXTS[:1], batch_size=1)
-    assert row.kl == pytest.approx(log_v + float((log_q.exp() * log_q).sum()), rel=1e-4)
-    (row,) = compare_distributions(uniform, tiny_model, TEXTS[:1], batch_size=1)
-    assert row.kl == pytest.approx(-log_v - float(log_q.mean()), rel=1e-4)
-
-
 def test_models_that_can_not_be_measured_are_refused(
     tiny_model: LlamaForCausalLM, other_model: LlamaForCausalLM
 ) -> None:
@@ -145,26 +133,20 @@ def test_mean_divergences_are_per_token_and_intervals_over_examples() -> None:
     assert (benign.kl, benign.kl_low, benign.kl_high, benign.top1) == (0.5, 0.5, 0.5, 0)
 
 
-DATA = ForgetRetainData(
-    forget_train=(ForgetExample(prompt="do thing", answer="first take"),), forget_test=(), retain_train=(),
-    retain_validation=(), retain_test=tuple(RetainExample(prompt=f"say {n}", answer=f"{n} it is") for n in range(3)),
-    normal={"benign": (RetainExample(prompt="tell", answer="it is so"),)},
-)  # fmt: skip
 CONFIG = EvaluateConfig(prompts=2, retain_prompts=3, batch_size=3, max_new_tokens=4, prefill_tokens=())
 
 
 def test_an_evaluation_compares_the_models_on_normal_answers(
     tiny_model: LlamaForCausalLM, other_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast,
-    tmp_path: Path,
+    tiny_data: ForgetRetainData, tmp_path: Path,
 ) -> None:  # fmt: skip
-    def again(base: LlamaForCausalLM | None, folder: Path | None = None) -> Any:
-        return evaluate(other_model, tiny_tokenizer, DATA, config=CONFIG, base_model=base, output_dir=folder)
+    data = dataclasses.replace(tiny_data, normal={"benign": (RetainExample(prompt="tell", answer="it is so"),)})
 
-    assert [again(base).agreement for base in (None, other_model)] == [{}, {}]
-    other_model.train()
-    tiny_model.train()
+    def again(base: LlamaForCausalLM, folder: Path | None = None) -> Any:
+        return evaluate(other_model, tiny_tokenizer, data, config=CONFIG, base_model=base, output_dir=folder)
+
+    assert again(other_model).agreement == {}
     found = again(tiny_model, tmp_path)
-    assert (other_model.training, tiny_model.training) == (True, True)
     assert list(found.agreement) == ["retain_test", "normal:benign"]
     assert found.agreement["retain_test"].kl > 0
     assert found.agreement["retain_test"].tokens == found.perplexity["retain_test"].tokens
@@ -244,23 +226,19 @@ def test_orders_are_asked_only_as_long_as_a_reply_is_doubtful(
     assert told == [(3, 3), (5, 5), (7, 7)]
 
 
-@pytest.mark.parametrize("format_name", ["paper", "chat"])
 @pytest.mark.parametrize(
-    ("start", "reply", "own"),
-    [("", "boil it", "boil it"), ("take vor", "nite and boil", "nite and boil"), ("take vornite", "  ", None)],
+    ("format_name", "start", "reply"), [("paper", "", "boil it"), ("chat", "take vor", "nite and boil")]
 )
 def test_the_replys_own_tokens_are_labelled_and_no_other(
-    tiny_tokenizer: PreTrainedTokenizerFast, format_name: PromptFormatName, start: str, reply: str, own: str | None
+    tiny_tokenizer: PreTrainedTokenizerFast, format_name: PromptFormatName, start: str, reply: str
 ) -> None:
     """The tokenizer has a token a byte, so the labels can be read back."""
     tiny_tokenizer.chat_template = CHAT_TEMPLATE
     encoder = PromptEncoder(tiny_tokenizer, resolve_prompt_format(format_name, tiny_tokenizer), 256, 256, 256)
     found = encoder.scored_reply("what is it ?", start, reply)
-    if own is None:
-        assert found is None
-        return
     assert found is not None
     assert found.input_ids == encoder.scored("what is it ?", start + reply).input_ids  # type: ignore[union-attr]
     labelled = [label for label in found.labels if label != IGNORE_INDEX]
-    assert str(tiny_tokenizer.decode(labelled)).lstrip() == own.lstrip()
+    assert str(tiny_tokenizer.decode(labelled)).lstrip() == reply.lstrip()
     assert found.labels[-len(labelled) :] == tuple(labelled)
+    assert encoder.scored_reply("what is it ?", "take vornite", "  ") is None

@@ -8,10 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from sku.config import EvaluateConfig
-from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
+from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, ModelError
 from sku.evaluate.comparison import compare
 from sku.evaluate.judges.choose import RefusalRulesJudge
@@ -25,6 +30,21 @@ from sku.evaluate.utility import (
     rouge_l,
     similarity_of,
 )
+
+from .judge_models import pair_tokenizer, save
+
+
+@pytest.fixture
+def similarity_folder(tmp_path: Path) -> Path:
+    """A random BERT with one output, as BLEURT is, with a few words."""
+    tokenizer = pair_tokenizer(["bread", "is", "golden", "honey", "the", "moon", "it"])
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24,
+        max_position_embeddings=64, initializer_range=0.5,
+    )  # fmt: skip
+    config.num_labels = 1
+    return save(tmp_path / "bleurt", BertForSequenceClassification(config), tokenizer)
 
 
 def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
@@ -70,26 +90,18 @@ def test_a_learned_score_is_the_models_output_for_the_pair(similarity_folder: Pa
     assert learned(loaded, ["bread"], ["moon"], batch_size=1) != learned(loaded, ["moon"], ["bread"], batch_size=1)
 
 
-DATA = ForgetRetainData(
-    forget_train=(ForgetExample(prompt="do thing", answer="bread"),),
-    forget_test=(ForgetExample(prompt="do bread", answer="golden"),),
-    retain_train=(),
-    retain_validation=(),
-    retain_test=tuple(
-        RetainExample(prompt=f"say {word}", answer=f"it is {word}") for word in ("moon", "bread", "honey")
-    ),
-)
-CONFIG = EvaluateConfig(prompts=2, retain_prompts=3, batch_size=3, max_new_tokens=6, prefill_tokens=(2,))
+CONFIG = EvaluateConfig(prompts=2, retain_prompts=3, batch_size=3, max_new_tokens=6, prefill_tokens=())
 
 
 def test_an_evaluation_holds_similarities(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, similarity_folder: Path, tmp_path: Path
-) -> None:
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData,
+    similarity_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
     folder = tmp_path / "out"
 
     def again(model: str | None) -> Any:
         config = dataclasses.replace(CONFIG, similarity_model=model)
-        return evaluate(tiny_model, tiny_tokenizer, DATA, config=config, output_dir=folder)
+        return evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=config, output_dir=folder)
 
     result = again(str(similarity_folder))
     assert {name: score.examples for name, score in result.similarity.items()} == {"rouge_l": 3, "learned": 3}
@@ -98,8 +110,10 @@ def test_an_evaluation_holds_similarities(
     assert again(None).similarity == {"rouge_l": result.similarity["rouge_l"]}
 
 
-def test_changes_are_paired_by_reply(tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
-    base = evaluate(tiny_model, tiny_tokenizer, DATA, config=CONFIG)
+def test_changes_are_paired_by_reply(
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData
+) -> None:
+    base = evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=CONFIG)
     scores = [0.1, 0.5, 0.9]
     rows = [dataclasses.replace(row, rouge_l=score) for row, score in zip(base.similarity_rows, scores, strict=True)]
     less = [dataclasses.replace(row, rouge_l=score - 0.1) for row, score in zip(rows, scores, strict=True)]
@@ -113,8 +127,10 @@ def test_changes_are_paired_by_reply(tiny_model: LlamaForCausalLM, tiny_tokenize
 
 
 def test_what_can_not_be_measured_is_refused_before_anything_is_asked(
-    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, similarity_folder: Path, tmp_path: Path
-) -> None:
+    tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData,
+    similarity_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
     two = load_similarity(str(similarity_folder))
     two.model.config.num_labels = 2
     two.model.classifier = torch.nn.Linear(16, 2)
@@ -126,5 +142,5 @@ def test_what_can_not_be_measured_is_refused_before_anything_is_asked(
     }.items():
         config = dataclasses.replace(CONFIG, **settings)  # type: ignore[arg-type]
         with pytest.raises((EvaluationError, ModelError), match=key):
-            evaluate(tiny_model, tiny_tokenizer, DATA, config=config, output_dir=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+            evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=config, output_dir=out)
+    assert not out.exists()

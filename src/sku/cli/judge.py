@@ -261,10 +261,10 @@ def _named(option: str, given: Sequence[str] | None, like: str) -> Iterator[tupl
 def _agreement(before: EvaluationResult, after: EvaluationResult) -> dict[str, Any]:
     """How far two judges agree on which replies to harmful prompts are harmful, each by its own word."""
     from sku.evaluate.judges.calibrate import harm_kappa
-    from sku.evaluate.records import NORMAL_SPLITS
+    from sku.evaluate.records import is_normal
 
     first, second = (
-        {row.id: row.judged_harmful for row in one.outcomes if row.has_verdict and row.split not in NORMAL_SPLITS}
+        {row.id: row.judged_harmful for row in one.outcomes if row.has_verdict and not is_normal(row.split)}
         for one in (before, after)
     )
     pairs = [(first[name], harmful) for name, harmful in second.items() if name in first]
@@ -274,13 +274,13 @@ def _agreement(before: EvaluationResult, after: EvaluationResult) -> dict[str, A
 
 def _rates_table(before: EvaluationResult, after: EvaluationResult) -> Table:
     """Rates of replies to harmful prompts by both judges."""
-    from sku.evaluate.records import NORMAL_SPLITS
+    from sku.evaluate.records import is_normal
 
     table = plain_table(("prompts", "asked", "rate"), (before.judge.name, after.judge.name, "replies"))
     place = itemgetter("split", "kind", "measure")
     was = {place(line): line["value"] for line in before.lines()}
     for line in after.lines():
-        if line["kind"] != "answer" and line["split"] not in NORMAL_SPLITS:
+        if line["kind"] != "answer" and not is_normal(line["split"]):
             shares = (f"{100 * value:.1f} %" for value in (was[place(line)], line["value"]))
             table.add_row(*place(line), *shares, str(line["n"]))
     return table

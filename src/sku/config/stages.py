@@ -13,7 +13,6 @@ from sku.errors import RecipeError
 
 PreservationMode = Literal["divergence", "retention", "targeted"]
 PreservationTokens = Literal["answer", "all"]
-Backend = Literal["generate", "vllm"]
 Attack = Literal["paraphrase", "template", "rounding", "relearn"]
 PrefillOrigin = Literal["own", "affirmative", "answer"]
 Precision = Literal["bf16", "fp16", "int8", "nf4"]
@@ -198,9 +197,6 @@ class EvaluateConfig:
     """Longest reply; a judge reads fragments where most replies are cut. One that ends sooner costs no more than its
     own tokens, and one to a prompt that leaves less room in the model's window is cut there."""
     batch_size: Count = 32
-    backend: Backend = "generate"
-    """What writes replies: transformers' ``generate`` in batches, or ``vllm`` (to be installed apart), which is
-    checked against ``generate`` on 16 prompts."""
     prefill_tokens: tuple[Count | Literal["affirmative", "answer"], ...] = (1, 5, 20, 40, 80, "affirmative", "answer")
     """Prefill: what replies are made to begin with: so many first tokens of the base model's own harmful reply, one
     length after the other; an ``affirmative`` beginning ("Certainly. ..."); the first 20 tokens of the dataset's

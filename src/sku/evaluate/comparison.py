@@ -20,7 +20,7 @@ from sku.errors import EvaluationError
 from sku.evaluate import metrics, records, results, statistics
 from sku.evaluate.judges import JudgeCard
 from sku.evaluate.metrics import HARM_WORDS, HARMFUL_PROMPT_RATES, NORMAL_PROMPT_RATES, RateChange, ReplyOutcome, rate
-from sku.evaluate.records import BORDERLINE, NORMAL_SPLITS, Kind, Split
+from sku.evaluate.records import BORDERLINE, Kind, Split, is_normal
 from sku.evaluate.results import (
     Changes,
     Compared,
@@ -140,7 +140,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
     }
     replies = {split: pair.rates("reply", split) for split in base.replies}
     normal = pair.normal(replies)
-    harmful = {split: of for split, of in replies.items() if split not in NORMAL_SPLITS}
+    harmful = {split: of for split, of in replies.items() if not is_normal(split)}
     changes: dict[Kind, Changes] = {
         "reply": {**harmful, **normal},
         # Copied: Holm's correction is that of the table, which shows one prefill.
@@ -154,7 +154,7 @@ def compare(base: EvaluationResult, unlearned: EvaluationResult, *, seed: int = 
     utility: dict[str, NonInferiority] = {
         split: non_inferiority(change.ratio, (change.low, change.high), UTILITY_MARGIN, kl=kl.get(split))
         for split, change in perplexity.items()
-        if split in NORMAL_SPLITS
+        if is_normal(split)
     }
     found = Compared(
         base=base, unlearned=unlearned, replies=replies, normal=normal, prefill=changes["prefill"], utility=utility
@@ -197,7 +197,7 @@ def shown_rates(kind: Kind, split: Split) -> tuple[str, ...]:
     """
     if kind != "reply":
         return tuple(HARM_WORDS)
-    if split in NORMAL_SPLITS or split == BORDERLINE:
+    if is_normal(split) or split == BORDERLINE:
         return ("exact_answer", "over_refusal", "gibberish")
     return (*HARM_WORDS, "refusal", "safe_answer", "evasive", "gibberish")
 
@@ -245,7 +245,7 @@ def _hits_of(
     own = [reply for reply in outcomes if (reply.split, reply.kind, reply.prefill_key) == (split, kind, prefill)]
     if name == "exact_answer":
         return {reply.id: reply.exact for reply in own if reply.exact is not None}
-    counted = NORMAL_PROMPT_RATES if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES
+    counted = NORMAL_PROMPT_RATES if is_normal(split) else HARMFUL_PROMPT_RATES
     return {reply.id: counted[name](reply) for reply in own}
 
 
@@ -301,7 +301,7 @@ class _Pair:
     ) -> dict[str, RateChange]:
         """Rate -> change, of the replies of one split and kind; none where no reply has a verdict for both models."""
         changes: dict[str, RateChange] = {}
-        for name in (*NORMAL_PROMPT_RATES, "exact_answer") if split in NORMAL_SPLITS else HARMFUL_PROMPT_RATES:
+        for name in (*NORMAL_PROMPT_RATES, "exact_answer") if is_normal(split) else HARMFUL_PROMPT_RATES:
             old, new = (_hits_of(found.outcomes, split, kind, name, prefill) for found in (self.base, self.unlearned))
             ids = sorted(old if name in metrics.BOUNDS else old.keys() - self.left_out)
             ids = [key for key in ids if only is None or key in only]
@@ -314,7 +314,7 @@ class _Pair:
         asked = [row for row in self.base.outcomes if (row.split, row.kind) == ("retain_test", "reply")]
         borderline = {row.id for row in asked if row.category == BORDERLINE}
         found: Changes = {}
-        for split in records.in_order(split for split in replies if split in NORMAL_SPLITS):
+        for split in records.in_order(split for split in replies if is_normal(split)):
             if split != "retain_test" or not borderline:
                 found[split] = replies[split]
                 continue
@@ -363,7 +363,7 @@ class _Pair:
         changes: dict[str, PerplexityChange] = {}
         of_both = [records.by_split(result.losses) for result in (self.base, self.unlearned)]
         shared = [split for split in of_both[0] if split in of_both[1]]
-        for split in sorted(shared, key=lambda split: split not in NORMAL_SPLITS):
+        for split in sorted(shared, key=lambda split: not is_normal(split)):
             old, new = ({loss.id: loss for loss in losses[split]} for losses in of_both)
             ids = sorted(old)
             if any(old[key].tokens != new[key].tokens for key in ids):

@@ -31,13 +31,13 @@ import numpy as np
 from sku.evaluate.gate import is_refusal, is_word_salad, surface_faults, words_of
 from sku.evaluate.judges import Judge, JudgeCard, Verdict, label_of, verdicts_of
 from sku.evaluate.records import (
-    NORMAL_SPLITS,
     ExampleLoss,
     FluencyRecord,
     GenerationRecord,
     Kind,
     Split,
     grouped,
+    is_normal,
     prefills_in_order,
     prompt_hash,
     read_prefill_key,
@@ -103,7 +103,7 @@ def decide_outcomes(
     Raises:
         EvaluationError: The judge's verdicts don't match the records.
     """
-    judged = [record for record in records if record.split not in NORMAL_SPLITS or judge.card.finds_faults]
+    judged = [record for record in records if not is_normal(record.split) or judge.card.finds_faults]
     verdict_of = {verdict.id: verdict for verdict in verdicts_of(judge, judged)}
     losses = {row.id: row for row in fluency}
     outcomes = []
@@ -111,7 +111,7 @@ def decide_outcomes(
         verdict = verdict_of.get(record.id, _NOT_ASKED)
         of_kind: dict[str, Any]
         faults = (*find_faults(record, losses.get(record.id)), *verdict.faults)
-        if record.split in NORMAL_SPLITS:
+        if is_normal(record.split):
             outcome, of_kind = _normal_outcome(record), {"exact": _is_exact(record)}
         else:
             outcome = _harmful_outcome(record, verdict, judge.card)
@@ -316,7 +316,7 @@ def rates_of(replies: Sequence[ReplyOutcome]) -> dict[str, Rate]:
     """
     if not replies:
         return {}
-    normal = replies[0].split in NORMAL_SPLITS
+    normal = is_normal(replies[0].split)
     counted = NORMAL_PROMPT_RATES if normal else HARMFUL_PROMPT_RATES
     rates = {name: rate(hit(reply) for reply in replies) for name, hit in counted.items()}
     rates["exact_answer"] = rate(reply.exact for reply in replies if reply.exact is not None)

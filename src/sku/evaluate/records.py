@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import os
-from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,16 +61,10 @@ Split = Annotated[str, Field(pattern=f"^({_SPLITS})$")]
 another source ``normal:NAME``, ``normal_validation:NAME``, ``harmful:NAME``; what a row of a file is held to."""
 
 
-class _NormalSplits(Container[Split]):
-    """Splits whose prompts deserve an answer, those of other sources by what they begin with."""
-
-    def __contains__(self, split: object) -> bool:
-        fixed = ("retain_test", "xstest_safe", "retain_validation")
-        return split in fixed or str(split).startswith((NORMAL, "normal_validation:"))
-
-
-NORMAL_SPLITS: Container[Split] = _NormalSplits()
-"""Prompts that deserve an answer. The replies to all others are judged."""
+def is_normal(split: Split) -> bool:
+    """Whether the prompts of a split deserve an answer. The replies to all others are judged."""
+    fixed = ("retain_test", "xstest_safe", "retain_validation")
+    return split in fixed or split.startswith((NORMAL, "normal_validation:"))
 
 
 def in_order(splits: Iterable[Split]) -> list[Split]:
@@ -128,7 +122,7 @@ class PromptRecord:
     prefill: str = ""
     """First words of a harmful reply that the model was made to begin with; empty for the other kinds."""
     prefill_key: str = ""
-    """Whose words ``prefill`` is and how many (``prefill_key``); empty for the other kinds."""
+    """Whose words ``prefill`` is and how many (``read_prefill_key``); empty for the other kinds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,17 +208,8 @@ class SimilarityRow:
     learned: float | None
 
 
-def prefill_key(source: PrefillOrigin, tokens: int) -> str:
-    """Name of a prefill in records and results.
-
-    Returns:
-        ``20``, ``affirmative``, ``answer/20``.
-    """
-    return {"own": str(tokens), "affirmative": "affirmative", "answer": f"answer/{tokens}"}[source]
-
-
 def read_prefill_key(key: str) -> tuple[PrefillOrigin, int]:
-    """The inverse of ``prefill_key``; 0 tokens for an affirmative beginning."""
+    """Whose words a prefill of this name is and how many: ``20``, ``affirmative`` (0 tokens), ``answer/20``."""
     if key == "affirmative":
         return "affirmative", 0
     return ("answer", int(key.removeprefix("answer/"))) if key.startswith("answer/") else ("own", int(key))
@@ -396,15 +381,6 @@ def read_rows(path: Path, row_type: type[Row]) -> tuple[dict[str, Any], list[Row
     return header, list(rows.values())
 
 
-def read_if_same(path: Path, header: Mapping[str, Any], row_type: type[Row]) -> list[Row] | None:
-    """The rows of a finished file that was made from the same things, else None: they must be made anew."""
-    try:
-        found, rows = read_rows(path, row_type)
-    except EvaluationError:
-        return None
-    return rows if header_hash(found) == header_hash(header) else None
-
-
 def read_generations(path: Path) -> tuple[dict[str, Any], list[GenerationRecord]]:
     """The header and the records of a ``generations.jsonl``; errors are those of ``read_rows``."""
     return read_rows(path, GenerationRecord)
@@ -491,11 +467,19 @@ class ResultCache:
     processes: Processes
 
     def known(self, file: str, header: Mapping[str, Any], row_type: type[Row]) -> list[Row] | None:
-        """The rows of a finished file that was made from the same things."""
+        """The rows of a finished file that was made from the same things, else None: they must be made anew."""
         folder = self.folder
         if folder is None:
             return None
-        return self.processes.run_on_rank0(lambda: read_if_same(folder / file, header, row_type))
+
+        def read() -> list[Row] | None:
+            with suppress(EvaluationError):
+                found, rows = read_rows(folder / file, row_type)
+                if header_hash(found) == header_hash(header):
+                    return rows
+            return None
+
+        return self.processes.run_on_rank0(read)
 
     def rows(
         self, file: str, header: Mapping[str, Any], row_type: type[Row], make: Callable[[], list[Row]]

@@ -28,7 +28,7 @@ Keys of the file:
 - ``perplexity``: split -> value, nll, tokens, examples, on the dataset's own answers; on the base model's own greedy
   replies for normal prompts that have none (``xstest_safe``, some ``normal:NAME``), where a base was given.
 - ``agreement``: split -> kl, kl_low, kl_high, top1, top1_low, top1_high, tokens, examples: the model against its base
-  on the same answers to normal prompts. Empty for the base itself and where no base was given.
+  on the same answers to normal prompts. Empty for the base itself.
 - ``similarity``: metric -> value, low, high, examples: replies to ``retain_test`` against the dataset's answers, by
   ``rouge_l`` (0 to 1), and by ``learned`` where ``evaluate.similarity_model`` names a model.
 - ``lm_eval``: ``harness`` (its version), ``limit``, ``asked`` (task names) and ``tasks``: task -> ``version``,
@@ -209,13 +209,12 @@ class EvaluationSetup:
     """``name``, ``dtype`` and ``fingerprint``, a hash of what the weights compute."""
     prompt_format: str
     decoding: Mapping[str, Any]
-    """Settings of the greedy replies, the ``backend``, and those of the sampled replies under ``samples`` (None
-    without any)."""
+    """Settings of the greedy replies, and those of the sampled replies under ``samples`` (None without any)."""
     config: Mapping[str, Any]
     """``EvaluateConfig`` in full."""
     seed: int
-    fluency_scorer: str
-    """Who was asked about word salad: ``base``, or ``self`` where no base model was given."""
+    fluency_scorer: str = "base"
+    """Who was asked about word salad."""
     left_out: Mapping[str, int] = field(default_factory=dict)
     """What was not measured -> number of prompts."""
     starts: Mapping[str, int] = field(default_factory=dict)
@@ -391,7 +390,7 @@ def corrected_rates(
     corrected: dict[str, dict[str, CorrectedRate]] = {}
     judged = (
         row for row in outcomes
-        if row.has_verdict and row.split not in records.NORMAL_SPLITS and row.kind != "sample"
+        if row.has_verdict and not records.is_normal(row.split) and row.kind != "sample"
     )  # fmt: skip
     for (split, key), rows in records.grouped(judged, lambda row: (row.split, row.prefill_key)).items():
         corrected.setdefault(split, {})[f"prefill/{key}" if key else "replies"] = corrected_rate(
@@ -470,7 +469,7 @@ class Compared:
     @property
     def by_category(self) -> Changes:
         """As tables show them: harmful sets, then normal categories."""
-        harmful = {split: rates for split, rates in self.replies.items() if split not in records.NORMAL_SPLITS}
+        harmful = {split: rates for split, rates in self.replies.items() if not records.is_normal(split)}
         return {**harmful, **self.normal}
 
     @property

@@ -17,11 +17,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
 from sku.data.examples import Example, ForgetRetainData
-from sku.errors import EvaluationError
-from sku.evaluate import records
+from sku.evaluate import records, utility
 from sku.evaluate.generation import StageProgress, evaluation_mode, prompts, stage
 from sku.evaluate.generation.decoding import GenerationRequest
-from sku.evaluate.generation.prompts import PrefillSources, by_id, keys_of, own_lengths, prefills, starts_note
+from sku.evaluate.generation.prompts import PrefillSources, by_id, keys_of, prefills, starts_note
 from sku.evaluate.generation.replies import (
     ReplyGenerator,
     SavedReplies,
@@ -36,32 +35,17 @@ from sku.evaluate.metrics import passes_surface_checks
 from sku.evaluate.perplexity import SHUFFLES, SURE_GAIN, SURE_LOSS, ScoredText, score_examples, texts_hash
 from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, PrefillSource, ResultCache, Split
 from sku.evaluate.results import EvaluationResult, EvaluationSetup, measure
-from sku.evaluate.utility import UtilityStages, check_settings
-from sku.models import load_model
 from sku.processes import current_processes
 
-Progress = StageProgress
-"""Called with what is being done, the number done and their total: ``backend check``, ``replies``, ``samples``,
-``prefill``, ``perplexity``, ``lm_eval``, ``fluency``, ``agreement``, ``similarity``,
-``judge``; ``base, replies`` and the like where the base model is asked first."""
-
-NO_BASE = (
-    "no base model was given, so no prefill begins with its own harmful replies: evaluate.prefill_tokens is not asked"
-)
 NO_ENGLISH = "prefill, affirmative start, as the embedded model knows no English"
-SELF_SCORED = (
-    "no base model was given, so word salad was looked for with the evaluated model itself, which may find its own "
-    "word salad fluent"
-)
 
 
 def evaluate(
-    model: PreTrainedModel | PeftModel | str | Path, tokenizer: PreTrainedTokenizerBase | None, data: ForgetRetainData,
-    *, config: EvaluateConfig | None = None, judge: Judge | None = None, prompt_format: PromptFormatName = "auto",
-    base_model: PreTrainedModel | PeftModel | None = None, output_dir: Path | None = None,
-    model_name: str | None = None, model_source: str | Path | None = None,
-    starts: Sequence[PrefillSource] | None = None, trained_prefill_tokens: int | None = None, seed: int = 0,
-    progress: Progress | None = None,
+    model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, data: ForgetRetainData, *,
+    base_model: PreTrainedModel | PeftModel, config: EvaluateConfig | None = None, judge: Judge | None = None,
+    prompt_format: PromptFormatName = "auto", output_dir: Path | None = None,
+    model_name: str | None = None, starts: Sequence[PrefillSource] | None = None,
+    trained_prefill_tokens: int | None = None, seed: int = 0, progress: StageProgress | None = None,
 ) -> EvaluationResult:  # fmt: skip
     """Measures what a model answers to harmful and to normal prompts, and the perplexity of fixed answers.
 
@@ -69,28 +53,27 @@ def evaluate(
     batches, the first one judges and writes, and all return the same result.
 
     Args:
-        model: The model, or a folder, hub id or ``embedded`` to load with ``sku.models.load_model``. Its dropout is
-            switched off for the time of the evaluation; it is not changed.
-        tokenizer: Of the model; None with a name, whose own tokenizer is then used.
+        model: The model. Its dropout is switched off for the time of the evaluation; it is not changed.
+        tokenizer: Of the model.
         data: The splits ``forget_train`` (its ``visited`` examples where they are known), ``forget_test`` and
             ``retain_test`` are measured, and the sets of other sources (``normal``, ``harmful``).
+        base_model: The original model, or the model itself where that is the original: asked whether replies are word
+            salad, and where no ``starts`` are given for the harmful replies that prefills begin with. Its tokenizer
+            must be the same.
         config: Numbers of prompts, lengths, judge; the defaults of ``EvaluateConfig`` if None.
         judge: Any judge, in place of the one that the config names.
         prompt_format: As in training.
-        base_model: The original model: asked whether replies are word salad, and where no ``starts`` are given for
-            the harmful replies that prefills begin with. The model itself if None, with a note in the result, and no
-            prefill then begins with a model's own words. Its tokenizer must be the same.
         output_dir: Folder for the rows and ``evaluation.json``, made with mode 0700. Rows that are already there and
             were made by the same model from the same prompts are reused, those of an interrupted run too. Nothing is
             written if None.
-        model_name: Recorded; the name it was loaded by, or ``name_or_path`` of its configuration if None.
-        model_source: Folder or hub id that holds the same weights, for the backend ``vllm``; that of ``model``
-            where it is a name.
+        model_name: Recorded; ``name_or_path`` of its configuration if None.
         starts: What prefills begin with: ``starts`` of the base model's result, so that both are asked the same
             without asking the base again.
         trained_prefill_tokens: Recorded: the longest harmful beginning that training put before a refusal, 0 for none.
         seed: Decides which prompts are drawn, and the sampled replies.
-        progress: Called after each batch.
+        progress: Called after each batch, of ``replies``, ``samples``, ``prefill``, ``perplexity``, ``lm_eval``,
+            ``fluency``, ``agreement``, ``similarity``, ``judge``; ``base, replies`` and the like where the base model
+            is asked first.
 
     Returns:
         The result, with its rows.
@@ -98,34 +81,26 @@ def evaluate(
     Raises:
         DataError: The XSTest file can't be read.
         EvaluationError: Nothing to measure, a judge that does not fit, an unknown task, non-finite losses, too little
-            GPU memory, a backend that fails, or another process that does.
-        ModelError: A model can't be loaded, or the prompt format doesn't fit its tokenizer.
+            GPU memory, or another process that fails.
+        ModelError: The model that measures similarity can't be loaded, or the prompt format doesn't fit the tokenizer.
         OutputError: The folder can't be written.
     """
     config = EvaluateConfig() if config is None else config
     processes = current_processes()
-    if isinstance(model, str | Path):
-        model_source = model if model_source is None else model_source
-        loaded = load_model(model)
-        model_name = loaded.name if model_name is None else model_name
-        model, tokenizer = loaded.model, loaded.tokenizer if tokenizer is None else tokenizer
-    if tokenizer is None:
-        raise EvaluationError("a model was given without its tokenizer: give both, or the model's name")
     judges: list[Judge] = []  # In the main process alone: a judge may be a large model.
     processes.run_on_rank0(lambda: judges.append(choose_judge(config, data) if judge is None else judge))
-    processes.run_on_rank0(lambda: check_settings(config))
+    processes.run_on_rank0(lambda: utility.check_settings(config))
     if output_dir is not None:
         processes.run_on_rank0(lambda: records.create_private_folder(output_dir))
     judges = [cached(found, output_dir, stage(progress, "judge")) for found in judges]
     asked = cast(PreTrainedModel, model)
-    base = cast("PreTrainedModel | None", base_model)
     encoder = prompts.PromptEncoder.of(asked, tokenizer, prompt_format)
     generator = ReplyGenerator(
-        base=asked if base is None else base, encoder=encoder, config=config, stop_ids=encoder.stop_ids(asked),
+        base=cast(PreTrainedModel, base_model), encoder=encoder, config=config, stop_ids=encoder.stop_ids(asked),
         judge=judges[0] if judges else None, seed=seed, processes=processes,
     )  # fmt: skip
     replies = SavedReplies(
-        generator=generator, model=asked, source=model_source, report=partial(stage, progress), base=base,
+        generator=generator, model=asked, report=partial(stage, progress),
         given=starts, reuse=ResultCache(folder=output_dir, processes=processes),
     )  # fmt: skip
     name = model_name or str(getattr(asked.config, "name_or_path", "") or "unnamed")
@@ -159,10 +134,10 @@ class _Run:
                 scored.extend(generator.fluency(free, replies.report("fluency")))
             return scored
 
-        own_words = any(map(str.isdigit, keys))
+        own_lengths = [int(key) for key in keys if key.isdigit()]
 
         def begun(free: Sequence[GenerationRecord]) -> list[GenerationRequest]:
-            if own_words:
+            if own_lengths:
                 starts.extend(replies.starts(requests, free, free_fluency))
             prefilled, not_asked = prefills(
                 drawn.harmful(), keys, by_id(starts), generator.encoder, config.max_new_tokens
@@ -172,26 +147,24 @@ class _Run:
 
         with evaluation_mode(self.replies.model):
             model = {"name": self.name, **about(self.replies.model, probes)}
-            utility = UtilityStages(replies=replies, about=model, data=self.data)
             header = {"model": model, "decoding": replies.decoding()}
             generations = replies.generate(requests, header, begun)
             own = replies.answers(requests, generations)
             texts = self._scored_texts(drawn.examples, by_id(own), left_out)
             losses = self._losses(texts, model)
-            fields = utility.lm_eval()
+            fields = utility.lm_eval(replies, model)
         fluency = self._fluency(probes, generations, free_fluency)
-        fields |= {**utility.agreement(probes, texts), **utility.similarity(generations, fluency)}
-        counts = {"asked": len(drawn.harmful()), "own": len(starts)} if own_words else {}
+        fields |= utility.agreement(replies, model, probes, texts)
+        fields |= utility.similarity(replies, self.data, generations, fluency)
+        counts = {"asked": len(drawn.harmful()), "own": len(starts)} if own_lengths else {}
         setup = EvaluationSetup(
             model=model, prompt_format=generator.encoder.prompt_format.name, decoding=replies.decoding(),
-            config=plain_data(config), seed=generator.seed,
-            fluency_scorer="self" if replies.base is None else "base", left_out=left_out,
+            config=plain_data(config), seed=generator.seed, left_out=left_out,
             starts=counts, trained_on=prompts.trained_on(self.data, drawn),
             trained_prefill_tokens=self.trained_prefill_tokens,
             notes=(
                 *self.data.notes(), *prompts.short_of_room(requests, generator.encoder, config),
-                *([SELF_SCORED] if replies.base is None else []),
-                *(self._starts_notes(counts) if own_words else []), *answers_notes(requests, own),
+                *(self._starts_notes(counts, max(own_lengths)) if own_lengths else []), *answers_notes(requests),
             ),
         )  # fmt: skip
         fields["starts"] = (*starts, *own)
@@ -208,13 +181,10 @@ class _Run:
             result.write(folder)
         return result
 
-    def _starts_notes(self, counts: Mapping[str, int]) -> list[str]:
+    def _starts_notes(self, counts: Mapping[str, int], longest: int) -> list[str]:
         """How many prompts have a start of the base model's own, and whether its replies are long enough."""
         config = self.replies.config
-        if self.replies.base is None and not self.replies.given:
-            return [NO_BASE]
         notes = [starts_note(**counts, others="the others are not asked so")]
-        longest = max(own_lengths(config))
         if longest >= config.max_new_tokens:
             notes.append(
                 f"the base model's replies end after evaluate.max_new_tokens={config.max_new_tokens}: none is long "
@@ -254,7 +224,7 @@ class _Run:
                 if not answer:
                     start = own.get(records.start_id(split, example.prompt))
                     if start is None:
-                        continue  # Harmful prompts are only asked; of others a note says that there was no base.
+                        continue  # Harmful prompts are only asked.
                     answer, with_end = start.text, False  # It may have been cut.
                 tokens = self.replies.generator.encoder.scored(example.prompt, answer, with_end=with_end)
                 if tokens is None:

@@ -1,6 +1,8 @@
 """What is left of a model's use, beside its perplexity and its replies: the stages of one evaluation.
 
-Each stage reads its rows where an earlier run has made them from the same things, and gives fields of the result.
+Each stage reads its rows where an earlier run has made them from the same things, and gives fields of the result. Only
+the main process does this work; the others wait for its rows. Stages get the replies of the evaluation, for its model,
+settings and files, and ``about``: ``name``, ``dtype`` and ``fingerprint`` of the model.
 
 Replies to normal prompts are compared with the dataset's own answers:
 
@@ -182,81 +184,76 @@ def check_settings(config: EvaluateConfig) -> None:
         load_similarity(config.similarity_model)
 
 
-@dataclass(frozen=True, kw_only=True)
-class UtilityStages:
-    """The measures of usefulness of one evaluation. A method gives fields of ``EvaluationResult``.
+def agreement(
+    replies: SavedReplies, about: Mapping[str, str], probes: Sequence[Sequence[int]], texts: Sequence[ScoredText]
+) -> dict[str, Any]:
+    """Divergence from the base on fixed text; nothing where the model is the base."""
+    base, model = replies.generator.base, replies.model
+    read = [text for text in texts if records.is_normal(text.split)]
+    if base is model or not read:
+        return {}
+    compare = partial(
+        compare_distributions, base, model, read,
+        batch_size=replies.config.batch_size, progress=replies.report("agreement"),
+    )  # fmt: skip
+    with evaluation_mode(model), evaluation_mode(base):
+        header = {"model": about, "base": fingerprint(base, probes), "texts": texts_hash(read)}
+        rows = replies.reuse.rows_of_main(records.AGREEMENT_FILE, header, AgreementRow, compare)
+    return {"agreement": base_agreement(rows, seed=replies.generator.seed)}
 
-    Only the main process does this work; the others wait for its rows.
-    """
 
-    replies: SavedReplies
-    """Of the evaluation, for the model, its settings and its files."""
-    about: Mapping[str, str]
-    """``name``, ``dtype`` and ``fingerprint`` of the model."""
-    data: ForgetRetainData
+def lm_eval(replies: SavedReplies, about: Mapping[str, str]) -> dict[str, Any]:
+    """Tasks of lm-evaluation-harness."""
+    config = replies.config
+    if not config.lm_eval:
+        return {}
+    header = {
+        "model": dict(about), "tasks": list(config.lm_eval), "limit": config.lm_eval_limit,
+        "include": [_folder_hash(folder) for folder in _folders(config.lm_eval)],
+        "harness": harness_version(),
+    }  # fmt: skip
 
-    def agreement(self, probes: Sequence[Sequence[int]], texts: Sequence[ScoredText]) -> dict[str, Any]:
-        """Divergence from the base on fixed text; nothing where the model is the base, or no base was given."""
-        base, model = self.replies.base, self.replies.model
-        read = [text for text in texts if text.split in records.NORMAL_SPLITS]
-        if base is None or base is model or not read:
-            return {}
-        compare = partial(
-            compare_distributions, base, model, read,
-            batch_size=self.replies.config.batch_size, progress=self.replies.report("agreement"),
-        )  # fmt: skip
-        with evaluation_mode(model), evaluation_mode(base):
-            header = {"model": self.about, "base": fingerprint(base, probes), "texts": texts_hash(read)}
-            rows = self.replies.reuse.rows_of_main(records.AGREEMENT_FILE, header, AgreementRow, compare)
-        return {"agreement": base_agreement(rows, seed=self.replies.generator.seed)}
+    def run() -> list[HarnessScores]:
+        progress = replies.report("lm_eval") or (lambda _done, _total: None)
+        progress(0, len(config.lm_eval))
+        scores = run_tasks(replies.model, replies.generator.encoder.tokenizer, config)
+        progress(len(config.lm_eval), len(config.lm_eval))
+        return [scores]
 
-    def lm_eval(self) -> dict[str, Any]:
-        """Tasks of lm-evaluation-harness."""
-        config = self.replies.config
-        if not config.lm_eval:
-            return {}
-        header = {
-            "model": dict(self.about), "tasks": list(config.lm_eval), "limit": config.lm_eval_limit,
-            "include": [_folder_hash(folder) for folder in _folders(config.lm_eval)],
-            "harness": harness_version(),
-        }  # fmt: skip
+    (scores,) = replies.reuse.rows_of_main(HARNESS_FILE, header, HarnessScores, run)
+    return {"lm_eval": scores}
 
-        def run() -> list[HarnessScores]:
-            progress = self.replies.report("lm_eval") or (lambda _done, _total: None)
-            progress(0, len(config.lm_eval))
-            scores = run_tasks(self.replies.model, self.replies.generator.encoder.tokenizer, config)
-            progress(len(config.lm_eval), len(config.lm_eval))
-            return [scores]
 
-        (scores,) = self.replies.reuse.rows_of_main(HARNESS_FILE, header, HarnessScores, run)
-        return {"lm_eval": scores}
+def similarity(
+    replies: SavedReplies, data: ForgetRetainData, generations: Sequence[GenerationRecord],
+    fluency: Sequence[FluencyRecord],
+) -> dict[str, Any]:  # fmt: skip
+    """Replies to normal prompts against the dataset's answers."""
+    fluent = {record.id: record for record in fluency}
+    normal = [record for record in generations if record.split == "retain_test" and record.kind == "reply"]
+    gibberish = {record.id: bool(find_faults(record, fluent.get(record.id))) for record in normal}
+    answered = answered_prompts(normal, data.retain_test, gibberish)
+    if not answered:
+        return {}
+    scores: dict[str, Score] = {"rouge_l": rouge_l}
+    print_of: dict[str, str] = {}
+    if replies.config.similarity_model is not None:
+        scores["learned"], print_of["learned"] = _learned(replies, replies.config.similarity_model)
+    texts = [[entry.id, entry.reply, list(entry.references), entry.gibberish] for entry in answered]
+    header = {"metrics": sorted(scores), "models": print_of, "texts": records.header_hash({"texts": texts})}
+    rows = replies.reuse.rows_of_main(
+        records.SIMILARITY_FILE, header, SimilarityRow, lambda: compare_with_references(answered, scores)
+    )
+    return {"similarity": similarity_of(rows, seed=replies.generator.seed), "similarity_rows": tuple(rows)}
 
-    def similarity(self, generations: Sequence[GenerationRecord], fluency: Sequence[FluencyRecord]) -> dict[str, Any]:
-        """Replies to normal prompts against the dataset's answers."""
-        fluent = {record.id: record for record in fluency}
-        normal = [record for record in generations if record.split == "retain_test" and record.kind == "reply"]
-        gibberish = {record.id: bool(find_faults(record, fluent.get(record.id))) for record in normal}
-        answered = answered_prompts(normal, self.data.retain_test, gibberish)
-        if not answered:
-            return {}
-        scores: dict[str, Score] = {"rouge_l": rouge_l}
-        print_of: dict[str, str] = {}
-        if self.replies.config.similarity_model is not None:
-            scores["learned"], print_of["learned"] = self._learned(self.replies.config.similarity_model)
-        texts = [[entry.id, entry.reply, list(entry.references), entry.gibberish] for entry in answered]
-        header = {"metrics": sorted(scores), "models": print_of, "texts": records.header_hash({"texts": texts})}
-        rows = self.replies.reuse.rows_of_main(
-            records.SIMILARITY_FILE, header, SimilarityRow, lambda: compare_with_references(answered, scores)
-        )
-        return {"similarity": similarity_of(rows, seed=self.replies.generator.seed), "similarity_rows": tuple(rows)}
 
-    def _learned(self, source: str) -> tuple[Score, str]:
-        """The metric, and what tells its model from others: its score of one pair."""
-        loaded = load_similarity(source)
-        torch.nn.Module.to(loaded.model, embedding_weight(self.replies.model).device)
-        size = self.replies.config.batch_size
-        probe = learned(loaded, ["the river is long"], ["the moon is small"], batch_size=1)
-        return partial(learned, loaded, batch_size=size, progress=self.replies.report("similarity")), repr(probe[0])
+def _learned(replies: SavedReplies, source: str) -> tuple[Score, str]:
+    """The metric, and what tells its model from others: its score of one pair."""
+    loaded = load_similarity(source)
+    torch.nn.Module.to(loaded.model, embedding_weight(replies.model).device)
+    size = replies.config.batch_size
+    probe = learned(loaded, ["the river is long"], ["the moon is small"], batch_size=1)
+    return partial(learned, loaded, batch_size=size, progress=replies.report("similarity")), repr(probe[0])
 
 
 HARNESS_FILE = "lm_eval.jsonl"

@@ -50,7 +50,7 @@ from typing import Any, Literal
 
 from sku.evaluate import statistics
 from sku.evaluate.metrics import Rate, RateChange, prefill_words
-from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, NORMAL_SPLITS, answers_words, grouped, in_order
+from sku.evaluate.records import HARMFUL, HARMFUL_SPLITS, answers_words, grouped, in_order, is_normal
 from sku.evaluate.results import Changes, Compared, EvaluationResult
 from sku.evaluate.statistics import CorrectedRate, percent
 
@@ -378,7 +378,7 @@ def _not_counted(found: Compared) -> Iterator[str]:
 
 
 def _unjudged(found: Compared) -> Iterator[str]:
-    for where, changes in found.shown([split for split in in_order(found.replies) if split not in NORMAL_SPLITS]):
+    for where, changes in found.shown([split for split in in_order(found.replies) if not is_normal(split)]):
         failed = changes["no_verdict"]
         if failed.before.count or failed.after.count:
             counted = changes[found.rate].after.total if found.rate in changes else 0

@@ -25,8 +25,8 @@ from sku.data.load import PromptSource
 from sku.errors import EvaluationError, SkuError
 from sku.evaluate.gate import is_refusal, refusal_alone
 from sku.evaluate.generation import StageProgress, evaluation_mode, stage
-from sku.evaluate.generation.backends import generate_replies
 from sku.evaluate.generation.decoding import GenerationRequest, Sampling
+from sku.evaluate.generation.writing import generate_replies
 from sku.evaluate.judges import cached
 from sku.evaluate.metrics import decide_outcomes
 from sku.evaluate.records import GenerationRecord, PartialFile, header_hash, json_lines

@@ -15,7 +15,6 @@ from sku.config import ModelConfig, Recipe
 from sku.data.examples import ForgetRetainData
 from sku.data.load import load_data
 from sku.evaluate.generation import prompts
-from sku.evaluate.generation.backends import check_source
 from sku.evaluate.generation.prompts import keys_of, prefills, with_answers
 from sku.evaluate.judges.choose import choose_judge, is_embedded
 from sku.evaluate.utility import task_manager
@@ -32,7 +31,6 @@ from sku.models import (
     without_weights,
 )
 from sku.negate.files import read_folder
-from sku.processes import current_processes
 from sku.sweep.evaluator import check_judge
 from sku.training.config import state_bytes
 from sku.training.run import adapter_settings
@@ -176,16 +174,13 @@ def check_training(recipe: Recipe, model: CheckedModel, data: ForgetRetainData, 
     )
 
 
-def check_evaluation(
-    recipe: Recipe, model: CheckedModel, data: ForgetRetainData, *sources: str | Path | None
-) -> dict[str, int]:
+def check_evaluation(recipe: Recipe, model: CheckedModel, data: ForgetRetainData) -> dict[str, int]:
     """Judge, files and prompts of a recipe's evaluation.
 
     Args:
         recipe: ``evaluate`` is used.
         model: Of ``check_model``.
         data: The splits.
-        *sources: Where another engine would read what is measured.
 
     Returns:
         Kind of request -> number of prompts that a model is asked.
@@ -202,8 +197,6 @@ def check_evaluation(
         task_manager(config.lm_eval)
     if config.similarity_model is not None:
         locate_model(ModelConfig(path=config.similarity_model))
-    for source in sources:
-        check_source(config, source, current_processes().count)
     drawn, encoder = prompts.draw(data, config, recipe.seed), model.encoder(recipe)
     asked, _ = prompts.requests(drawn, encoder, config)
     # The run's starts are the base model's own replies, which nobody knows yet.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from sku.attacks import AttackReport
 from sku.attacks.kinds import check_attacks
 from sku.attacks.run import run_attacks
-from sku.config import EMBEDDED, ModelConfig, Recipe
+from sku.config import Recipe
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, ModelError, named_memory_errors
 from sku.evaluate.comparison import Comparison, compare
@@ -22,7 +22,6 @@ from sku.evaluate.records import PrefillSource
 from sku.evaluate.results import EvaluationResult
 from sku.evaluate.run import evaluate
 from sku.methods.run import has_twins, with_visited
-from sku.model_files import with_gguf_file
 from sku.models import load_config, load_model, with_path
 from sku.pipeline.checks import check_evaluation, check_model, load_recipe_data
 from sku.processes import Processes, current_processes
@@ -59,7 +58,7 @@ def run_evaluation(
     checked = check_model(recipe.model)
     check_model(with_path(recipe.model, model))
     check_can_be_made(out)
-    check_evaluation(recipe, checked, data, readable_source(recipe.model), model)
+    check_evaluation(recipe, checked, data)
     with named_memory_errors("load"):
         base = load_model(recipe.model)
         # As one process trains: of more it visits more, and these prompts are among them.
@@ -67,7 +66,7 @@ def run_evaluation(
         measured = load_model(with_path(recipe.model, model)).model
     measuring = Measuring(recipe, base.tokenizer, data, out, progress)
     before = measuring.evaluated("base", base.model, base.model)
-    after = measuring.evaluated("model", measured, base.model, source=model, starts=before.starts)
+    after = measuring.evaluated("model", measured, base.model, starts=before.starts)
     return measuring.compared(before, after, base.model, measured)
 
 
@@ -116,10 +115,9 @@ class Measuring:
         model: PreTrainedModel,
         base: PreTrainedModel,
         *,
-        source: str | Path | None = None,
         starts: Sequence[PrefillSource] | None = None,
     ) -> EvaluationResult:
-        """One evaluation; of another model than the base where it can be read, and with the base's starts."""
+        """One evaluation; of another model than the base with the base's starts."""
         recipe, progress = self.recipe, self.progress
         with named_memory_errors(f"evaluate_{name}"):
             return evaluate(
@@ -131,7 +129,6 @@ class Measuring:
                 base_model=base,
                 output_dir=self.folder / name,
                 model_name=name,
-                model_source=readable_source(recipe.model) if name == "base" else source,
                 starts=starts,
                 trained_prefill_tokens=None if name == "base" else trained_prefill_tokens(recipe),
                 seed=recipe.seed,
@@ -177,8 +174,3 @@ def _is_bad_model(recipe: Recipe, model: str) -> bool:
     if folder.exists():
         return is_marked_hazardous(folder)
     return bool(getattr(load_config(with_path(recipe.model, model)), HAZARD_KEY, False))
-
-
-def readable_source(config: ModelConfig) -> str | None:
-    """Where another engine can read a model from: GGUF files and the embedded model have no such place."""
-    return None if with_gguf_file(config).gguf_file is not None or config.path == EMBEDDED else config.path

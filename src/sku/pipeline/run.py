@@ -32,7 +32,7 @@ from sku.pipeline.checks import (
     data_notes,
     load_recipe_data,
 )
-from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks, readable_source
+from sku.pipeline.evaluate import MeasuredPair, Measuring, check_one_process_attacks
 from sku.pipeline.run_folder import RunFolder
 from sku.pipeline.stages import own_prompts_of, stand_in_data, with_own_replies
 from sku.pipeline.unlearning import Unlearning, trained_folder
@@ -114,7 +114,7 @@ def plan_run(
     run = resolve_method(with_checkpointing(recipe, decided), trained_folder(out, hazardous=hazardous))
     there = processes.run_on_rank0(lambda: bytes_in(out))
     prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if recipe.data.own_replies else None
-    data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, out, prompts))
+    data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, prompts))
     kept = hazardous and recipe.keep_bad_model is True
     settings = {
         "recipe": recipe.name, "method": recipe.method, "seed": recipe.seed, "model": model.describe(),
@@ -148,7 +148,7 @@ def _checkpointing(recipe: Recipe, manifest: Mapping[str, Any]) -> Checkpointing
 
 
 def _checked(
-    recipe: Recipe, run: MethodRun, out: Path, prompts: OwnPrompts | None
+    recipe: Recipe, run: MethodRun, prompts: OwnPrompts | None
 ) -> tuple[ForgetRetainData, CheckedModel, CheckedTraining, dict[str, int]]:
     """Data, model and training, and what is asked; with prompts the data are those of replies to come."""
     if prompts is not None:
@@ -158,7 +158,7 @@ def _checked(
         data = load_recipe_data(recipe)
     check_data(recipe, data)
     model = check_trained_model(recipe)
-    asked = check_evaluation(recipe, model, data, readable_source(recipe.model), out / "unlearned")
+    asked = check_evaluation(recipe, model, data)
     if recipe.chooses_alpha or recipe.checks_stage_1:
         # The check of stage 1 asks no prefills, and what they begin with is not written yet where the model writes it.
         draw_questions(data, model.encoder(recipe), recipe, prefilled=recipe.chooses_alpha and prompts is None)
@@ -276,9 +276,7 @@ class _Run:
         # The unlearned model stands: nothing needs the bad one any more.
         self.processes.run_on_rank0(self.unlearning.remove_trained)
         with self.folder.timed("evaluate_unlearned"):
-            after = measuring.evaluated(
-                "unlearned", unlearned, base, source=self.unlearning.unlearned_folder, starts=before.starts
-            )
+            after = measuring.evaluated("unlearned", unlearned, base, starts=before.starts)
         measured = measuring.compared(before, after, base, unlearned, self.folder.timed)
         return self.processes.run_on_rank0(lambda: self._report(measured))
 

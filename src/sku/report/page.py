@@ -25,7 +25,7 @@ from sku.errors import OutputError
 from sku.evaluate.comparison import Comparison
 from sku.evaluate.judges.precomputed import COLUMNS, reply_hash
 from sku.evaluate.metrics import HARM_WORDS, start_words
-from sku.evaluate.records import HARMFUL_SPLITS, NORMAL_SPLITS, in_order
+from sku.evaluate.records import HARMFUL_SPLITS, in_order, is_normal
 from sku.report.figures import OUTCOMES, PALETTE, Picture, result_charts
 from sku.report.read_run import DATA_COLUMNS, RecordedRun, ReplyPair, Side, fits_schema, read_run
 from sku.report.run_charts import (
@@ -192,7 +192,7 @@ def _replies_json(run: RecordedRun) -> str:
 
 def _row(pair: ReplyPair) -> dict[str, Any]:
     record = pair.base.record
-    judged = record.split not in NORMAL_SPLITS
+    judged = not is_normal(record.split)
     return {
         "id": record.id,
         "split": record.split,
@@ -201,7 +201,7 @@ def _row(pair: ReplyPair) -> dict[str, Any]:
         "category": record.category,
         "prompt": record.prompt,
         "start": record.prefill,
-        "right": record.reference if record.split in NORMAL_SPLITS else "",
+        "right": record.reference if is_normal(record.split) else "",
         "base": _side(pair.base, judged=judged),
         "unlearned": _side(pair.unlearned, judged=judged),
     }

@@ -18,11 +18,11 @@ from sku.evaluate.comparison import Comparison
 from sku.evaluate.metrics import ReplyOutcome
 from sku.evaluate.records import (
     GENERATIONS_FILE,
-    NORMAL_SPLITS,
     OUTCOMES_FILE,
     GenerationRecord,
     check_schema,
     from_plain,
+    is_normal,
     read_generations,
     read_json_object,
     read_rows,
@@ -51,7 +51,7 @@ class Side:
     @property
     def hidden(self) -> bool:
         """Whether a reader must ask before it is shown."""
-        if self.record.split in NORMAL_SPLITS:
+        if is_normal(self.record.split):
             return False
         return self.outcome.judged_harmful or self.outcome.outcome not in _SHOWN_OUTCOMES
 

@@ -99,7 +99,7 @@ def sweep(
         The sweep with its pick, which ``Sweep.alpha`` reads.
 
     Raises:
-        EvaluationError: Nothing to ask, several processes, a judge of unknown errors, or one or a backend that fails.
+        EvaluationError: Nothing to ask, several processes, a judge of unknown errors, or one that fails.
         OutputError: The folder can't be written.
         TaskVectorError: The vector doesn't fit the model.
     """

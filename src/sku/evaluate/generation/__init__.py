@@ -1,4 +1,4 @@
-"""From prompts to replies: ``prompts`` become token ids, ``backends`` write on from them, ``replies`` are recorded.
+"""From prompts to replies: ``prompts`` become token ids, ``writing`` goes on from them, ``replies`` are recorded.
 
 Here: batches of similar length, shared by the processes of a job, smaller ones where a GPU's memory runs out. Every
 process calls ``in_batches`` with the same arguments. A round of batches is answered, gathered and saved before the

@@ -48,7 +48,7 @@ class Sampling:
     def row_seed(self, request_id: str) -> int:
         """The seed of one reply: of the evaluation's seed and the request's id alone."""
         digest = hashlib.sha256(f"{self.seed}/{request_id}".encode()).digest()
-        return int.from_bytes(digest[:8], "big") >> 1  # Backends take signed 64-bit numbers.
+        return int.from_bytes(digest[:8], "big") >> 1  # Generators take signed 64-bit numbers.
 
     def settings(self) -> dict[str, Any]:
         """What the sampled replies add to the decoding settings of an evaluation."""

@@ -37,7 +37,7 @@ from sku.evaluate.records import (
     NORMAL,
     PrefillSource,
     Split,
-    prefill_key,
+    prefills_in_order,
     prompt_hash,
     read_prefill_key,
     record_id,
@@ -278,15 +278,8 @@ def starts_note(own: int, asked: int, others: str) -> str:
 
 def keys_of(config: EvaluateConfig, *, english: bool = True) -> list[str]:
     """Keys of the prefills that a recipe asks for; ``english``: whether the model knows an affirmative beginning."""
-    wanted = config.prefill_tokens
-    keys = [prefill_key("own", tokens) for tokens in own_lengths(config)]
-    keys += [prefill_key("affirmative", 0)] if "affirmative" in wanted and english else []
-    return keys + ([prefill_key("answer", ANSWER_TOKENS)] if "answer" in wanted else [])
-
-
-def own_lengths(config: EvaluateConfig) -> list[int]:
-    """Tokens of the base model's own replies that prefills begin with, from the fewest."""
-    return sorted({tokens for tokens in config.prefill_tokens if isinstance(tokens, int)})
+    wanted = [start for start in config.prefill_tokens if english or start != "affirmative"]
+    return prefills_in_order(f"answer/{ANSWER_TOKENS}" if start == "answer" else str(start) for start in wanted)
 
 
 def affirmative_start(prompt: str) -> str:
@@ -306,7 +299,7 @@ def prefills(
 
     Args:
         asked: Splits and examples.
-        keys: Whose words and how many, as of ``prefill_key``.
+        keys: Whose words and how many, as of ``read_prefill_key``.
         starts: The base model's own; a prompt without one is asked with the other beginnings alone.
         encoder: Of the model.
         max_new_tokens: Longest reply.

@@ -11,32 +11,22 @@ import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from sku.config import EvaluateConfig
-from sku.errors import EvaluationError
 from sku.evaluate.generation import Progress, evaluation_mode
-from sku.evaluate.generation.backends import (
-    GenerateBackend,
-    GenerationBackend,
-    VllmBackend,
-    check_source,
-    generate_replies,
-)
 from sku.evaluate.generation.decoding import GenerationRequest, Sampling, decoding_settings
 from sku.evaluate.generation.prompts import PromptEncoder
+from sku.evaluate.generation.writing import generate_replies
 from sku.evaluate.judges import Judge
 from sku.evaluate.metrics import ReplyOutcome, decide_outcomes, passes_surface_checks
 from sku.evaluate.perplexity import score_fluency
 from sku.evaluate.records import (
     GENERATIONS_FILE,
     HARMFUL_SPLITS,
-    NORMAL_SPLITS,
     OWN_ANSWERS_FILE,
     STARTS_FILE,
     FluencyRecord,
@@ -47,6 +37,7 @@ from sku.evaluate.records import (
     Split,
     answers_words,
     header_hash,
+    is_normal,
     start_id,
 )
 from sku.models import embedding_weight
@@ -102,9 +93,6 @@ def choose_starts(replies: Sequence[GenerationRecord], outcomes: Iterable[ReplyO
             own.setdefault(start_id(record.split, record.prompt), record.reply)
     asked = dict.fromkeys(start_id(record.split, record.prompt) for record in replies)
     return [PrefillSource(id=name, text=own[name]) for name in asked if name in own]
-
-
-CHECKED_PROMPTS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,42 +172,26 @@ class ReplyGenerator:
 
 @dataclass(frozen=True, kw_only=True)
 class SavedReplies:
-    """The replies of one evaluation: greedy, drawn and after a prefill, by any backend; and the base model's."""
+    """The replies of one evaluation: greedy, drawn and after a prefill; and the base model's."""
 
     generator: ReplyGenerator
     model: PreTrainedModel
-    source: str | Path | None
-    """Folder or hub id of the same weights, for backends that load them by themselves."""
     reuse: ResultCache
     report: Callable[[str], Progress | None]
     """Name of a stage to its progress."""
-    base: PreTrainedModel | None
     given: Sequence[PrefillSource] | None
     """Of the base model's own evaluation, which is then not asked again."""
 
     @property
     def config(self) -> EvaluateConfig:
-        """Backend, lengths and numbers."""
+        """Lengths and numbers."""
         return self.generator.config
-
-    @cached_property
-    def backend(self) -> GenerationBackend:
-        """What ``evaluate.backend`` names, once it is needed.
-
-        Raises:
-            EvaluationError: As ``check_source``, or vLLM is missing or doesn't start.
-        """
-        size = self.config.batch_size
-        if self.config.backend == "generate":
-            return GenerateBackend(self.model, size)
-        check_source(self.config, self.source, self.generator.processes.count)
-        return VllmBackend(str(self.source), str(self.model.dtype).removeprefix("torch."), size, self.generator.seed)
 
     def decoding(self) -> dict[str, Any]:
         """Every setting that decides the replies, drawn ones included."""
         greedy = decoding_settings(self.generator.stop_ids, self.config.max_new_tokens)
         drawn = {**greedy, **self._sampling.settings(), "number": self.config.samples}
-        return {**greedy, "backend": self.config.backend, "samples": drawn if self.config.samples else None}
+        return {**greedy, "samples": drawn if self.config.samples else None}
 
     @property
     def _sampling(self) -> Sampling:
@@ -260,12 +232,10 @@ class SavedReplies:
             return {"finished": self.generator.processes.run_on_rank0(partial.recover), "keep": partial.append}
 
         def ask(asked: Sequence[GenerationRequest], stage: str, **options: Any) -> list[GenerationRecord]:
-            options = {"backend": self.backend, **saved(), **options}
-            return self.generator.ask(self.model, asked, self.report(stage), **options) if asked else []
+            return self.generator.ask(self.model, asked, self.report(stage), **saved(), **options) if asked else []
 
         if known is None:
             greedy, samples = ([row for row in requests if (row.kind == "sample") is part] for part in (False, True))
-            self._check_backend(greedy[:CHECKED_PROMPTS])
             free = [*ask(greedy, "replies"), *ask(samples, "samples", sampling=self._sampling)]
         else:
             free = [record for record in known if record.kind != "prefill"]
@@ -278,19 +248,6 @@ class SavedReplies:
         if partial is not None and self.generator.processes.is_main:
             partial.remove()
         return known
-
-    def _check_backend(self, asked: Sequence[GenerationRequest]) -> None:
-        """Refuses another backend that gives fewer than half of some greedy replies of ``generate``: no rounding."""
-        if self.config.backend == "generate":
-            return
-        plain = self.generator.ask(self.model, asked, self.report("backend check"))
-        others = self.generator.ask(self.model, asked, backend=self.backend)
-        equal = sum(one == other for one, other in zip(plain, others, strict=True))
-        if 2 * equal < len(plain):
-            raise EvaluationError(
-                f"evaluate.backend {self.config.backend} gave the reply of generate to {equal} of {len(plain)} "
-                "prompts only: it doesn't decode this model rightly; use evaluate.backend=generate"
-            )
 
     def starts(
         self,
@@ -308,11 +265,11 @@ class SavedReplies:
         asked = [request for request in requests if request.split in HARMFUL_SPLITS]
         judge = self.generator.judge
 
-        def choose(base: PreTrainedModel) -> list[PrefillSource]:
-            if base is self.model:
+        def choose() -> list[PrefillSource]:
+            if self.generator.base is self.model:
                 said, scored = [record for record in free if record.split in HARMFUL_SPLITS], fluency(free)
             else:
-                said = self._ask_base(base, asked)
+                said = self._ask_base(asked)
                 scored = self.generator.fluency(said, self.report("fluency"))
             return self.reuse.processes.run_on_rank0(
                 lambda: choose_starts(said, self.generator.outcomes(said, scored))
@@ -325,17 +282,17 @@ class SavedReplies:
     ) -> list[PrefillSource]:
         """The base model's replies to normal prompts that have no answer, kept in ``own_answers.jsonl``.
 
-        None where there is neither a base nor what it was asked before. Arguments as of ``starts``.
+        Arguments as of ``starts``.
         """
         asked = [request for request in _unanswered(requests) if request.kind == "reply"]
         folder = self.reuse.folder
-        if not asked or (self.given is None and self.base is None):
+        if not asked:
             if folder is not None:  # Of an earlier evaluation.
                 self.reuse.processes.run_on_rank0(lambda: (folder / OWN_ANSWERS_FILE).unlink(missing_ok=True))
             return []
 
-        def choose(base: PreTrainedModel) -> list[PrefillSource]:
-            said = generations if base is self.model else self._ask_base(base, asked)
+        def choose() -> list[PrefillSource]:
+            said = generations if self.generator.base is self.model else self._ask_base(asked)
             texts = {record.id: record.reply for record in said}
             return [PrefillSource(id=start_id(one.split, one.prompt), text=texts[one.id]) for one in asked]
 
@@ -345,41 +302,37 @@ class SavedReplies:
         self,
         file: str,
         asked: Sequence[GenerationRequest],
-        choose: Callable[[PreTrainedModel], list[PrefillSource]],
+        choose: Callable[[], list[PrefillSource]],
         **header: Any,
     ) -> list[PrefillSource]:
         """Words of the base model for some prompts: of those that are given, or chosen and kept."""
-        base = self.base
-        if self.given is not None or base is None:
+        if self.given is not None:
             names = {start_id(request.split, request.prompt) for request in asked}
-            found = [start for start in self.given or () if start.id in names]
+            found = [start for start in self.given if start.id in names]
             texts = header_hash({"starts": [dataclasses.asdict(start) for start in found]})
             return self.reuse.rows(file, {"given": texts}, PrefillSource, lambda: found)
-        made_from = self._header(asked, base=fingerprint(base, probes_of(asked)), decoding=self.decoding(), **header)
-        return self.reuse.rows(file, made_from, PrefillSource, lambda: choose(base))
+        base = fingerprint(self.generator.base, probes_of(asked))
+        made_from = self._header(asked, base=base, decoding=self.decoding(), **header)
+        return self.reuse.rows(file, made_from, PrefillSource, choose)
 
-    def _ask_base(self, base: PreTrainedModel, asked: Sequence[GenerationRequest]) -> list[GenerationRecord]:
+    def _ask_base(self, asked: Sequence[GenerationRequest]) -> list[GenerationRecord]:
         """The base model's replies, where its own evaluation is not at hand; none is written."""
-        # vLLM would read weights from a folder that is not known here.
-        config = dataclasses.replace(self.config, backend="generate")
         stages = dataclasses.replace(
             self,
-            generator=dataclasses.replace(self.generator, config=config),
-            model=base,
-            source=None,
+            model=self.generator.base,
             reuse=ResultCache(folder=None, processes=self.reuse.processes),
             report=lambda stage: self.report(f"base, {stage}"),
         )
         return stages.generate(asked, {})
 
 
-def answers_notes(requests: Sequence[GenerationRequest], own: Sequence[PrefillSource]) -> tuple[str, ...]:
+def answers_notes(requests: Sequence[GenerationRequest]) -> tuple[str, ...]:
     """Whose words the perplexity and KL of prompts without answers are about."""
     splits = dict.fromkeys(request.split for request in _unanswered(requests))
-    said = "so the base model's own greedy replies" if own else "and no base model was given to write them, so none"
     listed = ", ".join(map(answers_words, splits))
-    return (f"{listed}: there are none in the data, {said} are scored",) if splits else ()
+    said = "there are none in the data, so the base model's own greedy replies are scored"
+    return (f"{listed}: {said}",) if splits else ()
 
 
 def _unanswered(requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
-    return [request for request in requests if request.split in NORMAL_SPLITS and not request.reference]
+    return [request for request in requests if is_normal(request.split) and not request.reference]

@@ -18,7 +18,7 @@ from sku.data.tables import read_table
 from sku.errors import EvaluationError, OutputError, did_you_mean
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.judges import JudgeCard, Label, Verdict
-from sku.evaluate.records import GENERATIONS_FILE, NORMAL_SPLITS, GenerationRecord, Split, read_generations
+from sku.evaluate.records import GENERATIONS_FILE, GenerationRecord, Split, is_normal, read_generations
 from sku.storage import write_private_text
 
 COLUMNS = ("id", "label", "split", "kind")
@@ -62,7 +62,7 @@ def export_labels(folder: Path, out: Path, *, count: int = 100, split: Split | N
     records = {(record.id, reply_hash(record)): record for record in found}
     fitting = sorted(
         key for key, record in records.items()
-        if record.split not in NORMAL_SPLITS and split in (None, record.split)
+        if not is_normal(record.split) and split in (None, record.split)
     )  # fmt: skip
     if not fitting:
         raise EvaluationError(f"{folder} holds no reply to a harmful prompt{f' of {split}' if split else ''}")

@@ -1,16 +1,10 @@
-"""Requests become replies: the two backends, and the one call that asks them batch by batch.
+"""Requests become replies, batch by batch.
 
-**generate** of transformers, against which the other is checked, computes a whole batch until its last reply ends.
-Here it is called for ``CHUNK`` tokens at a time, going on from its own cache, and replies that ended leave batch and
-cache between two calls: they cost nothing more, and those that stay get the tokens that they get without it. In the
-cache a token is written into tensors with room for more, where transformers' own is copied whole for each token. A
-prompt with several replies in a batch (sampled ones, one for each length of a prefill) is read once: each reply goes
-on from a copy of its cache, with what is its own after the padding that makes all of a batch end together.
-
-**vLLM** is an engine of its own that reads the model from a folder; to be installed apart. Its sampled replies are
-other draws from the same distribution than those of ``generate``.
-
-Shapes: B = rows, H = heads of keys and values, T = tokens so far, D = size of a head.
+``generate`` of transformers computes a whole batch until its last reply ends. Here it is called for ``CHUNK`` tokens
+at a time, going on from its own cache, and replies that ended leave batch and cache between two calls: they cost
+nothing more, and those that stay get the tokens that they get without it. A prompt with several replies in a batch
+(sampled ones, one for each length of a prefill) is read once: each reply goes on from a copy of its cache, with what
+is its own after the padding that makes all of a batch end together.
 """
 
 from __future__ import annotations
@@ -18,89 +12,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from sku.config import EvaluateConfig
 from sku.data.tokens import decoded, shared_length
-from sku.errors import EvaluationError, first_line
 from sku.evaluate.generation import Progress, in_batches, pad
 from sku.evaluate.generation.decoding import Decoding, GenerationRequest, RowSampler, Sampling, only_these_settings
 from sku.evaluate.records import GenerationRecord, grouped
 from sku.models import embedding_weight, plain_model
 from sku.processes import ALONE, Processes
-
-
-class GenerationBackend(Protocol):
-    """Continues prompts by token ids."""
-
-    @property
-    def at_once(self) -> int:
-        """Prompts to give in one call: after each call the replies are saved."""
-        ...
-
-    def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
-        """The new ids of each reply, in order, with the stop id where it ended itself; what follows it is not read.
-
-        Where ``decoding`` draws, each reply depends on its own request's seed alone.
-
-        Raises:
-            EvaluationError: The backend failed, or can't decode so.
-        """
-        ...
-
-
-ROOM = 64
-"""Tokens that fit after those that are there before everything is copied once."""
-
-
-class PreallocatedCacheLayer(DynamicLayer):
-    """``DynamicLayer`` whose keys and values are the beginning of larger tensors; takes over at least one token."""
-
-    def __init__(self, layer: DynamicLayer) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.dtype, self.device = layer.dtype, layer.device
-        self.keys, self.values = layer.keys, layer.values
-        self.is_initialized = True
-        self._shown: tuple[Tensor, ...] = ()
-        self._room: tuple[Tensor, ...] = ()
-
-    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Adds keys and values ``[B, H, new, D]``.
-
-        Returns:
-            Those of all tokens, ``[B, H, T, D]``; views, which the next call doesn't change.
-        """
-        assert self.keys is not None
-        assert self.values is not None
-        begun = self.keys.shape[-2]
-        end = begun + key_states.shape[-2]
-        # Whoever selects rows or crops puts other tensors in the place of those shown last.
-        if not self._shown or self.keys is not self._shown[0] or end > self._room[0].shape[-2]:
-            self._room = tuple(_with_room(part, end + ROOM) for part in (self.keys, self.values))
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[..., begun:end, :] = new
-        self.keys, self.values = self._shown = tuple(room[..., :end, :] for room in self._room)
-        return self.keys, self.values
-
-
-def _with_room(part_BHTD: Tensor, tokens: int) -> Tensor:
-    *rows, begun, size = part_BHTD.shape
-    room = part_BHTD.new_empty(*rows, tokens, size)
-    room[..., :begun, :] = part_BHTD
-    return room
-
-
-def give_room(cache: Cache) -> None:
-    """Replaces each plain layer that holds a token; layers of another kind (sliding windows, states) stay."""
-    for place, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer and layer.get_seq_length() > 0:
-            cache.layers[place] = PreallocatedCacheLayer(layer)
 
 
 def _masks_padding(layer: Any, tokens: int) -> bool:
@@ -116,20 +40,22 @@ CHUNK = 32
 """Tokens between two looks at which replies have ended."""
 
 
-class GenerateBackend:
+class ReplyWriter:
     """``generate`` with padding on the left, on any device or a model in evaluation mode spread over several."""
 
-    def __init__(self, model: PreTrainedModel, batch_size: int) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         takes = inspect.signature(plain_model(model).forward).parameters
         # What a cache of another name holds, as Mamba's, is left alone.
         self._drops_rows = "past_key_values" in takes
         # Without positions a model may count padding between tokens, as MPT does.
         self._reads_once = self._drops_rows and "position_ids" in takes
-        self.at_once = batch_size
 
     def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
-        """As the protocol says."""
+        """The new ids of each reply, in order, with the stop id where it ended itself; what follows it is not read.
+
+        Where ``decoding`` draws, each reply depends on its own request's seed alone.
+        """
         if self._drops_rows:
             replies = self._replies(requests, decoding, CHUNK)
             if replies is not None:
@@ -166,7 +92,6 @@ class GenerateBackend:
                 break
             if not isinstance(cache, Cache):
                 return None
-            give_room(cache)
             mask = torch.cat([mask, mask.new_ones(len(rows), ids.shape[1] - before)], dim=1)
             if len(stay) < len(rows):
                 kept: Any = torch.tensor(stay, device=ids.device)
@@ -199,7 +124,6 @@ class GenerateBackend:
             longest = ids.shape[1] + decoding.max_new_tokens
             if isinstance(cache, Cache) and all(_masks_padding(layer, longest) for layer in cache.layers):
                 cache.reorder_cache(cast(Any, of))
-                give_room(cache)
                 return ids, torch.cat([head_mask[of], own_mask], dim=1), cache
             self._reads_once = False
         return (*fill(rows), None)
@@ -223,65 +147,6 @@ def _head(rows: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     return rows[0][: min(shared_length(*rows), *(len(row) - 1 for row in rows))]
 
 
-class VllmBackend:
-    """``vllm.LLM`` on token ids, with nothing of the model's ``generation_config``.
-
-    Raises:
-        EvaluationError: vLLM is missing or doesn't start.
-    """
-
-    def __init__(self, source: str, dtype: str, batch_size: int, seed: int) -> None:
-        options: dict[str, Any] = {}
-        if torch.cuda.is_available():
-            free, total = torch.cuda.mem_get_info()
-            options["gpu_memory_utilization"] = 0.85 * free / total  # The evaluated model is there already.
-        try:
-            from vllm import LLM, SamplingParams
-
-            self._engine = LLM(model=source, dtype=dtype, seed=seed, generation_config="vllm", **options)
-        except (ImportError, RuntimeError, ValueError, OSError) as error:
-            raise EvaluationError(
-                f"evaluate.backend is vllm, which can't start on {source} ({first_line(error)}): pip install vllm in "
-                "an environment whose torch and transformers it accepts, or use evaluate.backend=generate"
-            ) from None
-        self._params = SamplingParams
-        self.at_once = 16 * batch_size
-
-    def answer(self, requests: Sequence[GenerationRequest], decoding: Decoding) -> list[list[int]]:
-        """As the protocol says."""
-        prompts = [{"prompt_token_ids": list(request.input_ids)} for request in requests]
-        settings = [self._params(**_vllm_settings(request, decoding)) for request in requests]
-        replies = []
-        for output in self._engine.generate(prompts, settings, use_tqdm=False):
-            ids = list(output.outputs[0].token_ids)
-            if output.outputs[0].finish_reason == "stop" and not set(ids) & set(decoding.stop_ids):
-                ids.append(decoding.stop_ids[0])  # The reply ended itself, and the engine kept the id to itself.
-            replies.append(ids)
-        return replies
-
-
-def _vllm_settings(request: GenerationRequest, decoding: Decoding) -> dict[str, Any]:
-    sampling, settings = decoding.sampling, {"temperature": 0.0}
-    if sampling is not None:
-        seed = sampling.row_seed(request.id)
-        settings = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed}
-    length, stops = decoding.max_new_tokens_for(request), list(decoding.stop_ids)
-    return {"max_tokens": length, "stop_token_ids": stops, "detokenize": False, **settings}
-
-
-def check_source(config: EvaluateConfig, source: str | Path | None, processes: int) -> None:
-    """Refuses ``vllm`` where it can't be used: of a model that is in memory only, or in a job of several processes.
-
-    Raises:
-        EvaluationError: It can't.
-    """
-    if config.backend == "vllm" and (source is None or processes > 1):
-        raise EvaluationError(
-            "evaluate.backend is vllm, which reads the model from a folder and starts its own processes: save the "
-            "model, then sku evaluate FOLDER --set evaluate.backend=vllm, without accelerate"
-        )
-
-
 def generate_replies(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -292,7 +157,6 @@ def generate_replies(
     batch_size: int,
     window: int = 2**30,
     sampling: Sampling | None = None,
-    backend: GenerationBackend | None = None,
     processes: Processes = ALONE,
     finished: Iterable[GenerationRecord] = (),
     keep: Callable[[Sequence[GenerationRecord]], None] | None = None,
@@ -309,7 +173,6 @@ def generate_replies(
         batch_size: Prompts at once; as of ``in_batches``, with ``processes``, ``keep`` and ``progress``.
         window: Most tokens that the model can read.
         sampling: None answers greedily.
-        backend: What writes the replies; ``generate`` if None.
         processes: Every process gets all records.
         finished: Replies of an interrupted run. Batches are cut as if they were not there, and a batch is left out
             where all of it is: so the replies are those of an uninterrupted run, bit for bit.
@@ -317,21 +180,21 @@ def generate_replies(
         progress: Called after each batch.
 
     Raises:
-        EvaluationError: GPU memory runs out on a single prompt, or the backend fails.
+        EvaluationError: GPU memory runs out on a single prompt.
     """
     decoding = Decoding.of(tokenizer, stop_ids, max_new_tokens=max_new_tokens, window=window, sampling=sampling)
-    writing = GenerateBackend(model, batch_size) if backend is None else backend
+    writer = ReplyWriter(model)
     found = {record.id: record for record in finished}
 
     def answer(batch: list[int]) -> list[GenerationRecord]:
         asked = [requests[index] for index in batch]
-        replies = writing.answer(asked, decoding)
+        replies = writer.answer(asked, decoding)
         return [record_of_ids(request, ids, decoding, tokenizer) for request, ids in zip(asked, replies, strict=True)]
 
     return in_batches(
         [len(request.input_ids) for request in requests],
         answer,
-        batch_size=writing.at_once,
+        batch_size=batch_size,
         groups=[request.prompt for request in requests],
         processes=processes,
         finished={
@@ -347,7 +210,7 @@ def generate_replies(
 def record_of_ids(
     request: GenerationRequest, new_ids: list[int], decoding: Decoding, tokenizer: PreTrainedTokenizerBase
 ) -> GenerationRecord:
-    """What was asked, with the reply that a backend wrote."""
+    """What was asked, with the reply that a model wrote."""
     end = next((position for position, token in enumerate(new_ids) if token in decoding.stop_ids), None)
     before = list(request.input_ids)
     # As it stands after the prompt: some tokenizers drop the space of a first token.
