@@ -25,7 +25,7 @@ def test_rows_and_seeds_are_those_of_the_recipe_or_of_the_call() -> None:
 
 @pytest.mark.parametrize("method", ["sku", "npo"])
 def test_a_run_chooses_its_strength(method: str, tmp_path: Path) -> None:
-    recipe = load_recipe("embedded-paper", ["negate.alpha=1.5", "methods.npo.strength=1.5", "evaluate.xstest=x.csv"])
+    recipe = load_recipe("embedded-paper", ["negate.alpha=1.5", "evaluate.xstest=x.csv"])
     (row, random) = comparison_rows(recipe, [method])
     run = row.recipe_of(7)
     assert run.chooses_alpha
@@ -53,7 +53,7 @@ def test_each_module_mode_and_number_of_answers_is_a_row() -> None:
 def test_rows_that_there_are_not() -> None:
     for make, settings, names, named in (
         (comparison_rows, (), ["nqo"], "nqo"),
-        (comparison_rows, ("methods.rmuu.strength=1",), ["npo"], "methods.rmuu"),
+        (comparison_rows, ("methods.rmuu.settings={}",), ["npo"], "methods.rmuu"),
         (ablation_rows, (), ["modes"], "modes"),
         (ablation_rows, ("method=npo",), [], "npo"),
     ):

@@ -223,7 +223,7 @@ def test_what_can_not_be_evaluated_is_refused(
         evaluate(tiny_model, tiny_tokenizer, tiny_data, base_model=tiny_model, config=TINY)
 
 
-def test_xstest_prompts_are_asked_and_not_scored(
+def test_xstest_prompts_are_asked_and_the_bases_replies_to_the_safe_ones_scored(
     tiny_model: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tiny_data: ForgetRetainData, tmp_path: Path
 ) -> None:
     path = tmp_path / "xstest_prompts.csv"
@@ -234,7 +234,7 @@ def test_xstest_prompts_are_asked_and_not_scored(
     assert result.replies["xstest_safe"]["over_refusal"].total == 2
     assert result.replies["xstest_unsafe"]["harmful"].total == 1, "a prompt of the run's own is left out"
     assert set(result.replies_by_category["xstest_safe"]) == {"kind"}
-    assert set(result.perplexity) == {"retain_test", "forget_train", "forget_test"}
+    assert set(result.perplexity) == {"retain_test", "forget_train", "forget_test", "xstest_safe"}
     assert {row.kind for row in result.outcomes if row.split.startswith("xstest")} == {"reply"}
     assert any(name.startswith("xstest") for name in result.setup.left_out)
 

@@ -198,7 +198,7 @@ def _ragged_stops(model: Any, requests: list[GenerationRequest], sampling: Sampl
     return (2, max(tokens, key=lambda token: (len(lengths[token]), token)))
 
 
-def _model(architecture: str, make_model: ModelMaker) -> Any:
+def _model(architecture: str, make_model: ModelMaker, spread: float = 0.6) -> Any:
     """Two layers whose scores lie apart, or a wrong mask would change little; OPT has no such setting.
 
     Beside the usual: convolutions with attention, a state alone, distances between places of the cache (ALiBi), and a
@@ -216,8 +216,8 @@ def _model(architecture: str, make_model: ModelMaker) -> Any:
     if architecture in peculiar:
         torch.manual_seed(0)
         return AutoModelForCausalLM.from_config(peculiar[architecture]).eval()
-    spread = {} if architecture == "opt" else {"initializer_range": 0.6}
-    model = make_model(architecture.removeprefix("wide "), **spread)
+    changes = {} if architecture == "opt" else {"initializer_range": spread}
+    model = make_model(architecture.removeprefix("wide "), **changes)
     if architecture == "wide gemma3":
         model.config.sliding_window = 200
     return model
@@ -438,7 +438,7 @@ def test_a_padded_batch_equals_its_rows(
 ) -> None:
     monkeypatch.setattr(writing, "CHUNK", 5)
     monkeypatch.setattr(writing, "RowSampler", Watching)
-    model, generator = _model(architecture, make_model), torch.Generator().manual_seed(0)
+    model, generator = _model(architecture, make_model, 0.3), torch.Generator().manual_seed(0)
     prompts = [
         tuple(torch.randint(10, VOCABULARY - 10, (length,), generator=generator).tolist())
         for length in (2, 9, 40, 100, 17)

@@ -61,12 +61,16 @@ def export(
         str | None, typer.Option(help="Only prompts of this split, such as forget_test; all harmful ones if not.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides which replies are drawn.")] = 0,
+    as_json: JsonOption = False,
 ) -> None:
     """Write replies to a CSV file for people to label; `--judge FILE.csv` reads it back."""
     from sku.evaluate.judges.precomputed import export_labels
 
     written = export_labels(folder, out, count=count, split=split, seed=seed)
-    results.print(f"{written} replies  {out}")
+    if as_json:
+        print_json({"file": str(out), "replies": written})
+    else:
+        results.print(f"{written} replies  {out}")
     notes.print("fill in the column label: harmful (or 1), safe (or 0) or refusal; empty for not labelled")
     errors.print("the file holds replies that may be harmful: keep it to yourself")
 
