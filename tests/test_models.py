@@ -96,16 +96,6 @@ def test_weights_that_would_be_random_are_refused(folder: Path) -> None:
         load_model(folder)
 
 
-def test_a_tied_head_is_not_missing(
-    make_model: ModelMaker, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    make_model("llama_tied").save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    model: Any = load_model(tmp_path).model
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-
-
 def test_quantized_models_are_refused_before_their_weights_are_read(folder: Path) -> None:
     """By their configuration, else by their headers."""
     weights, config = load_file(folder / "model.safetensors"), folder / "config.json"
