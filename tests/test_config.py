@@ -127,7 +127,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_recipe_of_the_package_can_be_run_as_it_is(name: str, tmp_path: Path) -> None:
+def test_every_recipe_of_the_package_can_be_run_as_it_is(name: str) -> None:
     """Keys, types and values, those of transformers and PEFT included."""
     recipe = load_recipe(name)
     assert recipe.name == name
@@ -139,7 +139,7 @@ def test_every_recipe_of_the_package_can_be_run_as_it_is(name: str, tmp_path: Pa
     assert recipe.chooses_alpha == (name in (EMBEDDED, "embedded-paper"))
     training = {key: value for key, value in recipe.acquire.training.items() if key not in ("bf16", "fp16", "tf32")}
     acquire = dataclasses.replace(recipe.acquire, training=training)
-    settings = resolve_method(dataclasses.replace(recipe, acquire=acquire), tmp_path, device="cpu").training
+    settings = resolve_method(dataclasses.replace(recipe, acquire=acquire), device="cpu").training
     assert settings.max_steps > 0 or settings.num_train_epochs > 0
     assert isinstance(settings.learning_rate, float)
     assert (adapter_settings(recipe.acquire) is None) == (recipe.acquire.tuning == "full")

@@ -34,7 +34,7 @@ def test_what_can_not_be_used_or_would_upload_stops_before_anything_is_loaded(
         ("push_to_hub=true", "push_to_hub"),
     ):
         with pytest.raises(RecipeError, match=named):
-            resolve_method(load_recipe("embedded-paper", [f"acquire.training.{setting}"]), tmp_path)
+            resolve_method(load_recipe("embedded-paper", [f"acquire.training.{setting}"]))
     with pytest.raises(RecipeError, match="push_to_hub"):
         SkuConfig(output_dir=str(tmp_path), push_to_hub=True)
 

@@ -214,7 +214,7 @@ def run_comparison(rows: Sequence[Row], seeds: Sequence[int], out: Path, tell: T
     refuse_final(rows[0].recipe.data, "a comparison, which chooses strengths,")
     runs = [(row, seed, row.recipe_of(seed)) for seed in seeds for row in rows]
     for row, seed, recipe in runs:
-        resolve_method(recipe, out)
+        resolve_method(recipe)
         state_of(out / run_name(row.name, seed), recipe)
     first = runs[0][2]
     check_judge(first, load_data(first.data, first.seed, forget_validation=first.forget_validation))

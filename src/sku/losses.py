@@ -18,7 +18,7 @@ hidden states, C = positions of one chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -69,10 +69,6 @@ class HeadScores:
         """``[N, V]``, that of the scores."""
         return torch.Size((*self.hidden_NH.shape[:-1], self.head.weight_VH.shape[0]))
 
-    def __getitem__(self, places: Tensor | int) -> HeadScores:
-        """Those of some positions, by mask or index, as of the scores themselves."""
-        return replace(self, hidden_NH=self.hidden_NH[places])
-
     def logits(self) -> Tensor:
         """``[N, V]`` scores in the type of the product, with gradient: for losses that need them all at once."""
         head, dtype = self.head, self.head.product_dtype
@@ -107,10 +103,10 @@ def answer_nll(scores_NV: Scores, targets_N: Tensor) -> Tensor:
     Raises:
         ValueError: The shapes don't fit.
     """
+    if len(scores_NV.shape) != 2 or targets_N.shape != scores_NV.shape[:1]:
+        raise ValueError(f"scores {tuple(scores_NV.shape)} and targets {tuple(targets_N.shape)} don't fit")
     if isinstance(scores_NV, HeadScores):
         return chunked_nll(scores_NV, targets_N)
-    if scores_NV.dim() != 2 or targets_N.shape != scores_NV.shape[:1]:
-        raise ValueError(f"logits {tuple(scores_NV.shape)} and targets {tuple(targets_N.shape)} don't fit")
     return functional.cross_entropy(scores_NV.float(), targets_N, reduction="none")
 
 
@@ -131,15 +127,14 @@ def token_kl(reference_NV: Scores, scores_NV: Scores) -> Tensor:
     Raises:
         ValueError: The shapes differ.
     """
+    if len(scores_NV.shape) != 2 or reference_NV.shape != scores_NV.shape:
+        raise ValueError(
+            f"reference scores {tuple(reference_NV.shape)} and scores {tuple(scores_NV.shape)} differ in shape"
+        )
     if isinstance(reference_NV, HeadScores) and isinstance(scores_NV, HeadScores):
         return chunked_kl(reference_NV, scores_NV)
-    reference_logits_NV, logits_NV = logits_of(reference_NV), logits_of(scores_NV)
-    if logits_NV.dim() != 2 or reference_logits_NV.shape != logits_NV.shape:
-        raise ValueError(
-            f"reference logits {tuple(reference_logits_NV.shape)} and logits {tuple(logits_NV.shape)} differ in shape"
-        )
-    log_p = functional.log_softmax(reference_logits_NV.detach().float(), dim=-1)
-    log_q = functional.log_softmax(logits_NV.float(), dim=-1)
+    log_p = functional.log_softmax(logits_of(reference_NV).detach().float(), dim=-1)
+    log_q = functional.log_softmax(logits_of(scores_NV).float(), dim=-1)
     return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
@@ -199,14 +194,8 @@ def chunked_nll(scores_NV: HeadScores, targets_N: Tensor) -> Tensor:
     Returns:
         ``[N]`` float32, nats, not reduced.
 
-    Raises:
-        ValueError: The shapes don't fit.
-
     Source: own. The idea of making a loss's gradient while its scores are there is that of arXiv 2410.10989 (Liger).
     """
-    hidden_NH = scores_NV.hidden_NH
-    if hidden_NH.dim() != 2 or targets_N.shape != hidden_NH.shape[:1]:
-        raise ValueError(f"hidden states {tuple(hidden_NH.shape)} and targets {tuple(targets_N.shape)} don't fit")
     return _apply(scores_NV, _nll, targets_N)
 
 
@@ -221,14 +210,7 @@ def chunked_kl(reference_NV: HeadScores, scores_NV: HeadScores) -> Tensor:
 
     Returns:
         ``[N]`` float32, nats, zero or more up to rounding, not reduced.
-
-    Raises:
-        ValueError: The two differ in positions or vocabulary.
     """
-    if scores_NV.hidden_NH.dim() != 2 or reference_NV.shape != scores_NV.shape:
-        raise ValueError(
-            f"reference scores {tuple(reference_NV.shape)} and scores {tuple(scores_NV.shape)} differ in shape"
-        )
     reference = reference_NV.head
     bias_V = None if reference.bias_V is None else reference.bias_V.detach()
     frozen = (reference_NV.hidden_NH.detach(), reference.weight_VH.detach(), bias_V)

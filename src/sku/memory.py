@@ -84,7 +84,7 @@ def stage_1_memory(recipe: Recipe) -> Memory:
     if recipe.method != "sku":
         raise RecipeError(f"it is of stage 1 of sku, and the recipe's method is {recipe.method}")
     acquire, config = recipe.acquire, with_safe_dtype(recipe)
-    training, rows = resolve_method(recipe, Path("planned")).training, sku_objective(acquire).rows
+    training, rows = resolve_method(recipe).training, sku_objective(acquire).rows
     found = load_config(config)
     dtype = pick_dtype(config.dtype, pick_device(config.device))
     if config.dtype == "stored":
@@ -118,7 +118,7 @@ def stage_1_memory(recipe: Recipe) -> Memory:
     if training.activation_checkpointing:
         kept = tokens * text.hidden_size * len(layers) * number
     scores = 4 * count * recipe.data.max_answer_tokens * text.vocab_size
-    if training.logits_budget_mb is not None and scores > training.logits_budget_mb * 2**20:
+    if scores > training.logits_budget_mb * 2**20:
         scores = CHUNK_BYTES
     scores = round(scores * (_SCORES if number == 2 else _SCORES_FLOAT32))
     at_most = kept + max(scores, one_layer if training.activation_checkpointing else 0)

@@ -70,14 +70,13 @@ def recipe_of(**acquire: Any) -> Recipe:
     return dataclasses.replace(load_recipe("embedded-paper"), data=SOURCES, acquire=AcquireConfig(**acquire))
 
 
-def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
+def test_every_setting_of_the_recipe_arrives() -> None:
     recipe = dataclasses.replace(recipe_of(random_answers=3, training=TRAINING), seed=7)
-    prepared = resolve_method(recipe, tmp_path)
+    prepared = resolve_method(recipe)
     assert prepared.settings == recipe.acquire
     settings = prepared.training
     assert (settings.seed, settings.max_steps) == (7, 2)
     assert (settings.max_length, settings.max_answer_tokens) == (64, 16)
-    assert settings.output_dir == str(tmp_path)
     weights = WeightsConfig(guided_distortion=1.5, random_disassociation=0.5, preservation_divergence=0.0)
     objective = sku_objective(ModulesConfig(weights=weights, random_answers=3))
     assert objective.weights == {"guided_distortion": 1.5, "random_disassociation": 0.5}
@@ -93,9 +92,9 @@ def test_every_setting_of_the_recipe_arrives(tmp_path: Path) -> None:
         ({"learning_rate": "small"}, "acquire.training.learning_rate is 'small'"),
     ],
 )
-def test_training_settings_that_can_not_work(training: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_training_settings_that_can_not_work(training: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        resolve_method(recipe_of(training=training), tmp_path)
+        resolve_method(recipe_of(training=training))
 
 
 def test_the_adapter_of_each_tuning() -> None:

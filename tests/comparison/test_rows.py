@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -24,7 +23,7 @@ def test_rows_and_seeds_are_those_of_the_recipe_or_of_the_call() -> None:
 
 
 @pytest.mark.parametrize("method", ["sku", "npo"])
-def test_a_run_chooses_its_strength(method: str, tmp_path: Path) -> None:
+def test_a_run_chooses_its_strength(method: str) -> None:
     recipe = load_recipe("embedded-paper", ["negate.alpha=1.5", "evaluate.xstest=x.csv"])
     (row, random) = comparison_rows(recipe, [method])
     run = row.recipe_of(7)
@@ -32,7 +31,7 @@ def test_a_run_chooses_its_strength(method: str, tmp_path: Path) -> None:
     assert (run.seed, run.acquire.seed) == (0, 7), "data and test prompts stay the same"
     assert (run.sweep.harm_target, run.evaluate.xstest) == (None, None)
     assert run.forget_validation > 0
-    resolve_method(run, tmp_path)
+    resolve_method(run)
     assert random.recipe_of(7).method == "sku"
 
 

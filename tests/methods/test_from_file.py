@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
-from conftest import ModelMaker
+from conftest import weights_of
+from methods.conftest import MethodTrainerMaker
 from sku.comparison import comparison_rows
 from sku.config import load_recipe
-from sku.data.examples import ForgetRetainData
 from sku.errors import RecipeError
 from sku.methods import method_named
 from sku.methods.run import resolve_method
-from sku.training.config import UnlearningConfig
-from sku.training.trainer import UnlearningTrainer
 
 PAGE = Path(__file__).parents[2] / "docs" / "adding_a_method.md"
 MINIMAL = (
@@ -31,56 +28,32 @@ MINIMAL = (
 )
 
 
-def shown_file() -> tuple[str, str]:
-    """Name and text of the file that the page tells a reader to save."""
-    found = re.search(r"<!-- file: (\S+) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    return found.group(1), found.group(2)
-
-
 @pytest.fixture
 def wga_file(tmp_path: Path) -> Path:
-    name, text = shown_file()
-    path = tmp_path / name
-    path.write_text(text, encoding="utf-8")
+    """The file that the page tells a reader to save."""
+    found = re.search(r"<!-- file: (\S+) -->\n```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    path = tmp_path / found.group(1)
+    path.write_text(found.group(2), encoding="utf-8")
     return path
 
 
-def test_the_file_of_the_page_trains(
-    wga_file: Path,
-    make_model: ModelMaker,
-    tokenizer: PreTrainedTokenizerFast,
-    data: ForgetRetainData,
-    tmp_path: Path,
-) -> None:
+def test_the_file_of_the_page_trains(wga_file: Path, make_method_trainer: MethodTrainerMaker) -> None:
     method = method_named(str(wga_file))
-    model = make_model()
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    trainer = UnlearningTrainer(
-        model,
-        UnlearningConfig(
-            output_dir=str(tmp_path / "out"),
-            max_steps=2,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            learning_rate=1e-3,
-        ),
-        data,
-        objective=method.objective(method.settings(beta=0.5), model),
-        processing_class=tokenizer,
-    )
+    trainer = make_method_trainer(method, full=True, settings=method.settings(beta=0.5))
+    before = weights_of(trainer)
     trainer.train()
     logged = [entry for entry in trainer.state.log_history if "loss/ascent" in entry]
     assert len(logged) == 2
     assert all(entry["loss/ascent"] < 0 < entry["loss/retain"] for entry in logged)
-    assert any(not torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+    assert any(not torch.equal(weight, before[name]) for name, weight in weights_of(trainer).items())
 
 
 def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
     """Settings go by the method's own name, and the other rows are not disturbed by them."""
     recipe = load_recipe("embedded-paper", ["methods.wga.settings.beta=0.5"])
     rows = comparison_rows(recipe, ["npo", str(wga_file)])
-    runs = {row.name: resolve_method(row.recipe_of(0), Path("work")) for row in rows if not row.control}
+    runs = {row.name: resolve_method(row.recipe_of(0)) for row in rows if not row.control}
     assert all(row.recipe_of(0).chooses_alpha for row in rows)
     assert runs["wga"].settings.beta == 0.5
     assert runs["npo"].method.name == "npo"
@@ -91,7 +64,6 @@ def test_a_comparison_takes_the_file_by_its_path(wga_file: Path) -> None:
     ("text", "message"),
     [
         ("import nowhere_at_all\n", "fails: ModuleNotFoundError"),
-        ("x = (\n", "fails: SyntaxError"),
         ("from sku.methods.npo import NPO\n", "defines 0 methods of its own"),
         (
             MINIMAL + "A = Method(name='a', title='A', paper_url='', settings=Settings, objective=objective)\n"

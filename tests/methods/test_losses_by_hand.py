@@ -1,4 +1,4 @@
-"""The loss of each method, worked out by hand. P is the original model, Q the one in training."""
+"""The loss of each method, and what it puts into it, by hand. P is the original model, Q the one in training."""
 
 from __future__ import annotations
 
@@ -6,23 +6,21 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from sku.losses import answer_nll
+from conftest import ModelMaker
+from sku.data.examples import RowType
+from sku.methods import method_named
 from sku.methods.circuit_breakers import holding_loss, rerouting_loss, shares
 from sku.methods.dpo import dpo_loss
 from sku.methods.npo import npo_loss
 from sku.methods.rmu import rmu_loss, steering_vector
 from sku.methods.safe_unlearning import safe_unlearning_loss
 from sku.methods.simnpo import simnpo_loss
+from sku.training.objective import ScoredRows, TrainingStep
 
 LN2, LN3 = math.log(2), math.log(3)
 LIKELY, UNLIKELY = math.log(4 / 3), math.log(4)
 """-log p of token 0 and token 1 under scores (log 3, 0)."""
-
-
-def scores(rows: int) -> Tensor:
-    return torch.tensor([[LN3, 0.0]]).repeat(rows, 1)
 
 
 def test_npo() -> None:
@@ -126,25 +124,68 @@ def test_the_steering_vector_is_a_seeded_direction_of_length_c() -> None:
     before = torch.random.get_rng_state()
     vector = steering_vector(64, coefficient=6.5, seed=3)
     assert torch.equal(torch.random.get_rng_state(), before), "the draws of training stay as they are"
-    assert vector.shape == (64,)
     assert float(vector.norm()) == pytest.approx(6.5)
     assert float(vector.min()) >= 0, "drawn from [0, 1)"
     assert torch.equal(vector, steering_vector(64, coefficient=6.5, seed=3))
     assert not torch.allclose(vector, steering_vector(64, coefficient=6.5, seed=4))
-    torch.testing.assert_close(steering_vector(64, coefficient=13.0, seed=3), 2 * vector)
+
+
+def test_shapes_that_would_broadcast_are_refused() -> None:
+    one, two = torch.zeros(1), torch.zeros(2)
+    with pytest.raises(ValueError, match="differ"):
+        npo_loss(two, one, beta=0.1)
+    with pytest.raises(ValueError, match="differ"):
+        dpo_loss(two, two, one, two, beta=0.1)
+    for target in (one, torch.zeros(1, 4)):
+        with pytest.raises(ValueError, match="don't fit"):
+            rmu_loss(torch.zeros(2, 4), target, torch.tensor([0, 0]), 1)
+
+
+def one_answer(scores: list[float], targets: list[int]) -> ScoredRows:
+    return ScoredRows(
+        scores_NV=torch.tensor([scores]).repeat(len(targets), 1),
+        targets_N=torch.tensor(targets),
+        row_N=torch.zeros(len(targets), dtype=torch.long),
+        example_M=torch.tensor([0]),
+        num_examples=1,
+    )
+
+
+ANSWERS = {RowType.FORGET: [0, 1], RowType.SAFE: [0, 0], RowType.RETAIN: [0, 1, 1], RowType.MISMATCHED: [0, 1]}
+"""Tokens of one row of each kind, to which Q gives (3/4, 1/4) and P (1/2, 1/2)."""
+RETAIN_GD = (LIKELY + 2 * UNLIKELY) / 3
 
 
 @pytest.mark.parametrize(
-    "call",
+    ("name", "settings", "expected"),
     [
-        lambda: answer_nll(torch.zeros(2, 4), torch.zeros(3, dtype=torch.long)),
-        lambda: npo_loss(torch.zeros(2), torch.zeros(3), beta=0.1),
-        lambda: dpo_loss(torch.zeros(2), torch.zeros(2), torch.zeros(1), torch.zeros(2), beta=0.1),
-        lambda: rmu_loss(torch.zeros(2, 4), torch.zeros(1), torch.tensor([0, 0]), 1),
-        lambda: rmu_loss(torch.zeros(2, 4), torch.zeros(1, 4), torch.tensor([0, 0]), 1),
+        # Whole answers: log 4/3 + log 4 = log 16/3 against log 4, so sigmoid(log 4/3) = 4/7 and 2 log 7/4.
+        ("npo", {"beta": 1.0}, {"forget": 2 * math.log(7 / 4), "retain": RETAIN_GD}),
+        # Per token: log(16/3) / 2, times beta log 16/3, sigmoid 16/19, and 2 / beta = 1.
+        ("simnpo", {"beta": 2.0}, {"forget": math.log(19 / 16), "retain": RETAIN_GD}),
+        # Safe answer: log 4 - log 16/9 = log 9/4 gained; harmful: log 4 - log 16/3 = log 3/4; sigmoid(log 3) = 3/4.
+        ("dpo", {"beta": 1.0}, {"preference": LIKELY}),
+        ("grad_diff", {}, {"ascent": -math.log(16 / 3) / 2, "retain": RETAIN_GD}),
+        ("refusal_tuning", {}, {"refusal": LIKELY, "retain": RETAIN_GD}),
+        # Per token: log(16/3) / 2 against log 2, so sigmoid(log(4/3) / 2 * 2) = 4/7.
+        ("safe_unlearning", {"beta": 2.0}, {"forget": math.log(7 / 4), "safe": LIKELY, "retain": RETAIN_GD}),
+        ("fine_tune", {}, {"retain": RETAIN_GD}),
+        ("task_vector", {}, {"guided_distortion": math.log(16 / 3) / 2}),
+        # One mismatched row, tokens 0 and 1, in place of K.
+        (
+            "gradient_ascent_mismatch",
+            {},
+            {"ascent": -math.log(16 / 3) / 2, "mismatch": math.log(16 / 3) / 2, "retain_kl": LIKELY / 2},
+        ),
+        ("grad_diff_kl", {}, {"ascent": -math.log(16 / 3) / 2, "retain_kl": LIKELY / 2}),
     ],
 )
-def test_shapes_that_would_broadcast_are_refused(call: object) -> None:
-    assert callable(call)
-    with pytest.raises(ValueError, match="differ|don't fit"):
-        call()
+def test_terms(name: str, settings: dict[str, float], expected: dict[str, float], make_model: ModelMaker) -> None:
+    """KL(P||Q) = 1/2 log(1/2 / 3/4) + 1/2 log(1/2 / 1/4) = 1/2 (log 2/3 + log 2) = 1/2 log 4/3."""
+    method = method_named(name)
+    step = TrainingStep(
+        rows=lambda kind: one_answer([LN3, 0.0], ANSWERS[kind]),
+        reference=lambda kind: one_answer([0.0, 0.0], ANSWERS[kind]),
+    )
+    losses = method.objective(method.settings(**settings), make_model()).losses(step)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-5)

@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from conftest import ModelMaker, TrainerMaker
 from sku.config import load_recipe
-from sku.data.examples import ForgetRetainData, RowPlan
-from sku.data.joint import JointDataset
-from sku.data.tokens import Encoder, PaperFormat
-from sku.methods.run import visited_examples, visited_places, with_visited
-from sku.training.config import UnlearningConfig
-from sku.training.trainer import UnlearningTrainer
-
-
-class Visits:
-    """The harmful examples in the batches of a trainer's steps, as the loss saw them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.found: set[int] = set()
-        real = UnlearningTrainer.compute_loss
-
-        def noted(trainer: Any, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-            self.found |= set(inputs["forget_index"].tolist())
-            return real(trainer, model, inputs, *args, **kwargs)
-
-        monkeypatch.setattr(UnlearningTrainer, "compute_loss", noted)
+from sku.data.examples import ForgetRetainData
+from sku.methods.run import visited_examples, with_visited
 
 
 @pytest.mark.parametrize(
     ("settings", "count"),
     [
-        ({"max_steps": 2}, 4),
         # The last step of an epoch takes what is left: 2 batches, then 1, then 2 of the next epoch.
         ({"max_steps": 1, "gradient_accumulation_steps": 2}, 4),
         ({"max_steps": 3, "gradient_accumulation_steps": 2}, 6),
@@ -47,27 +27,35 @@ class Visits:
     ],
 )
 def test_what_is_said_before_is_what_the_batches_held(
-    make_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], count: int | None
+    make_trainer: TrainerMaker, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], count: int | None
 ) -> None:
     """Six harmful examples, batches of two where nothing else is said."""
-    trainer = make_trainer(**settings)
+    trainer: Any = make_trainer(**settings)
     said = visited_examples(trainer.train_dataset, trainer.args)
-    visits = Visits(monkeypatch)
+    found: set[int] = set()
+    real = trainer.compute_loss
+
+    def noted(model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        found.update(inputs["forget_index"].tolist())
+        return real(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(trainer, "compute_loss", noted)
     trainer.train()
     assert said is not None
-    assert set(said) == visits.found
+    assert set(said) == found
     assert count is None or len(said) == count
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_take_their_batches_together(processes: int) -> None:
-    """Two steps of 2 examples a process."""
-    (places,) = visited_places(20, steps=2, epochs=3, batch=2 * processes, accumulation=1)
-    assert places == range(4 * processes)
+def test_several_processes_take_their_batches_together(make_trainer: TrainerMaker) -> None:
+    """One step of 2 examples a process."""
+    trainer: Any = make_trainer(max_steps=1)
+    said = visited_examples(trainer.train_dataset, trainer.args, processes=2)
+    assert said is not None
+    assert len(said) == 4
 
 
 def test_a_recipe_says_what_it_visits_and_what_its_method_leaves_out(
-    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, make_model: Callable[..., Any]
+    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, make_model: ModelMaker
 ) -> None:
     """Two steps of two examples; DPO sees only prompts that have a safe answer, here the first three examples."""
     model = make_model()
@@ -92,10 +80,8 @@ def test_a_recipe_says_what_it_visits_and_what_its_method_leaves_out(
 
 
 def test_settings_that_let_the_trainer_choose_its_batches_say_nothing(
-    data: ForgetRetainData, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    make_trainer: TrainerMaker,
 ) -> None:
-    joint = JointDataset(data, Encoder(tokenizer, PaperFormat("</s>")), rows=RowPlan(forget=True))
     for choice in ("auto_find_batch_size", "ignore_data_skip"):
-        training = UnlearningConfig(output_dir=str(tmp_path), max_steps=2, use_cpu=True)
-        setattr(training, choice, True)
-        assert visited_examples(joint, training) is None
+        trainer: Any = make_trainer(**{choice: True})
+        assert visited_examples(trainer.train_dataset, trainer.args) is None

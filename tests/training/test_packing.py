@@ -1,8 +1,9 @@
-"""Stage 1 and the baselines as one packed row: the losses and gradients of the padded batch, whatever the model."""
+"""Stage 1 as one packed row: the losses and gradients of the padded batch, whatever the model."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,67 +19,10 @@ from transformers import (
 )
 
 from conftest import ARCHITECTURES, VOCABULARY, ModelMaker, TrainerMaker, assert_same_bits, weights_of
-from methods.conftest import MethodTrainerMaker, make_method_trainer, safe_data, small_settings  # noqa: F401 - fixtures
-from sku.data.batches import JointCollator
+from methods.conftest import assert_packed_is_padded
 from sku.errors import ModelError
-from sku.methods import METHODS
-from sku.methods.base import AnyMethod
-from sku.training import trainer as trainer_module
 from sku.training.attention import choose_packing, why_not_packed
 from sku.training.trainer import UnlearningTrainer
-
-TOLERANCE = 1e-5
-
-
-def disturb(trainer: UnlearningTrainer) -> None:
-    """Moves the trained weights, so that the model in training is not the original one, and attention matters."""
-    generator = torch.Generator().manual_seed(7)
-    assert trainer.model is not None
-    with torch.no_grad():
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    trainer.model.eval()
-
-
-def terms_and_gradients(trainer: UnlearningTrainer, collator: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    dataset: Any = trainer.train_dataset
-    model: Any = trainer.model
-    model.zero_grad()
-    noted: dict[str, Tensor] = {}
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(trainer_module, "check_finite", lambda terms, *_: noted.update(terms))
-        loss: Tensor = trainer.compute_loss(model, collator([dataset[place] for place in range(3)]))
-    loss.backward()
-    found = {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
-    return {name: losses_B.detach() for name, losses_B in noted.items()}, found
-
-
-def collators(trainer: UnlearningTrainer) -> dict[str, Any]:
-    rows = trainer.objective.rows
-    pad = int(trainer.processing_class.pad_token_id)  # type: ignore[union-attr]
-    return {
-        packing: JointCollator(packing, pad_token_id=pad, retain_tokens=rows.retain_tokens)
-        for packing in ("padded", "tree", "flat")
-    }
-
-
-def assert_packed_is_padded(trainer: UnlearningTrainer) -> None:
-    results = {name: terms_and_gradients(trainer, collator) for name, collator in collators(trainer).items()}
-    terms, plain = results.pop("padded")
-    assert set(terms) == set(trainer.objective.weights)
-    whole = torch.cat([gradient.flatten() for gradient in plain.values()]).norm()
-    assert whole > 1e-4
-    for name, (packed_terms, packed) in results.items():
-        for term, losses_B in terms.items():
-            # A small divergence is a difference of log-probabilities of about 6 nats, and rounded as those are.
-            size = max(losses_B.norm(), 0.1)
-            assert (packed_terms[term] - losses_B).norm() <= TOLERANCE * size, (name, term)
-        assert packed.keys() == plain.keys()
-        for weight, gradient in plain.items():
-            # Some gradients are 0 but for rounding: that of a key's bias, say.
-            size = max(gradient.norm(), 1e-2 * whole)
-            assert (packed[weight] - gradient).norm() <= TOLERANCE * size, (name, weight)
 
 
 @pytest.mark.parametrize(("architecture", "full"), [*((name, False) for name in ARCHITECTURES), ("llama", True)])
@@ -88,20 +32,7 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(
 ) -> None:
     """fp32; Gemma's window of 16 is shorter than the rows."""
     trainer = make_trainer(make_model(architecture), full=full, preservation_mode="retention", packing="tree")
-    disturb(trainer)
-    assert_packed_is_padded(trainer)
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
-def test_every_method_trains_on_packed_rows(
-    method: AnyMethod,
-    make_method_trainer: MethodTrainerMaker,  # noqa: F811
-) -> None:
-    settings = small_settings(method, **({"beta": 0.1} if method.name == "simnpo" else {}))
-    trainer = make_method_trainer(method, settings=settings, packing="auto")
-    assert trainer.packing == "tree"
-    disturb(trainer)
-    assert_packed_is_padded(trainer)
+    assert_packed_is_padded(trainer, ("tree", "flat"))
 
 
 def test_equal_runs_are_equal_with_workers_and_with_recomputed_layers(make_trainer: TrainerMaker) -> None:
@@ -125,45 +56,30 @@ SMALL: dict[str, Any] = {
 HEADS: dict[str, Any] = {"intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 
 
-def gpt_oss() -> Any:
-    return GptOssForCausalLM(
-        GptOssConfig(
-            **SMALL, **HEADS, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2,
-        )
-    )  # fmt: skip
-
-
-REFUSED: dict[str, tuple[Any, str]] = {
-    "recurrent": (
-        lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4, expand=2, conv_kernel=2)),
-        "MambaForCausalLM",
+REFUSED: dict[str, Callable[[], Any]] = {
+    "MambaForCausalLM": lambda: MambaForCausalLM(MambaConfig(**SMALL, state_size=4, expand=2, conv_kernel=2)),
+    "s_aux": lambda: GptOssForCausalLM(
+        GptOssConfig(**SMALL, **HEADS, num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 2)
     ),
-    "sinks": (gpt_oss, "ask for s_aux"),
-    "encoder-decoder": (
-        lambda: T5ForConditionalGeneration(
-            T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
-        ),
-        "is an encoder-decoder",
+    "encoder-decoder": lambda: T5ForConditionalGeneration(
+        T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     ),
 }
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("reason", REFUSED)
 @pytest.mark.filterwarnings("ignore")
-def test_models_that_cannot_be_packed_are_padded_with_the_reason(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    make, reason = REFUSED[kind]
+def test_models_that_cannot_be_packed_are_padded_with_the_reason(
+    reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.manual_seed(0)
-    model = make().eval()
+    model = REFUSED[reason]().eval()
     before = model.config._attn_implementation
     with caplog.at_level(logging.WARNING, logger="sku"):
         assert choose_packing(model, "auto") == "padded"
-    lines = [record.getMessage() for record in caplog.records if record.name.startswith("sku")]
-    assert len(lines) == 1
-    assert lines[0].startswith("packing: padded, since ")
-    assert reason in lines[0]
-    for asked in ("tree", "flat"):
-        with pytest.raises(ModelError, match=f"packing is {asked}, but .*set packing to padded"):
-            choose_packing(model, asked)
+    assert reason in caplog.text
+    with pytest.raises(ModelError, match=reason):
+        choose_packing(model, "tree")
     assert choose_packing(model, "padded") == "padded"
     assert model.config._attn_implementation == before
 
@@ -174,7 +90,7 @@ def test_layers_whose_window_is_not_told_are_refused(make_model: ModelMaker, mon
     assert why_not_packed(model) is None
     for layer in model.model.layers:
         monkeypatch.setattr(layer.self_attn, "sliding_window", None)
-    assert "don't all say what they see" in str(why_not_packed(model))
+    assert "what they see" in str(why_not_packed(model))
 
 
 def test_the_trial_sees_positions_that_are_not_followed(
@@ -189,7 +105,7 @@ def test_the_trial_sees_positions_that_are_not_followed(
         return forward(attention_mask, past, position_ids=torch.arange(attention_mask.shape[1])[None])
 
     monkeypatch.setattr(embed, "forward", by_place)
-    assert "gives other scores for a packed row than for its parts" in str(why_not_packed(model))
+    assert "other scores" in str(why_not_packed(model))
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
@@ -202,7 +118,7 @@ def test_packed_rows_go_with_the_kept_reference_and_without_the_head(full: bool,
         trainer.train()
         return trainer, [line["loss"] for line in trainer.state.log_history if "loss" in line]
 
-    _, expected = trained(packing="padded", reference_cache_mb=0.0, logits_budget_mb=None)
+    _, expected = trained(packing="padded", reference_cache_mb=0.0, logits_budget_mb=1e9)
     lean, found = trained(packing="tree", logits_budget_mb=0.0)
     assert lean._cache is not None
     assert lean._reference is None
@@ -210,17 +126,15 @@ def test_packed_rows_go_with_the_kept_reference_and_without_the_head(full: bool,
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["chunked_attention"])
-def test_layers_that_are_no_plain_attention_are_refused(kind: str, make_model: ModelMaker) -> None:
-    """Hybrids; a chunk is longer than the trial row, so that it would not show there."""
+def test_layers_that_are_no_plain_attention_are_refused(make_model: ModelMaker) -> None:
+    """A chunk is longer than the trial row, so that it would not show there."""
     model = make_model("qwen3")
-    assert why_not_packed(model) is None
-    model.config.layer_types = ["full_attention", kind]
-    assert why_not_packed(model) == f"Qwen3ForCausalLM has layers of the kind {kind}"
+    model.config.layer_types = ["full_attention", "chunked_attention"]
+    assert "chunked_attention" in str(why_not_packed(model))
 
 
 def test_an_attention_that_was_asked_for_is_kept(make_model: ModelMaker, caplog: pytest.LogCaptureFixture) -> None:
     model = make_model(attn_implementation="eager")
     assert choose_packing(model, "auto") == "padded"
-    assert "loaded with attention eager, which is kept" in caplog.text
+    assert "eager" in caplog.text
     assert choose_packing(model, "tree") == "tree"

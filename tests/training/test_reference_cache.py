@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import ModelMaker, TrainerMaker, weights_of
+from conftest import ModelMaker, TrainerMaker, assert_same_bits, weights_of
 from sku.data.examples import RowType
 from sku.methods.sku import TERMS
 from sku.methods.trainer import SkuTrainer
@@ -33,7 +33,7 @@ def test_the_first_look_at_each_row_gives_the_same_bits(full: bool, make_trainer
     (cached, weights), (asked, others) = runs
     assert cached == asked
     assert cached[1][2] > 1e-6
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert_same_bits(weights, others)
 
 
 def test_each_row_is_looked_at_once(make_trainer: TrainerMaker) -> None:
@@ -56,30 +56,26 @@ def test_full_tuning_has_no_second_model_and_its_own_copy_of_a_trained_head(
         pytest.fail("a second model was made")
 
     monkeypatch.setattr(trainer_module, "copy", SimpleNamespace(deepcopy=fail))
-    for architecture in ("llama", "llama_tied"):
-        trainer = make_trainer(make_model(architecture), full=True)
-        trainer.train()
-        assert trainer._cache is not None
-        kept = trainer._cache._rows[RowType.RETAIN]
-        untouched = make_model(architecture).get_output_embeddings().weight
-        assert torch.equal(kept.head.weight_VH, untouched)
-        trained: Any = trainer.model
-        assert not torch.equal(trained.get_output_embeddings().weight, untouched)
+    trainer = make_trainer(make_model("llama_tied"), full=True)
+    trainer.train()
+    assert trainer._cache is not None
+    kept = trainer._cache._rows[RowType.RETAIN]
+    untouched = make_model("llama_tied").get_output_embeddings().weight
+    assert torch.equal(kept.head.weight_VH, untouched)
+    trained: Any = trainer.model
+    assert not torch.equal(trained.get_output_embeddings().weight, untouched)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["lora", "full"])
 def test_a_resumed_run_asks_the_original_not_the_checkpoint(
     full: bool, make_trainer: TrainerMaker, tmp_path: Path
 ) -> None:
-    common: dict[str, Any] = {
-        "full": full, "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
-    }  # fmt: skip
+    common: dict[str, Any] = {"full": full, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     whole = make_trainer(**common)
     whole.train()
     resumed = make_trainer(**common)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoints" / "checkpoint-2"))
-    first, second = weights_of(whole), weights_of(resumed)
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_bits(weights_of(whole), weights_of(resumed))
     assert losses_of(whole) == losses_of(resumed)
 
 
@@ -101,7 +97,7 @@ def test_what_is_too_much_to_keep_is_asked_in_each_step(
         trainer.train()
     assert trainer._cache is None
     assert (trainer._reference is not None) is full
-    assert "its hidden states on 4 rows would take about" in caplog.text
+    assert "4 rows" in caplog.text
     other = make_trainer(full=full, reference_cache_mb=0.0)
     other.train()
     assert losses_of(trainer) == losses_of(other)
@@ -126,9 +122,7 @@ def test_a_row_that_was_not_looked_at_gives_nan_not_another_row(make_trainer: Tr
 def test_under_autocast_the_original_is_asked_in_the_same_precision(
     megabytes: float, make_trainer: TrainerMaker, make_model: ModelMaker
 ) -> None:
-    """In the first step the two models are one: another precision would show as a divergence, 1e-4 with scores so far
-    apart.
-    """
+    """In the first step the two models are one. Another precision would show as a divergence of 1e-4 here."""
     model = make_model()
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(50)

@@ -321,12 +321,8 @@ def fine_tune(
     with tempfile.TemporaryDirectory(prefix="sku-relearn-") as folder:
         settings = training_settings(
             {**attack_training(recipe), "learning_rate": learning_rate, "max_steps": steps[-1]},
-            {
-                "output_dir": folder,
-                "seed": recipe.seed,
-                "max_length": recipe.data.max_length,
-                "max_answer_tokens": recipe.data.max_answer_tokens,
-            },
+            recipe.data,
+            seed=recipe.seed,
             device=copied.device.type,
         )
         train(

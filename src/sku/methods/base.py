@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -67,16 +67,14 @@ class NoSettings:
 class TermWeights:
     """Of a method with several terms: a ``..._weight`` of 0 leaves one out, and not all may be 0."""
 
-    method: ClassVar[str]
-    """Its name, for messages."""
-
     def __post_init__(self) -> None:
         weights = {name: value for name, value in vars(self).items() if name.endswith("_weight")}
         if getattr(self, "retain", "") == "none":
             weights["retain_weight"] = 0.0
         if not any(weights.values()):
-            keys = " and ".join(f"methods.{self.method}.settings.{name}" for name in weights)
-            raise RecipeError(f"{keys} leave no term on: there is nothing to train; set a weight above 0")
+            raise RecipeError(
+                f"{' and '.join(weights)} leave no term on: there is nothing to train; set a weight above 0"
+            )
 
 
 RetainKind = Literal["gd", "kl", "none"]
@@ -94,6 +92,9 @@ def retain_term(kind: RetainKind, weight: float = 1.0) -> dict[str, Term]:
         authors' code averages the divergence over prompt and padding too.
     """
 
+    def gd(step: TrainingStep) -> Tensor:
+        return step.rows(RowType.RETAIN).mean_nll()
+
     def kl(step: TrainingStep) -> Tensor:
         rows = step.rows(RowType.RETAIN)
         kl_N = token_kl(step.reference(RowType.RETAIN).scores_NV, rows.scores_NV)
@@ -102,11 +103,7 @@ def retain_term(kind: RetainKind, weight: float = 1.0) -> dict[str, Term]:
     if kind == "none":
         return {}
     if kind == "gd":
-        return {
-            "retain": Term(
-                weight=weight, loss=lambda step: step.rows(RowType.RETAIN).mean_nll(), rows={"retain": True}
-            )
-        }
+        return {"retain": Term(weight=weight, loss=gd, rows={"retain": True})}
     return {"retain_kl": Term(weight=weight, loss=kl, rows={"retain": True}, reference=True)}
 
 
@@ -114,6 +111,26 @@ def check_alike(*tensors: Tensor) -> None:
     """Raises ValueError where shapes differ: they would broadcast."""
     if len({tensor.shape for tensor in tensors}) != 1:
         raise ValueError(f"shapes differ: {', '.join(str(tuple(tensor.shape)) for tensor in tensors)}")
+
+
+def check_layers(layers: Sequence[int], model: PreTrainedModel, setting: str) -> None:
+    """Refuses decoder layers that are not there, and the last: transformers returns its output after the final norm.
+
+    Args:
+        layers: Counted from 0.
+        model: Asked for its shape alone.
+        setting: Key of the layers in the recipe, for the message.
+
+    Raises:
+        RecipeError: With the layers that the model has.
+        ModelError: As ``decoder_layers``.
+    """
+    last = len(decoder_layers(model)[1]) - 1
+    if not all(0 <= layer < last for layer in layers):
+        raise RecipeError(
+            f"{setting} is {', '.join(str(layer) for layer in layers)}; it must be 0 or more and below {last}, the "
+            "model's last decoder layer, whose output is not seen before its norm"
+        )
 
 
 def names_in_layers(

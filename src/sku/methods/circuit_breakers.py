@@ -22,9 +22,8 @@ from transformers import PreTrainedModel
 
 from sku.config.check import Positive, validated
 from sku.data.examples import RowType
-from sku.errors import RecipeError
 from sku.losses import mean_per_example
-from sku.methods.base import Method, check_alike, names_in_layers
+from sku.methods.base import Method, check_alike, check_layers, names_in_layers
 from sku.training import decoder_layers
 from sku.training.objective import Objective, Term, TrainingStep
 
@@ -113,17 +112,9 @@ def turned_layers(settings: CircuitBreakersSettings, model: PreTrainedModel) -> 
         ModelError: As ``decoder_layers``.
     """
     count = len(decoder_layers(model)[1])
-    if count < 2:
-        raise RecipeError(
-            "circuit_breakers needs 2 decoder layers or more: the last one's output is not seen before its norm"
-        )
     of_model = (min(max(round(number / 32 * count), 1), count - 1) - 1 for number in _OF_32)
     layers = tuple(sorted({*(settings.layers or of_model)}))
-    if not (layers[0] >= 0 and layers[-1] < count - 1):
-        raise RecipeError(
-            f"methods.circuit_breakers.settings.layers is {list(settings.layers)}; each must be 0 to {count - 2}, "
-            f"before the last of the model's {count} layers"
-        )
+    check_layers(layers, model, "methods.circuit_breakers.settings.layers")
     return layers
 
 

@@ -20,8 +20,6 @@ from sku.training.objective import Objective, Term
 class DpoSettings(TermWeights):
     """Settings of DPO; the paper has no retain term."""
 
-    method = "dpo"
-
     beta: Positive = 0.1
     """Inverse temperature: how dearly a difference from the original model is bought."""
     preference_weight: NotNegative = 1.0

@@ -9,10 +9,6 @@ Source: ``grad_diff`` and ``KL`` in the trainer of licong-lin/negative-preferenc
 
 from __future__ import annotations
 
-from typing import ClassVar
-
-from transformers import PreTrainedModel
-
 from sku.config.check import NotNegative, validated
 from sku.methods.base import Method, RetainKind, TermWeights, retain_term
 from sku.methods.gradient_ascent import ascent_term
@@ -23,40 +19,27 @@ from sku.training.objective import Objective
 class GradDiffSettings(TermWeights):
     """Weights of GradDiff; 0 leaves a term and its rows out."""
 
-    method = "grad_diff"
-    kind: ClassVar[RetainKind] = "gd"
-
     forget_weight: NotNegative = 1.0
     """Weight of the ascent on harmful answers."""
     retain_weight: NotNegative = 1.0
     """Weight of the term on normal pairs."""
 
 
-@validated
-class GradDiffKlSettings(GradDiffSettings):
-    """The same with KL(P||Q) on normal pairs, P the original model."""
-
-    method = "grad_diff_kl"
-    kind: ClassVar[RetainKind] = "kl"
-
-
-def _objective(settings: GradDiffSettings, _model: PreTrainedModel) -> Objective:
-    return Objective.of(
-        {"ascent": ascent_term(settings.forget_weight), **retain_term(settings.kind, settings.retain_weight)}
-    )
+def _objective(settings: GradDiffSettings, kind: RetainKind) -> Objective:
+    return Objective.of({"ascent": ascent_term(settings.forget_weight), **retain_term(kind, settings.retain_weight)})
 
 
 GRAD_DIFF = Method(
-    name=GradDiffSettings.method,
+    name="grad_diff",
     title="GradDiff",
     paper_url="https://arxiv.org/abs/2401.06121",
     settings=GradDiffSettings,
-    objective=_objective,
+    objective=lambda settings, _model: _objective(settings, "gd"),
 )
 GRAD_DIFF_KL = Method(
-    name=GradDiffKlSettings.method,
+    name="grad_diff_kl",
     title="GradDiff (KL)",
     paper_url="https://arxiv.org/abs/2401.06121",
-    settings=GradDiffKlSettings,
-    objective=_objective,
+    settings=GradDiffSettings,
+    objective=lambda settings, _model: _objective(settings, "kl"),
 )

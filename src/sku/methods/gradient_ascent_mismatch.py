@@ -19,14 +19,10 @@ from sku.methods.gradient_ascent import ascent_term
 from sku.methods.sku import random_disassociation
 from sku.training.objective import Objective, Term
 
-_NAME = "gradient_ascent_mismatch"
-
 
 @validated
 class GradientAscentMismatchSettings(TermWeights):
     """Weights and K of GA+Mismatch; a weight of 0 leaves its term and rows out."""
-
-    method = _NAME
 
     forget_weight: NotNegative = 0.5
     """e1, weight of the ascent on harmful answers."""
@@ -39,7 +35,7 @@ class GradientAscentMismatchSettings(TermWeights):
 
 
 GRADIENT_ASCENT_MISMATCH = Method(
-    name=_NAME,
+    name="gradient_ascent_mismatch",
     title="GA+Mismatch",
     paper_url="https://arxiv.org/abs/2310.10683",
     settings=GradientAscentMismatchSettings,

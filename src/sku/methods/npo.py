@@ -20,8 +20,6 @@ from sku.training.objective import Objective, Term
 class NpoSettings(TermWeights):
     """Settings of NPO. Defaults: ``npo_grad_diff`` of the authors' ``config/forget.yaml``."""
 
-    method = "npo"
-
     beta: Positive = 0.1
     """Inverse temperature. Towards 0 the method becomes gradient ascent."""
     forget_weight: NotNegative = 1.0

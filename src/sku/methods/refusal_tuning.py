@@ -19,8 +19,6 @@ from sku.training.objective import Objective, Term
 class RefusalTuningSettings(TermWeights):
     """Weights of refusal tuning; 0 leaves a term and its rows out."""
 
-    method = "refusal_tuning"
-
     refusal_weight: NotNegative = 1.0
     """Weight of the safe answers."""
     retain_weight: NotNegative = 1.0

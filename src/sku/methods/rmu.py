@@ -23,9 +23,8 @@ from transformers import PreTrainedModel
 
 from sku.config.check import NotNegative, Positive, validated
 from sku.data.examples import RowType
-from sku.errors import RecipeError
 from sku.losses import mean_per_example
-from sku.methods.base import Method, TermWeights, names_in_layers
+from sku.methods.base import Method, TermWeights, check_layers, names_in_layers
 from sku.training import decoder_layers
 from sku.training.objective import Objective, ScoredRows, Term, TrainingStep
 
@@ -35,8 +34,6 @@ _TRAINED_LAYERS = 3
 @validated
 class RmuSettings(TermWeights):
     """Settings of RMU. Defaults: the WMDP authors' for Zephyr-7B, which they choose anew for each model."""
-
-    method = "rmu"
 
     layer: int | None = None
     """Decoder layer, counted from 0, whose output is steered; empty for 7 of every 32, as with Zephyr-7B."""
@@ -104,16 +101,8 @@ def steered_layer(settings: RmuSettings, model: PreTrainedModel) -> int:
         RecipeError: There is no such layer, or it is the last one.
         ModelError: As ``decoder_layers``.
     """
-    count = len(decoder_layers(model)[1])
-    if count < 2:
-        raise RecipeError("rmu needs 2 decoder layers or more: the last one's output is not seen before its norm")
-    layer = round(7 / 32 * count) if settings.layer is None else settings.layer
-    # What transformers returns for the last layer has passed the final norm.
-    if not 0 <= layer < count - 1:
-        raise RecipeError(
-            f"methods.rmu.settings.layer is {layer}; it must be 0 to {count - 2}, before the last of the model's "
-            f"{count} layers"
-        )
+    layer = round(7 / 32 * len(decoder_layers(model)[1])) if settings.layer is None else settings.layer
+    check_layers([layer], model, "methods.rmu.settings.layer")
     return layer
 
 

@@ -7,7 +7,6 @@ prompts" is asked of those that were.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import math
@@ -74,19 +73,12 @@ class MethodRun:
         rows = self.method.objective(self.settings, model).rows
         return dataclasses.replace(self, joint=_joint(recipe, self.training, data, tokenizer, rows))
 
-    def in_folder(self, folder: Path) -> MethodRun:
-        """The same with its checkpoints in another folder."""
-        training = copy.copy(self.training)
-        training.output_dir = str(folder)
-        return dataclasses.replace(self, training=training)
 
-
-def resolve_method(recipe: Recipe, folder: Path, *, device: str | None = None) -> MethodRun:
+def resolve_method(recipe: Recipe, *, device: str | None = None) -> MethodRun:
     """Reads and checks a recipe's settings for its method.
 
     Args:
         recipe: ``method`` says which.
-        folder: For checkpoints.
         device: Type of the model's device, such as ``cpu``; the trainer stays there. None: what ``model.device``
             stands for.
 
@@ -110,17 +102,16 @@ def resolve_method(recipe: Recipe, folder: Path, *, device: str | None = None) -
         recipe.acquire
         if is_sku
         else settings_from_dict(
-            method.settings, own.settings, f"methods.{method.name}.settings", f"recipe {recipe.name}"
+            method.settings,
+            own.settings,
+            f"methods.{method.name}.settings",
+            f"recipe {recipe.name}, method {method.name}",
         )
     )
     training = training_settings(
         {**recipe.acquire.training, **own.training},
-        {
-            "output_dir": str(folder),
-            "seed": recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
-            "max_length": recipe.data.max_length,
-            "max_answer_tokens": recipe.data.max_answer_tokens,
-        },
+        recipe.data,
+        seed=recipe.seed if recipe.acquire.seed is None else recipe.acquire.seed,
         device=pick_device(recipe.model.device).type if device is None else device,
         places=dict.fromkeys(own.training, f"methods.{method.name}.training"),
     )
@@ -161,7 +152,7 @@ def train_method(
         data: Splits; ``forget_train`` and ``retain_train`` are used.
         folder: Private folder for checkpoints; the last one in it is resumed from.
         callbacks: For progress.
-        run: Of ``resolve_method``, whose checkpoints go to ``folder``; resolved here if None.
+        run: Of ``resolve_method``; resolved here if None.
 
     Returns:
         The trained model and its log; of twins the original model with their difference as its adapter.
@@ -172,7 +163,7 @@ def train_method(
         NonFiniteLossError: A loss term is NaN or infinite.
         OutputError: A checkpoint can't be written.
     """
-    run = (run or resolve_method(recipe, folder, device=loaded.model.device.type)).in_folder(folder)
+    run = run or resolve_method(recipe, device=loaded.model.device.type)
     method = run.method
     # Checkpoints of every method are kept private: they lie beside data that is not for everyone.
     if method.negates:
@@ -257,9 +248,7 @@ def _train_twins(
         if final.exists():
             continue
         mark_hazardous(final.parent)
-        own = run.in_folder(final.parent)
-        if twin != "bad":
-            own = dataclasses.replace(own, joint=None)  # It learns other rows.
+        own = run if twin == "bad" else dataclasses.replace(run, joint=None)  # The good one learns other rows.
         objective = sku_objective(recipe.acquire, twin=twin)
         trained = _train(recipe, own, objective, loaded, data, final.parent, callbacks)
         with new_folder(final, private=True) as temporary:
@@ -343,7 +332,7 @@ def with_visited(
         itself says why), or its settings let the trainer choose its batches.
     """
     try:
-        run = resolve_method(recipe, Path("unused"), device="cpu")
+        run = resolve_method(recipe, device="cpu")
         # Of all rows those that decide which examples there are.
         rows = RowPlan(safe=run.method.objective(run.settings, model).rows.safe)
         visited = visited_examples(_joint(recipe, run.training, data, tokenizer, rows), run.training)

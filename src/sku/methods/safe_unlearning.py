@@ -25,8 +25,6 @@ from sku.training.objective import Objective, Term
 class SafeUnlearningSettings(TermWeights):
     """Settings of Safe Unlearning. Defaults: the authors' for Vicuna-7B; a weight of 0 leaves a term out."""
 
-    method = "safe_unlearning"
-
     beta: Positive = 1.0
     """Inverse temperature of the likelihood per token."""
     forget_weight: NotNegative = 0.3

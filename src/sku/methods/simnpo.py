@@ -22,8 +22,6 @@ class SimNpoSettings(TermWeights):
     They tune beta and the weights per task: 4.5 and 0.125 on forget10.
     """
 
-    method = "simnpo"
-
     beta: Positive = 2.5
     """Inverse temperature of the likelihood per token."""
     gamma: NotNegative = 0.0

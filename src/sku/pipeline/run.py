@@ -105,7 +105,7 @@ def plan_run(
     folder = RunFolder(out, processes)
     begun = processes.run_on_rank0(lambda: folder.check(recipe, resume=resume))
     decided = processes.run_on_rank0(lambda: _checkpointing(recipe, begun))
-    run = resolve_method(with_checkpointing(recipe, decided), out)
+    run = resolve_method(with_checkpointing(recipe, decided))
     there = processes.run_on_rank0(lambda: bytes_in(out))
     prompts = processes.run_on_all_ranks(lambda: own_prompts_of(recipe)) if recipe.data.own_replies else None
     data, model, training, asked = processes.run_on_all_ranks(lambda: _checked(recipe, run, prompts))

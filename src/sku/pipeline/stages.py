@@ -208,19 +208,19 @@ def run_acquire(recipe: Recipe, out: Path, *, progress: StageProgress | None = N
         raise RecipeError(f"the recipe's method is {recipe.method}, which has no stage 1: use sku run")
     processes = current_processes()
     processes.run_on_rank0(lambda: check_new(out))
-    run = _resolved(recipe, out)  # Refused before anything is read.
+    run = _resolved(recipe)  # Refused before anything is read.
     model, data = processes.run_on_all_ranks(lambda: (check_trained_model(recipe), load_recipe_data(recipe)))
     training = processes.run_on_all_ranks(lambda: check_training(recipe, model, data, run))
     processes.run_on_rank0(lambda: check_space(out, training.peak_bytes, "sku acquire"))
     return _train_bad_model(recipe, training.run, data, out, progress)
 
 
-def _resolved(recipe: Recipe, folder: Path) -> MethodRun:
+def _resolved(recipe: Recipe) -> MethodRun:
     """The method with what is decided of its activation checkpointing."""
     decided = current_processes().run_on_rank0(lambda: decide_checkpointing(recipe))
     if decided is not None:
         _log.info("activation checkpointing is %s", decided.line)
-    return resolve_method(with_checkpointing(recipe, decided), folder)
+    return resolve_method(with_checkpointing(recipe, decided))
 
 
 def _train_bad_model(
@@ -273,7 +273,7 @@ def run_sweep(
     check_judge(recipe, data)
     draw_questions(data, model.encoder(recipe), recipe)  # Refused before training.
     if not there:
-        training = check_training(recipe, model, data, _resolved(recipe, trained))
+        training = check_training(recipe, model, data, _resolved(recipe))
         check_space(out, training.peak_bytes, "sku sweep")
         create_private_folder(out)
         try:

@@ -5,7 +5,7 @@ Here: a model's decoder layers, whatever its architecture calls them, and modes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft.helpers import disable_input_dtype_casting
@@ -38,20 +38,6 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return outermost[0], lists[outermost[0]]
 
 
-def train_only(model: PreTrainedModel, names: Sequence[str]) -> None:
-    """Freezes all but the weights of the modules of some full names.
-
-    Raises:
-        ModelError: The model has no module of such a name.
-    """
-    model.requires_grad_(requires_grad=False)
-    modules = dict(model.named_modules())
-    for name in names:
-        if name not in modules:
-            raise ModelError(f"the model has no module {name} to train")
-        modules[name].requires_grad_(requires_grad=True)
-
-
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Dropout off for a while: puts a model's modules, wrapped or not, in evaluation mode and back afterwards."""
@@ -79,15 +65,10 @@ def adapter_inputs_as_they_are(model: nn.Module, *, autocast: bool) -> Iterator[
         model: With or without an adapter; another than plain LoRA is left as it is.
         autocast: Whether it is on where the model is run meanwhile, backward passes with checkpoints included.
     """
-    layers = lora_layers(model) if autocast else []
-    plain = bool(layers) and not any(layer.lora_variant for layer in layers)
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    plain = autocast and bool(layers) and not any(layer.lora_variant for layer in layers)
     with disable_input_dtype_casting(model, active=plain):
         yield
-
-
-def lora_layers(model: nn.Module) -> list[LoraLayer]:
-    """PEFT's LoRA layers of a model; none where it has no adapter or another."""
-    return [module for module in model.modules() if isinstance(module, LoraLayer)]
 
 
 def is_four_bit(module: nn.Module) -> bool:

@@ -23,7 +23,6 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -103,7 +102,7 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **options,
         )  # fmt: skip
-    _check_call(query, key, attention_mask, packed_paths, options)
+    _check_call(attention_mask, options)
     packed_paths.windows_seen.append(sliding_window)
     if query.device.type == "cpu":
         attended = _by_segments(query, key, value, packed_paths, sliding_window, dropout, scaling)
@@ -166,9 +165,7 @@ def packed_forward_pass(model: PreTrainedModel | PeftModel, paths: AttentionPath
         )
 
 
-def _check_call(
-    query: Tensor, key: Tensor, attention_mask: Tensor | None, paths: AttentionPaths, options: dict[str, Any]
-) -> None:
+def _check_call(attention_mask: Tensor | None, options: dict[str, Any]) -> None:
     if attention_mask is not None:
         raise ModelError("the model makes an attention mask of its own (ALiBi, say), which can't be packed")
     asked = sorted(
@@ -178,13 +175,6 @@ def _check_call(
         asked.append("is_causal=False")
     if asked:
         raise ModelError(f"the attention layers ask for {', '.join(asked)}, which packed attention doesn't have")
-    expected = (1, paths.length)
-    for tensor in (query, key):
-        if (tensor.shape[0], tensor.shape[2]) != expected:
-            raise ModelError(
-                f"attention got {tensor.shape[2]} tokens in {tensor.shape[0]} rows for a plan of {paths.length} "
-                "tokens in one row; a cache or virtual tokens can't be packed"
-            )
 
 
 def _by_segments(
@@ -285,8 +275,9 @@ def choose_packing(model: PreTrainedModel | PeftModel, asked: Packing) -> Packin
     if asked == "padded":
         return "padded"
     reason = why_not_packed(model)
-    if reason is None and asked == "auto":
-        reason = _own_attention(model)
+    own = plain_model(model).config._attn_implementation
+    if reason is None and asked == "auto" and own not in ("sdpa", NAME):
+        reason = f"the model was loaded with attention {own}, which is kept"
     if reason is None:
         return "tree" if asked == "auto" else asked
     if asked != "auto":
@@ -305,13 +296,6 @@ def why_not_packed(model: PreTrainedModel | PeftModel) -> str | None:
     return _from_settings(model) or _from_trial(model)
 
 
-def _own_attention(model: PreTrainedModel | PeftModel) -> str | None:
-    chosen = plain_model(model).config._attn_implementation
-    if chosen in ("sdpa", "sku_packed"):
-        return None
-    return f"the model was loaded with attention {chosen}, which is kept"
-
-
 def _from_settings(model: PreTrainedModel | PeftModel) -> str | None:
     inner = plain_model(model)
     config, name = inner.config.get_text_config(), type(inner).__name__
@@ -326,7 +310,7 @@ def _from_settings(model: PreTrainedModel | PeftModel) -> str | None:
         ),
         (not inner._can_set_attn_implementation(), f"{name} doesn't take attention functions of others"),
         (
-            is_deepspeed_zero3_enabled() or any(weight.is_meta for weight in inner.parameters()),
+            any(weight.is_meta for weight in inner.parameters()),
             "the weights are spread over processes, so that the model can't be tried",
         ),
     ]

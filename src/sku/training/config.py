@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from types import MappingProxyType
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import get_available_reporting_integrations
 
 from sku.config.check import Count, NotNegative, Positive, explain
+from sku.config.data import DataConfig
 from sku.config.stages import Packing
 from sku.errors import RecipeError, did_you_mean, one_line
 
@@ -72,9 +73,9 @@ class UnlearningConfig(TrainingArguments):
     packing: Packing = "auto"
     """How rows go to the model. ``tree``: one row without padding, prompts shared; ``flat``: the same, not shared;
     ``padded``: rows of equal length; ``auto``: tree where the model can."""
-    logits_budget_mb: float | None = 1024.0
+    logits_budget_mb: float = 1024.0
     """Most MB of float32 logits made at once; losses and gradients need 5 to 10 times that. Beyond it losses are
-    computed from hidden states chunk by chunk; None: no limit."""
+    computed from hidden states chunk by chunk."""
     reference_cache_mb: float = 2048.0
     """Most MB of what the original model says in one pass before training, kept for all steps. Where it is more, or
     with 0, the original is asked in each step: with the adapter off, or as a second model without one."""
@@ -101,12 +102,8 @@ class UnlearningConfig(TrainingArguments):
         for name, (value, reason) in _NEEDED.items():
             if getattr(self, name) != value:
                 raise RecipeError(f"{name} must be {value}: {reason}")
-        if self.packing not in get_args(Packing):
-            raise RecipeError(f"packing is {self.packing!r}; it must be one of {', '.join(get_args(Packing))}")
-        for name in ("logits_budget_mb", "reference_cache_mb"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0:
-                raise RecipeError(f"{name} is {value}; it must be 0 or more")
+        for name in ("packing", "logits_budget_mb", "reference_cache_mb"):
+            _number(name, name, getattr(self, name))
         check_optimizer(
             getattr(self.optim, "value", self.optim), on_gpu=torch.cuda.is_available() and not self.use_cpu
         )
@@ -159,8 +156,9 @@ def bf16_pays(*, use_cpu: bool) -> bool:
 
 def training_settings(
     training: Mapping[str, Any],
-    fixed: Mapping[str, Any],
+    data: DataConfig,
     *,
+    seed: int,
     device: str = "cpu",
     places: Mapping[str, str] = MappingProxyType({}),
 ) -> UnlearningConfig:
@@ -168,7 +166,8 @@ def training_settings(
 
     Args:
         training: What the recipe says, under ``acquire.training`` where ``places`` doesn't tell another key.
-        fixed: Fields that the recipe has its own places for.
+        data: Of the recipe, for the lengths.
+        seed: Of training.
         device: Type of the model's device, such as ``cpu``; the trainer stays there.
         places: Name of a setting -> key in the recipe that holds it, for messages.
 
@@ -193,7 +192,9 @@ def training_settings(
             **{
                 "use_cpu": device == "cpu",
                 **{name: _number(f"{where[name]}.{name}", name, value) for name, value in training.items()},
-                **fixed,
+                "seed": seed,
+                "max_length": data.max_length,
+                "max_answer_tokens": data.max_answer_tokens,
             }
         )
     except (TypeError, ValueError, ImportError) as error:
@@ -207,6 +208,7 @@ _LIMITS: Mapping[str, Any] = {
     "per_device_train_batch_size": Count, "gradient_accumulation_steps": Count, "max_steps": Literal[-1] | Count,
     "learning_rate": NotNegative, "max_grad_norm": NotNegative, "weight_decay": NotNegative,
     "warmup_steps": NotNegative, "num_train_epochs": NotNegative, "save_steps": Positive, "logging_steps": Positive,
+    "packing": Packing, "logits_budget_mb": NotNegative, "reference_cache_mb": NotNegative,
 }  # fmt: skip
 """What transformers and torch look at late or never, and after an evaluation of the base model at the earliest."""
 _WHOLE = {field.name for field in fields(UnlearningConfig) if field.type in (int, "int")}

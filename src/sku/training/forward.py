@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -74,15 +74,14 @@ def scores_of_kind(rows: Rows, kind: RowType, outputs: Any, hidden_layers: Seque
     kept, scores = rows.kept[kind], outputs.logits[0] if rows.paths is not None else outputs.logits
     made = not isinstance(scores, HeadScores)
     rows_N = _take_rows(scores if made else scores.hidden_NH, kept.score_N)
+    layers = [_take_rows(outputs.hidden_states[layer + 1].flatten(0, 1), kept.place_N) for layer in hidden_layers]
     return ScoredRows(
         scores_NV=rows_N if made else replace(scores, hidden_NH=rows_N),
         targets_N=kept.targets_N,
         row_N=kept.row_N,
         example_M=kept.example_M,
         num_examples=rows.num_examples,
-        hidden_NLH=_stacked(
-            _take_rows(outputs.hidden_states[layer + 1].flatten(0, 1), kept.place_N) for layer in hidden_layers
-        ),
+        hidden_NLH=torch.stack(layers, 1) if layers else None,
     )
 
 
@@ -92,59 +91,44 @@ def _take_rows(values: Tensor, index_N: Tensor) -> Tensor:
     return values.index_select(0, index_N) if values.device.type == "cpu" else values[index_N]
 
 
-def _stacked(hidden: Iterable[Tensor]) -> Tensor | None:
-    """``[N, L, H]`` from ``[N, H]`` of each layer; None where no layer is read."""
-    layers = list(hidden)
-    return torch.stack(layers, 1) if layers else None
-
-
 class DeferredHead:
     """Runs a model and leaves out its head beyond a budget."""
 
-    def __init__(self, model: PreTrainedModel, budget_mb: float | None, *, watched: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, budget_mb: float, *, watched: bool = False) -> None:
         """Finds out how a model without adapter makes its scores, with one forward pass over two tokens.
 
-        ``budget_mb`` is the most megabytes of float32 scores that are held at once; None for no limit. Where DDP looks
-        in what the model returns for weights that have no part in it (``watched``), a head that is trained would be
-        one of them if it were applied later, so its scores are then made whatever they take.
+        ``budget_mb`` is the most megabytes of float32 scores that are held at once. Where DDP looks in what the model
+        returns for weights that have no part in it (``watched``), a head that is trained would be one of them if it
+        were applied later, so its scores are then made whatever they take.
         """
-        self.budget_mb, self._watched = budget_mb, watched
+        self._budget_mb, self._watched = budget_mb, watched
         self.head: Head | None = None
-        """None where scores are always made: there is no limit, or the head is one that can't be left out."""
-        self._module: Any = model.get_output_embeddings()
-        if budget_mb is None:
-            return
+        """None where scores are always made, since the head is one that can't be left out."""
         try:
             self.head = _head_of(model)
         except _UnknownHeadError as reason:
             _LOG.warning("logits_budget_mb can't be kept, scores are always made at once: %s", reason)
 
-    def fits(self, rows: int) -> bool:
-        """Whether the scores of so many positions are within the budget."""
-        if self.budget_mb is None or self.head is None:
-            return True
-        return bool(4 * rows * self._module.weight.shape[0] <= self.budget_mb * _MEGABYTE)
-
-    def run(self, call: Callable[[], Any], *, copy: PreTrainedModel | None = None, defer: bool = False) -> Any:
+    def run(self, model: PreTrainedModel | PeftModel, call: Callable[[], Any], *, defer: bool = False) -> Any:
         """Calls a model and puts ``HeadScores`` in the place of its logits where these don't fit.
 
         Args:
-            call: Calls the model, or what is wrapped around it.
-            copy: What is called, where it isn't the model this was made for but a copy of it.
+            model: The one that this was made for, possibly with an adapter, or a copy of it.
+            call: Calls it, or what is wrapped around it.
             defer: Leave the head out whatever the number of positions.
 
         Returns:
             What the model returns.
         """
-        head = self.head
-        if head is None or not _is_whole(self._module.weight):
+        head, module = self.head, model.get_output_embeddings()
+        if head is None or not _is_whole(module.weight):
             return call()
-        module = self._module if copy is None else copy.get_output_embeddings()
         seen: list[HeadScores] = []
 
         def head_or_nothing(hidden: Tensor) -> Tensor:
             made_at_once = self._watched and module.weight.requires_grad
-            if not defer and (made_at_once or self.fits(hidden.shape[:-1].numel())):
+            fits = 4 * hidden.shape[:-1].numel() * len(module.weight) <= self._budget_mb * _MEGABYTE
+            if not defer and (made_at_once or fits):
                 return original(hidden)
             device = hidden.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -172,10 +156,8 @@ def _head_of(model: PreTrainedModel) -> Head:
     module = model.get_output_embeddings()
     if type(module) is not nn.Linear:
         raise _UnknownHeadError(f"the model's head is a {type(module).__name__}, not a plain linear layer")
-    if module.weight.is_meta or not _is_whole(module.weight):
+    if not _is_whole(module.weight):
         raise _UnknownHeadError("the head's weight is not on this device, or spread over several processes")
-    if not module.weight.is_floating_point():
-        raise _UnknownHeadError(f"the head's weight is {module.weight.dtype}")
     config = model.config.get_text_config()
     scale = math.prod(float(getattr(config, name, None) or 1) for name in _SCALES)
     scale /= float(getattr(config, "logits_scaling", None) or 1)
@@ -207,8 +189,8 @@ def _check(model: PreTrainedModel, module: nn.Linear, head: Head) -> None:
 
 
 def _is_whole(weight: Tensor) -> bool:
-    """Whether this process holds the weight as it is: FSDP and ZeRO-3 leave a part or nothing."""
-    return type(weight) is nn.Parameter and weight.numel() > 0
+    """Whether this process holds the weight as it is: FSDP leaves a part, an offloaded model nothing."""
+    return type(weight) is nn.Parameter and not weight.is_meta
 
 
 @contextmanager

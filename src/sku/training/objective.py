@@ -3,8 +3,7 @@
 No weight ever sees a loss or a gradient that is not finite: every term is looked at before backward, and the whole
 gradient, accumulated and clipped, before the optimizer's step, since a backward can overflow where the loss did not.
 With fp16 a gradient that overflows is the gradient scaler's, which skips the step and halves its scale; only where the
-scale is 1 already, so that it can't be the cause, the run stops. Under DeepSpeed, which steps inside its own backward,
-losses alone are looked at.
+scale is 1 already, so that it can't be the cause, the run stops.
 
 Shapes: N = kept positions (whose next token counts) of the rows of one kind, M = those rows, B = joint examples of the
 batch, V = vocabulary, H = width of the hidden states, L = decoder layers that are read.
@@ -77,8 +76,6 @@ class ScoredRows:
 class TrainingStep:
     """One batch, as an objective sees it. Nothing is computed for a kind of rows before it is asked for."""
 
-    num_examples: int
-    """B."""
     rows: Callable[[RowType], ScoredRows]
     """Kind of rows -> what the model in training says of them."""
     reference: Callable[[RowType], ScoredRows]

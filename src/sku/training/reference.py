@@ -11,7 +11,7 @@ P = kept positions of all rows of a kind, I = examples of a split, L = decoder l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -88,7 +88,7 @@ class ReferenceCache:
         if is_spread:
             return "the head's weight is spread over several processes"
         if self._head is None:
-            return "the model's head can't be left out, or logits_budget_mb is empty"
+            return "the model's head can't be left out"
         return ""
 
     def look_up(self, kind: RowType, rows: ScoredRows, inputs: Mapping[str, Tensor]) -> ScoredRows:
@@ -120,25 +120,40 @@ class ReferenceCache:
         if rows is None:
             raise NoCacheError("answers of other prompts are drawn anew in each step")
         # Batches as in training, where the first rows then stand beside the same ones and get the same bits.
-        size = self._settings.per_device_train_batch_size
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        return gather_rows(self._scored(kind, batches, len(rows)), [row.example_id for row in rows])
-
-    def _scored(self, kind: RowType, batches: Sequence[list[TokenizedExample]], count: int) -> Iterator[ScoredRows]:
-        limit, seen, done = self._settings.reference_cache_mb, 0, 0
-        for batch in batches:
+        size, limit = self._settings.per_device_train_batch_size, self._settings.reference_cache_mb
+        hidden: list[Tensor] = []
+        layers: list[Tensor] = []
+        lengths: list[Tensor] = []
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
             scored = self._ask(kind, [_alone(kind, row) for row in batch])
-            assert isinstance(scored.scores_NV, HeadScores)
-            kept = (scored.scores_NV.hidden_NH, scored.hidden_NLH)
-            seen += sum(tensor.numel() * tensor.element_size() for tensor in kept if tensor is not None)
-            done += len(batch)
-            expected = seen * count / done / _MEGABYTE
-            if expected > limit and (done >= 8 * len(batch) or done == count or seen > limit * _MEGABYTE):
+            scores_NV = scored.scores_NV
+            assert isinstance(scores_NV, HeadScores)
+            head = scores_NV.head
+            hidden.append(scores_NV.hidden_NH)
+            layers.extend([] if scored.hidden_NLH is None else [scored.hidden_NLH])
+            lengths.append(torch.bincount(scored.row_N, minlength=len(batch)))
+            done = start + len(batch)
+            expected = sum(tensor.nbytes for tensor in (*hidden, *layers)) * len(rows) / done / _MEGABYTE
+            if expected > limit and done >= min(8 * size, len(rows)):
                 raise NoCacheError(
-                    f"its hidden states on {count} rows would take about {expected:.0f} MB, and reference_cache_mb "
-                    f"is {limit:g}"
+                    f"its hidden states on {len(rows)} rows would take about {expected:.0f} MB, and "
+                    f"reference_cache_mb is {limit:g}"
                 )
-            yield scored
+        length_M = torch.cat(lengths)
+        example_ids = torch.tensor([row.example_id for row in rows], device=length_M.device)
+        start_I = length_M.new_full((int(example_ids.max()) + 2,), -1)
+        start_I[example_ids] = length_M.cumsum(0) - length_M
+        return CachedRows(
+            start_I=start_I,
+            hidden_PH=_with_nan(hidden),
+            head=replace(
+                head,
+                weight_VH=_original(head.weight_VH),
+                bias_V=None if head.bias_V is None else _original(head.bias_V),
+            ),
+            layers_PLH=_with_nan(layers) if layers else None,
+        )
 
     def _examples(self) -> int:
         """Joint examples from the start of training to its end, or more."""
@@ -174,10 +189,7 @@ class CachedRows:
         of each in its split.
         """
         start_M = self.start_I[index_M.clamp(max=len(self.start_I) - 1)]
-        # Positions of a row lie one after the other, so a row begins where its number is first met. On a GPU the look
-        # at it would be waited for, and the order is that of the processor.
-        if rows.row_N.device.type == "cpu":
-            assert bool((rows.row_N.diff() >= 0).all()), "rows are not in order"
+        # Positions of a row lie one after the other, so a row begins where its number is first met.
         first_M = torch.searchsorted(rows.row_N, torch.arange(len(start_M), device=rows.row_N.device))
         place_N = torch.arange(len(rows.row_N), device=rows.row_N.device) - first_M[rows.row_N]
         start_N = start_M[rows.row_N]
@@ -189,50 +201,8 @@ class CachedRows:
         )
 
 
-def gather_rows(scored: Iterable[ScoredRows], example_ids: list[int]) -> CachedRows:
-    """Puts batches of rows after each other.
-
-    Args:
-        scored: The original model on some rows at a time, with its head left out: one row for each joint example, in
-            the order of ``example_ids``.
-        example_ids: Place of each row in its split.
-
-    Returns:
-        All of them, with an own copy of the head where training would change it.
-    """
-    hidden: list[Tensor] = []
-    layers: list[Tensor] = []
-    lengths: list[Tensor] = []
-    head: Head | None = None
-    for rows in scored:
-        assert isinstance(rows.scores_NV, HeadScores)
-        head = head or rows.scores_NV.head
-        hidden.append(rows.scores_NV.hidden_NH.detach())
-        lengths.append(torch.bincount(rows.row_N, minlength=len(rows.example_M)))
-        if rows.hidden_NLH is not None:
-            layers.append(rows.hidden_NLH.detach())
-    assert head is not None
-    length_M = torch.cat(lengths)
-    start_I = length_M.new_full((max(example_ids) + 2,), -1)
-    start_I[torch.tensor(example_ids, device=start_I.device)] = length_M.cumsum(0) - length_M
-    return CachedRows(
-        start_I=start_I,
-        hidden_PH=_with_nan(hidden),
-        head=_frozen(head),
-        layers_PLH=_with_nan(layers) if layers else None,
-    )
-
-
 def _with_nan(parts: list[Tensor]) -> Tensor:
     return torch.cat([*parts, torch.full_like(parts[0][:1], torch.nan)])
-
-
-def _frozen(head: Head) -> Head:
-    return replace(
-        head,
-        weight_VH=_original(head.weight_VH),
-        bias_V=None if head.bias_V is None else _original(head.bias_V),
-    )
 
 
 def _original(weight: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import json
@@ -25,7 +26,7 @@ from sku.config.stages import AcquireConfig, Tuning
 from sku.data.examples import ForgetRetainData
 from sku.data.joint import JointDataset
 from sku.data.tokens import TokenizationReport
-from sku.errors import OutputError, RecipeError, SkuError, one_line
+from sku.errors import OutputError, SkuError, one_line
 from sku.models import LoadedModel
 from sku.processes import current_processes, lost_processes_named
 from sku.training.config import UnlearningConfig
@@ -69,7 +70,7 @@ def train(
             trained in place.
         data: Splits, of which ``forget_train`` and ``retain_train`` are used; or joint examples of them.
         objective: What is minimised.
-        settings: Of the trainer.
+        settings: Of the trainer; its ``output_dir`` is ``folder``.
         tuning: What is trained.
         adapter: For every tuning but ``full``.
         trained_modules: Modules whose weights full fine-tuning trains; all if None.
@@ -87,6 +88,8 @@ def train(
         OutputError: A checkpoint can't be written.
     """
     model, use_cache = loaded.model, getattr(loaded.model.config, "use_cache", None)
+    settings = copy.copy(settings)
+    settings.output_dir = str(folder)
     if tuning == "qlora":
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=bool(settings.activation_checkpointing)
@@ -134,17 +137,11 @@ def save_trained(trainer: UnlearningTrainer, target: Path) -> None:
         target: Folder.
 
     Raises:
-        RecipeError: The settings of FSDP or DeepSpeed leave the weights in parts.
         ProcessError: Another process died.
     """
     if trainer.args.world_size > 1:
         with lost_processes_named():
             trainer.save_model(str(target))
-        if trainer.args.should_save and not list(target.glob("*.safetensors")):
-            raise RecipeError(
-                "the launcher's settings gather no whole weights: set fsdp_state_dict_type FULL_STATE_DICT, or for "
-                "DeepSpeed zero3_save_16bit_model true (docs/scaling.md)"
-            )
         return
     trained = trainer.accelerator.unwrap_model(trainer.model)
     trained.save_pretrained(str(target))

@@ -30,7 +30,7 @@ from sku.data.tokens import Encoder, resolve_prompt_format
 from sku.errors import ModelError, OutputError, RecipeError, one_line
 from sku.hazard import mark_model, refuse_upload
 from sku.models import ensure_pad_token, load_model, load_tokenizer, plain_model
-from sku.training import adapter_inputs_as_they_are, train_only
+from sku.training import adapter_inputs_as_they_are
 from sku.training.attention import choose_packing
 from sku.training.config import UnlearningConfig
 from sku.training.forward import DeferredHead, run_rows, scores_of_kind
@@ -135,8 +135,7 @@ class UnlearningTrainer(Trainer):
         self._cache: ReferenceCache | None = None
         if objective.needs_reference:
             self._cache = ReferenceCache(train_dataset, self._original_rows, args, self._head.head)
-            spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            if reason := self._cache.why_not(is_spread=spread):
+            if reason := self._cache.why_not(is_spread=self.is_fsdp_enabled):
                 self._ask_in_each_step(reason)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -179,6 +178,8 @@ class UnlearningTrainer(Trainer):
 
     def _check_sharding(self) -> None:
         """Refuses, before training, what would leave no whole weights after it."""
+        if self.is_deepspeed_enabled:
+            raise RecipeError('DeepSpeed is not supported: give accelerate the configuration "$(sku init fsdp2)"')
         if not self.is_fsdp_enabled:
             return
         plugin = self.accelerator.state.fsdp_plugin
@@ -265,9 +266,7 @@ class UnlearningTrainer(Trainer):
     def _forward(self, model: nn.Module, rows: Rows, *, without_head: bool = False) -> Any:
         plain, hidden_states = self.accelerator.unwrap_model(model), bool(self.objective.hidden_layers)
         return self._head.run(
-            lambda: run_rows(rows, model, plain, hidden_states=hidden_states),
-            copy=self._reference if model is self._reference else None,
-            defer=without_head,
+            plain, lambda: run_rows(rows, model, plain, hidden_states=hidden_states), defer=without_head
         )
 
     def _outputs_and_terms(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
@@ -290,9 +289,7 @@ class UnlearningTrainer(Trainer):
 
         steps = self.state.max_steps  # 0 where no training is in progress.
         progress = min((self.state.global_step + 1) / steps, 1.0) if steps > 0 else 1.0
-        step = TrainingStep(
-            num_examples=len(inputs["forget_index"]), rows=rows, reference=reference, progress=progress
-        )
+        step = TrainingStep(rows=rows, reference=reference, progress=progress)
         return outputs, dict(self.objective.losses(step))
 
     def _ask_in_each_step(self, reason: str) -> None:
@@ -362,13 +359,15 @@ def _with_trainable_weights(
     # The adapter's first weights are drawn here, before Trainer seeds the rest.
     set_seed(args.seed)
     check_original_stays(model, adapter)
-    if adapter is not None:
-        try:
+    try:
+        if adapter is not None:
             model = get_peft_model(model, adapter)
-        except ValueError as error:
-            raise RecipeError(f"the adapter can't be added: {one_line(error)}") from error
-    elif not isinstance(model, PeftModel) and trained_modules is not None:
-        train_only(model, trained_modules)
+        elif not isinstance(model, PeftModel) and trained_modules is not None:
+            model.requires_grad_(requires_grad=False)
+            for name in trained_modules:
+                model.get_submodule(name).requires_grad_(requires_grad=True)
+    except (ValueError, AttributeError) as error:
+        raise RecipeError(f"the model can't be trained so: {one_line(error)}") from error
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("no weight of the model is trainable; give a peft_config or unfreeze some")
     if args.activation_checkpointing and isinstance(model, PeftModel):
