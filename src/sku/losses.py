@@ -18,7 +18,7 @@ hidden states, C = positions of one chunk.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,10 @@ class HeadScores:
     def shape(self) -> torch.Size:
         """``[N, V]``, that of the scores."""
         return torch.Size((*self.hidden_NH.shape[:-1], self.head.weight_VH.shape[0]))
+
+    def __getitem__(self, places: int) -> HeadScores:
+        """Those of one row of a batch, as of the scores themselves."""
+        return replace(self, hidden_NH=self.hidden_NH[places])
 
     def logits(self) -> Tensor:
         """``[N, V]`` scores in the type of the product, with gradient: for losses that need them all at once."""
