@@ -44,8 +44,8 @@ def test_weights_and_biases_gets_no_checkpoints(monkeypatch: pytest.MonkeyPatch)
     for value in ("checkpoint", "TRUE", "end"):
         monkeypatch.setenv("WANDB_LOG_MODEL", value)
         with pytest.raises(RecipeError, match="WANDB_LOG_MODEL=false"):
-            check_services(["wandb"], push_to_hub=False)
+            check_services(["wandb"])
     monkeypatch.setenv("WANDB_LOG_MODEL", "False")
-    check_services(["wandb"], push_to_hub=False)
+    check_services(["wandb"])
     source = Path(str(integration_utils.__file__)).read_text(encoding="utf-8")
     assert '"WANDB_LOG_MODEL"' in source, "transformers reads another variable"

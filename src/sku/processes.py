@@ -40,12 +40,6 @@ _LOST = (
 """What gloo, NCCL and the store say when another process is gone."""
 
 
-@dataclass(frozen=True)
-class _Failure:
-    rank: int
-    message: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Processes:
     """The processes of this job, seen from one of them."""
@@ -90,18 +84,18 @@ class Processes:
         if self.count == 1:
             return action()
         try:
-            own: list[T] | _Failure = action()
+            own: list[T] | str = action()
         except Exception as error:
             if not isinstance(error, ProcessError):  # The others are gone, or have raised it themselves.
                 with lost_processes_named():
-                    gather_object([_Failure(self.rank, str(error))])
+                    gather_object([str(error)])
                 error.add_note(TOLD)
             raise
         with lost_processes_named():
-            parts: list[list[T] | _Failure] = gather_object([own])
-        for part in parts:
-            if isinstance(part, _Failure):
-                raise ProcessError(f"process {part.rank} of {self.count} failed: {part.message}")
+            parts: list[list[T] | str] = gather_object([own])
+        for rank, part in enumerate(parts):
+            if isinstance(part, str):
+                raise ProcessError(f"process {rank} of {self.count} failed: {part}")
         return [entry for part in parts if isinstance(part, list) for entry in part]
 
     def run_on_all_ranks(self, action: Callable[[], T]) -> T:

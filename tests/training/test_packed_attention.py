@@ -168,4 +168,6 @@ def test_half_precision_is_computed_wide_on_a_cpu() -> None:
         output = through_layers(*tensors, paths, None)
     assert output.dtype == torch.bfloat16
     query, key, value = (tensor.detach().float() for tensor in tensors)
-    torch.testing.assert_close(output, by_hand(query, key, value, paths, None).to(torch.bfloat16), rtol=1e-2, atol=1e-4)
+    torch.testing.assert_close(
+        output, by_hand(query, key, value, paths, None).to(torch.bfloat16), rtol=1e-2, atol=1e-4
+    )

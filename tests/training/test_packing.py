@@ -31,7 +31,9 @@ def test_losses_and_gradients_are_those_of_the_padded_batch(
     architecture: str, full: bool, make_model: ModelMaker, make_trainer: TrainerMaker
 ) -> None:
     """fp32; Gemma's window of 16 is shorter than the rows."""
-    trainer = make_trainer(make_model(architecture), full=full, preservation_mode="retention", packing="tree")
+    trainer = make_trainer(
+        make_model(architecture), full=full, preservation_mode="retention", packing="tree", reference_cache_mb=0.0
+    )
     assert_packed_is_padded(trainer, ("tree", "flat"))
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -356,6 +356,9 @@ def _joint(
 def visited_examples(joint: JointDataset, training: UnlearningConfig, *, processes: int = 1) -> tuple[int, ...] | None:
     """Places among ``data.forget_train`` that training visits.
 
+    A step takes a batch of every process as often as it accumulates, and the last step of an epoch what is left, or
+    what of it is full batches under ``dataloader_drop_last``.
+
     Args:
         joint: What is trained on.
         training: Steps, epochs, batch and accumulation.
@@ -367,43 +370,15 @@ def visited_examples(joint: JointDataset, training: UnlearningConfig, *, process
     if training.auto_find_batch_size or training.ignore_data_skip:
         return None
     # Of one device: transformers multiplies by the GPUs that it sees, and a process trains on one.
-    batch = training.per_device_train_batch_size * processes
-    places = visited_places(
-        len(joint),
-        steps=training.max_steps,
-        epochs=training.num_train_epochs,
-        batch=batch,
-        accumulation=training.gradient_accumulation_steps,
-        drop_last=training.dataloader_drop_last and processes == 1,
+    size, batch = len(joint), training.per_device_train_batch_size * processes
+    used = size // batch * batch if training.dataloader_drop_last and processes == 1 else size
+    in_step = batch * training.gradient_accumulation_steps
+    in_epoch = max(1, math.ceil(used / in_step))
+    steps = math.ceil(training.num_train_epochs * in_epoch) if training.max_steps < 0 else training.max_steps
+    if used == size:
+        steps = min(steps, in_epoch)  # Then every example has been visited.
+    return joint.forget_at(
+        epoch * size + place
+        for epoch in range(math.ceil(steps / in_epoch))
+        for place in range(min(used, (steps - epoch * in_epoch) * in_step))
     )
-    return joint.forget_at(place for part in places for place in part)
-
-
-def visited_places(
-    size: int, *, steps: int, epochs: float, batch: int, accumulation: int, drop_last: bool = False
-) -> Iterator[range]:
-    """Positions, counted over all epochs, that training visits; it ends where nothing new can come.
-
-    An epoch has ``ceil(size / batch)`` batches (``floor`` with ``drop_last``), a step takes ``accumulation`` of them,
-    and the last step of an epoch what is left.
-
-    Args:
-        size: Examples of an epoch.
-        steps: Optimizer steps; below 0 for ``epochs`` in full.
-        epochs: Used where ``steps`` is below 0.
-        batch: Examples of a batch of all processes together.
-        accumulation: Batches of a step.
-        drop_last: A batch that is not full is left out.
-
-    Yields:
-        One range an epoch.
-    """
-    used = size // batch * batch if drop_last else size
-    in_epoch = max(1, math.ceil(math.ceil(used / batch) / accumulation))
-    left = math.ceil(epochs * in_epoch) if steps < 0 else steps
-    epoch = 0
-    while left > 0 and used > 0:
-        yield range(epoch * size, epoch * size + min(used, left * batch * accumulation))
-        if used == size and left >= in_epoch:
-            return  # Every example has been visited.
-        left, epoch = left - in_epoch, epoch + 1

@@ -25,6 +25,7 @@ _NEEDED: Mapping[str, tuple[object, str]] = {
     "train_sampling_strategy": ("sequential", "the joint dataset shuffles by itself, seeded by epoch"),
     "save_only_model": (False, "a run resumed without optimizer and generators would not equal an uninterrupted one"),
     "dataloader_persistent_workers": (False, "workers that outlive an epoch would repeat its draws"),
+    "push_to_hub": (False, "a model in training is never uploaded; sku push uploads the finished one"),
 }
 SET_BY_RECIPE: Mapping[str, str] = {
     "seed": "seed",
@@ -107,7 +108,7 @@ class UnlearningConfig(TrainingArguments):
         check_optimizer(
             getattr(self.optim, "value", self.optim), on_gpu=torch.cuda.is_available() and not self.use_cpu
         )
-        check_services(self.report_to, push_to_hub=self.push_to_hub)
+        check_services(self.report_to)
 
 
 def check_optimizer(optim: str, *, on_gpu: bool) -> None:
@@ -124,16 +125,12 @@ def check_optimizer(optim: str, *, on_gpu: bool) -> None:
         raise RecipeError(f"optim is {optim}, and there is nothing to page out without a GPU: drop the paged_ of it")
 
 
-def check_services(report_to: Iterable[str], *, push_to_hub: bool) -> None:
+def check_services(report_to: Iterable[str]) -> None:
     """Refuses services that would fail when training begins, or get the model in training; curves may go there.
 
     Raises:
         RecipeError: With the setting or the variable.
     """
-    if push_to_hub:
-        raise RecipeError(
-            "push_to_hub must be False: a model in training is never uploaded; sku push uploads the finished one"
-        )
     for service in report_to:
         if service not in _SERVICES:
             raise RecipeError(
