@@ -73,7 +73,7 @@ def test_a_file_of_ones_own_prints_keys_that_a_recipe_takes(tmp_path: Path, comm
     *_, method, setting = out.splitlines()
     assert setting == "methods.mine.settings.beta=1.0"
     recipe = load_recipe("embedded-paper", [method, setting.replace("1.0", "0.5")])
-    assert resolve_method(recipe, tmp_path / "run").settings.beta == 0.5
+    assert resolve_method(recipe).settings.beta == 0.5
 
 
 def test_the_doctor(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
