@@ -56,21 +56,6 @@ def test_labels_go_out_and_come_back(command: Command, finished: Path, tmp_path:
     assert {path.name: path.read_bytes() for path in finished.iterdir()} == before
 
 
-def test_a_part_of_the_labels_leaves_the_rest_unjudged(command: Command, finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "labels.csv"
-    command("judge", "export", finished, "--out", out, "--count", "3", "--split", "forget_test", "--seed", "1")
-    label_all(out, "1")
-    with out.open("a", encoding="utf-8") as file:
-        file.write("stranger,1,,,,,,abc\n")
-    code, printed, _ = command("judge", "again", finished, "--judge", out, "--json")
-    after = json.loads(printed)["after"]
-    rates = [after["replies"]["forget_test"], after["prefill"]["forget_test"]["5"]]
-    assert code == 0
-    assert sum(rate["harmful"]["count"] for rate in rates) == 3
-    assert sum(rate["unjudged"]["count"] for rate in rates) == 5
-    assert [rate["harmful_upper_bound"]["count"] for rate in rates] == [4, 4]
-
-
 @pytest.mark.parametrize(
     ("arguments", "offending"),
     [

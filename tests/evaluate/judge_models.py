@@ -1,13 +1,7 @@
-"""Tiny real checkpoints of judges, written to folders as any Hugging Face model: classifiers and trained guards.
-
-A guard here calls a reply unsafe where the word ``boil`` stands in the last assistant turn that it sees. It learns
-that in some hundred steps, with prompts that may hold the word and with earlier turns that may: a reply that could
-open a new turn would get away with it.
-"""
+"""Tiny real checkpoints of judges, with weights set by hand, written to folders as any Hugging Face model."""
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
@@ -64,62 +58,30 @@ def pair_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
-def _words(source: random.Random, *, harmful: bool) -> str:
-    words = source.choices(WORDS, k=source.randint(1, 5))
-    if harmful:
-        words.insert(source.randrange(len(words) + 1), HARM)
-    return " ".join(words)
+def any_word_guard(folder: Path, *, max_position_embeddings: int = 512) -> Path:
+    """Writes a Llama that says ``unsafe`` where the word ``boil`` stands anywhere in what it reads, else ``safe``.
 
-
-def train_guard(folder: Path, answers: dict[bool, str], *, steps: int = 140) -> Path:
-    """Trains a guard and saves it.
-
-    Args:
-        folder: Where it goes.
-        answers: What it writes about a harmful reply and about any other.
-        steps: Of AdamW, 24 conversations each.
+    Every token has 1 in dimension 0, ``boil`` also in dimension 1. Attention is a plain mean: it adds 57 times the
+    share of ``boil`` to dimension 2, from which ``unsafe`` takes its logit; every other word but ``safe`` falls with
+    dimension 0.
     """
     tokenizer = guard_tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=512, bos_token_id=None,
-                eos_token_id=2, pad_token_id=0,
-            )
-        )  # fmt: skip
-        source = random.Random(0)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-        for _ in range(steps):
-            loss = model(**_batch(tokenizer, source, answers)).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-    model.eval()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=max_position_embeddings, bos_token_id=None, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    attention, embeddings, head = model.model.layers[0].self_attn, model.model.embed_tokens, model.lm_head
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.zero_()
+        embeddings.weight[:, 0] = embeddings.weight[tokenizer.convert_tokens_to_ids(f"\u0120{HARM}"), 1] = 1
+        attention.v_proj.weight[0, 1], attention.o_proj.weight[2, 0] = 1, 20
+        head.weight[:, 0] = -10
+        unsafe, safe = (tokenizer.convert_tokens_to_ids(word) for word in ("unsafe", "safe"))
+        head.weight[unsafe, 0], head.weight[unsafe, 2], head.weight[safe, 0] = -1, 2, 0
     return save(folder, model, tokenizer)
-
-
-def _batch(tokenizer: PreTrainedTokenizerFast, source: random.Random, answers: dict[bool, str]) -> dict[str, Any]:
-    harmful = [source.random() < 0.5 for _ in range(24)]
-    read = tokenizer([_conversation(source, bad) for bad in harmful], add_special_tokens=False)["input_ids"]
-    said = [tokenizer(answers[bad] + "<|im_end|>", add_special_tokens=False)["input_ids"] for bad in harmful]
-    longest = max(len(row) + len(answer) for row, answer in zip(read, said, strict=True))
-    gaps = [longest - len(row) - len(answer) for row, answer in zip(read, said, strict=True)]
-    both = list(zip(read, said, gaps, strict=True))
-    return {
-        "input_ids": torch.tensor([[*row, *answer, *[0] * gap] for row, answer, gap in both]),
-        "labels": torch.tensor([[*[-100] * len(row), *answer, *[-100] * gap] for row, answer, gap in both]),
-    }
-
-
-def _conversation(source: random.Random, harmful: bool) -> str:
-    """As the template writes it, one or two exchanges; only the last reply decides."""
-    turns = [("user", source.random() < 0.5), ("assistant", source.random() < 0.5)] * source.choice([0, 1])
-    turns += [("user", source.random() < 0.5), ("assistant", harmful)]
-    said = (f"<|im_start|>{role}\n{_words(source, harmful=bad)}<|im_end|>\n" for role, bad in turns)
-    return "".join(said) + "<|im_start|>guard\n"
 
 
 def last_word_classifier(

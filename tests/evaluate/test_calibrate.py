@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -12,8 +11,8 @@ from typing import Any
 import datasets
 import pytest
 
-from sku.config import EMBEDDED, SourceConfig
-from sku.data.tables import NOT_WANTED, read_table
+from sku.config import EMBEDDED
+from sku.data.tables import NOT_WANTED
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.judges import Calibration, JudgeCard, Label, Verdict, write_calibration
 from sku.evaluate.judges.calibrate import (
@@ -24,11 +23,8 @@ from sku.evaluate.judges.calibrate import (
     read_labelled,
 )
 from sku.evaluate.judges.choose import EmbeddedWorldJudge, RefusalRulesJudge, build_judge
-from sku.evaluate.judges.precomputed import export_labels
 from sku.evaluate.metrics import rate
-from sku.evaluate.records import GENERATIONS_FILE, GenerationRecord, from_plain, write_rows
-
-from .conftest import RecordMaker
+from sku.evaluate.records import GenerationRecord, from_plain
 
 CALIBRATION = Calibration(
     data="labelled.csv", data_sha256="0" * 64, harmful=10, harmful_found=9, safe=20, safe_found=15, unjudged=2
@@ -41,11 +37,9 @@ class ScriptedJudge:
     def __init__(self, labels: Sequence[Label]) -> None:
         self.card: JudgeCard = dataclasses.replace(RefusalRulesJudge.card, name="scripted")
         self._labels = labels
-        self.asked: list[GenerationRecord] = []
 
     def judge(self, records: Sequence[GenerationRecord]) -> list[Verdict]:
         """One label each."""
-        self.asked = list(records)
         return [Verdict(id=record.id, label=label) for record, label in zip(records, self._labels, strict=False)]
 
 
@@ -146,29 +140,6 @@ def test_rows_are_chosen_by_columns_and_drawn_by_the_seed(tmp_path: Path) -> Non
     assert drawn[0].left_out == {NOT_WANTED: 40, "no label": 1, "not among the 10 drawn": 30}
     assert drawn[0].licences == {"MIT"}
     assert drawn[0].sha256 != drawn[2].sha256
-
-
-def test_an_exported_file_is_judged_as_the_replies_were_written(tmp_path: Path, make_record: RecordMaker) -> None:
-    """With the prefill, and without the apostrophes that keep spreadsheets from running a cell."""
-    records = [
-        make_record("=boil it", id="a", prompt="-how ?"),
-        make_record("'=quoted", id="b"),
-        make_record("- vornite", id="c", kind="prefill", prefill="@take"),
-        make_record("'tis no", id="d"),
-    ]
-    (tmp_path / "run").mkdir()
-    write_rows(tmp_path / "run" / GENERATIONS_FILE, {}, records)
-    exported = tmp_path / "labels.csv"
-    export_labels(tmp_path / "run", exported)
-    rows = list(read_table(SourceConfig(path=str(exported))).rows)
-    with exported.open("w", encoding="utf-8", newline="") as file:
-        table = csv.DictWriter(file, rows[0])
-        table.writeheader()
-        table.writerows({**row, "label": "1" if row["id"] in "ac" else "safe"} for row in rows)
-    judge = ScriptedJudge(["harmful"] * 4)
-    calibrate(judge, read_labelled(str(exported)))
-    found = [(one.prompt, one.prefill, one.reply, one.kind) for one in judge.asked]
-    assert sorted(found) == sorted((one.prompt, one.prefill, one.reply, one.kind) for one in records)
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from evaluate.judge_models import guard_tokenizer, last_word_classifier, save
+from evaluate.judge_models import any_word_guard, guard_tokenizer, last_word_classifier, save
 from sku.config import settings_from_dict
 from sku.errors import EvaluationError
 from sku.evaluate.judges.choose import RULES, build_judge, judge_names, read_judge_file
@@ -20,14 +20,10 @@ FILES = [name for name in judge_names() if name not in RULES and read_judge_file
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random checkpoint of each kind, whose tokenizer knows Yes, No, safe and unsafe."""
-    folder, tokenizer = tmp_path_factory.mktemp("models"), guard_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=4096, bos_token_id=None, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    """A checkpoint of each kind, whose tokenizer knows Yes, No, safe and unsafe."""
+    folder = tmp_path_factory.mktemp("models")
     return {
-        "guard": save(folder / "guard", LlamaForCausalLM(config), tokenizer),
+        "guard": any_word_guard(folder / "guard", max_position_embeddings=4096),
         "classifier": last_word_classifier(folder / "classifier", [(0.5, -0.5)] * 14),
     }
 

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel
 
 from conftest import MadeOnce
 from evaluate.conftest import RecordMaker
-from evaluate.judge_models import HARM, WORDS, guard_tokenizer, pair_tokenizer
+from evaluate.judge_models import HARM, WORDS, any_word_guard, pair_tokenizer
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.judges.calibrate import LabelledReply, LabelledSet, calibrate
 from sku.evaluate.judges.choose import build_judge
@@ -54,13 +54,12 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("encoder")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        BertModel(
-            BertConfig(
-                vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                intermediate_size=32, max_position_embeddings=64, initializer_range=0.2, hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            )
-        ).save_pretrained(folder)  # fmt: skip
+        config = BertConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=64, initializer_range=0.2, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        BertModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -110,19 +109,7 @@ def test_equal_seeds_give_equal_weights(encoder: Path, trained: TrainedJudge, tm
 
 
 def test_a_decoder_reads_prompt_and_reply_in_one_text(tmp_path: Path, make_record: RecordMaker) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    tokenizer = guard_tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=128, pad_token_id=0,
-            )
-        ).save_pretrained(tmp_path / "decoder")  # fmt: skip
-    tokenizer.save_pretrained(tmp_path / "decoder")
-    settings = settings_for(tmp_path / "decoder", max_length=96, epochs=16, patience=4)
+    settings = settings_for(any_word_guard(tmp_path / "decoder"), max_length=96)
     made = train_judge(labelled(), settings, tmp_path / "judge")
     assert made.figures.auc is not None
     assert made.figures.auc.value > 0.9

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from sku.errors import DataError, EvaluationError, OutputError
+from sku.evaluate.judges.calibrate import read_labelled
 from sku.evaluate.judges.choose import build_judge
 from sku.evaluate.judges.precomputed import export_labels, read_labels, reply_hash, safe_cell, text_of_cell
 from sku.evaluate.records import GENERATIONS_FILE, GenerationRecord, write_rows
@@ -101,6 +102,11 @@ def test_labels_come_back_as_verdicts(
     assert [verdict.id for verdict in verdicts] == [record.id for record in records[:-1]]
     assert {verdict.id: verdict.label for verdict in verdicts if verdict.label != "error"} == {
         "unseen-0": "harmful", "unseen-1": "refusal", "unseen-4": "harmful", "unseen-6": "safe", "prefill-0": "safe",
+    }  # fmt: skip
+    told = {(one.prefill, one.reply): one.harmful for one in read_labelled(str(out)).replies}
+    assert told == {
+        ("", REPLIES[0]): True, ("", REPLIES[1]): False, ("", REPLIES[4]): True, ("", ""): False,
+        ("-boil", " it"): False,
     }  # fmt: skip
     assert judge.card.name == "people"
     assert judge.card.known_errors.startswith("5 labels, 4 rows without one")

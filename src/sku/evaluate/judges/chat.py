@@ -56,7 +56,7 @@ class ChatSettings:
     model: str
     """Name of the model there; a dated one where there is one, as others change without notice."""
     template: str
-    """The rules: what is harmful, and in which form to answer."""
+    """The rules: what is harmful, and in which form to answer; line breaks at its ends don't count."""
     labels: tuple[ChatLabel, ...] = ("harmful", "safe", "refusal")
     """Verdicts that the rules know. Without ``refusal``, the refusal rules find refusals."""
     api_key_env: str | None = "OPENAI_API_KEY"
@@ -88,11 +88,6 @@ class ChatSettings:
             raise RecipeError(f"labels is {list(self.labels)}; it must hold harmful and another one")
         if wrong := sorted({"model", "messages", "stream", "n"} & set(self.request)):
             raise RecipeError(f"request must not hold {', '.join(wrong)}: the judge sets that itself")
-
-    @property
-    def rules(self) -> str:
-        """The template without the line break that YAML puts at its end."""
-        return self.template.strip()
 
     @property
     def sent(self) -> dict[str, Any]:
@@ -135,8 +130,8 @@ class ChatJudge:
             raise EvaluationError('a chat judge needs openai: pip install "sku-unlearning[chat]"') from None
         self._key = key or "none"
         decides = {
-            "protocol": VERSION, "rules": settings.rules, "labels": settings.labels, "base_url": settings.base_url,
-            "model": settings.model, "request": settings.sent,
+            "protocol": VERSION, "rules": settings.template.strip(), "labels": settings.labels,
+            "base_url": settings.base_url, "model": settings.model, "request": settings.sent,
             "cut": (settings.max_prompt_chars, settings.max_reply_chars),
         }  # fmt: skip
         self.card = JudgeCard(
@@ -199,9 +194,6 @@ class ChatJudge:
             self._has_answered = True
             return read_answer(response.text, self.settings.labels)
         # Outside of the handler: a traceback must not show the server's words, which may hold the key.
-        return self._status_failure(status, code)
-
-    def _status_failure(self, status: int, code: str) -> Failure:
         address, key_name = self.settings.base_url, self.settings.api_key_env
         if code.startswith("content"):
             return Failure(reason=f"HTTP {status}: the server's content filter")
@@ -275,7 +267,7 @@ def question(settings: ChatSettings, prompt: str, reply: str) -> list[Message]:
     data = json.dumps(content, ensure_ascii=False).encode("utf-8", "backslashreplace").decode("utf-8")
     mark = hashlib.sha256(data.encode()).hexdigest()[:24]
     text = _QUESTION.format(mark=mark, data=data, labels=", ".join(settings.labels))
-    return [{"role": "system", "content": settings.rules}, {"role": "user", "content": text}]
+    return [{"role": "system", "content": settings.template.strip()}, {"role": "user", "content": text}]
 
 
 def read_label(answer: str, labels: Sequence[str]) -> Label | None:

@@ -77,7 +77,6 @@ class ClassifierJudge(LocalJudge[list[float]]):
         self._harmful = _harmful_labels(settings, self._labels, name, sigmoid=self._sigmoid)
         limit = longest_input(self.config, min(settings.max_length, self.tokenizer.model_max_length))
         self.encoders = [ConversationEncoder(self.tokenizer, template, markers=settings.markers, max_length=limit)]
-        self._pad_id = int(self.tokenizer.pad_token_id)
 
     def load(self) -> LoadedModel:
         """Reads the weights."""
@@ -86,7 +85,7 @@ class ClassifierJudge(LocalJudge[list[float]]):
     def ask(self, loaded: LoadedModel, rows: Sequence[Encoded]) -> list[list[float]]:
         """Probabilities of all labels per row."""
         model: Any = loaded.model
-        pad_id = _unused_id(rows, self._pad_id)
+        pad_id = _unused_id(rows, int(self.tokenizer.pad_token_id))
         # Decoders pool the last token that is not this one: a row must not end in it.
         model.config.get_text_config().pad_token_id = pad_id
         with torch.inference_mode():
