@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import stat
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.records import read_generations
 from sku.evaluate.run import evaluate
 from sku.models import embedding_weight
+from sku.pipeline.evaluate import run_evaluation
+from sku.pipeline.run import run_recipe
 from sku.quantization import FORMATS
 
 from .conftest import World, world_recipe
@@ -133,3 +136,36 @@ def test_prompts_without_room_for_a_reply_are_left_out(world: World, tmp_path: P
     assert {result.questions for result in report.results} == {1}
     with pytest.raises(EvaluationError):
         world.attack(tmp_path / "b", data=dataclasses.replace(data, forget_test=(long,)))
+
+
+@pytest.mark.integration
+@pytest.mark.usefixtures("one_thread", "blank_pictures")
+def test_a_run_ends_with_its_attacks_and_goes_on_at_them(tmp_path: Path) -> None:
+    recipe = world_recipe(
+        "acquire.training.max_steps=2", "acquire.training.save_steps=2", "evaluate.prompts=3",
+        "evaluate.retain_prompts=3", "evaluate.samples=0", "evaluate.attack_prompts=3",
+        "evaluate.attacks=[template]", "negate.alpha=1.25", "evaluate.max_new_tokens=8",
+        "data.forget.limit=120", "data.retain.limit=120",
+    )  # fmt: skip
+    whole = run_recipe(recipe, tmp_path / "whole")
+    report = whole.attacks
+    assert report is not None
+    assert [result.attack for result in report.results] == ["none", "template"]
+    assert AttackReport.read(whole.folder / "evaluation") == report
+    results = json.loads((whole.folder / "results.json").read_text(encoding="utf-8"))
+    assert AttackReport.from_dict(results["attacks"]) == report
+    assert "attacks" in whole.manifest["seconds"]
+    assert report.setup.control["fingerprint"] != report.setup.model["fingerprint"]
+
+    def interrupt(stage: str, done: int, _total: int) -> None:
+        if stage == "attack template: replies" and done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_recipe(recipe, tmp_path / "broken", progress=interrupt)
+    resumed = run_recipe(recipe, tmp_path / "broken", resume=True)
+    assert resumed.attacks == report
+
+    alone = tmp_path / "alone"
+    run_evaluation(recipe, str(whole.folder / "unlearned"), alone)
+    assert AttackReport.read(alone) == report
