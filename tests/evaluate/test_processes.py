@@ -15,7 +15,7 @@ from sku.config import load_recipe
 from sku.errors import EvaluationError
 from sku.evaluate.generation import in_batches, plan_batches
 from sku.pipeline.evaluate import run_evaluation
-from sku.processes import ALONE, Processes, current_processes
+from sku.processes import ALONE
 
 SETTINGS = [
     "evaluate.prompts=3", "evaluate.retain_prompts=4", "evaluate.batch_size=4", "evaluate.max_new_tokens=12",
@@ -83,12 +83,6 @@ def test_a_failure_reaches_the_other_process(tmp_path: Path) -> None:
         "0: it broke", "0: it broke", "0: process 1 of 2 failed: it broke",
         "1: it broke", "1: process 0 of 2 failed: it broke", "1: process 0 of 2 failed: it broke",
     ]  # fmt: skip
-
-
-def test_one_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert current_processes() == ALONE == Processes(rank=0, count=1)
-    assert not torch.distributed.is_initialized()
 
 
 def test_finished_results_are_kept_and_batches_stay_the_same() -> None:

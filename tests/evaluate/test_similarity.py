@@ -23,7 +23,6 @@ from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.results import judge_again, read_result
 from sku.evaluate.run import evaluate
 from sku.evaluate.utility import (
-    AnsweredPrompt,
     compare_with_references,
     learned,
     load_similarity,
@@ -31,6 +30,7 @@ from sku.evaluate.utility import (
     similarity_of,
 )
 
+from .conftest import RecordMaker
 from .judge_models import pair_tokenizer, save
 
 
@@ -54,20 +54,12 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
     assert rouge_l(references, replies) == pytest.approx([1, 2 / 3, 0, 0])
 
 
-def answered(reply: str, *references: str, gibberish: bool = False) -> AnsweredPrompt:
-    return AnsweredPrompt(id=reply or "empty", reply=reply, references=references, gibberish=gibberish)
-
-
-def test_the_nearest_answer_counts_and_a_gibberish_reply_counts_as_nothing() -> None:
-    rows = compare_with_references(
-        [
-            answered("the moon", "the florn", "the moon"),
-            answered("the florn", "the florn", gibberish=True),
-            answered("", "the florn", gibberish=True),
-            answered("the bread", "the florn"),
-        ],
-        {"rouge_l": rouge_l, "learned": lambda references, replies: [len(reply) - 8.5 for reply in replies]},
-    )
+def test_the_nearest_answer_counts_and_a_gibberish_reply_counts_as_nothing(make_record: RecordMaker) -> None:
+    replies = [make_record(text, id=text) for text in ("the moon", "the florn", "", "the bread")]
+    answers = {row.id: ["the florn", "the moon"] if row.id == "the moon" else ["the florn"] for row in replies}
+    gibberish = {row.id: row.id in ("the florn", "") for row in replies}
+    scores: dict[str, Any] = {"rouge_l": rouge_l, "learned": lambda _, said: [len(reply) - 8.5 for reply in said]}
+    rows = compare_with_references(replies, answers, gibberish, scores)
     assert [row.rouge_l for row in rows] == pytest.approx([1, 0, 0, 0.5])
     assert [row.learned for row in rows] == [-0.5, 0, -8.5, 0.5]
     found = similarity_of(rows, seed=0)

@@ -183,7 +183,7 @@ class _Run:
 
     def _starts_notes(self, counts: Mapping[str, int], longest: int) -> list[str]:
         """How many prompts have a start of the base model's own, and whether its replies are long enough."""
-        config = self.replies.config
+        config = self.replies.generator.config
         notes = [starts_note(**counts, others="the others are not asked so")]
         if longest >= config.max_new_tokens:
             notes.append(
@@ -237,11 +237,12 @@ class _Run:
 
     def _losses(self, texts: Sequence[ScoredText], about: Mapping[str, str]) -> list[ExampleLoss]:
         """Losses on the dataset's own answers."""
+        generator = self.replies.generator
 
         def score() -> list[ExampleLoss]:
             scores = score_examples(
-                self.replies.model, [text.tokens for text in texts], batch_size=self.replies.config.batch_size,
-                processes=self.replies.generator.processes, progress=self.replies.report("perplexity"),
+                self.replies.model, [text.tokens for text in texts], batch_size=generator.config.batch_size,
+                processes=generator.processes, progress=self.replies.report("perplexity"),
             )  # fmt: skip
             return [
                 ExampleLoss(id=text.id, split=text.split, nll=nll, tokens=tokens)

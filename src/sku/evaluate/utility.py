@@ -26,7 +26,6 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import metadata
 from pathlib import Path
@@ -37,7 +36,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, ModelConfig
-from sku.data.examples import ForgetRetainData, RetainExample, normalise_prompt
+from sku.data.examples import ForgetRetainData, normalise_prompt
 from sku.errors import EvaluationError, ModelError, did_you_mean, one_line
 from sku.evaluate import records
 from sku.evaluate.generation import Progress, evaluation_mode, in_batches
@@ -56,43 +55,24 @@ Score = Callable[[Sequence[str], Sequence[str]], list[float]]
 """References and replies, one each, to scores."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnsweredPrompt:
-    """A reply to a normal prompt with what it is compared with."""
+def compare_with_references(
+    replies: Sequence[GenerationRecord], answers: Mapping[str, Sequence[str]], gibberish: Mapping[str, bool],
+    scores: Mapping[str, Score],
+) -> list[SimilarityRow]:  # fmt: skip
+    """Scores replies against the answers to their prompts, at least one; ``gibberish``: whether the gate found it so.
 
-    id: str
-    reply: str
-    references: tuple[str, ...]
-    """At least one."""
-    gibberish: bool
-    """Whether the gate found it so."""
-
-
-def answered_prompts(
-    replies: Sequence[GenerationRecord], answers: Sequence[RetainExample], gibberish: Mapping[str, bool]
-) -> list[AnsweredPrompt]:
-    """Gathers all answers that the dataset has to the prompts of ``retain_test``."""
-    known = records.grouped(answers, lambda example: normalise_prompt(example.prompt))
-    found = []
-    for row in replies:
-        own = known.get(normalise_prompt(row.prompt))
-        answer = (row.reference,) if own is None else tuple(dict.fromkeys(example.answer for example in own))
-        found.append(AnsweredPrompt(id=row.id, reply=row.reply, references=answer, gibberish=gibberish[row.id]))
-    return found
-
-
-def compare_with_references(answered: Sequence[AnsweredPrompt], scores: Mapping[str, Score]) -> list[SimilarityRow]:
-    """Scores replies."""
-    pairs = [(entry, reference) for entry in answered for reference in entry.references]
+    Both are by the reply's id.
+    """
+    pairs = [(row, answer) for row in replies for answer in answers[row.id]]
     columns: dict[str, dict[str, float]] = {}
     for metric, score in scores.items():
         best: dict[str, float] = {}
-        values = score([reference for _, reference in pairs], [entry.reply for entry, _ in pairs])
-        for (entry, _), value in zip(pairs, values, strict=True):
-            best[entry.id] = max(best.get(entry.id, -math.inf), value)
-        columns[metric] = best | {entry.id: min(best[entry.id], 0.0) for entry in answered if entry.gibberish}
+        values = score([answer for _, answer in pairs], [row.reply for row, _ in pairs])
+        for (row, _), value in zip(pairs, values, strict=True):
+            best[row.id] = max(best.get(row.id, -math.inf), value)
+        columns[metric] = {name: min(value, 0.0) if gibberish[name] else value for name, value in best.items()}
     rouge, learned = columns["rouge_l"], columns.get("learned", {})
-    return [SimilarityRow(id=entry.id, rouge_l=rouge[entry.id], learned=learned.get(entry.id)) for entry in answered]
+    return [SimilarityRow(id=row.id, rouge_l=rouge[row.id], learned=learned.get(row.id)) for row in replies]
 
 
 def rouge_l(references: Sequence[str], replies: Sequence[str]) -> list[float]:
@@ -194,7 +174,7 @@ def agreement(
         return {}
     compare = partial(
         compare_distributions, base, model, read,
-        batch_size=replies.config.batch_size, progress=replies.report("agreement"),
+        batch_size=replies.generator.config.batch_size, progress=replies.report("agreement"),
     )  # fmt: skip
     with evaluation_mode(model), evaluation_mode(base):
         header = {"model": about, "base": fingerprint(base, probes), "texts": texts_hash(read)}
@@ -204,7 +184,7 @@ def agreement(
 
 def lm_eval(replies: SavedReplies, about: Mapping[str, str]) -> dict[str, Any]:
     """Tasks of lm-evaluation-harness."""
-    config = replies.config
+    config = replies.generator.config
     if not config.lm_eval:
         return {}
     header = {
@@ -232,18 +212,19 @@ def similarity(
     fluent = {record.id: record for record in fluency}
     normal = [record for record in generations if record.split == "retain_test" and record.kind == "reply"]
     gibberish = {record.id: bool(find_faults(record, fluent.get(record.id))) for record in normal}
-    answered = answered_prompts(normal, data.retain_test, gibberish)
-    if not answered:
+    if not normal:
         return {}
+    known = records.grouped(data.retain_test, lambda example: normalise_prompt(example.prompt))
+    asked = {row.id: known[normalise_prompt(row.prompt)] for row in normal}
+    answers = {name: list(dict.fromkeys(example.answer for example in found)) for name, found in asked.items()}
     scores: dict[str, Score] = {"rouge_l": rouge_l}
     print_of: dict[str, str] = {}
-    if replies.config.similarity_model is not None:
-        scores["learned"], print_of["learned"] = _learned(replies, replies.config.similarity_model)
-    texts = [[entry.id, entry.reply, list(entry.references), entry.gibberish] for entry in answered]
+    if replies.generator.config.similarity_model is not None:
+        scores["learned"], print_of["learned"] = _learned(replies, replies.generator.config.similarity_model)
+    texts = [[row.id, row.reply, answers[row.id], gibberish[row.id]] for row in normal]
     header = {"metrics": sorted(scores), "models": print_of, "texts": records.header_hash({"texts": texts})}
-    rows = replies.reuse.rows_of_main(
-        records.SIMILARITY_FILE, header, SimilarityRow, lambda: compare_with_references(answered, scores)
-    )
+    compare = partial(compare_with_references, normal, answers, gibberish, scores)
+    rows = replies.reuse.rows_of_main(records.SIMILARITY_FILE, header, SimilarityRow, compare)
     return {"similarity": similarity_of(rows, seed=replies.generator.seed), "similarity_rows": tuple(rows)}
 
 
@@ -251,7 +232,7 @@ def _learned(replies: SavedReplies, source: str) -> tuple[Score, str]:
     """The metric, and what tells its model from others: its score of one pair."""
     loaded = load_similarity(source)
     torch.nn.Module.to(loaded.model, embedding_weight(replies.model).device)
-    size = replies.config.batch_size
+    size = replies.generator.config.batch_size
     probe = learned(loaded, ["the river is long"], ["the moon is small"], batch_size=1)
     return partial(learned, loaded, batch_size=size, progress=replies.report("similarity")), repr(probe[0])
 

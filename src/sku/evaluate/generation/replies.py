@@ -182,16 +182,12 @@ class SavedReplies:
     given: Sequence[PrefillSource] | None
     """Of the base model's own evaluation, which is then not asked again."""
 
-    @property
-    def config(self) -> EvaluateConfig:
-        """Lengths and numbers."""
-        return self.generator.config
-
     def decoding(self) -> dict[str, Any]:
         """Every setting that decides the replies, drawn ones included."""
-        greedy = decoding_settings(self.generator.stop_ids, self.config.max_new_tokens)
-        drawn = {**greedy, **self._sampling.settings(), "number": self.config.samples}
-        return {**greedy, "samples": drawn if self.config.samples else None}
+        config = self.generator.config
+        greedy = decoding_settings(self.generator.stop_ids, config.max_new_tokens)
+        drawn = {**greedy, **self._sampling.settings(), "number": config.samples}
+        return {**greedy, "samples": drawn if config.samples else None}
 
     @property
     def _sampling(self) -> Sampling:
