@@ -7,9 +7,8 @@ through no cache, mask or position: a row alone is one plain forward pass over i
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -145,29 +144,6 @@ def test_a_prefill_and_its_reply_join_without_a_seam_and_a_free_reply_loses_the_
     said = [*tiny_tokenizer(" well \n").input_ids, *STOP, 5]
     asked = (request(tiny_tokenizer, "say"), prefilled)
     assert [record_of_ids(one, said, decoding, tiny_tokenizer).reply for one in asked] == ["well", " well \n"]
-
-
-def test_out_of_memory_halves_the_batch_and_says_so_once(
-    tiny_model: LlamaForCausalLM,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    plain = generate(tiny_model, tiny_tokenizer)
-    real = cast(Any, tiny_model).generate
-    sizes: list[int] = []
-
-    def small_memory(**arguments: Any) -> Any:
-        sizes.append(len(arguments["input_ids"]))
-        if sizes[-1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(**arguments)
-
-    monkeypatch.setattr(tiny_model, "generate", small_memory)
-    with caplog.at_level(logging.WARNING):
-        assert generate(tiny_model, tiny_tokenizer) == plain
-    assert sizes == [8, 4, 2, 2, 2, 2]
-    assert len(caplog.records) == 1
 
 
 def test_a_reply_is_cut_where_its_prompt_leaves_no_more_room(

@@ -113,9 +113,21 @@ def test_groups_stay_together_where_their_longest_example_stands() -> None:
     assert plan_batches(lengths, batch_size=3, groups=groups, max_padded_tokens=20) == [[5], [2], [1, 3], [0, 4]]
 
 
-def test_a_single_example_that_does_not_fit_is_an_error() -> None:
-    def no_memory(batch: list[int]) -> list[int]:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+def test_out_of_memory_halves_the_batch_and_a_single_example_that_does_not_fit_is_an_error(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sizes: list[int] = []
 
+    def run(batch: list[int]) -> list[int]:
+        sizes.append(len(batch))
+        if len(batch) > memory:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return batch
+
+    memory = 2
+    assert in_batches([1] * 8, run, batch_size=8) == [*range(8)]
+    assert sizes == [8, 4, 2, 2, 2, 2]
+    assert len(caplog.records) == 1, "said once"
+    memory = 0
     with pytest.raises(EvaluationError, match="single example of 9 tokens"):
-        in_batches([3, 9], no_memory, batch_size=2, processes=ALONE)
+        in_batches([3, 9], run, batch_size=2)

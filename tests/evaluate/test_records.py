@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
@@ -28,7 +27,6 @@ from sku.evaluate.records import (
     PartialFile,
     ResultCache,
     create_private_folder,
-    from_plain,
     header_hash,
     read_generations,
     write_rows,
@@ -93,7 +91,7 @@ def _line(number: int, change: Callable[[dict[str, Any]], Any]) -> Callable[[byt
         (_line(3, lambda row: '{"id": "b", '), "line 3"),
         (_line(3, lambda row: [1, 2]), "line 3"),
         (_line(3, lambda row: {**row, "more": 1}), "line 3.*more"),
-        (_line(2, lambda row: {**row, "split": "retain_train"}), "line 2.*split"),
+        (_line(2, lambda row: {**row, "split": "SECRET"}), "line 2.*split"),
         (_line(4, lambda row: {**row, "id": "a"}), "line 4 .*id a"),
         (_line(1, lambda row: {**row, "schema_version": 5}), "version 5"),
         (_line(1, lambda row: {**row, "rows": 4}), "3 rows"),
@@ -107,32 +105,10 @@ def test_damage_is_named_and_nothing_of_it_reused(
     path = tmp_path / GENERATIONS_FILE
     write_rows(path, HEADER, records)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(EvaluationError, match=place):
+    with pytest.raises(EvaluationError, match=place) as caught:
         read_generations(path)
+    assert "SECRET" not in str(caught.value), "it may be harmful text"
     assert known(path, HEADER) is None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Tree:
-    """What from_plain can meet."""
-
-    leaves: Mapping[int, tuple[ExampleLoss, ...]]
-    kind: Literal["oak", "elm"] | None
-
-
-@pytest.mark.parametrize(
-    ("changes", "place"),
-    [
-        ({"kind": "ash"}, "kind"),
-        ({"leaves": {"one": []}}, "leaves.one"),
-        ({"leaves": {"1": [{"id": "x", "split": "forget_test", "nll": 1.0, "tokens": "ash"}]}}, r"leaves.1.0.tokens"),
-        ({"bark": 1}, "bark"),
-    ],
-)
-def test_what_does_not_fit_is_named_with_its_place_and_not_shown(changes: dict[str, Any], place: str) -> None:
-    with pytest.raises(EvaluationError, match=f"here.*{place}.*again") as caught:
-        from_plain(Tree, {"leaves": {}, "kind": "elm", **changes}, "here", "again")
-    assert "ash" not in str(caught.value)
 
 
 def test_a_partial_file_keeps_whole_rows_only(tmp_path: Path) -> None:
