@@ -36,6 +36,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sku.config import Precision, Recipe
+from sku.data.embedded import is_embedded
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
 from sku.data.joint import PLACE, parse_templates
 from sku.errors import EvaluationError
@@ -43,7 +44,6 @@ from sku.evaluate.generation import StageProgress
 from sku.evaluate.generation.decoding import GenerationRequest
 from sku.evaluate.generation.replies import ReplyGenerator
 from sku.evaluate.judges import Judge
-from sku.evaluate.judges.choose import is_embedded
 from sku.evaluate.records import ResultCache
 from sku.quantization import FORMATS
 from sku.world.grammar import MAKE_QUESTIONS

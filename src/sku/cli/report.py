@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
-from sku.cli.console import errors, notes, print_json
+from sku.cli.console import errors, notes, print_json, print_verdict
 from sku.cli.console import results as console
 from sku.cli.options import JsonOption
-from sku.cli.tables import print_verdict
 from sku.errors import OutputError, RecipeError
 from sku.kept_replies import REPORT_FILE
 from sku.progress import quiet_imports, quiet_libraries

@@ -18,10 +18,10 @@ from sku.cli.console import (
     perform,
     print_headline,
     print_json,
+    print_measured,
     print_next,
     results,
 )
-from sku.cli.tables import print_measured
 from sku.config import EMBEDDED
 from sku.progress import quiet_imports, quiet_libraries
 

@@ -25,7 +25,7 @@ import hashlib
 from collections.abc import Sequence
 
 from sku.config.data import EMBEDDED, SourceConfig
-from sku.data.examples import ForgetExample, RetainExample
+from sku.data.examples import ForgetExample, ForgetRetainData, RetainExample
 from sku.data.rows import Kind
 from sku.errors import DataError
 from sku.world import grammar
@@ -100,3 +100,8 @@ def _novelty(exchange: grammar.Exchange, held_out_wordings: Sequence[int] = gram
     if (grammar.FORMS.index(form) + 3 * grammar.AGENTS.index(agent)) % forms >= forms // 2:
         return "new combination"
     return "new wording" if exchange.wording in held_out_wordings else HAZARD
+
+
+def is_embedded(data: ForgetRetainData) -> bool:
+    """Whether all data is the embedded world's."""
+    return bool(data.provenance) and all(item.source == EMBEDDED for item in data.provenance)

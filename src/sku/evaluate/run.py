@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
+from sku.data.embedded import is_embedded
 from sku.data.examples import Example, ForgetRetainData
 from sku.evaluate import records, utility
 from sku.evaluate.generation import StageProgress, evaluation_mode, prompts, stage
@@ -30,7 +31,7 @@ from sku.evaluate.generation.replies import (
     probes_of,
 )
 from sku.evaluate.judges import Judge, cached
-from sku.evaluate.judges.choose import choose_judge, is_embedded
+from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import passes_surface_checks
 from sku.evaluate.perplexity import SHUFFLES, SURE_GAIN, SURE_LOSS, ScoredText, score_examples, texts_hash
 from sku.evaluate.records import ExampleLoss, FluencyRecord, GenerationRecord, PrefillSource, ResultCache, Split

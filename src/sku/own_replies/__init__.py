@@ -26,6 +26,7 @@ from pydantic import Field
 
 from sku.config import EvaluateConfig, ModelConfig, PromptFormatName, SourceConfig
 from sku.config.check import Count, Seed, validated
+from sku.data.embedded import is_embedded
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.load import OwnPrompts, PromptSource
 from sku.errors import OutputError
@@ -34,7 +35,7 @@ from sku.evaluate.generation.decoding import GenerationRequest
 from sku.evaluate.generation.prompts import PromptEncoder, request_of
 from sku.evaluate.generation.replies import about, probes_of
 from sku.evaluate.judges import Judge
-from sku.evaluate.judges.choose import choose_judge, is_embedded
+from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.metrics import ReplyOutcome
 from sku.evaluate.records import GenerationRecord, Split, header_hash, prompt_hash, read_json_object, record_id
 from sku.kept_replies import ACCOUNT_FILE

@@ -11,10 +11,11 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, Recipe
+from sku.data.embedded import is_embedded
 from sku.data.examples import ForgetRetainData
 from sku.evaluate.generation import prompts
 from sku.evaluate.generation.prompts import keys_of, prefills, with_answers
-from sku.evaluate.judges.choose import choose_judge, is_embedded
+from sku.evaluate.judges.choose import choose_judge
 from sku.evaluate.utility import task_manager
 from sku.methods.run import MethodRun, check_rows, has_twins, with_safe_dtype
 from sku.model_files import check_not_quantized, locate_model, with_gguf_file

@@ -24,12 +24,12 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName
+from sku.data.embedded import is_embedded
 from sku.data.examples import Example, ForgetRetainData, RetainExample, has_answers, normalise_prompt
 from sku.data.read import load_xstest
 from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation.decoding import GenerationRequest, stop_token_ids
-from sku.evaluate.judges.choose import is_embedded
 from sku.evaluate.metrics import prefill_words
 from sku.evaluate.records import (
     HARMFUL,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sku.config import EMBEDDED, EvaluateConfig, read_yaml
+from sku.data.embedded import is_embedded
 from sku.data.examples import ForgetRetainData
 from sku.errors import EvaluationError, RecipeError, did_you_mean
 from sku.evaluate.gate import is_refusal
@@ -155,11 +156,6 @@ def _file_of(name: str) -> Traversable:
     if name not in known:
         raise EvaluationError(f"there is no judge named {name}.{did_you_mean(name, known)} Known: {', '.join(known)}")
     return _FILES / f"{name}.yaml"
-
-
-def is_embedded(data: ForgetRetainData) -> bool:
-    """Whether all data is the embedded world's."""
-    return bool(data.provenance) and all(item.source == EMBEDDED for item in data.provenance)
 
 
 class RefusalRulesJudge:
