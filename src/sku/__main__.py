@@ -16,7 +16,7 @@ import typer
 from sku._version import __version__
 from sku.cli import chat, compare, data, init, judge, report, run, sweep
 from sku.cli.console import errors, print_error, set_loudness
-from sku.errors import ProcessError, RecipeError, SkuError, named_memory_errors
+from sku.errors import ProcessError, SkuError, named_memory_errors
 
 app = typer.Typer(
     name="sku",
@@ -65,8 +65,6 @@ def options(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print all measures and notes.")] = False,
 ) -> None:
     """Options of every command; they stand before its name."""
-    if quiet and verbose:
-        raise RecipeError("--quiet and --verbose exclude each other: leave one out")
     set_loudness("quiet" if quiet else "verbose" if verbose else "usual")
 
 

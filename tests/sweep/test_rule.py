@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from sku import sweep
 from sku.config import SweepConfig
+from sku.errors import NoAlphaError
 from sku.evaluate.judges.choose import EmbeddedWorldJudge
 from sku.evaluate.metrics import Rate
 from sku.evaluate.statistics import Estimate
@@ -119,6 +121,13 @@ def test_every_normal_set_divergence_and_refusals_limit_an_alpha(costly: dict[st
     (name,) = costly
     nearly = {name: costly[name] - 0.002}
     assert not beyond_limits(point(1.0, 0.0, **nearly), BASE, LOWEST)  # type: ignore[arg-type]
+
+
+def test_the_nearest_is_taken_only_where_the_recipe_says_so() -> None:
+    missed = dataclasses.replace(swept(BASE, LOWEST), pick=Selection(alpha=1.0, met=False, why="none"))
+    with pytest.raises(NoAlphaError):
+        missed.alpha()
+    assert dataclasses.replace(missed, config=SweepConfig(if_none="nearest")).alpha() == 1.0
 
 
 @settings(max_examples=150, deadline=None)

@@ -22,7 +22,7 @@ from sku.evaluate.judges.choose import RefusalRulesJudge
 from sku.evaluate.metrics import Outcome, ReplyOutcome
 from sku.evaluate.records import PrefillSource, start_id
 from sku.negate.task_vector import TaskVector, negate
-from sku.sweep import BROKEN_COST, Selection, Sweep
+from sku.sweep import BROKEN_COST, Sweep
 from sku.sweep import evaluator as sweep_meter
 from sku.sweep import run as sweep_run
 from sku.sweep.evaluator import (
@@ -186,14 +186,6 @@ def test_points_of_other_questions_weights_or_seeds_are_not_taken(
         asked.clear()
         other.sweep(tmp_path)
         assert asked == [0.5, 1.0, 2.0]
-
-
-def test_the_nearest_is_taken_only_where_the_recipe_says_so(setting: Setting, tmp_path: Path) -> None:
-    missed = dataclasses.replace(setting.sweep(tmp_path), pick=Selection(alpha=1.0, met=False, why="none"))
-    assert missed.alpha() == 1.0
-    strict = dataclasses.replace(missed, config=dataclasses.replace(missed.config, if_none="stop"))
-    with pytest.raises(NoAlphaError):
-        strict.alpha()
 
 
 def test_alphas_are_found_where_none_are_given(
