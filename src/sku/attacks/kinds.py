@@ -36,9 +36,9 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from sku.config import Precision, Recipe
-from sku.data.embedded import is_embedded
 from sku.data.examples import ForgetExample, ForgetRetainData, normalise_prompt
 from sku.data.joint import PLACE, parse_templates
+from sku.data.read import is_embedded
 from sku.errors import EvaluationError
 from sku.evaluate.generation import StageProgress
 from sku.evaluate.generation.decoding import GenerationRequest

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sku.config.data import EMBEDDED, FINAL, RETAIN_SHARES, DataConfig, SourceConfig
 from sku.config.recipe import Recipe
-from sku.data import embedded
 from sku.data.examples import (
     E,
     Example,
@@ -22,7 +21,15 @@ from sku.data.examples import (
     normalise_prompt,
     prompts_of,
 )
-from sku.data.read import PromptSet, has_prompts_alone, load_prompts, prompt_set, read_examples
+from sku.data.read import (
+    PromptSet,
+    has_prompts_alone,
+    load_prompts,
+    prompt_set,
+    read_examples,
+    split_hazards,
+    validation_hazards,
+)
 from sku.data.rows import Kind
 from sku.data.splits import limited, near_to, split_by_group
 from sku.data.tables import held_rows
@@ -224,7 +231,7 @@ def _split_forget(
     """``forget_train``, ``forget_test``, and ``forget_validation``, which is empty where no share is asked for."""
     source = config.forget
     if source.path == EMBEDDED:
-        return *embedded.split_forget(examples, source.limit), embedded.validation_examples() if validation else ()
+        return *split_hazards(examples, source.limit), validation_hazards() if validation else ()
     shares, what = {"test": config.unseen_fraction}, f"the forget data {source.path}"
     splits = split_by_group(examples, rest="train", held_out=shares, seed=seed, what=what)
     if not validation:

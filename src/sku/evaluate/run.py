@@ -16,8 +16,8 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName, plain_data
-from sku.data.embedded import is_embedded
 from sku.data.examples import Example, ForgetRetainData
+from sku.data.read import is_embedded
 from sku.evaluate import records, utility
 from sku.evaluate.generation import StageProgress, evaluation_mode, prompts, stage
 from sku.evaluate.generation.decoding import GenerationRequest

@@ -26,9 +26,9 @@ from pydantic import Field
 
 from sku.config import EvaluateConfig, ModelConfig, PromptFormatName, SourceConfig
 from sku.config.check import Count, Seed, validated
-from sku.data.embedded import is_embedded
 from sku.data.examples import ForgetRetainData, RetainExample
 from sku.data.load import OwnPrompts, PromptSource
+from sku.data.read import is_embedded
 from sku.errors import OutputError
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.generation.decoding import GenerationRequest

@@ -11,8 +11,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import ModelConfig, Recipe
-from sku.data.embedded import is_embedded
 from sku.data.examples import ForgetRetainData
+from sku.data.read import is_embedded
 from sku.evaluate.generation import prompts
 from sku.evaluate.generation.prompts import keys_of, prefills, with_answers
 from sku.evaluate.judges.choose import choose_judge

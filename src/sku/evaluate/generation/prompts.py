@@ -24,9 +24,8 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from sku.config import EvaluateConfig, PromptFormatName
-from sku.data.embedded import is_embedded
 from sku.data.examples import Example, ForgetRetainData, RetainExample, has_answers, normalise_prompt
-from sku.data.read import load_xstest
+from sku.data.read import is_embedded, load_xstest
 from sku.data.tokens import Encoder, TokenizedExample, resolve_prompt_format
 from sku.errors import DataError, EvaluationError
 from sku.evaluate.generation.decoding import GenerationRequest, stop_token_ids

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from sku.config import EMBEDDED, EvaluateConfig, read_yaml
-from sku.data.embedded import is_embedded
 from sku.data.examples import ForgetRetainData
+from sku.data.read import is_embedded
 from sku.errors import EvaluationError, RecipeError, did_you_mean
 from sku.evaluate.gate import is_refusal
 from sku.evaluate.judges import Calibration, Judge, JudgeCard, Label, Verdict, beside, read_calibration
