@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -141,7 +142,9 @@ def test_every_row_is_read_back_from_its_path(rows: list[tuple[list[int], list[i
     packed = pack_rows(sources, 1, share=share)
     paths, keys = packed.paths, packed.input_ids[0]
     places = torch.cat([packed.kept[kind].place_N for kind in sorted(packed.kept)]).tolist()
-    contexts = [keys[paths.dense_mask(None)[place]].tolist() for place in places]
+    plan = [paths.key_index_K[start:end].tolist() for start, end in pairwise(paths.key_starts.tolist())]
+    up_to = {place: path[: at + 1] for path in plan for at, place in enumerate(path)}
+    contexts = [keys[up_to[place]].tolist() for place in places]
     targets = torch.cat([packed.kept[kind].targets_N for kind in sorted(packed.kept)]).tolist()
     expected = [
         (list(prompt + answer[:index]), answer[index]) for prompt, answer in rows for index in range(len(answer))
@@ -151,27 +154,13 @@ def test_every_row_is_read_back_from_its_path(rows: list[tuple[list[int], list[i
 
 
 def test_masks_by_hand() -> None:
-    """A prefix of 2, branches of 2 and 1, and a row of 2; then with a window of 2."""
+    """A prefix of 2, branches of 2 and 1, and a row of 2; with a window of 2."""
     paths = plan_paths([Segment(2), Segment(2, 0), Segment(1, 0), Segment(2)])
-    assert paths.dense_mask(None).int().tolist() == [
-        [1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0],
-        [1, 1, 1, 0, 0, 0, 0],
-        [1, 1, 1, 1, 0, 0, 0],
-        [1, 1, 0, 0, 1, 0, 0],
-        [0, 0, 0, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1, 1],
-    ]
-    assert paths.dense_mask(2).int().tolist() == [
-        [1, 0, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0, 0],
-        [0, 1, 1, 0, 0, 0, 0],
-        [0, 0, 1, 1, 0, 0, 0],
-        [0, 1, 0, 0, 1, 0, 0],
-        [0, 0, 0, 0, 0, 1, 0],
-        [0, 0, 0, 0, 0, 1, 1],
-    ]
     assert paths.segment_mask(0, None) is None
+    assert paths.segment_mask(0, 2) is None
+    whole = paths.segment_mask(1, None)
+    assert whole is not None
+    assert whole.int().tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     branch = paths.segment_mask(1, 2)
     assert branch is not None
     assert branch.int().tolist() == [[0, 1, 1, 0], [0, 0, 1, 1]]
@@ -184,9 +173,8 @@ def test_masks_by_hand() -> None:
 
 def test_a_plan_comes_whole_from_a_worker() -> None:
     packed = pack_rows(SOURCES, 2, share=True)
-    packed.paths.dense_mask(3)
     again = pickle.loads(pickle.dumps(packed))
-    assert torch.equal(again.paths.dense_mask(3), packed.paths.dense_mask(3))
+    assert torch.equal(again.paths.key_index_K, packed.paths.key_index_K)
     assert torch.equal(again.model_inputs["logits_to_keep"], packed.model_inputs["logits_to_keep"])
     moved = packed.to("meta")
     assert moved.paths.segments == packed.paths.segments

@@ -100,21 +100,17 @@ def test_dpo() -> None:
     torch.testing.assert_close(loss, torch.tensor([LIKELY, UNLIKELY, LN2, LN2]))
 
 
-def test_rmu_forget() -> None:
+def test_rmu() -> None:
     """Vector c u = (1, 0). Position (1, 2): (0 + 4) / 2 = 2; (3, 4): (4 + 16) / 2 = 10; (1, 1): (0 + 1) / 2.
 
-    Example 0 has the first two, mean 6; example 1 the last, 1/2. A mean over all three would be 12.5 / 3.
+    Example 0 has the first two, mean 6; example 1 the last, 1/2. A mean over all three would be 12.5 / 3. From states
+    of the original, differences (1, 2) and (0, 0) of example 0: (5/2 + 0) / 2 = 5/4; (2, 0) of example 1: 4/2 = 2.
     """
-    hidden = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 1.0]])
-    loss = rmu_loss(hidden, torch.tensor([1.0, 0.0]), torch.tensor([0, 0, 1]), 2)
-    torch.testing.assert_close(loss, torch.tensor([6.0, 0.5]))
-
-
-def test_rmu_retain() -> None:
-    """Differences (1, 2) and (0, 0) of example 0: (5/2 + 0) / 2 = 5/4; (2, 0) of example 1: 4/2 = 2."""
-    reference = torch.tensor([[0.0, 0.0], [3.0, 4.0], [1.0, 1.0]], requires_grad=True)
-    hidden = torch.tensor([[1.0, 2.0], [3.0, 4.0], [3.0, 1.0]], requires_grad=True)
-    loss = rmu_loss(hidden, reference, torch.tensor([0, 0, 1]), 2)
+    example_N = torch.tensor([0, 0, 1])
+    hidden = torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 1.0]], requires_grad=True)
+    torch.testing.assert_close(rmu_loss(hidden, torch.tensor([1.0, 0.0]), example_N, 2), torch.tensor([6.0, 0.5]))
+    reference = torch.tensor([[0.0, 0.0], [3.0, 4.0], [-1.0, 1.0]], requires_grad=True)
+    loss = rmu_loss(hidden, reference, example_N, 2)
     torch.testing.assert_close(loss, torch.tensor([1.25, 2.0]))
     loss.sum().backward()
     assert reference.grad is None

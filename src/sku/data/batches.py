@@ -71,10 +71,6 @@ class AttentionPaths(_Tensors):
     """The plan that attention layers follow. Numbers of the host and tensors of the device, so that no layer waits."""
 
     segments: tuple[Segment, ...]
-    segment_T: Tensor
-    """int64: index of each token's segment."""
-    prefix_T: Tensor
-    """int64: index of its prefix, or of its own segment where it has none."""
     position_T: Tensor
     """int64: place of each token on its path."""
     key_index_K: Tensor
@@ -87,12 +83,12 @@ class AttentionPaths(_Tensors):
     longest_path: int
     windows_seen: list[int | None] = field(default_factory=list)
     """The sliding window of each attention layer that has followed the plan, in order: who followed it, and how."""
-    _masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict, repr=False)
+    _masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def length(self) -> int:
         """T."""
-        return len(self.segment_T)
+        return len(self.position_T)
 
     @property
     def shares(self) -> bool:
@@ -117,20 +113,11 @@ class AttentionPaths(_Tensors):
             return None
         key = (index, window)
         if key not in self._masks:
-            positions = torch.arange(path, device=self.segment_T.device)
-            self._masks[key] = _in_reach(positions[path - length :, None], positions[None, :], window)
+            keys = torch.arange(path, device=self.position_T.device)
+            queries = keys[path - length :, None]
+            mask = keys <= queries
+            self._masks[key] = mask if window is None else mask & (queries - keys < window)
         return self._masks[key]
-
-    def dense_mask(self, window: int | None) -> Tensor:
-        """``[T, T]`` bool: what each token sees of the packed row, made once; distances are those along the path."""
-        key = (-1, window)
-        if key not in self._masks:
-            same_path = self.segment_T[:, None] == self.segment_T[None, :]
-            same_path |= self.prefix_T[:, None] == self.segment_T[None, :]
-            self._masks[key] = same_path & _in_reach(self.position_T[:, None], self.position_T[None, :], window)
-        mask = self._masks[key]
-        assert mask is not None
-        return mask
 
 
 def plan_paths(segments: Sequence[Segment]) -> AttentionPaths:
@@ -141,11 +128,8 @@ def plan_paths(segments: Sequence[Segment]) -> AttentionPaths:
     prefixes = [index if segment.prefix is None else segment.prefix for index, segment in enumerate(segments)]
     before = [0 if prefix == index else lengths[prefix] for index, prefix in enumerate(prefixes)]
     paths = [length + shared for length, shared in zip(lengths, before, strict=True)]
-    repeats = torch.tensor(lengths)
     return AttentionPaths(
         segments=tuple(segments),
-        segment_T=torch.arange(len(segments)).repeat_interleave(repeats),
-        prefix_T=torch.tensor(prefixes).repeat_interleave(repeats),
         position_T=torch.cat([torch.arange(shared, path) for shared, path in zip(before, paths, strict=True)]),
         # In a set of the two: a segment without prefix is its own.
         key_index_K=torch.cat([tokens[part] for own, prefix in enumerate(prefixes) for part in sorted({prefix, own})]),
@@ -154,11 +138,6 @@ def plan_paths(segments: Sequence[Segment]) -> AttentionPaths:
         longest_segment=max(lengths),
         longest_path=max(paths),
     )
-
-
-def _in_reach(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    reach = key <= query
-    return reach if window is None else reach & (query - key < window)
 
 
 @dataclass(frozen=True, kw_only=True)

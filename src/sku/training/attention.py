@@ -2,10 +2,11 @@
 
 Whether a model does is told by its settings, then by a look at what it answers (``choose_packing``).
 
-Three ways to the same numbers: on a CPU a loop over segments (a prefix is a plain causal square, a branch sees its
-prefix and itself); on a GPU in half precision one variable-length flash call over gathered keys; anywhere else one
-dense mask. Without a plan it is transformers' ``sdpa``, mask and all, so that a model can be asked in the usual way
-between steps. Shapes: H = heads, G = heads of keys and values, T = tokens, D = width of a head.
+Two ways to the same numbers: on a GPU in half precision one variable-length flash call over gathered keys; anywhere
+else a loop over segments (a prefix is a plain causal square, a branch sees its prefix and itself). Without a plan it
+is transformers' ``sdpa``, mask and all, so that a model can be asked in the usual way between steps.
+
+Shapes: H = heads, G = heads of keys and values, T = tokens, D = width of a head.
 """
 
 from __future__ import annotations
@@ -104,12 +105,9 @@ def packed_attention(
         )  # fmt: skip
     _check_call(attention_mask, options)
     packed_paths.windows_seen.append(sliding_window)
-    if query.device.type == "cpu":
-        attended = _by_segments(query, key, value, packed_paths, sliding_window, dropout, scaling)
-    elif _suits_varlen(query, value, dropout):
+    if _suits_varlen(query, value, dropout):
         return _by_varlen(query, key, value, packed_paths, sliding_window, scaling), None
-    else:
-        attended = _by_dense_mask(query, key, value, packed_paths, sliding_window, dropout, scaling)
+    attended = _by_segments(query, key, value, packed_paths, sliding_window, dropout, scaling)
     return attended.transpose(1, 2).contiguous(), None
 
 
@@ -182,7 +180,8 @@ def _by_segments(
     scaling: float | None,
 ) -> Tensor:  # fmt: skip
     # Half-precision attention is slower than float32 on a CPU, its backward most of all.
-    wide = torch.float32 if query.dtype in (torch.bfloat16, torch.float16) else query.dtype
+    is_half = query.dtype in (torch.bfloat16, torch.float16)
+    wide = torch.float32 if is_half and query.device.type == "cpu" else query.dtype
     lengths = [segment.length for segment in paths.segments]
     # The backward of one split is one concatenation; slices would each fill a tensor of the whole row.
     queries = query.to(wide).split(lengths, dim=2)
@@ -238,20 +237,6 @@ def _by_varlen(
     )
     assert isinstance(attended, Tensor)
     return attended[None]
-
-
-def _by_dense_mask(
-    query: Tensor, key: Tensor, value: Tensor, paths: AttentionPaths, window: int | None, dropout: float,
-    scaling: float | None,
-) -> Tensor:  # fmt: skip
-    return functional.scaled_dot_product_attention(
-        query,
-        _for_each_head(key, query.shape[1]),
-        _for_each_head(value, query.shape[1]),
-        attn_mask=paths.dense_mask(window),
-        dropout_p=dropout,
-        scale=scaling,
-    )
 
 
 def _for_each_head(tensor: Tensor, heads: int) -> Tensor:
