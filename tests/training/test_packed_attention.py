@@ -136,18 +136,12 @@ def test_a_tree_without_its_plan_is_misread_and_caught(make_model: ModelMaker) -
     ids = torch.arange(paths.length) + 40
     with torch.no_grad():
         misread = run_packed(model, paths, ids)
-        with (
-            pytest.raises(ModelError, match="sdpa"),
-            packed_forward_pass(model, paths),
-        ):
+        with pytest.raises(ModelError, match="sdpa"), packed_forward_pass(model, paths):
             run_packed(model, paths, ids, packed_paths=paths)
         use_packed_attention(model)
         with packed_forward_pass(model, paths):
             right = run_packed(model, paths, ids, packed_paths=paths)
-        with (
-            pytest.raises(ModelError, match="LlamaForCausalLM"),
-            packed_forward_pass(model, paths),
-        ):
+        with pytest.raises(ModelError, match="LlamaForCausalLM"), packed_forward_pass(model, paths):
             run_packed(model, paths, ids)
         # The second branch; transformers reads the first as going on from the prefix, as it does.
         alone = model(input_ids=torch.cat([ids[:5], ids[12:15]])[None]).logits[0, 5:]
