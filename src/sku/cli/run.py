@@ -13,7 +13,6 @@ from sku.cli import options
 from sku.cli.console import (
     carry_out,
     errors,
-    is_verbose,
     notes,
     perform,
     print_headline,
@@ -101,12 +100,6 @@ def _print_finished(finished: FinishedRun, folder: Path) -> None:
     """What was measured, where everything lies, and what to do next."""
     print_measured(finished.comparison, finished.attacks)
     manifest, bad = finished.manifest, folder / "bad"
-    if is_verbose():
-        results.print(f"seconds   {json.dumps(manifest['seconds'])[1:-1]}".replace('"', ""))
-        if "stage_1" in manifest:
-            results.print(f"stage 1   {manifest['stage_1']['line']}")
-        if "sweep" in manifest:
-            results.print(f"chosen    {manifest['sweep']['why']}")
     card = finished.comparison.unlearned.judge
     results.print(f"judge     {card.name}: {card.errors_in_words}")
     names = ("unlearned", "negated_adapter", "adapter", "results.json")
