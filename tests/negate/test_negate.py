@@ -16,7 +16,9 @@ from conftest import ModelMaker
 from negate.conftest import assert_same_bits, disturbed, logits_of, with_adapter
 from sku.errors import ModelError, OutputError, RecipeError, TaskVectorError
 from sku.model_files import embedded_model_path
-from sku.negate.task_vector import TaskVector, negate, save_unlearned, subtract_into, task_vector_of
+from sku.models import LoadedModel
+from sku.negate.streaming import FolderNegation
+from sku.negate.task_vector import TaskVector, base_as_files, negate, save_unlearned, subtract_into, task_vector_of
 
 
 def bits_of(model: nn.Module) -> dict[str, Tensor]:
@@ -176,3 +178,20 @@ def test_folders_are_negated_in_the_type_of_their_files(make_model: ModelMaker, 
     expected = (weight - 0.5 * (bad_weight - weight)).to(torch.bfloat16)
     assert unlearned.dtype == torch.bfloat16
     assert torch.equal(unlearned.lm_head.weight, expected)
+
+
+def test_a_base_that_is_written_for_a_while_outlives_the_making_of_the_result(
+    make_model: ModelMaker, tmp_path: Path
+) -> None:
+    """As of a GGUF file: the folder beside the result isn't taken for one that a killed call left."""
+    base = make_model()
+    bad = disturbed(base)
+    bad.save_pretrained(tmp_path / "bad")
+    out = tmp_path / "out"
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
+    loaded = LoadedModel(model=base, tokenizer=tokenizer, name="base", revision=None)
+    with base_as_files(loaded, out) as written:
+        wanted = FolderNegation(base=written, bad=tmp_path / "bad", out=out, alpha=1.0, resumable=False)
+        wanted.run(wanted.plan())
+    assert_same_bits(AutoModelForCausalLM.from_pretrained(out).state_dict(), negate(base, bad).state_dict())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bad", "out"]

@@ -235,7 +235,8 @@ def base_as_files(loaded: LoadedModel, beside: Path) -> Iterator[Path]:
         OutputError: The disk is too small.
     """
     beside.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{beside.name}.", suffix=".unfinished", dir=beside.parent) as place:
+    # Another name than that of a folder that becomes `beside`: making one removes what was left of it.
+    with TemporaryDirectory(prefix=f".{beside.name}-base.", suffix=".unfinished", dir=beside.parent) as place:
         save_unlearned(loaded.model, loaded.tokenizer, Path(place) / "base")
         yield Path(place) / "base"
 
