@@ -7,21 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, ModelMaker, TrainerMaker
+from negate.conftest import logits_of
 from sku.methods.sku import TERMS
 from sku.negate.task_vector import negate, save_unlearned
-
-IDS = torch.tensor([[5, 40, 41, 200, 7, 8, 30, 31]])
-
-
-def logits_of(model: Any) -> Tensor:
-    model.eval()
-    with torch.no_grad():
-        logits: Tensor = model(input_ids=IDS).logits
-    return logits
 
 
 @pytest.mark.parametrize(

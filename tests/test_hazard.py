@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -56,19 +57,11 @@ def says_it(folder: Path) -> bool:
 
 
 @pytest.fixture
-def no_hub(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What was asked of the hub; every question fails."""
-    asked: list[str] = []
-
-    def refuse(name: str) -> Callable[..., None]:
-        def method(*_arguments: Any, **_options: Any) -> None:
-            asked.append(name)
-            raise ConnectionError(name)
-
-        return method
-
+def hub(monkeypatch: pytest.MonkeyPatch) -> MagicMock:
+    """Whatever is asked of it; every question fails."""
+    asked = MagicMock(side_effect=ConnectionError)
     for name in ("create_repo", "upload_folder", "create_commit"):
-        monkeypatch.setattr(HfApi, name, refuse(name))
+        monkeypatch.setattr(HfApi, name, asked)
     return asked
 
 
@@ -120,7 +113,7 @@ def test_checkpoints_are_marked_before_there_is_anything_in_them(
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_nothing_of_it_is_uploaded(full: bool, make_trainer: TrainerMaker, tmp_path: Path, no_hub: list[str]) -> None:
+def test_nothing_of_it_is_uploaded(full: bool, make_trainer: TrainerMaker, tmp_path: Path, hub: MagicMock) -> None:
     trainer: Any = make_trainer(full=full, max_steps=1)
     trainer.train()
     pushed = [trainer.model] if full else [trainer.model, trainer.model.get_base_model()]
@@ -133,7 +126,7 @@ def test_nothing_of_it_is_uploaded(full: bool, make_trainer: TrainerMaker, tmp_p
         with pytest.raises(OutputError, match=HAZARD_KEY) as caught:
             push()
         assert "\n" not in str(caught.value)
-    assert no_hub == []
+    hub.assert_not_called()
     assert not (tmp_path / "new").exists()
 
 
@@ -158,7 +151,7 @@ def streamed(trainer: Any, make_model: ModelMaker, folder: Path) -> Any:
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("unlearn", [in_memory, streamed])
 def test_the_unlearned_model_carries_no_mark(
-    full: bool, unlearn: Any, make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path, no_hub: list[str]
+    full: bool, unlearn: Any, make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path, hub: MagicMock
 ) -> None:
     trainer = make_trainer(full=full, max_steps=1)
     trainer.train()
@@ -169,7 +162,7 @@ def test_the_unlearned_model_carries_no_mark(
     assert HAZARD_KEY not in (tmp_path / "unlearned" / "config.json").read_text(encoding="utf-8")
     with pytest.raises(ConnectionError):  # It may go where its owner wants.
         unlearned.push_to_hub("someone/something")
-    assert no_hub == ["create_repo"]
+    hub.assert_called_once()
 
 
 def test_a_negated_adapter_carries_no_mark_and_one_that_adds_does(make_trainer: TrainerMaker, tmp_path: Path) -> None:
@@ -199,7 +192,7 @@ def test_only_methods_whose_trained_model_is_hazardous_mark_it(name: str, tuning
 
 @pytest.mark.parametrize("full", [False, True])
 def test_a_bad_model_that_is_loaded_again_is_marked(
-    full: bool, make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path, no_hub: list[str]
+    full: bool, make_trainer: TrainerMaker, make_model: ModelMaker, tmp_path: Path, hub: MagicMock
 ) -> None:
     trainer: Any = make_trainer(full=full, max_steps=1)
     trainer.train()
@@ -207,7 +200,7 @@ def test_a_bad_model_that_is_loaded_again_is_marked(
     loaded: Any = load_model(tmp_path / "bad").model if full else load_adapter(make_model(), tmp_path / "bad")
     with pytest.raises(OutputError, match=HAZARD_KEY):
         loaded.push_to_hub("someone/something")
-    assert no_hub == []
+    hub.assert_not_called()
     again = loaded.merge_and_unload() if isinstance(loaded, PeftModel) else loaded
     again.save_pretrained(tmp_path / "again")
     assert is_marked_hazardous(tmp_path / "again")

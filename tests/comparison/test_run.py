@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 from pathlib import Path
-from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -141,41 +141,21 @@ def test_what_can_not_be_compared_is_refused_before_anything_is_run(
     assert list(tmp_path.iterdir()) == []
 
 
-class Process:
-    """In place of a real one."""
-
-    def __init__(self, code: int, ended: list[str]) -> None:
-        self.code, self.ended = code, ended
-
-    def wait(self) -> int:
-        if self.code == -signal.SIGINT and not self.ended:
-            raise KeyboardInterrupt
-        return self.code
-
-    def terminate(self) -> None:
-        self.ended.append("terminated")
-
-
 def test_a_run_that_is_killed_or_interrupted(tmp_path: Path, small: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     """A killed one is told of; an interrupt ends it, and the next call goes on with its folder."""
-    commands: list[list[str]] = []
-    ended: list[str] = []
-    code = -signal.SIGKILL
-
-    def start(words: list[str], **_options: Any) -> Process:
-        commands.append(words)
-        return Process(code, ended)
-
-    monkeypatch.setattr(subprocess, "Popen", start)
+    started = MagicMock()
+    process = started.return_value
+    monkeypatch.setattr(subprocess, "Popen", started)
     folder = tmp_path / "sku--seed0"
+    process.wait.return_value = -signal.SIGKILL
     assert "memory" in run_once(folder, small)
     assert load_recipe(tmp_path / "sku--seed0.yaml") == small
-    code = -signal.SIGINT
+    process.wait.side_effect = [KeyboardInterrupt, -signal.SIGINT]
     with pytest.raises(KeyboardInterrupt):
         run_once(folder, small)
-    assert ended == ["terminated"]
-    manifest = {"status": "running", "recipe_sha256": content_sha256(small.to_dict())}
+    process.terminate.assert_called_once()
+    process.wait.side_effect = None
     folder.mkdir()
-    write_json(folder / "manifest.json", manifest)
+    write_json(folder / "manifest.json", {"status": "running", "recipe_sha256": content_sha256(small.to_dict())})
     run_once(folder, small)
-    assert ["--resume" in words for words in commands] == [False, False, True]
+    assert ["--resume" in call.args[0] for call in started.call_args_list] == [False, False, True]
