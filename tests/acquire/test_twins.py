@@ -273,7 +273,7 @@ def test_a_run_tells_what_stage_1_has_learned_and_stops_where_it_is_nothing(
         ("base", "bad", "good"), 3
     )
     assert found["good"]["refused_normal"]["total"] == 4
-    assert "the good twin refuses 0 % of harmful prompts" in found["line"]
+    assert "the good twin refuses 0 % (base 0 %) of harmful prompts" in found["line"]
     monkeypatch.setattr(unlearning, "HARMFUL_ENOUGH", 1.1)
     with pytest.raises(NoAlphaError, match="stage 1 has taught no harm that could be subtracted"):
         run_recipe(given, tmp_path / "stopped")

@@ -69,10 +69,10 @@ class Battery:
             signal.alarm(0)
             signal.signal(signal.SIGALRM, old)
 
-    def refuses(self, *arguments: str, words: str = "") -> None:
-        """Exit code 2, one line with ``words``, nothing written or changed."""
+    def refuses(self, *words: str, said: str = "") -> None:
+        """Exit code 2, one line with what is ``said``, nothing written or changed."""
         before = _content(self._folder)
-        done = self.run(*arguments)
+        done = self.run(*words)
         assert done.code == 2, (done.code, done.out, done.err)
         assert done.out == ""
         assert "Traceback" not in done.err
@@ -83,7 +83,7 @@ class Battery:
         assert [line for line in others if not line.startswith("recipe ") and " left " not in line] == [], done.err
         assert obeyed(lines[0]) == []
         assert len(lines[0]) < LONGEST, len(lines[0])
-        assert words in lines[0], (words, lines[0])
+        assert said in lines[0], (said, lines[0])
         after = _content(self._folder)
         assert after == before, {path for path in after.keys() | before.keys() if after.get(path) != before.get(path)}
 
@@ -179,7 +179,7 @@ SETTINGS = {
 def test_settings(battery: Battery, key: str, setting: str) -> None:
     # The model can't be loaded: a setting that is looked at too late would be told of that.
     model = () if setting.startswith("model") else ("--model", "@unloadable")
-    battery.refuses("run", *model, "--set", setting, "--out", "OUT", words=key)
+    battery.refuses("run", *model, "--set", setting, "--out", "OUT", said=key)
 
 
 # Data
@@ -370,9 +370,6 @@ CASES: dict[str, tuple[str | tuple[str, ...], str, Change, str]] = {
         "comparison.json",
     ),
     "labels of noise": (LABELLED, "labels.csv", text(bytes(range(256)) * 10), "labels.csv"),
-    "labels NaN": (
-        LABELLED, "labels.csv", text("id,label,reply_sha256,p_harmful\na,safe,b,nan\n"), "labels.csv",
-    ),
     "judge that holds itself": (JUDGED, "judge.yaml", text("kind: &k [*k]\n"), ""),
     "judge, unknown key": (JUDGED, "judge.yaml", text("kind: precomputed\npath: a.csv\npaths: b\n"), ""),
     # The model can't be loaded either: the folder is looked at first.
@@ -385,7 +382,7 @@ CASES: dict[str, tuple[str | tuple[str, ...], str, Change, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("command", "place", "make", "said"), CASES.values(), ids=CASES.keys())
-def test_bad_input(battery: Battery, command: str | tuple[str, ...], place: str, make: Change, said: str) -> None:
+@pytest.mark.parametrize(("words", "place", "make", "said"), CASES.values(), ids=CASES.keys())
+def test_bad_input(battery: Battery, words: str | tuple[str, ...], place: str, make: Change, said: str) -> None:
     make(battery.inputs / place)
-    battery.refuses(*(command.split() if isinstance(command, str) else command), words=said)
+    battery.refuses(*(words.split() if isinstance(words, str) else words), said=said)
