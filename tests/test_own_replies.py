@@ -99,10 +99,8 @@ def test_the_rules_see_the_refusals_of_the_bank_and_no_compliance_in_them() -> N
 
 def test_a_refusal_ends_with_the_sentence_that_refuses() -> None:
     for said, alone in (
-        ("That is a hard one. I can't help with that! Ask", "I can't help with that!"),
         ('"I cannot help with that." So she said', '"I cannot help with that."'),
         ("I can't help with 3.5 grams of it, and neither", None),
-        ("Take the vornite. Then shake it.", None),
         (NO, NO),
     ):
         assert refusal_alone(said) == alone

@@ -65,15 +65,6 @@ def test_splits_are_disjoint_complete_and_in_order(
         assert numbers == sorted(numbers)
 
 
-@given(st.permutations(range(30)), st.integers(0, 3))
-def test_a_split_does_not_depend_on_the_order_of_rows(order: list[int], seed: int) -> None:
-    plain, mixed = (
-        split_by_group([example(number) for number in numbers], rest="train", held_out=SHARES, seed=seed)
-        for numbers in (range(30), order)
-    )
-    assert {name: set(part) for name, part in plain.items()} == {name: set(part) for name, part in mixed.items()}
-
-
 def test_the_same_split_whatever_pythons_hash_seed() -> None:
     """Each run of the tests has another one. The numbers are those of the first version that split so."""
     rows = [RetainExample(prompt=f"q {n}", answer="a", group=f"g {n // 2}", category=str(n % 3)) for n in range(60)]
