@@ -340,7 +340,6 @@ ON_RUNS = (
     "sweep @run --recipe embedded --out OUT",
 )  # fmt: skip
 JUDGED = "run --judge @judge.yaml --out OUT"
-LABELLED = "run --judge @labels.csv --out OUT"
 OUTS: dict[str, Change] = {
     "out": text("mine"),
     "out/below": lambda path: path.parent.write_text("mine"),
@@ -369,9 +368,9 @@ CASES: dict[str, tuple[str | tuple[str, ...], str, Change, str]] = {
         "results @", "comparison.json", text('{"schema_version": 6, "rows": [], "seeds": ["../0"], "failed": {}}'),
         "comparison.json",
     ),
-    "labels of noise": (LABELLED, "labels.csv", text(bytes(range(256)) * 10), "labels.csv"),
+    "labels of noise": ("run --judge @labels.csv --out OUT", "labels.csv", text(bytes(range(256)) * 10), "labels.csv"),
     "judge that holds itself": (JUDGED, "judge.yaml", text("kind: &k [*k]\n"), ""),
-    "judge, unknown key": (JUDGED, "judge.yaml", text("kind: precomputed\npath: a.csv\npaths: b\n"), ""),
+    "judge, unknown key": (JUDGED, "judge.yaml", text("kind: classifier\nmodel: a\nmodels: b\n"), ""),
     # The model can't be loaded either: the folder is looked at first.
     **{f"into {name}": (f"run --model @unloadable --out @{name}", name, make, "") for name, make in OUTS.items()},
     "negate into out": ("negate embedded embedded --out @out", "out", OUTS["out"], ""),
